@@ -1,0 +1,50 @@
+# Every command is a line here and a function elsewhere: tools/, lab/.
+PYTHON ?= python3
+SERIES = PYTHONPATH=tools $(PYTHON) -m series
+RUN = PYTHONPATH=tools $(PYTHON) -m runner
+
+.DEFAULT_GOAL := help
+.PHONY: help tree save check series wheel test functional each lab lab-down lab-test bench demo
+
+help:         ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+tree:         ## make tree/, the Nova checkout in which one works, from the repository
+	@$(SERIES) tree
+
+save:         ## write the commits of tree/ to the repository
+	@$(SERIES) save
+
+check:        ## prove that tree and repository agree and that each commit is in form
+	@$(SERIES) check
+
+series: tree  ## dist/: mails for git am, a quilt directory, source distribution, wheel
+	@$(SERIES) export
+	@$(RUN) dist
+
+wheel:        ## dist/: a wheel of Nova with the series applied
+	@$(RUN) wheel
+
+test:         ## install what is missing, then run all tests
+	@$(RUN) test
+
+functional:   ## Nova's functional tests of the libvirt driver, and ours
+	@$(RUN) functional
+
+each:         ## test every commit of the series alone (ALL=1: all tests on each)
+	@$(RUN) each $(if $(ALL),--all)
+
+lab:          ## bring up two libvirt hosts and a cloud on this machine
+	@lab/lab up
+
+lab-down:     ## take the lab down; nothing stays
+	@lab/lab down
+
+lab-test:     ## run the lab's scenarios
+	@$(RUN) lab
+
+bench:        ## measure the pump against rsync, scp, virsh and nbdcopy
+	@lab/bench
+
+demo:         ## the whole story, live: legacy disk, pool, the other host
+	@lab/demo

@@ -88,15 +88,18 @@ class Patch:
         mail = git.run(
             'format-patch', '-1', '--stdout', '--always', '--zero-commit',
             '--keep-subject', '--no-signature', '--no-encode-email-headers',
-            '--no-thread', '--no-attach', '--no-base', commit, '--',
-            ':(exclude,top)*').stdout
+            '--no-thread', '--no-attach', '--no-base', '--no-renames',
+            commit).stdout
+        if SEPARATOR in git.run('show', '-s', '--format=%B', commit).stdout:
+            raise SeriesError('%s: a line "---" would end the message there; '
+                              'reword' % commit[:12])
         diff = git.run(
             'diff-tree', '-p', '-r', '--no-commit-id', '--no-renames',
             '--full-index', '--binary', '--no-ext-diff', '--no-textconv',
             '--no-color', '--unified=%d' % context, commit, '--',
             *(':(literal)' + path for path in hunks)).stdout if hunks else b''
         subject = git.out('show', '-s', '--format=%f', commit)[:52].strip('-.')
-        return cls('%04d-%s.patch' % (number, subject), mail.rstrip(b'\n'),
+        return cls('%04d-%s.patch' % (number, subject), mail.partition(SEPARATOR)[0].rstrip(b'\n'),
                    added, [p for p, status in changes.items() if status == 'D'],
                    _stable(diff))
 

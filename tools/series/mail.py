@@ -111,7 +111,8 @@ class Patch:
     @property
     def subject(self) -> str:
         found = re.search(rb'^Subject: (.*(?:\n .*)*)', self.head, re.M)
-        return _decode(found.group(1)).replace('\n ', ' ') if found else ''
+        return _decode(found.group(1)).replace('\n ', ' ').strip() if (
+            found) else ''
 
 
 def _stable(diff: bytes) -> bytes:

@@ -111,7 +111,8 @@ def save(project: Project) -> str:
     _stage(git, project, head)
     finish(project)
     compose._mark(git, head, compose.compose(git, project))
-    if before in (None, head, git.resolve('refs/tags/base')):
+    base = git.resolve('refs/tags/base')
+    if before in (None, head, base) or head == base:
         return 'saved %s' % head[:12]
     return git.out('range-diff', '--no-color', 'base..%s' % before,
                    'base..%s' % head)

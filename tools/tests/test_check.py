@@ -1,0 +1,105 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""Each fault is found, with its place."""
+
+from . import base
+from series import check
+from series import save
+
+
+class TestCheck(base.ProjectTest):
+
+    def setUp(self):
+        super().setUp()
+        self.git = self.tree()
+
+    def saved(self, files, message='Subject\n\nBody.\n'):
+        self.commit(self.git, files, message)
+        save.save(self.project)
+        return next(self.project.patches.glob('*-Subject.patch'), None)
+
+    def faults(self):
+        return '\n'.join(check.check(self.project))
+
+    def test_clean(self):
+        self.saved({'nova/a.py': b'1\n', 'nova/new.py': b'2\n',
+                    'doc/page.rst': None})
+        self.assertEqual('', self.faults())
+
+    def test_edited_file_of_ours(self):
+        self.saved({'nova/new.py': b'2\n'})
+        (self.project.root / 'nova/new.py').write_bytes(b'3\n')
+        self.assertRegex(self.faults(), r'nova/new\.py is not the same')
+
+    def test_missing_file_of_ours(self):
+        self.saved({'nova/new.py': b'2\n'})
+        (self.project.root / 'nova/new.py').unlink()
+        self.assertRegex(self.faults(), r'nova/new\.py, which is not in')
+
+    def test_file_that_no_patch_adds(self):
+        self.saved({'nova/new.py': b'2\n'})
+        (self.project.root / 'nova/stray.py').write_bytes(b'')
+        self.assertRegex(self.faults(), r'nova/stray\.py: no patch adds it')
+
+    def test_hunk_with_an_offset(self):
+        patch = self.saved({'nova/a.py': base.BASE['nova/a.py'].replace(
+            b'line 20\n', b'ours\n')})
+        patch.write_bytes(patch.read_bytes().replace(
+            b'@@ -20,3 +20,3 @@', b'@@ -17,3 +17,3 @@'))
+        self.assertRegex(self.faults(), r'0001-Subject\.patch, line \d+')
+
+    def test_context(self):
+        patch = self.saved({'nova/a.py': base.BASE['nova/a.py'].replace(
+            b'line 20\n', b'ours\n')})
+        text = patch.read_bytes().replace(b'@@ -20,3 +20,3 @@\n line 19\n',
+                                          b'@@ -18,5 +18,5 @@\n line 17\n '
+                                          b'line 18\n line 19\n')
+        patch.write_bytes(text)
+        self.assertRegex(self.faults(), r'line \d+ \(nova/a\.py\): 3 lines')
+
+    def test_subject_and_body(self):
+        self.saved({'nova/a.py': b'1\n'}, 'S' * 73 + '\n')
+        self.assertRegex(self.faults(), r'(?s)73 characters.*no body')
+
+    def test_diff_text_in_the_message(self):
+        for text in ('--- a/nova/b.py\n+++ b/nova/b.py', '@@ -1 +1 @@',
+                     'diff --git a/x b/x', 'Index: x'):
+            with self.subTest(text):
+                self.saved({'nova/a.py': b'1\n'}, 'Subject\n\nSee\n\n    %s\n' %
+                           text.replace('\n', '\n    '))
+                self.assertRegex(self.faults(), 'reads like a diff')
+                self.git.run('reset', '--quiet', '--hard', 'base',
+                             worktree=True)
+
+    def test_option_without_a_note(self):
+        option = b"x = [\n    cfg.StrOpt('x'),\n]\n"
+        self.saved({'nova/a.py': option})
+        self.assertRegex(self.faults(), 'no release note')
+        self.git.run('reset', '--quiet', '--hard', 'base', worktree=True)
+        self.saved({'nova/a.py': option,
+                    'releasenotes/notes/x-0123456789abcdef.yaml': b'---\n'})
+        self.assertEqual('', self.faults())
+
+    def test_binary_change_of_the_base(self):
+        self.saved({'nova/bytes.bin': b'\0\1\2'})
+        self.assertRegex(self.faults(), 'binary')
+
+    def test_unsaved_commit(self):
+        self.saved({'nova/a.py': b'1\n'})
+        self.commit(self.git, {'nova/b.py': b'1\n'})
+        self.assertRegex(self.faults(), r'nova/b\.py is not the same')
+
+    def test_gap_in_the_numbers(self):
+        patch = self.saved({'nova/a.py': b'1\n'})
+        patch.rename(patch.with_name('0003-Subject.patch'))
+        self.assertRegex(self.faults(), 'number 0001 is missing')

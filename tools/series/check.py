@@ -177,5 +177,3 @@ def _gnu_patch(project, git, base, tip, series, scratch):
                 git.out('hash-object', '--no-filters', here) != blob):
             faults.append('%s: git and GNU patch do not build the same' % path)
     return faults
-
-

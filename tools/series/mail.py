@@ -99,7 +99,8 @@ class Patch:
             '--no-color', '--unified=%d' % context, commit, '--',
             *(':(literal)' + path for path in hunks)).stdout if hunks else b''
         subject = git.out('show', '-s', '--format=%f', commit)[:52].strip('-.')
-        return cls('%04d-%s.patch' % (number, subject), mail.partition(SEPARATOR)[0].rstrip(b'\n'),
+        return cls('%04d-%s.patch' % (number, subject),
+                   mail.partition(SEPARATOR)[0].rstrip(b'\n'),
                    added, [p for p, status in changes.items() if status == 'D'],
                    _stable(diff))
 

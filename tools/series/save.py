@@ -143,7 +143,8 @@ def finish(project: Project) -> None:
         shutil.copy2(path, str(target) + '.saving')
         os.replace(str(target) + '.saving', target)
     for root in project.roots:
-        for path in sorted((project.root / root).rglob('*'), reverse=True):
+        top = project.root / root
+        for path in [*sorted(top.rglob('*'), reverse=True), top]:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
     (staging / READY).unlink()

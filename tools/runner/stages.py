@@ -36,7 +36,9 @@ UNIT = ['nova.tests.unit.' + name for name in (
 ENVIRONMENT = {
     'LANGUAGE': 'en_US', 'LC_ALL': 'C.UTF-8', 'OS_STDOUT_CAPTURE': '1',
     'OS_STDERR_CAPTURE': '1', 'OS_TEST_TIMEOUT': '300',
-    'PYTHONDONTWRITEBYTECODE': '1', 'OS_DEBUG': ''}
+    'PYTHONDONTWRITEBYTECODE': '1', 'OS_DEBUG': '',
+    # Native threads, the compute service's default.
+    'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'True'}
 
 
 def touched(tree: pathlib.Path, since: str = 'base') -> list[str]:

@@ -1,0 +1,46 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from collections.abc import Iterable
+from typing import Any
+
+DEF_SLOT_SIZE: int
+DEF_SLOTS: int
+
+
+class PumpError(Exception):
+    side: str
+    operation: str
+    reason: str
+    code: int
+    domain: int
+    message: str
+    transferred: int
+
+
+class Copy:
+    def __init__(self, source: Any, destination: Any, length: int, *,
+                 sparse: bool = ..., bandwidth: int = ..., key: int = ...,
+                 slot_size: int = ..., slots: int = ...) -> None: ...
+    def run(self) -> None: ...
+    def cancel(self) -> None: ...
+    @property
+    def transferred(self) -> int: ...
+    @property
+    def data(self) -> int: ...
+    @property
+    def holes(self) -> int: ...
+    @property
+    def checksum(self) -> int: ...
+
+
+def checksum(parts: Iterable[bytes | int], key: int) -> int: ...

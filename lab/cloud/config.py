@@ -1,0 +1,323 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""Write the configuration of every service of the cloud."""
+
+import configparser
+import dataclasses
+import json
+import pathlib
+import secrets
+import shutil
+
+PORTS = {'keystone': 5000, 'placement': 8778, 'glance': 9292,
+         'nova-api': 8774, 'memcached': 11211, 'mariadb': 3306,
+         'rabbitmq': 5672}
+REGION = 'RegionOne'
+USERS = ('nova', 'placement', 'glance')
+# nova.service tells at debug level when a service has begun to listen.
+LOG_LEVELS = (
+    'amqp=WARN,amqplib=WARN,sqlalchemy=WARN,oslo.messaging=INFO,'
+    'oslo_messaging=INFO,iso8601=WARN,requests.packages.urllib3=WARN,'
+    'urllib3=WARN,websocket=WARN,keystonemiddleware=WARN,routes.middleware='
+    'WARN,stevedore=WARN,taskflow=WARN,keystoneauth=WARN,oslo.cache=INFO,'
+    'dogpile.core.dogpile=INFO,glanceclient=WARN,oslo.privsep.daemon=INFO,'
+    'nova.service=DEBUG')
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where things are.
+
+    :ivar folder: of the cloud's state; everything written lies below it
+    :ivar control: address of the control plane
+    :ivar hosts: the compute hosts' names and addresses
+    :ivar services: the services' virtual environment
+    :ivar nova: Nova's virtual environment
+    :ivar tree: checkout of the Nova that runs; None: the one of the
+        environment
+    :ivar images_type: of both hosts
+    :ivar threading: "native" or "eventlet"
+    """
+
+    folder: pathlib.Path
+    control: str
+    hosts: dict
+    services: pathlib.Path
+    nova: pathlib.Path
+    tree: pathlib.Path | None = None
+    images_type: str = 'default'
+    threading: str = 'native'
+
+    @property
+    def etc(self) -> pathlib.Path:
+        return self.folder / 'etc'
+
+    def url(self, service: str, path: str = '') -> str:
+        return 'http://%s:%d%s' % (self.control, PORTS[service], path)
+
+    def overrides(self, place: str) -> pathlib.Path:
+        """The file into which "lab set" writes; read after all others."""
+        return self.etc / 'nova' / ('set-%s.conf' % place)
+
+    def nova_files(self, place: str | None = None) -> list[str]:
+        """Arguments of a Nova service.
+
+        :param place: a host's name; None: the control plane
+        """
+        files = [self.etc / 'nova/nova.conf', self.overrides('ctl')]
+        if place:
+            files += [self.etc / 'nova' / ('%s.conf' % place),
+                      self.overrides(place)]
+        return [word for file in files
+                for word in ('--config-file', str(file))]
+
+
+class Secrets:
+    """The lab's random credentials, kept in a file of mode 0600."""
+
+    def __init__(self, path: pathlib.Path):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            path.write_text(json.dumps({
+                name: secrets.token_hex(16)
+                for name in ('admin', 'service', 'database', 'rabbit',
+                             'cookie')}))
+        values = json.loads(path.read_text())
+        self.admin = values['admin']
+        self.service = values['service']
+        self.database = values['database']
+        self.rabbit = values['rabbit']
+        self.cookie = values['cookie']
+
+
+def set_option(path, section, key, value) -> None:
+    """Set an option in a file that a service reads last."""
+    parser = configparser.RawConfigParser(
+        default_section=None, strict=False, interpolation=None)
+    parser.optionxform = str
+    parser.read(path)
+    if not parser.has_section(section):
+        parser.add_section(section)
+    parser.set(section, key, value)
+    with open(path, 'w') as file:
+        parser.write(file)
+
+
+class Writer:
+    """Writes the files of one cloud."""
+
+    def __init__(self, layout: Layout, keys: Secrets):
+        self.layout = layout
+        self.keys = keys
+
+    def write_all(self) -> None:
+        self._keystone()
+        self._placement()
+        self._glance()
+        self._nova()
+        for host, address in self.layout.hosts.items():
+            self._compute(host, address)
+
+    def _write(self, path, text):
+        path = self.layout.etc / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.write_text(text)
+
+    def _folder(self, path):
+        path = self.layout.folder / path
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def database(self, name):
+        return 'mysql+pymysql://lab:%s@%s/%s?charset=utf8mb3' % (
+            self.keys.database, self.layout.control, name)
+
+    def _auth(self, user):
+        return f'''auth_type = password
+auth_url = {self.layout.url('keystone', '/v3')}
+username = {user}
+password = {self.keys.service}
+project_name = service
+user_domain_name = Default
+project_domain_name = Default
+region_name = {REGION}
+'''
+
+    def _token(self, user, kind):
+        return f'''[keystone_authtoken]
+www_authenticate_uri = {self.layout.url('keystone', '/v3')}
+memcached_servers = {self.layout.control}:{PORTS['memcached']}
+service_token_roles = service
+service_token_roles_required = true
+service_type = {kind}
+{self._auth(user)}'''
+
+    def _cache(self):
+        return f'''[cache]
+enabled = true
+backend = oslo_cache.memcache_pool
+memcache_servers = {self.layout.control}:{PORTS['memcached']}
+'''
+
+    def _keystone(self):
+        keys = self._folder('keystone/fernet')
+        credential = self._folder('keystone/credential')
+        self._write('keystone/keystone.conf', f'''[DEFAULT]
+[database]
+connection = {self.database('keystone')}
+max_pool_size = 5
+{self._cache()}
+[token]
+provider = fernet
+expiration = 43200
+[fernet_tokens]
+key_repository = {keys}
+[credential]
+key_repository = {credential}
+[fernet_receipts]
+key_repository = {keys}
+''')
+
+    def _placement(self):
+        self._write('placement/placement.conf', f'''[DEFAULT]
+[placement_database]
+connection = {self.database('placement')}
+[api]
+auth_strategy = keystone
+{self._token('placement', 'placement')}''')
+
+    def _glance(self):
+        paste = self.layout.etc / 'glance/glance-api-paste.ini'
+        self._paste(self.layout.services / 'etc/glance/glance-api-paste.ini',
+                    paste)
+        self._write('glance/glance-api.conf', f'''[DEFAULT]
+bind_host = {self.layout.control}
+bind_port = {PORTS['glance']}
+workers = 1
+enabled_backends = local:file
+[database]
+connection = {self.database('glance')}
+[glance_store]
+default_backend = local
+[local]
+filesystem_store_datadir = {self._folder('glance/images')}
+[os_glance_tasks_store]
+filesystem_store_datadir = {self._folder('glance/tasks')}
+[os_glance_staging_store]
+filesystem_store_datadir = {self._folder('glance/staging')}
+[paste_deploy]
+flavor = keystone
+config_file = {paste}
+[oslo_concurrency]
+lock_path = {self._folder('glance/lock')}
+{self._token('glance', 'image')}''')
+
+    def _paste(self, source, target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+
+    def _nova(self):
+        layout = self.layout
+        paste = layout.etc / 'nova/api-paste.ini'
+        self._paste(
+            (layout.tree / 'etc/nova/api-paste.ini') if layout.tree
+            else layout.nova / 'etc/nova/api-paste.ini', paste)
+        backend = {'native': 'threading', 'eventlet': 'eventlet'}
+        filters = ','.join((
+            'ComputeFilter', 'ComputeCapabilitiesFilter',
+            'ImagePropertiesFilter', 'ServerGroupAntiAffinityFilter',
+            'ServerGroupAffinityFilter', 'SameHostFilter',
+            'DifferentHostFilter'))
+        self._write('nova/nova.conf', f'''[DEFAULT]
+concurrency_backend = {backend[layout.threading]}
+default_log_levels = {LOG_LEVELS}
+transport_url = rabbit://openstack:{self.keys.rabbit}@{layout.control}:{PORTS['rabbitmq']}/
+state_path = {self._folder('nova')}
+my_ip = {layout.control}
+osapi_compute_workers = 1
+metadata_workers = 1
+allow_resize_to_same_host = false
+heal_instance_info_cache_interval = -1
+update_resources_interval = 60
+resize_confirm_window = 0
+service_down_time = 60
+report_interval = 10
+force_config_drive = true
+initial_cpu_allocation_ratio = 16.0
+initial_ram_allocation_ratio = 1.5
+initial_disk_allocation_ratio = 1.0
+[wsgi]
+api_paste_config = {paste}
+[api]
+auth_strategy = keystone
+[api_database]
+connection = {self.database('nova_api')}
+[database]
+connection = {self.database('nova')}
+[conductor]
+workers = 1
+[scheduler]
+workers = 1
+[filter_scheduler]
+enabled_filters = {filters}
+{self._cache()}
+[placement]
+{self._auth('nova')}
+[glance]
+api_servers = {layout.url('glance')}
+[keystone]
+{self._auth('nova')}
+[neutron]
+{self._auth('nova')}
+[service_user]
+send_service_user_token = true
+{self._auth('nova')}
+[vnc]
+enabled = false
+[oslo_concurrency]
+lock_path = {self._folder('nova/lock')}
+{self._token('nova', 'compute')}''')
+        layout.overrides('ctl').touch(mode=0o600)
+
+    def _compute(self, host, address):
+        layout = self.layout
+        helper = '%s %s' % (layout.nova / 'bin/privsep-helper',
+                            ' '.join(layout.nova_files(host)))
+        if layout.tree:
+            helper = 'env PYTHONPATH=%s %s' % (layout.tree, helper)
+        self._write('nova/%s.conf' % host, f'''[DEFAULT]
+compute_driver = libvirt.LibvirtDriver
+host = {host}
+my_ip = {address}
+state_path = /var/lib/nova
+instances_path = /var/lib/nova/instances
+[oslo_concurrency]
+lock_path = /var/lib/nova/lock
+[libvirt]
+virt_type = qemu
+cpu_mode = custom
+cpu_models = Nehalem
+live_migration_scheme = tls
+live_migration_with_native_tls = true
+live_migration_inbound_addr = {host}
+images_type = {layout.images_type}
+[compute]
+live_migration_wait_for_vif_plug = false
+[nova_sys_admin]
+helper_command = {helper}
+[vif_plug_ovs_privileged]
+helper_command = {helper}
+''')
+        layout.overrides(host).touch(mode=0o600)

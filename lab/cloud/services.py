@@ -1,0 +1,209 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The daemons of the cloud: how each is started and when it is ready."""
+
+import dataclasses
+import os
+import pathlib
+import socket
+import time
+
+from . import config
+from . import netns
+
+MARIADB = (
+    '--innodb-flush-log-at-trx-commit=0', '--innodb-doublewrite=0',
+    '--innodb-buffer-pool-size=192M', '--max-connections=500',
+    '--skip-log-bin', '--skip-name-resolve', '--character-set-server=utf8mb3',
+    '--performance-schema=OFF')
+DATABASES = ('keystone', 'placement', 'glance', 'nova', 'nova_api',
+             'nova_cell0')
+# What a service of Nova logs (nova.service, at debug level) when its RPC
+# server listens.
+CONSUMING = 'Join ServiceGroup membership'
+# What uwsgi logs; its port is bound long before the application is loaded.
+LOADED = "WSGI app 0 (mountpoint='') ready"
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+    """One daemon.
+
+    :ivar place: "ctl" or a host's name
+    :ivar ready: a port number of the control plane, or a text that the log
+        has as soon as the daemon serves
+    """
+
+    name: str
+    place: str
+    argv: tuple
+    env: dict = dataclasses.field(default_factory=dict)
+    ready: int | str | None = None
+
+
+class NotServing(Exception):
+    """A daemon did not begin to serve in time, or ended before."""
+
+
+def _uwsgi(layout, name, venv, module, processes, *more, env=None):
+    return Service(name, 'ctl', (
+        venv / 'bin/uwsgi', '--http-socket',
+        '%s:%d' % (layout.control, config.PORTS[name]), '--module',
+        module + ':application', '--master', '--processes', processes,
+        '--enable-threads', '--lazy-apps', '--need-app', '--die-on-term',
+        '--buffer-size', 65535, '--add-header', 'Connection: close',
+        '--socket-timeout', 300, '--listen', 100, '--procname-prefix-spaced',
+        name, *more), env or {}, LOADED)
+
+
+def nova_environment(layout) -> dict:
+    """What a process needs to run the Nova under test."""
+    env = {'PATH': '%s/bin:%s' % (layout.nova, os.environ['PATH'])}
+    if layout.tree:
+        env['PYTHONPATH'] = str(layout.tree)
+    return env
+
+
+def memcached(layout) -> Service:
+    return Service('memcached', 'ctl', (
+        'memcached', '-u', 'nobody', '-l', layout.control, '-m', 64, '-t', 2),
+        ready=config.PORTS['memcached'])
+
+
+def mariadb(layout) -> Service:
+    data = layout.folder / 'mariadb'
+    return Service('mariadb', 'ctl', (
+        'mariadbd', '--no-defaults', '--user=mysql',
+        '--datadir=%s' % (data / 'data'), '--bind-address=' + layout.control,
+        '--socket=%s' % (data / 'socket'), '--pid-file=%s' % (data / 'pid'),
+        *MARIADB), ready=config.PORTS['mariadb'])
+
+
+def rabbitmq(layout, keys) -> Service:
+    home = layout.folder / 'rabbitmq'
+    for folder in ('mnesia', 'log'):
+        (home / folder).mkdir(parents=True, exist_ok=True)
+    conf = home / 'rabbitmq.conf'
+    conf.touch(mode=0o600)
+    conf.write_text(f'''loopback_users = none
+listeners.tcp.1 = {layout.control}:{config.PORTS['rabbitmq']}
+default_user = openstack
+default_pass = {keys.rabbit}
+vm_memory_high_watermark.absolute = 1GB
+disk_free_limit.absolute = 200MB
+log.file.level = warning
+''')
+    (home / 'plugins').write_text('[].\n')
+    cookie = home / '.erlang.cookie'
+    if not cookie.exists():
+        cookie.touch(mode=0o600)
+        cookie.write_text(keys.cookie)
+        cookie.chmod(0o400)
+    return Service('rabbitmq', 'ctl', (
+        '/usr/lib/rabbitmq/bin/rabbitmq-server',), {
+            'RABBITMQ_NODENAME': 'lab@localhost',
+            'RABBITMQ_CONFIG_FILE': str(conf),
+            'RABBITMQ_MNESIA_BASE': str(home / 'mnesia'),
+            'RABBITMQ_LOG_BASE': str(home / 'log'),
+            'RABBITMQ_ENABLED_PLUGINS_FILE': str(home / 'plugins'),
+            'RABBITMQ_PID_FILE': str(home / 'pid'),
+            # One scheduler: idle ones spin for their work.
+            'RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS': '+S 1:1 +sbwt none',
+            'HOME': str(home)}, config.PORTS['rabbitmq'])
+
+
+def keystone(layout) -> Service:
+    etc = layout.etc / 'keystone'
+    return _uwsgi(layout, 'keystone', layout.services, 'keystone.wsgi.api', 2,
+                  env={'OS_KEYSTONE_CONFIG_DIR': str(etc),
+                       'OS_KEYSTONE_CONFIG_FILES':
+                       str(etc / 'keystone.conf')})
+
+
+def placement(layout) -> Service:
+    return _uwsgi(layout, 'placement', layout.services, 'placement.wsgi.api',
+                  1, env={'OS_PLACEMENT_CONFIG_DIR':
+                          str(layout.etc / 'placement')})
+
+
+def glance(layout) -> Service:
+    # glanceclient sends chunks of 1 MiB, which uwsgi's default refuses.
+    return _uwsgi(layout, 'glance', layout.services, 'glance.wsgi.api', 1,
+                  '--threads', 4, '--chunked-input-limit', 64 << 20,
+                  '--chunked-input-timeout', 120,
+                  env={'OS_GLANCE_CONFIG_DIR': str(layout.etc / 'glance')})
+
+
+def nova_api(layout) -> Service:
+    return _uwsgi(layout, 'nova-api', layout.nova, 'nova.wsgi.osapi_compute',
+                  2, env={
+                      **nova_environment(layout),
+                      'OS_NOVA_CONFIG_DIR': str(layout.etc / 'nova'),
+                      'OS_NOVA_CONFIG_FILES':
+                      'api-paste.ini;nova.conf;set-ctl.conf'})
+
+
+def nova_daemon(layout, name) -> Service:
+    """nova-conductor or nova-scheduler."""
+    return Service(name, 'ctl', (
+        layout.nova / 'bin' / name, *layout.nova_files()),
+        nova_environment(layout), CONSUMING)
+
+
+def nova_compute(layout, host) -> Service:
+    return Service('nova-compute', host, (
+        layout.nova / 'bin/nova-compute', *layout.nova_files(host)),
+        nova_environment(layout), CONSUMING)
+
+
+def manage(layout, name) -> tuple:
+    """The start of a command of nova-manage, nova-status and the like."""
+    return (layout.nova / 'bin' / name, *layout.nova_files())
+
+
+def wait_ready(service: Service, log: pathlib.Path, offset: int, namespace,
+               address: str, alive, seconds: float = 90) -> None:
+    """Wait until a daemon serves.
+
+    :param log: its log
+    :param offset: where its log ended before it was started, in bytes
+    :param namespace: path of its network namespace
+    :param alive: callable, says whether the process is there
+    :raises NotServing: with the end of its log
+    """
+    until = time.monotonic() + seconds
+    while not _serves(service, log, offset, namespace, address):
+        if not alive() or time.monotonic() > until:
+            why = 'is not ready after %d s' % seconds if alive() else 'ended'
+            text = log.read_text(errors='replace') if log.exists() else ''
+            raise NotServing('%s on %s %s; its log (%s) ends with:\n%s' % (
+                service.name, service.place, why, log,
+                '\n'.join(text.splitlines()[-20:])))
+        time.sleep(.2)
+
+
+def _serves(service, log, offset, namespace, address):
+    if service.ready is None:
+        return True
+    if isinstance(service.ready, str):
+        if not log.exists():
+            return False
+        with open(log, errors='replace') as file:
+            file.seek(offset)
+            return service.ready in file.read()
+    try:
+        with netns.inside(namespace):
+            socket.create_connection((address, service.ready), 1).close()
+        return True
+    except OSError:
+        return False

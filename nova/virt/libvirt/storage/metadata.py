@@ -28,7 +28,6 @@ from nova import exception
 from nova import objects
 from nova.objects import base
 from nova.objects import fields
-from nova.virt import driver
 
 LOG = logging.getLogger(__name__)
 
@@ -201,6 +200,11 @@ class InstanceDisks:
         self._loaded = False
         self._changed = False
 
+    @property
+    def has_mappings(self) -> bool:
+        """Whether there is a place for records at all."""
+        return self._root is not None or bool(self._mappings)
+
     @classmethod
     def from_bdms(
         cls, instance: 'objects.Instance',
@@ -212,14 +216,16 @@ class InstanceDisks:
         """
         mappings, root, ephemerals = {}, None, 0
         for bdm in bdms:
-            if bdm.no_device:
+            if 'id' not in bdm or 'instance_uuid' not in bdm:
+                continue  # not in the database, no place for a record
+            if 'no_device' in bdm and bdm.no_device:
                 continue
-            if bdm.boot_index == 0:
+            if 'boot_index' in bdm and bdm.boot_index == 0:
                 root = bdm
             if bdm.destination_type != fields.BlockDeviceDestinationType.LOCAL:
                 continue
             if bdm.source_type == fields.BlockDeviceSourceType.IMAGE:
-                if bdm.boot_index == 0:
+                if bdm is root:
                     mappings[ROOT] = bdm
             elif bdm.guest_format == 'swap':
                 mappings[SWAP] = bdm
@@ -239,13 +245,11 @@ class InstanceDisks:
         :param block_device_info: as nova.virt.driver.get_block_device_info
             makes it
         """
-        devices = [
-            *driver.block_device_info_get_image(block_device_info),
-            *driver.block_device_info_get_ephemerals(block_device_info),
-            *driver.block_device_info_get_mapping(block_device_info)]
-        swap = block_device_info.get('swap')
-        if swap:
-            devices.append(swap)
+        devices = [device for kind in (
+            'image', 'ephemerals', 'block_device_mapping')
+            for device in block_device_info.get(kind) or ()]
+        if block_device_info.get('swap'):
+            devices.append(block_device_info['swap'])
         return cls.from_bdms(instance, [
             device._bdm_obj for device in devices
             if hasattr(device, '_bdm_obj')])

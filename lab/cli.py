@@ -1,0 +1,353 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The command line."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+
+import click
+import rich.console
+
+from . import config
+from . import faults
+from . import hosts
+from . import lock
+from . import pki
+from . import preflight
+from . import state
+from . import ui
+from .errors import LabError
+from .host import Host
+from .machine import forward
+from .machine import Machine
+from .machine import terminal
+
+TAIL = 20  # lines of a log shown with an error
+HOST = click.Choice(config.HOSTS)
+MACHINE = click.Choice(list(config.ADDRESSES))
+
+
+class Group(click.Group):
+    """Shows what a user can meet as one line, and the log behind it."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except LabError as error:
+            click.secho('error: %s' % error, fg='red', err=True)
+            show_tail(error.log)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo('interrupted; what there is goes with: lab/lab down',
+                       err=True)
+            ctx.exit(130)
+
+
+def show_tail(log) -> None:
+    if log and pathlib.Path(log).exists():
+        click.echo('the last lines of %s:' % log, err=True)
+        for line in pathlib.Path(log).read_text(
+                errors='replace').splitlines()[-TAIL:]:
+            click.echo('  ' + line, err=True)
+
+
+def _terminated(_signal, _frame):
+    raise KeyboardInterrupt
+
+
+@click.group(cls=Group, context_settings={
+    'help_option_names': ['-h', '--help']})
+def main():
+    """Two real libvirt hosts, and a Nova cloud on them, on this machine."""
+    signal.signal(signal.SIGTERM, _terminated)
+
+
+def _cloud():
+    """The cloud of the lab that is up."""
+    known = state.load()
+    if known.options.level != 'cloud':
+        raise LabError('the lab is up at level %s, which has no cloud; '
+                       'take it down and: lab/lab up --level cloud' %
+                       known.options.level)
+    from . import cloud
+    return cloud
+
+
+@main.command()
+@click.option('--level', type=click.Choice(['hosts', 'cloud']),
+              default='cloud', show_default=True)
+@click.option('--nova', type=click.Choice(['tree', 'base']), default='tree',
+              show_default=True, help='The series, or stock Nova.')
+@click.option('--ssh', is_flag=True,
+              help='sshd and keys in the hosts, for stock Nova\'s migrations.')
+@click.option('--images-type', default='default', show_default=True)
+@click.option('--network', type=click.Choice(['none', 'ovs']), default='none',
+              show_default=True)
+@click.option('--threading', type=click.Choice(['native', 'eventlet']),
+              default='native', show_default=True)
+def up(**arguments):
+    """Bring the lab up; if it is, say so."""
+    options = state.Options(**arguments)
+    preflight.check_user()
+    progress = ui.Console()
+    with lock.held():
+        known = state.find()
+        if known and known.phase == 'up' and known.boot == state.boot_id():
+            _already_up(known, options)
+            return
+        try:
+            _up(options, progress)
+        except LabError as error:
+            if state.find():
+                progress.say('what there is, for a look; lab/lab down '
+                             'removes it, lab/lab up starts over')
+            raise error
+    progress.say('level %s is up' % options.level)
+
+
+def _up(options, progress):
+    if options.level == 'cloud':
+        preflight.check(options, leftover=bool(state.find()))
+        hosts.prepare(options, progress)
+        from . import cloud
+        cloud.prepare(options, progress)
+    hosts.up(options, progress)
+    if options.level == 'cloud':
+        cloud.up(options, progress)
+        now = state.find()
+        now.phase = 'up'
+        now.save()
+
+
+def _already_up(known, options):
+    if known.options != options:
+        raise LabError('the lab is up already, with other options (%s); '
+                       'first: lab/lab down' % ', '.join(
+                           '%s=%s' % item for item in
+                           vars(known.options).items()))
+    ended = [service for machine in map(Machine, config.ADDRESSES)
+             for service in machine.services() if not service.alive()]
+    click.echo('the lab is up already, level %s' % known.options.level)
+    if ended:
+        raise LabError('but these have ended: %s; see lab/lab status' %
+                       ', '.join('%s on %s' % (s.name, s.machine)
+                                 for s in ended), ended[0].log)
+
+
+@main.command()
+def down():
+    """Remove everything but logs and caches."""
+    preflight.check_user()
+    progress = ui.Console()
+    with lock.held():
+        if not hosts.down(progress):
+            click.echo('there is no lab to take down')
+
+
+@main.command()
+def status():
+    """Is all well? So says the exit status too."""
+    known = state.load()
+    checks = hosts.status()
+    if known.options.level == 'cloud':
+        checks += _cloud().status()
+    rich.console.Console(highlight=False).print(ui.table(checks))
+    if not all(check.ok for check in checks):
+        sys.exit(1)
+
+
+@main.command(name='exec', context_settings={'ignore_unknown_options': True})
+@click.argument('host', type=MACHINE)
+@click.argument('command', nargs=-1, required=True, type=click.UNPROCESSED)
+def exec_(host, command):
+    """Run a command in a host's namespaces."""
+    state.load()
+    sys.exit(forward(Machine(host).popen(command, env=terminal()).wait()))
+
+
+@main.command(context_settings={'ignore_unknown_options': True})
+@click.argument('arguments', nargs=-1, type=click.UNPROCESSED)
+def openstack(arguments):
+    """The admin's client against this cloud."""
+    sys.exit(_cloud().Cloud().openstack(arguments))
+
+
+@main.command(name='set')
+@click.argument('host', type=HOST)
+@click.argument('section')
+@click.argument('key')
+@click.argument('value')
+def set_(host, section, key, value):
+    """Change nova.conf of one compute and restart it."""
+    with lock.held():
+        _cloud().Cloud().set(host, section, key, value)
+
+
+@main.command()
+@click.argument('host', type=MACHINE)
+@click.argument('service')
+def restart(host, service):
+    """Stop a service if it runs, and start it as it was."""
+    state.load()
+    with lock.held():
+        Machine(host).restart(service)
+        if service == 'libvirtd':
+            Host(host).wait_ready()
+
+
+@main.command()
+@click.argument('host', type=MACHINE)
+@click.argument('service', required=False)
+@click.option('-f', '--follow', is_flag=True)
+@click.option('-n', '--lines', default=50, show_default=True)
+def logs(host, service, follow, lines):
+    """Show the end of a service's log, or of all of a host's."""
+    folder = config.LOGS / host
+    found = [folder / (service + '.log')] if service else sorted(
+        folder.glob('*.log'))
+    if not found or not found[0].exists():
+        there = ', '.join(sorted(p.stem for p in folder.glob('*.log')))
+        raise LabError('no log of %s on %s; there are: %s' % (
+            service or 'anything', host, there or 'none'))
+    command = ['tail', '-n', str(lines), *(['-F'] if follow else []),
+               *map(str, found)]
+    sys.exit(forward(subprocess.run(command).returncode))
+
+
+@main.command()
+@click.argument('host', type=HOST)
+@click.argument('kind', type=click.Choice(pki.VARIANTS))
+def cert(host, kind):
+    """Give a host a certificate, good or bad."""
+    state.load()
+    with lock.held():
+        Host(host).certificate(kind)
+
+
+@main.group()
+@click.argument('host', type=MACHINE)
+@click.pass_context
+def fault(ctx, host):
+    """Break something on a host, or mend it.
+
+    \b
+    lab/lab fault HOST kill|pause|resume SERVICE
+    lab/lab fault HOST link cut | slow RATE | delay MS | restore
+    lab/lab fault HOST disk fill POOL [--leave BYTES] | free POOL
+    """
+    if '--help' in sys.argv or '-h' in sys.argv:
+        return
+    state.load()
+    ctx.with_resource(lock.held())
+    ctx.obj = host
+
+
+def _host(name) -> Host:
+    return Host(name)
+
+
+@fault.command()
+@click.argument('service')
+@click.pass_obj
+def kill(host, service):
+    """End a service at once (SIGKILL)."""
+    Machine(host).kill(service)
+
+
+@fault.command()
+@click.argument('service')
+@click.pass_obj
+def pause(host, service):
+    """A service hangs (SIGSTOP)."""
+    Machine(host).pause(service)
+
+
+@fault.command()
+@click.argument('service')
+@click.pass_obj
+def resume(host, service):
+    """A paused service goes on."""
+    Machine(host).resume(service)
+
+
+@fault.group()
+def link():
+    """The host's network."""
+
+
+@link.command()
+@click.pass_obj
+def cut(host):
+    """Nothing passes, and nobody is told."""
+    _host(host).link.cut()
+
+
+@link.command()
+@click.argument('rate')
+@click.pass_obj
+def slow(host, rate):
+    """At most RATE each way: 10mbit, 500kbit, 1mbps (bytes)."""
+    _host(host).link.slow(faults.rate(rate))
+
+
+@link.command()
+@click.argument('milliseconds', type=click.FloatRange(min=0, min_open=True))
+@click.pass_obj
+def delay(host, milliseconds):
+    """Each packet later by MILLISECONDS, each way."""
+    _host(host).link.delay(milliseconds)
+
+
+@link.command()
+@click.pass_obj
+def restore(host):
+    """The link is whole again."""
+    _host(host).link.restore()
+
+
+@fault.group()
+def disk():
+    """The file system of a storage pool."""
+
+
+@disk.command()
+@click.argument('pool')
+@click.option('--leave', default=0, type=click.IntRange(min=0),
+              help='Bytes that stay available.')
+@click.pass_obj
+def fill(host, pool, leave):
+    """Fill it."""
+    click.echo('%d bytes are available' % _host(host).fill(pool, leave))
+
+
+@disk.command()
+@click.argument('pool')
+@click.pass_obj
+def free(host, pool):
+    """Undo fill."""
+    _host(host).free(pool)
+
+
+@main.command(hidden=True)
+@click.option('--level', default='cloud')
+def prepare(level):
+    """Install and build what `up` needs, and stop there."""
+    options = state.Options(level=level)
+    preflight.check_user()
+    with lock.held():
+        hosts.prepare(options, ui.Console())
+        if level == 'cloud':
+            from . import cloud
+            cloud.prepare(options, ui.Console())

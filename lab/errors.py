@@ -1,0 +1,24 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""What a user can meet."""
+
+
+class LabError(Exception):
+    """One line fit for the user: what is wrong and what to do.
+
+    :param log: a file whose last lines tell more, if there is one
+    """
+
+    def __init__(self, message, log=None):
+        super().__init__(message)
+        self.log = log

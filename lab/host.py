@@ -1,0 +1,264 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""A compute host: a machine with libvirtd over TLS."""
+
+import grp
+import os
+import pwd
+import shutil
+import subprocess
+import uuid
+
+from . import config
+from . import faults
+from . import pki
+from . import ssh
+from .errors import LabError
+from .machine import Machine
+
+#: Folders that a host has for itself on the real disk.
+OWN = ('/etc/libvirt', '/etc/pki', '/var/lib/libvirt', '/var/log/libvirt',
+       '/var/cache/libvirt')
+# What the packages make, which is more than libvirtd makes by itself.
+QEMU_OWNED = ('var/lib/libvirt/qemu', 'var/cache/libvirt/qemu')
+LIBVIRTD_CONF = '''listen_tls = 1
+listen_tcp = 0
+listen_addr = "%(address)s"
+auth_tls = "none"
+auth_unix_rw = "none"
+auth_unix_ro = "none"
+unix_sock_rw_perms = "0777"
+tls_allowed_dn_list = [%(allowed)s]
+tls_no_sanity_certificate = %(no_sanity)d
+host_uuid = "%(uuid)s"
+log_outputs = "2:stderr"
+'''
+QEMU_CONF = '''cgroup_controllers = [ ]
+namespaces = [ ]
+security_driver = "none"
+stdio_handler = "logd"
+max_core = 0
+migration_address = "%(address)s"
+migration_host = "%(name)s"
+default_tls_x509_cert_dir = "/etc/pki/qemu"
+default_tls_x509_verify = 1
+'''
+
+
+class Host(Machine):
+    """host-a or host-b, of the lab that is up.
+
+    :ivar link: faults of its network link (faults.Link)
+    """
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        if name not in config.HOSTS:
+            raise LabError('there is no host %r; there are: %s' % (
+                name, ', '.join(config.HOSTS)))
+        self.link = faults.Link(self, Machine(config.CONTROL))
+
+    # -- making one ----------------------------------------------------------
+
+    def prepare(self, with_ssh: bool = False) -> None:
+        super().prepare()
+        for path in OWN:
+            (self.folder / path.lstrip('/')).mkdir(parents=True, exist_ok=True)
+        qemu = pwd.getpwnam('libvirt-qemu')
+        for path in QEMU_OWNED:
+            (self.folder / path).mkdir(exist_ok=True, mode=0o750)
+            os.chown(self.folder / path, qemu.pw_uid, qemu.pw_gid)
+        self._uuid = uuid.uuid4()
+        self._with_ssh = with_ssh
+        self.configure()
+        self.image = self.folder / 'nova.img'
+        if not self.image.exists():
+            with open(self.image, 'wb') as out:
+                out.truncate(config.DISK_BYTES)
+            # No journal: what is on it does not outlive the lab.
+            subprocess.run(
+                ['mkfs.ext4', '-q', '-m', '0', '-O', '^has_journal',
+                 '-E', 'lazy_itable_init=1,nodiscard,root_owner=0:0',
+                 self.image], check=True, stdin=subprocess.DEVNULL)
+
+    def description(self) -> dict:
+        spec = super().description()
+        spec['binds'] += [[str(self.folder / path.lstrip('/')), path]
+                          for path in OWN]
+        spec['loops'] += [[str(self.image), '/var/lib/nova']]
+        spec['files']['/etc/machine-id'] = [0o444, self._uuid.hex + '\n']
+        spec['folders'].update({
+            '/run/libvirt': 0o755, '/run/sshd': 0o755,
+            '/var/lib/nova/instances': 0o755})
+        if self._with_ssh:
+            spec['files'].update(ssh.server_files(
+                self.name, self.address, config.STATE / 'ssh'))
+        else:
+            spec['binds'] += ssh.make_recorder(self.name, self.folder)
+        return spec
+
+    def configure(self, no_sanity: bool = False) -> None:
+        """Write libvirtd.conf and qemu.conf.
+
+        :param no_sanity: libvirtd starts though its own certificate is bad
+        """
+        values = {
+            'name': self.name, 'address': self.address, 'uuid': self._uuid,
+            'no_sanity': no_sanity,
+            'allowed': ', '.join('"CN=%s"' % h for h in config.HOSTS)}
+        etc = self.folder / 'etc/libvirt'
+        (etc / 'libvirtd.conf').write_text(LIBVIRTD_CONF % values)
+        (etc / 'qemu.conf').write_text(QEMU_CONF % values)
+
+    def start_daemons(self) -> None:
+        """Start virtlogd, libvirtd and, with --ssh, sshd; don't wait."""
+        if self._with_ssh:
+            self.start('sshd', ['/usr/sbin/sshd', '-D', '-e', '-f',
+                                '/etc/ssh/lab_sshd_config'])
+        self.start('virtlogd', ['/usr/sbin/virtlogd'])
+        self.start('libvirtd', ['/usr/sbin/libvirtd', '--listen'])
+
+    def wait_ready(self, timeout: float = 30) -> None:
+        self.wait_port(config.TLS_PORT, timeout, 'libvirtd')
+        socket = self.path('/run/libvirt/libvirt-sock')
+        self.wait(socket.exists, timeout, 'answering', 'libvirtd')
+
+    # -- using it ------------------------------------------------------------
+
+    def connect(self, readonly: bool = False):
+        """A libvirt.virConnect to the host's libvirtd, past the network."""
+        import libvirt
+        url = 'qemu:///system?socket=%s' % self.path(
+            '/run/libvirt/libvirt-sock%s' % ('-ro' if readonly else ''))
+        return (libvirt.openReadOnly if readonly else libvirt.open)(url)
+
+    def uri(self, peer: 'Host') -> str:
+        """By which this host connects to another over TLS."""
+        return 'qemu+tls://%s/system' % peer.name
+
+    def ssh_attempts(self) -> list[dict]:
+        """Uses of ssh, scp, sftp, rsync: time, host, uid, command, parent."""
+        return ssh.attempts(self.folder)
+
+    def forget_ssh_attempts(self) -> None:
+        (self.folder / 'record' / 'ssh-attempts').write_text('')
+
+    # -- certificates --------------------------------------------------------
+
+    @property
+    def authority(self) -> pki.Authority:
+        return pki.Authority(config.STATE / 'pki')
+
+    def install(self, pair: pki.Pair, client: bool = True) -> None:
+        """Put certificates where libvirt and qemu look for them.
+
+        :param client: False: the host has none as a client
+        """
+        top = self.folder / 'etc/pki'
+        group = grp.getgrnam('kvm').gr_gid
+        qemu_group = pwd.getpwnam('libvirt-qemu').pw_gid
+        for name in ('CA', 'libvirt/private', 'qemu'):
+            (top / name).mkdir(parents=True, exist_ok=True)
+        authority = self.authority
+        for name, content in (('CA/cacert.pem', authority.certificate),
+                              ('CA/cacrl.pem', authority.crl),
+                              ('qemu/ca-cert.pem', authority.certificate),
+                              ('qemu/ca-crl.pem', authority.crl)):
+            (top / name).write_bytes(content)
+        for role in ('server', 'client'):
+            files = {'libvirt/%scert.pem' % role: pair.certificate,
+                     'libvirt/private/%skey.pem' % role: pair.key,
+                     'qemu/%s-cert.pem' % role: pair.certificate,
+                     'qemu/%s-key.pem' % role: pair.key}
+            for name, content in files.items():
+                path = top / name
+                if role == 'client' and not client:
+                    path.unlink(missing_ok=True)
+                    continue
+                pki.write_private(path, content,
+                                  0o640 if 'key' in name else 0o644)
+                if name.startswith('qemu/'):
+                    os.chown(path, 0, qemu_group or group)
+
+    def certificate(self, variant: str) -> None:
+        """Give the host a certificate, good or bad; libvirtd is restarted.
+
+        "none" is no certificate as a client: a libvirtd without one as a
+        server does not listen. The list of revoked certificates is
+        every host's, so all are restarted for "revoked".
+
+        :param variant: one of pki.VARIANTS
+        """
+        if variant not in pki.VARIANTS:
+            raise LabError('no kind of certificate %r; there are: %s' % (
+                variant, ', '.join(pki.VARIANTS)))
+        authority = self.authority
+        issuer, name, address = authority, self.name, self.address
+        if variant == 'other-ca':
+            issuer = pki.Authority(config.STATE / 'pki' / 'other',
+                                   'another CA')
+            issuer.create()
+        elif variant == 'wrong-name':
+            name, address = 'somebody-else', '192.0.2.1'
+        pair = issuer.issue(name, address, expired=variant == 'expired')
+        revoked = config.STATE / 'pki' / 'revoked'
+        before = revoked.read_text().split() if revoked.exists() else []
+        lists = [line for line in before
+                 if line.partition(':')[0] != self.name]
+        if variant == 'revoked':
+            lists.append('%s:%d' % (self.name, pair.serial))
+        revoked.write_text('\n'.join(lists))
+        authority.revoke(int(line.partition(':')[2]) for line in lists)
+        self.install(pair, client=variant != 'none')
+        self._note(variant)
+        self._uuid = self._known_uuid()
+        self.configure(no_sanity=variant not in ('good', 'none'))
+        affected = [self]
+        if before != lists:
+            for other in map(Host, config.HOSTS):
+                if other.name != self.name:
+                    top = other.folder / 'etc/pki'
+                    for crl in ('CA/cacrl.pem', 'qemu/ca-crl.pem'):
+                        (top / crl).write_bytes(authority.crl)
+                    affected.append(other)
+        for host in affected:
+            host.restart('libvirtd')
+        for host in affected:
+            host.wait_ready()
+
+    def _note(self, variant: str) -> None:
+        from . import state
+        known = state.find()
+        if known:
+            known.certificates[self.name] = variant
+            known.save()
+
+    def _known_uuid(self) -> uuid.UUID:
+        return uuid.UUID(self.path('/etc/machine-id').read_text().strip())
+
+    # -- full disks ----------------------------------------------------------
+
+    def fill(self, pool: str, leave: int = 0) -> int:
+        """Fill the file system of a storage pool; see faults.fill."""
+        return faults.fill(self, pool, leave)
+
+    def free(self, pool: str) -> None:
+        faults.free(self, pool)
+
+    def discard(self) -> None:
+        """Remove the host's folder; it must not run."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def both() -> tuple[Host, ...]:
+    return tuple(Host(name) for name in config.HOSTS)

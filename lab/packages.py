@@ -1,0 +1,88 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The Debian packages of the lab, here and nowhere else."""
+
+import os
+import pathlib
+import subprocess
+
+from . import config
+from .errors import LabError
+
+HOSTS = (
+    'e2fsprogs', 'ethtool', 'gnutls-bin', 'iproute2', 'libvirt-clients',
+    'libvirt-daemon', 'libvirt-daemon-system', 'libvirt-dev', 'mount',
+    'ovmf', 'procps', 'qemu-system-x86', 'qemu-utils', 'swtpm', 'swtpm-tools',
+    'util-linux')
+SSH = ('openssh-client', 'openssh-server', 'rsync')
+CLOUD = (
+    'busybox-static', 'conntrack', 'dosfstools', 'fdisk', 'g++', 'gcc',
+    'genisoimage', 'ipset', 'iptables', 'kmod', 'libpcre2-dev', 'libssl-dev',
+    'mariadb-server', 'memcached', 'mtools', 'pkg-config', 'python3-dev',
+    'python3-venv', 'rabbitmq-server', 'syslinux', 'syslinux-common')
+OVS = ('dnsmasq-base', 'haproxy', 'openvswitch-switch', 'dropbear-bin')
+BENCH = ('libnbd-bin', 'nbdkit', *SSH)
+
+POLICY = pathlib.Path('/usr/sbin/policy-rc.d')
+
+
+def wanted(options) -> list[str]:
+    """The packages for what `up` was asked for."""
+    names = set(HOSTS)
+    if options.ssh:
+        names.update(SSH)
+    if options.level == 'cloud':
+        names.update(CLOUD)
+        if options.network == 'ovs':
+            names.update(OVS)
+    return sorted(names)
+
+
+def missing(names) -> list[str]:
+    """Those of these packages which are not installed."""
+    listed = subprocess.run(
+        ['dpkg-query', '-W', '-f', '${Package} ${db:Status-Status}\n',
+         *names], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True).stdout.splitlines()
+    there = {line.split()[0] for line in listed
+             if line.endswith(' installed')}
+    return [name for name in names if name not in there]
+
+
+def install(names) -> None:
+    """Install packages; none of their daemons starts by itself.
+
+    :raises: LabError with apt's log
+    """
+    log = config.CACHE / 'apt.log'
+    log.parent.mkdir(parents=True, exist_ok=True)
+    policy = not POLICY.exists()
+    if policy:
+        # invoke-rc.d(8) asks it; 101 is "not allowed".
+        POLICY.write_text('#!/bin/sh\nexit 101\n')
+        POLICY.chmod(0o755)
+    try:
+        with open(log, 'w') as out:
+            for command in (
+                    ['apt-get', '-q', 'update'],
+                    ['apt-get', '-q', 'install', '-y',
+                     '--no-install-recommends', *names]):
+                done = subprocess.run(
+                    command, stdout=out, stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, 'DEBIAN_FRONTEND': 'noninteractive'})
+                if done.returncode:
+                    raise LabError('%s failed' % ' '.join(command[:3]), log)
+    finally:
+        if policy:
+            POLICY.unlink(missing_ok=True)

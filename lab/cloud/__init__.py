@@ -12,7 +12,13 @@
 
 """The cloud level: a Nova control plane above the lab's two hosts."""
 
+from .cloud import bring_up
 from .cloud import Cloud
-from .cloud import CloudError
+from .cloud import prepare
+from .cloud import status
+from .cloud import up
+from .server import Server
+from .server import ServerError
 
-__all__ = ('Cloud', 'CloudError')
+__all__ = ('bring_up', 'Cloud', 'prepare', 'Server', 'ServerError', 'status',
+           'up')

@@ -69,7 +69,8 @@ def identity(conn, layout, keys) -> None:
     for user, kind, url in (
             ('nova', 'compute', layout.url('nova-api', '/v2.1')),
             ('placement', 'placement', layout.url('placement')),
-            ('glance', 'image', layout.url('glance'))):
+            ('glance', 'image', layout.url('glance')),
+            ('neutron', 'network', layout.url('network'))):
         made = ident.create_user(
             name=user, password=keys.service, domain_id='default')
         for role in ('admin', 'service'):

@@ -15,10 +15,10 @@
 import concurrent.futures
 import contextlib
 import functools
-import json
 import os
 import pathlib
 import subprocess
+import sys
 import time
 
 from . import bootstrap
@@ -27,69 +27,59 @@ from . import schemas
 from . import server
 from . import services
 from . import venvs
+from .. import config as lab_config
+from .. import hosts
+from .. import preflight
+from .. import state
+from .. import ui
+from ..errors import LabError
 from ..guest import image
+from ..machine import forward
+from ..machine import Machine
+from ..machine import terminal
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-class CloudError(Exception):
-    """What could not be done in the cloud, and what its log says."""
+FOLDER = lab_config.STATE / 'cloud'
+VENVS = lab_config.CACHE / 'venvs'
+GUEST = lab_config.CACHE / 'guest'
+TREE = FOLDER / 'tree'  # the checkout that runs; empty: stock Nova
 
 
 class Cloud:
-    """A Nova cloud on the lab's hosts.
+    """The Nova cloud of the lab that is up.
 
-    :param site: the hosts level: starts daemons in places ("ctl", "host-a",
-        "host-b"), knows addresses and namespaces
-    :param nova: "base", "tree" or the path of a checkout
-    :param images_type: of both hosts
-    :param threading: "native" or "eventlet"
+    :param options: state.Options; None: those of the lab that is up
+    :param progress: ui.Steps
     """
 
-    def __init__(self, site, nova='tree', images_type='default',
-                 threading='native'):
-        self.site = site
-        self.folder = pathlib.Path(site.state) / 'cloud'
-        self._options = {'nova': nova, 'images_type': images_type,
-                         'threading': threading}
+    def __init__(self, options=None, progress=None):
+        options = options or state.load().options
+        self.progress = progress or ui.Steps()
+        self.layout = config.Layout(
+            folder=FOLDER, control=lab_config.ADDRESSES[lab_config.CONTROL],
+            hosts={host: lab_config.ADDRESSES[host]
+                   for host in lab_config.HOSTS},
+            services=VENVS / 'services', nova=VENVS / 'nova',
+            tree=known_tree(options.nova), images_type=options.images_type,
+            threading=options.threading)
+        self.control = Machine(lab_config.CONTROL)
 
     # -- what it is made of
 
     @functools.cached_property
     def keys(self):
-        return config.Secrets(self.folder / 'secrets.json')
-
-    @functools.cached_property
-    def layout(self):
-        options = self.options()
-        cache = pathlib.Path(self.site.cache)
-        return config.Layout(
-            folder=self.folder, control=self.site.address('ctl'),
-            hosts={host: self.site.address(host) for host in self.site.hosts},
-            services=cache / 'venvs/services', nova=cache / 'venvs/nova',
-            tree=find_tree(options['nova']),
-            images_type=options['images_type'],
-            threading=options['threading'])
-
-    def options(self) -> dict:
-        """How the running cloud was brought up."""
-        path = self.folder / 'options.json'
-        if path.exists():
-            return json.loads(path.read_text())
-        return self._options
+        return config.Secrets(FOLDER / 'secrets.json')
 
     @functools.cached_property
     def conn(self):
         """The admin's openstacksdk connection."""
-        return bootstrap.connect(
-            self.layout, self.keys, self.site.namespace('ctl'))
+        return bootstrap.connect(self.layout, self.keys, self.control.netns)
 
     def _all_services(self):
         layout = self.layout
         return [services.memcached(layout), services.mariadb(layout),
                 services.rabbitmq(layout, self.keys),
                 services.keystone(layout), services.placement(layout),
-                services.glance(layout),
+                services.glance(layout), services.empty_network(layout),
                 services.nova_daemon(layout, 'nova-conductor'),
                 services.nova_daemon(layout, 'nova-scheduler'),
                 services.nova_api(layout),
@@ -98,25 +88,6 @@ class Cloud:
 
     # -- up
 
-    @classmethod
-    def prepare(cls, site, nova='tree') -> None:
-        """What outlasts "down": environments and the guest's image."""
-        cache = pathlib.Path(site.cache)
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            works = [pool.submit(venvs.ensure, cache / 'venvs', site.step),
-                     pool.submit(cls._guest, cache, site)]
-            for work in works:
-                work.result()
-        tree = find_tree(nova)
-        if tree:
-            build_extensions(tree, cache / 'venvs/extensions.log')
-
-    @staticmethod
-    def _guest(cache, site):
-        if not image.is_made(cache / 'guest'):
-            with site.step('guest image'):
-                image.ensure(cache / 'guest')
-
     def up(self) -> None:
         """Bring it up; the hosts may come up at the same time.
 
@@ -124,10 +95,9 @@ class Cloud:
         RPC time-outs, so the order is: databases, keystone, control plane,
         computes.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / 'options.json').write_text(json.dumps(self._options))
-        self.__dict__.pop('layout', None)
-        with self.site.step('configuration'):
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        TREE.write_text(str(self.layout.tree or ''))
+        with self.progress.step('configuration'):
             config.Writer(self.layout, self.keys).write_all()
         plan = schemas.Schemas(self.layout, self.keys, self._run_control)
         layout = self.layout
@@ -136,7 +106,9 @@ class Cloud:
             rabbit = pool.submit(self._start, services.rabbitmq(
                 layout, self.keys))
             cache = pool.submit(self._start, services.memcached(layout))
-            with self.site.step('MariaDB'):
+            network = pool.submit(
+                self._start, services.empty_network(layout))
+            with self.progress.step('MariaDB'):
                 plan.install_mariadb()
                 self._start(services.mariadb(layout))
                 plan.create_databases()
@@ -145,11 +117,11 @@ class Cloud:
                                     services.placement(layout))
             glance = pool.submit(self._schema_then_start, plan.glance,
                                  services.glance(layout))
-            with self.site.step('Nova schemas'):
+            with self.progress.step('Nova schemas'):
                 plan.nova()
-            for work in (rabbit, cache, identity):
+            for work in (rabbit, cache, network, identity):
                 work.result()
-            with self.site.step('control plane'):
+            with self.progress.step('control plane'):
                 _all(pool, [functools.partial(self._start, service)
                             for service in (
                     services.nova_daemon(layout, 'nova-conductor'),
@@ -158,7 +130,7 @@ class Cloud:
                 placement.result()
                 glance.result()
             filled = pool.submit(self._fill)
-            with self.site.step('computes'):
+            with self.progress.step('computes'):
                 _all(pool, [functools.partial(self.start_compute, host)
                             for host in layout.hosts])
                 self._wait_computes()
@@ -166,10 +138,9 @@ class Cloud:
             filled.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-        (self.folder / 'ready').touch()
 
     def _identity(self, plan):
-        with self.site.step('keystone'):
+        with self.progress.step('keystone'):
             plan.keystone()
             self._start(services.keystone(self.layout))
             bootstrap.identity(self.conn, self.layout, self.keys)
@@ -177,36 +148,32 @@ class Cloud:
         del self.conn
 
     def _schema_then_start(self, schema, service):
-        with self.site.step(service.name):
+        with self.progress.step(service.name):
             schema()
             self._start(service)
 
     def _fill(self):
-        with self.site.step('images and flavors'):
+        with self.progress.step('images and flavors'):
             bootstrap.flavors(self.conn)
-            bootstrap.images(
-                self.conn, pathlib.Path(self.site.cache) / 'guest')
+            bootstrap.images(self.conn, GUEST)
 
     def _run_control(self, name, argv, env=None):
-        log = self.site.log(name, 'ctl')
-        done = self.site.run('ctl', [str(word) for word in argv], env or {})
+        log = self.control.logs / (name + '.log')
+        done = self.control.run(argv, check=False, env=env)
+        told = done.stdout + done.stderr
         with open(log, 'a') as file:
-            file.write(done.stdout + done.stderr)
+            file.write(told)
         if done.returncode:
-            raise CloudError('%s ended with %d (log: %s):\n%s' % (
-                ' '.join(map(str, argv[:4])), done.returncode, log,
-                '\n'.join((done.stdout + done.stderr).splitlines()[-20:])))
+            raise LabError('%s ended with %d' % (
+                ' '.join(map(str, argv[:4])), done.returncode), log)
         return done
 
     def _start(self, service):
-        log = self.site.log(service.name, service.place)
+        machine = Machine(service.place)
+        log = machine.logs / (service.name + '.log')
         offset = log.stat().st_size if log.exists() else 0
-        self.site.start(service.name, service.place,
-                        [str(word) for word in service.argv], service.env)
-        services.wait_ready(
-            service, log, offset, self.site.namespace('ctl'),
-            self.layout.control,
-            lambda: self.site.alive(service.name, service.place))
+        machine.start(service.name, service.argv, env=service.env)
+        services.wait_ready(service, machine, offset)
 
     def _wait_computes(self, limit=60):
         until = time.monotonic() + limit
@@ -216,7 +183,7 @@ class Cloud:
             if up >= set(self.layout.hosts):
                 return
             if time.monotonic() > until:
-                raise CloudError('computes up after %d s: %s, wanted: %s' % (
+                raise LabError('computes up after %d s: %s, wanted: %s' % (
                     limit, sorted(up), sorted(self.layout.hosts)))
             time.sleep(.3)
 
@@ -230,14 +197,14 @@ class Cloud:
         """Restart a daemon of the cloud.
 
         :param place: "ctl" or a host
-        :raises CloudError: there is no such daemon
+        :raises LabError: there is no such daemon
         """
         for service in self._all_services():
             if (service.place, service.name) == (place, name):
-                self.site.stop(name, place)
+                Machine(place).stop(name, timeout=20)
                 self._start(service)
                 return
-        raise CloudError('%s has no daemon %s; it has %s' % (
+        raise LabError('%s has no daemon %s; it has %s' % (
             place, name, ', '.join(service.name for service in
                                    self._all_services()
                                    if service.place == place) or 'none'))
@@ -264,6 +231,21 @@ class Cloud:
         else:
             self.restart(host, 'nova-compute')
 
+    def set_images_type(self, images_type) -> None:
+        """Switch both hosts, where they are not on this images_type yet."""
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            _all(pool, [functools.partial(
+                self.set, host, 'libvirt', 'images_type', images_type)
+                for host in self.layout.hosts
+                if self.get(host, 'libvirt', 'images_type') != images_type])
+
+    def get(self, host, section, key) -> str | None:
+        """An option of one compute as the lab has written it."""
+        value = None
+        for path in self.layout.nova_files(host)[1::2]:
+            value = config.get_option(path, section, key, value)
+        return value
+
     def reset(self, host) -> None:
         """Undo all that was set for a host; restart it if there was any."""
         path = self.layout.overrides(host)
@@ -272,26 +254,29 @@ class Cloud:
             self.restart(host, 'nova-compute')
 
     def compute_log(self, host) -> pathlib.Path:
-        return self.site.log('nova-compute', host)
+        return Machine(host).logs / 'nova-compute.log'
 
     # -- use
 
-    def openstack(self, *words, capture=True) -> subprocess.CompletedProcess:
-        """Run the admin's command line client."""
-        return self.site.run(
-            'ctl', [str(self.layout.services / 'bin/openstack'), *words],
-            bootstrap.environment(self.layout, self.keys), capture=capture)
+    def openstack(self, arguments) -> int:
+        """Run the admin's command line client on this terminal.
 
-    def manage(self, *words, program='nova-manage', place=None):
+        :returns: its exit status
+        """
+        return forward(self.control.popen(
+            [self.layout.services / 'bin/openstack', *arguments],
+            env={**terminal(),
+                 **bootstrap.environment(self.layout, self.keys)}).wait())
+
+    def manage(self, *words, program='nova-manage', place=None, **more):
         """Run nova-manage or nova-status.
 
         :param place: a host, whose configuration is then read too
         """
-        return self.site.run(
-            place or 'ctl', [
-                str(self.layout.nova / 'bin' / program),
-                *self.layout.nova_files(place), *words],
-            services.nova_environment(self.layout))
+        return Machine(place or lab_config.CONTROL).run(
+            [self.layout.nova / 'bin' / program,
+             *self.layout.nova_files(place), *words],
+            env=services.nova_environment(self.layout), **more)
 
     def flavor(self, name):
         return self.conn.compute.find_flavor(name, ignore_missing=False)
@@ -328,30 +313,24 @@ class Cloud:
 
     # -- status
 
-    def is_ready(self) -> bool:
-        return (self.folder / 'ready').exists()
-
-    def status(self) -> tuple[bool, list[tuple[str, str, bool, str]]]:
-        """:returns: all is well, and (kind, name, ok, detail) of each part"""
-        rows = []
-        for service in self._all_services():
-            alive = self.site.alive(service.name, service.place)
-            rows.append(('daemon', '%s/%s' % (service.place, service.name),
-                         alive, 'runs' if alive else 'does not run'))
+    def status(self) -> list[ui.Check]:
+        """What the cloud's API says; its daemons are the machines'."""
+        checks = []
         try:
             for found in self.conn.compute.services():
-                rows.append((
-                    'service', '%s/%s' % (found.host, found.binary),
-                    found.state == 'up', '%s, %s' % (
-                        found.state, found.status)))
+                if found.host in self.layout.hosts:
+                    checks.append(ui.Check(
+                        found.host, 'compute service', found.state == 'up',
+                        '%s, %s' % (found.state, found.status)))
             for found in self.conn.compute.servers(all_projects=True):
-                rows.append((
-                    'server', found.name, found.status != 'ERROR',
-                    '%s on %s, %s' % (found.id, found.compute_host,
-                                      found.status)))
-        except Exception as error:
-            rows.append(('service', 'API', False, str(error)))
-        return all(row[2] for row in rows), rows
+                checks.append(ui.Check(
+                    found.compute_host or '-', 'server ' + found.name,
+                    found.status != 'ERROR',
+                    '%s %s' % (found.id, found.status)))
+        except Exception as error:  # whatever the client raises: no API
+            checks.append(ui.Check(
+                lab_config.CONTROL, 'API', False, str(error)))
+        return checks
 
 
 def _all(pool, works):
@@ -368,12 +347,60 @@ def find_tree(nova) -> pathlib.Path | None:
     if nova == 'base':
         return None
     path = pathlib.Path(
-        os.environ.get('LAB_NOVA_TREE') or ROOT / 'tree'
+        os.environ.get('LAB_NOVA_TREE') or lab_config.ROOT / 'tree'
         if nova == 'tree' else nova).resolve()
     if not (path / 'nova/cmd/compute.py').exists():
-        raise CloudError('%s is no checkout of Nova; "make tree" makes one'
-                         % path)
+        raise LabError('%s is no checkout of Nova; "make tree" makes one'
+                       % path)
     return path
+
+
+def prepare(options, progress) -> None:
+    """Make what outlasts "down": environments, guest image, extensions."""
+    tree = find_tree(options.nova)
+    VENVS.mkdir(parents=True, exist_ok=True)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        made = pool.submit(venvs.ensure, VENVS, progress.step)
+        if not image.is_made(GUEST):
+            with progress.step('guest image'):
+                image.ensure(GUEST)
+        made.result()
+    if tree:
+        build_extensions(tree, VENVS / 'extensions.log')
+
+
+def up(options, progress) -> None:
+    """Bring the cloud up on hosts that are up."""
+    Cloud(options, progress).up()
+
+
+def bring_up(options, progress=None) -> Cloud:
+    """Bring hosts and cloud up; the caller holds the lock.
+
+    :param options: state.Options of level "cloud"
+    """
+    progress = progress or ui.Steps()
+    preflight.check(options, leftover=bool(state.find()))
+    hosts.prepare(options, progress)
+    prepare(options, progress)
+    hosts.up(options, progress)
+    up(options, progress)
+    now = state.find()
+    now.phase = 'up'
+    now.save()
+    return Cloud(options, progress)
+
+
+def status() -> list[ui.Check]:
+    return Cloud().status()
+
+
+def known_tree(nova) -> pathlib.Path | None:
+    """The checkout that was found by "up", whatever the environment is now."""
+    if TREE.exists():
+        text = TREE.read_text()
+        return pathlib.Path(text) if text else None
+    return find_tree(nova)
 
 
 def build_extensions(tree, log) -> None:
@@ -387,9 +414,9 @@ def build_extensions(tree, log) -> None:
         return
     with open(log, 'w') as out:
         done = subprocess.run(
-            [os.sys.executable, 'setup.py', '--quiet', 'build_ext',
+            [sys.executable, 'setup.py', '--quiet', 'build_ext',
              '--inplace'], cwd=tree, stdout=out, stderr=subprocess.STDOUT,
             env={**os.environ, 'PBR_VERSION': '34.0.0'})
     if done.returncode:
-        raise CloudError('the extensions of %s could not be built:\n%s' % (
+        raise LabError('the extensions of %s could not be built:\n%s' % (
             tree, pathlib.Path(log).read_text()[-2000:]))

@@ -20,8 +20,8 @@ import secrets
 import shutil
 
 PORTS = {'keystone': 5000, 'placement': 8778, 'glance': 9292,
-         'nova-api': 8774, 'memcached': 11211, 'mariadb': 3306,
-         'rabbitmq': 5672}
+         'nova-api': 8774, 'network': 9696, 'memcached': 11211,
+         'mariadb': 3306, 'rabbitmq': 5672}
 REGION = 'RegionOne'
 USERS = ('nova', 'placement', 'glance')
 # nova.service tells at debug level when a service has begun to listen.
@@ -101,12 +101,21 @@ class Secrets:
         self.cookie = values['cookie']
 
 
-def set_option(path, section, key, value) -> None:
-    """Set an option in a file that a service reads last."""
+def _parser(path):
     parser = configparser.RawConfigParser(
         default_section=None, strict=False, interpolation=None)
     parser.optionxform = str
     parser.read(path)
+    return parser
+
+
+def get_option(path, section, key, default=None) -> str | None:
+    return _parser(path).get(section, key, fallback=default)
+
+
+def set_option(path, section, key, value) -> None:
+    """Set an option in a file that a service reads last."""
+    parser = _parser(path)
     if not parser.has_section(section):
         parser.add_section(section)
     parser.set(section, key, value)
@@ -235,6 +244,8 @@ lock_path = {self._folder('glance/lock')}
             (layout.tree / 'etc/nova/api-paste.ini') if layout.tree
             else layout.nova / 'etc/nova/api-paste.ini', paste)
         backend = {'native': 'threading', 'eventlet': 'eventlet'}
+        rabbit = 'rabbit://openstack:%s@%s:%d/' % (
+            self.keys.rabbit, layout.control, PORTS['rabbitmq'])
         filters = ','.join((
             'ComputeFilter', 'ComputeCapabilitiesFilter',
             'ImagePropertiesFilter', 'ServerGroupAntiAffinityFilter',
@@ -243,7 +254,7 @@ lock_path = {self._folder('glance/lock')}
         self._write('nova/nova.conf', f'''[DEFAULT]
 concurrency_backend = {backend[layout.threading]}
 default_log_levels = {LOG_LEVELS}
-transport_url = rabbit://openstack:{self.keys.rabbit}@{layout.control}:{PORTS['rabbitmq']}/
+transport_url = {rabbit}
 state_path = {self._folder('nova')}
 my_ip = {layout.control}
 osapi_compute_workers = 1

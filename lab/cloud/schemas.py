@@ -33,10 +33,8 @@ class Schemas:
         """Write an empty data directory."""
         data = self.layout.folder / 'mariadb' / 'data'
         data.mkdir(parents=True)
-        self.run('mariadb-install', ['chown', '-R', 'mysql:mysql',
-                                     data.parent])
         self.run('mariadb-install', [
-            'mariadb-install-db', '--no-defaults', '--user=mysql',
+            'mariadb-install-db', '--no-defaults', '--user=root',
             '--datadir=%s' % data, '--skip-test-db',
             '--auth-root-authentication-method=normal'])
 
@@ -48,8 +46,7 @@ class Schemas:
                      "ALTER USER 'root'@'localhost' IDENTIFIED BY '%s';" % (
                          self.keys.database, self.keys.database))
         self.run('mariadb-create', [
-            'mariadb', '--no-defaults', '-uroot', '-S',
-            self.layout.folder / 'mariadb' / 'socket', '-e',
+            'mariadb', '--no-defaults', '-uroot', '-S', services.SOCKET, '-e',
             ' '.join(lines)])
 
     def keystone(self):

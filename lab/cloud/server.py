@@ -25,12 +25,15 @@ import time
 
 import libvirt
 
+from ..errors import LabError
 from ..guest import testimony as words
+from ..host import Host
+from ..machine import Machine
 
 POLL = .4  # seconds
 
 
-class ServerError(Exception):
+class ServerError(LabError):
     """A server did not come to where it was sent; says where it is."""
 
 
@@ -46,6 +49,7 @@ class Server:
     def __init__(self, cloud, id):
         self.cloud = cloud
         self.id = id
+        self._awake = False  # it listens though its console says nothing
 
     # -- the API
 
@@ -144,6 +148,7 @@ class Server:
         if server.compute_host != host:
             raise ServerError('%s is still on %s%s' % (
                 self.id, server.compute_host, self._why()))
+        self._awake = True
         return server
 
     def rescue(self, image='guest'):
@@ -224,35 +229,55 @@ class Server:
         """
         number = 'c%d-%d' % (os.getpid(), next(self._numbers))
         line = ' '.join([number, *map(str, command)])
-        self.testimony(limit=limit)  # before that nobody listens
-        self._type(line)
+        if not self._awake:
+            self._ready(limit)
+        self._awake = False
         until = time.monotonic() + limit
-        while True:
-            reply = words.replies(self.console()).get(number)
-            if reply:
-                if not reply['ok']:
-                    raise ServerError('the guest of %s could not "%s": %s' % (
-                        self.id, line, reply['output']))
-                return reply['output']
-            if time.monotonic() > until:
-                raise ServerError('the guest of %s does not answer to "%s"; '
-                                  'its console ends with:\n%s' % (
-                                      self.id, line, self.console()[-1500:]))
-            time.sleep(POLL / 2)
+        with self._typed(line):
+            while True:
+                reply = words.replies(self.console()).get(number)
+                if reply:
+                    break
+                if time.monotonic() > until:
+                    raise ServerError(
+                        'the guest of %s does not answer to "%s"; its console '
+                        'ends with:\n%s' % (
+                            self.id, line, self.console()[-1500:]))
+                time.sleep(POLL / 2)
+        if not reply['ok']:
+            raise ServerError('the guest of %s could not "%s": %s' % (
+                self.id, line, reply['output']))
+        return reply['output']
 
     def look(self, limit=90) -> words.Testimony:
         """Make the running guest testify anew."""
         self.command('testify', limit=limit)
         return self.testimony()
 
-    def _type(self, line):
+    def _ready(self, limit):
+        until = time.monotonic() + limit
+        while not any(event['event'] == 'ready'
+                      for event in words.events(self.console())):
+            if time.monotonic() > until:
+                raise ServerError('the guest of %s is not ready after %d s; '
+                                  'its console ends with:\n%s' % (
+                                      self.id, limit, self.console()[-1500:]))
+            time.sleep(POLL)
+
+    @contextlib.contextmanager
+    def _typed(self, line):
+        """Type a line; the console stays open until the reply is there.
+
+        qemu looks once a second whether anybody has opened its pty, and reads
+        from it only then.
+        """
         with self.domain() as domain:
             stream = domain.connect().newStream()
             domain.openConsole(None, stream,
                                libvirt.VIR_DOMAIN_CONSOLE_FORCE)
             try:
                 stream.send(('\n%s\n' % line).encode())
-                time.sleep(.3)  # closing at once would lose it
+                yield
             finally:
                 with contextlib.suppress(libvirt.libvirtError):
                     stream.abort()
@@ -260,7 +285,7 @@ class Server:
     @contextlib.contextmanager
     def domain(self, host=None):
         """Its libvirt domain on a host, by default where the API says."""
-        connection = self.cloud.site.libvirt(host or self.host)
+        connection = Host(host or self.host).connect()
         try:
             yield connection.lookupByUUIDString(self.id)
         finally:
@@ -271,14 +296,14 @@ class Server:
     def left_on(self, host) -> list[str]:
         """All that a host has of this server: paths, domains, volumes."""
         found = []
-        root = self.cloud.site.root(host)
+        root = Machine(host).path('/var/lib/nova')
         for folder, folders, files in os.walk(root):
             for name in folders + files:
                 if self.id in name:
                     found.append(os.path.relpath(
                         os.path.join(folder, name), root))
             folders[:] = [name for name in folders if self.id not in name]
-        connection = self.cloud.site.libvirt(host)
+        connection = Host(host).connect()
         try:
             found += ['domain ' + domain.name()
                       for domain in connection.listAllDomains()
@@ -293,10 +318,15 @@ class Server:
             connection.close()
         return sorted(found)
 
+    def files_on(self, host) -> list[str]:
+        """Names in its directory on a host."""
+        return sorted(path.name for path in Machine(host).path(
+            '/var/lib/nova/instances/' + self.id).iterdir())
+
     def disk_info(self, host=None) -> dict:
         """Nova's own disk.info file of the server, if it has one."""
-        path = (self.cloud.site.root(host or self.host) / 'instances' /
-                self.id / 'disk.info')
+        path = Machine(host or self.host).path(
+            '/var/lib/nova/instances/%s/disk.info' % self.id)
         return json.loads(path.read_text()) if path.exists() else {}
 
 

@@ -15,17 +15,16 @@
 import dataclasses
 import os
 import pathlib
-import socket
 import time
 
 from . import config
-from . import netns
 
 MARIADB = (
     '--innodb-flush-log-at-trx-commit=0', '--innodb-doublewrite=0',
     '--innodb-buffer-pool-size=192M', '--max-connections=500',
     '--skip-log-bin', '--skip-name-resolve', '--character-set-server=utf8mb3',
     '--performance-schema=OFF')
+SOCKET = '/run/mariadb.socket'  # in ctl's own /run
 DATABASES = ('keystone', 'placement', 'glance', 'nova', 'nova_api',
              'nova_cell0')
 # What a service of Nova logs (nova.service, at debug level) when its RPC
@@ -49,10 +48,6 @@ class Service:
     argv: tuple
     env: dict = dataclasses.field(default_factory=dict)
     ready: int | str | None = None
-
-
-class NotServing(Exception):
-    """A daemon did not begin to serve in time, or ended before."""
 
 
 def _uwsgi(layout, name, venv, module, processes, *more, env=None):
@@ -83,10 +78,10 @@ def memcached(layout) -> Service:
 def mariadb(layout) -> Service:
     data = layout.folder / 'mariadb'
     return Service('mariadb', 'ctl', (
-        'mariadbd', '--no-defaults', '--user=mysql',
+        'mariadbd', '--no-defaults', '--user=root',
         '--datadir=%s' % (data / 'data'), '--bind-address=' + layout.control,
-        '--socket=%s' % (data / 'socket'), '--pid-file=%s' % (data / 'pid'),
-        *MARIADB), ready=config.PORTS['mariadb'])
+        '--socket=' + SOCKET, '--pid-file=%s' % (data / 'pid'), *MARIADB),
+        ready=config.PORTS['mariadb'])
 
 
 def rabbitmq(layout, keys) -> Service:
@@ -144,6 +139,15 @@ def glance(layout) -> Service:
                   env={'OS_GLANCE_CONFIG_DIR': str(layout.etc / 'glance')})
 
 
+def empty_network(layout) -> Service:
+    return Service('network', 'ctl', (
+        layout.services / 'bin/uwsgi', '--http-socket',
+        '%s:%d' % (layout.control, config.PORTS['network']), '--wsgi-file',
+        pathlib.Path(__file__).with_name('empty_network.py'), '--master',
+        '--die-on-term', '--need-app', '--procname-prefix-spaced',
+        'network'), {}, 'spawned uWSGI worker 1')
+
+
 def nova_api(layout) -> Service:
     return _uwsgi(layout, 'nova-api', layout.nova, 'nova.wsgi.osapi_compute',
                   2, env={
@@ -171,39 +175,23 @@ def manage(layout, name) -> tuple:
     return (layout.nova / 'bin' / name, *layout.nova_files())
 
 
-def wait_ready(service: Service, log: pathlib.Path, offset: int, namespace,
-               address: str, alive, seconds: float = 90) -> None:
+def wait_ready(service: Service, machine, offset: int,
+               seconds: float = 90) -> None:
     """Wait until a daemon serves.
 
-    :param log: its log
+    :param machine: where it runs
     :param offset: where its log ended before it was started, in bytes
-    :param namespace: path of its network namespace
-    :param alive: callable, says whether the process is there
-    :raises NotServing: with the end of its log
+    :raises LabError: it has ended, or does not serve in time
     """
-    until = time.monotonic() + seconds
-    while not _serves(service, log, offset, namespace, address):
-        if not alive() or time.monotonic() > until:
-            why = 'is not ready after %d s' % seconds if alive() else 'ended'
-            text = log.read_text(errors='replace') if log.exists() else ''
-            raise NotServing('%s on %s %s; its log (%s) ends with:\n%s' % (
-                service.name, service.place, why, log,
-                '\n'.join(text.splitlines()[-20:])))
-        time.sleep(.2)
+    if isinstance(service.ready, int):
+        machine.wait_port(service.ready, seconds, service.name)
+    elif service.ready:
+        machine.wait(lambda: _says(service, machine, offset), seconds,
+                     'serving', service.name)
 
 
-def _serves(service, log, offset, namespace, address):
-    if service.ready is None:
-        return True
-    if isinstance(service.ready, str):
-        if not log.exists():
-            return False
-        with open(log, errors='replace') as file:
-            file.seek(offset)
-            return service.ready in file.read()
-    try:
-        with netns.inside(namespace):
-            socket.create_connection((address, service.ready), 1).close()
-        return True
-    except OSError:
-        return False
+def _says(service, machine, offset):
+    time.sleep(.1)
+    with open(machine.service(service.name).log, errors='replace') as file:
+        file.seek(offset)
+        return service.ready in file.read()

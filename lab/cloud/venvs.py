@@ -25,6 +25,8 @@ import pathlib
 import subprocess
 import sys
 
+from ..errors import LabError
+
 # SQLAlchemy 2.1 fails Nova 34.0.0's own database tests.
 SERVICES = (
     'SQLAlchemy<2.1', 'keystone==30.0.0', 'glance==33.0.0',
@@ -35,7 +37,7 @@ NOVA = (
     'python-memcached', 'pymemcache', 'uwsgi')
 
 
-class VenvError(Exception):
+class VenvError(LabError):
     """pip failed; names the log and its last lines."""
 
 
@@ -84,7 +86,6 @@ def _make(path, wanted, step):
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, 'PYTHONWARNINGS': 'ignore'})
             if done.returncode:
-                tail = log.read_text(errors='replace').splitlines()[-20:]
-                raise VenvError('%s failed (log: %s):\n%s' % (
-                    ' '.join(map(str, command[:6])), log, '\n'.join(tail)))
+                raise VenvError('%s failed' % (
+                    ' '.join(map(str, command[:6]))), log)
         (path / 'requirements.sha256').write_text(_sum(wanted))

@@ -19,12 +19,11 @@ ext4 partition which the guest grows to the end of its disk at every boot.
 
 import fcntl
 import hashlib
-import logging
 import pathlib
 import shutil
 import subprocess
 
-LOG = logging.getLogger(__name__)
+from ..errors import LabError
 
 HERE = pathlib.Path(__file__).resolve().parent
 MIB = 1 << 20
@@ -55,7 +54,7 @@ LABEL l
 """ % COMMAND_LINE
 
 
-class GuestError(Exception):
+class GuestError(LabError):
     """The guest image could not be made; says which step and why."""
 
 

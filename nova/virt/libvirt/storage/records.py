@@ -127,6 +127,9 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
             size_of(disks.instance, name, block_device_info))
         if name.startswith('disk.config'):
             fresh.format = fields.LibvirtDiskFormat.RAW
+        if record is not None:
+            # Made anew after a move: the other host's is still kept.
+            fresh.previous = record.previous
         disks.set(name, fresh)
     attach(disks, disk_mapping)
 
@@ -154,10 +157,14 @@ def destroyed(disks) -> None:
     """Forget the disks which this host has just destroyed.
 
     Another host's stay on record: a server that was moved away is cleaned up
-    here while it runs there.
+    here while it runs there. So does what was kept for a revert: that is the
+    disk again.
     """
     for name, record in _own(disks):
-        disks.clear(name)
+        if record.previous is not None:
+            disks.set(name, record.previous)
+        else:
+            disks.clear(name)
 
 
 def _own(disks):

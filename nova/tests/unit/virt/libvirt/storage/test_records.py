@@ -224,6 +224,15 @@ class TestTakeUp(RecordsTestCase):
 
 class TestBegin(RecordsTestCase):
 
+    def test_made_anew_after_a_move(self):
+        disks = self.disks(self.record(), self.record(
+            state='building', previous=self.record(host='other')))
+        self.write('disk')
+        self.begin(disks)
+        self.assertEqual(('building', 'here', 'other'), (
+            disks.get('disk.swap').state, disks.get('disk.swap').host,
+            disks.get('disk.swap').previous.host))
+
     def begin(self, disks, **kwargs):
         backend = imagebackend.Backend(True)
         records.begin(
@@ -345,6 +354,15 @@ class TestMoves(RecordsTestCase):
         disks.save(self.context)
         self.assertEqual(['disk.swap'], [n for n, _r in disks.items()])
         self.assertEqual([{uuids.root: None}], self.saves)
+
+    def test_destroyed_on_the_way_back(self):
+        # A revert: what was kept for it is the disk again.
+        disks = self.disks(self.record(
+            previous=self.record(host='other', size=6)))
+        records.destroyed(disks)
+        self.assertEqual(('other', 6, None), (
+            disks.get('disk').host, disks.get('disk').size,
+            disks.get('disk').previous))
 
     def test_live_migrated(self):
         disks = self.disks(self.record(host='other'))

@@ -13,6 +13,7 @@
 """Level hosts: up, down, status."""
 
 import concurrent.futures
+import contextlib
 import os
 import pathlib
 import shutil
@@ -104,6 +105,7 @@ def down(progress: ui.Steps | None = None) -> bool:
     :returns: whether there was anything
     """
     progress = progress or ui.Steps()
+    packages.forget_policy()
     known = state.find()
     if known is None:
         return False
@@ -127,31 +129,35 @@ def down(progress: ui.Steps | None = None) -> bool:
     return True
 
 
+def _inside() -> set[process.Process]:
+    """All processes in the lab's namespaces, and what keeps them there."""
+    found = set()
+    for name in config.ADDRESSES:
+        with contextlib.suppress(LabError):
+            found.add(Machine(name).init)
+        for pid in network.pids(name):
+            if pid != os.getpid():
+                with contextlib.suppress(ProcessLookupError):
+                    found.add(process.Process.of(pid))
+    return {each for each in found if each.alive()}
+
+
 def _end_processes() -> None:
     """End each machine's first process, then whoever is left in one."""
-    gone = []
-    for name in config.ADDRESSES:
-        machine = Machine(name)
-        try:
-            init = machine.init
-        except LabError:
-            continue
-        if init.signal(signal.SIGKILL):
-            gone.append(init)
-    process.wait_gone(gone, 20)
-    deadline = time.monotonic() + 20
-    while left := [pid for name in config.ADDRESSES
-                   for pid in network.pids(name) if pid != os.getpid()]:
-        for pid in left:
-            # A namespace of the lab has only what the lab brought there.
-            try:
-                process.Process.of(pid).signal(signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+    everybody = set()
+    deadline = time.monotonic() + 30
+    # A namespace of the lab has only what the lab brought there.
+    while left := _inside():
+        everybody |= left
+        for each in left:
+            each.signal(signal.SIGKILL)
         if time.monotonic() > deadline:
             raise LabError('processes in the lab\'s namespaces do not end: '
-                           '%s' % ', '.join(map(lock.describe, left)))
-        time.sleep(0.02)
+                           '%s' % ', '.join(lock.describe(each.pid)
+                                            for each in left))
+        time.sleep(0.01)
+    # One that is ending leaves its namespaces first.
+    process.wait_gone(everybody, 20)
 
 
 def _loops() -> list[str]:

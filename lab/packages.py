@@ -34,6 +34,7 @@ OVS = ('dnsmasq-base', 'haproxy', 'openvswitch-switch', 'dropbear-bin')
 BENCH = ('libnbd-bin', 'nbdkit', *SSH)
 
 POLICY = pathlib.Path('/usr/sbin/policy-rc.d')
+REFUSAL = '#!/bin/sh\n# while the Nova lab installs packages\nexit 101\n'
 
 
 def wanted(options) -> list[str]:
@@ -66,17 +67,18 @@ def install(names) -> None:
     """
     log = config.CACHE / 'apt.log'
     log.parent.mkdir(parents=True, exist_ok=True)
-    policy = not POLICY.exists()
-    if policy:
+    forget_policy()
+    if not POLICY.exists():
         # invoke-rc.d(8) asks it; 101 is "not allowed".
-        POLICY.write_text('#!/bin/sh\nexit 101\n')
+        POLICY.write_text(REFUSAL)
         POLICY.chmod(0o755)
     try:
         with open(log, 'w') as out:
             for command in (
                     ['apt-get', '-q', 'update'],
-                    ['apt-get', '-q', 'install', '-y',
-                     '--no-install-recommends', *names]):
+                    # One of an earlier command may be at work still.
+                    ['apt-get', '-q', '-o', 'DPkg::Lock::Timeout=300',
+                     'install', '-y', '--no-install-recommends', *names]):
                 done = subprocess.run(
                     command, stdout=out, stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
@@ -84,5 +86,10 @@ def install(names) -> None:
                 if done.returncode:
                     raise LabError('%s failed' % ' '.join(command[:3]), log)
     finally:
-        if policy:
-            POLICY.unlink(missing_ok=True)
+        forget_policy()
+
+
+def forget_policy() -> None:
+    """Remove our policy-rc.d, also one left by a killed command."""
+    if POLICY.exists() and POLICY.read_text() == REFUSAL:
+        POLICY.unlink()

@@ -12,4 +12,4 @@
 
 from .cli import main
 
-main()
+main(prog_name='lab/lab')

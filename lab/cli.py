@@ -351,3 +351,25 @@ def prepare(level):
         if level == 'cloud':
             from . import cloud
             cloud.prepare(options, ui.Console())
+
+
+@main.command(hidden=True)
+@click.option('--runs', default=5, show_default=True,
+              help='Of each way; the medians count.')
+@click.argument('cases', nargs=-1)
+def bench(runs, cases):
+    """Measure the pump against other ways (lab/bench)."""
+    preflight.check_user()
+    from .benchmark import command
+    # No narrower than its table.
+    wide = max(120, rich.console.Console().width)
+    command.run(runs, cases, rich.console.Console(highlight=False, width=wide))
+
+
+@main.command()
+@click.option('--keep', is_flag=True, help='Leave the cloud up.')
+def demo(keep):
+    """Tell the whole story of the series, live."""
+    preflight.check_user()
+    from . import story
+    sys.exit(not story.run(keep))

@@ -138,6 +138,8 @@ class Host(Machine):
     def connect(self, readonly: bool = False):
         """A libvirt.virConnect to the host's libvirtd, past the network."""
         import libvirt
+        # Its exceptions say the same; by default it prints them as well.
+        libvirt.registerErrorHandler(lambda _context, _error: None, None)
         url = 'qemu:///system?socket=%s' % self.path(
             '/run/libvirt/libvirt-sock%s' % ('-ro' if readonly else ''))
         return (libvirt.openReadOnly if readonly else libvirt.open)(url)

@@ -1,0 +1,272 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""What is measured, and what is hoped for."""
+
+import dataclasses
+import functools
+import statistics
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+RANDOM = '''for _ in range(%d):
+    out.write(os.urandom(1 << 20))'''
+# Extents of 1 MiB, spread evenly, as many as make up the share.
+SPREAD = '''size, data = %d, %d
+for n in range(data >> 20):
+    out.seek(n * (size // (data >> 20)) >> 12 << 12)
+    out.write(os.urandom(1 << 20))
+out.truncate(size)'''
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of build/bench.json.
+
+    :ivar target: the least (or, where ``most``, the most) that the ratio
+        should be; None: for information
+    """
+
+    case: str
+    metric: str
+    ours: float
+    other: str
+    other_value: float
+    ratio: float
+    target: float | None = None
+    most: bool = False
+
+    @property
+    def reached(self) -> bool | None:
+        if self.target is None:
+            return None
+        return (self.ratio <= self.target if self.most
+                else self.ratio >= self.target)
+
+
+def faster(case, ours, other, theirs, target=None, metric='seconds'):
+    return Row(case, metric, ours, other, theirs, theirs / ours, target)
+
+
+def less(case, metric, ours, other, theirs, target=None):
+    return Row(case, metric, ours, other, theirs,
+               ours / theirs if theirs else 0, target, most=True)
+
+
+class Cases:
+    """:param bench: methods.Bench
+    :param runs: of each way; the medians count
+    :param tell: called with a line of text as things go
+    """
+
+    def __init__(self, bench, runs=5, tell=print):
+        self.bench, self.runs, self.tell = bench, runs, tell
+
+    def paired(self, name, length, ways) -> dict[str, list]:
+        """Run each way in turn, so often; costs by way."""
+        costs = {way: [] for way in ways}
+        for number in range(self.runs):
+            for way, run in ways.items():
+                self.bench.clear(name)
+                cost = run()
+                if not number:
+                    self.bench.check(name)
+                costs[way].append(cost)
+                self.tell('%s: %s %d of %d: %.2f s' % (
+                    name, way, number + 1, self.runs, cost.wall))
+        return costs
+
+    def _ways(self, name, length, sparse=False, virsh=True):
+        bench = self.bench
+        checksums = []
+
+        def pump():
+            cost, answer = bench.pump([name], length)
+            checksums.append(answer['checksums'][0])
+            return cost
+
+        ways = {'pump': pump,
+                'rsync -S' if sparse else 'rsync': functools.partial(
+                    bench.rsync, name, length, sparse)}
+        if not sparse:
+            ways['scp'] = functools.partial(bench.scp, name, length)
+        if virsh:
+            ways['virsh --sparse' if sparse else 'virsh'] = functools.partial(
+                bench.virsh, name, length, sparse)
+        for connections in (1, 4):
+            ways['nbdcopy -C %d' % connections] = functools.partial(
+                bench.nbdcopy, name, length, connections)
+        return ways, checksums
+
+    def random(self, size=GIB, targets=None):
+        """A disk full of data; then its copy is verified."""
+        name, case = 'random', '%g GiB random' % (size / GIB)
+        length = self.bench.make(name, RANDOM % (size >> 20))
+        ways, checksums = self._ways(name, length)
+        costs = self.paired(name, length, ways)
+        yield from rows(case, costs, {'rsync': 1.5, 'scp': 1.5,
+                                      'nbdcopy -C 4': 1.0})
+        ours = median(costs['pump'], 'wall')
+        for way in ('nbdcopy -C 1', 'nbdcopy -C 4'):
+            yield less(case, 'CPU s/GiB', *per_gib(
+                costs['pump'], size), way, *per_gib(costs[way], size),
+                1.0 if way.endswith('4') else None)
+        for way in list(costs)[1:4]:
+            yield less(case, 'CPU s/GiB', *per_gib(
+                costs['pump'], size), way, *per_gib(costs[way], size))
+        yield less(case, 'peak MiB', median(costs['pump'], 'memory') / MIB,
+                   'limit', 64, 1.0)
+        verified = []
+        self.bench.clear(name)
+        _cost, answer = self.bench.pump([name], length)
+        for _ in range(self.runs):
+            verified.append(self.bench.verify(
+                name, length, answer['checksums'][0]))
+        yield less(case, 'verification seconds',
+                   statistics.median(verified), 'our copy', ours, 0.4)
+        yield from self._threads(case, name, length)
+        self.bench.forget(name)
+
+    def _threads(self, case, name, length):
+        """What another thread of the process keeps of its speed.
+
+        Against the same thread in a process that has nothing to do with the
+        copy: beside it the machine is as busy.
+        """
+        inside, beside = [], []
+        for _ in range(self.runs):
+            self.bench.clear(name)
+            _cost, answer = self.bench.pump([name], length, spin=True)
+            inside.append(answer['speed'])
+            self.bench.clear(name)
+            self.bench.peer.begin('spin', seconds=answer['wall'])
+            self.bench.pump([name], length)
+            beside.append(self.bench.peer.answer()['speed'])
+        ours, theirs = statistics.median(inside), statistics.median(beside)
+        yield Row(case, 'loops/s of another thread', ours,
+                  'the same in another process', theirs, ours / theirs, 0.95)
+
+    def sparse(self, size=10 * GIB, share=0.05):
+        name = 'sparse'
+        case = '%g GiB, %g %% data' % (size / GIB, 100 * share)
+        length = self.bench.make(name, SPREAD % (size, int(size * share)))
+        ways, _checksums = self._ways(name, length, sparse=True)
+        costs = self.paired(name, length, ways)
+        yield from rows(case, costs, {'rsync -S': 20, 'nbdcopy -C 1': 1.5,
+                                      'nbdcopy -C 4': 1.5})
+        self.bench.clear(name)
+        self.bench.pump([name], length)
+        here, there = self.bench.allocations(name)
+        yield less(case, 'allocation MiB', there / MIB, 'the source',
+                   here / MIB, 1.02)
+        self.bench.forget(name)
+
+    def empty(self, size=10 * GIB):
+        name, case = 'empty', '%g GiB empty' % (size / GIB)
+        length = self.bench.make(name, 'out.truncate(%d)' % size)
+        ways, _checksums = self._ways(name, length, sparse=True)
+        costs = self.paired(name, length, ways)
+        yield from rows(case, costs, {})
+        yield less(case, 'seconds', median(costs['pump'], 'wall'), 'limit',
+                   0.3, 1.0)
+        self.bench.forget(name)
+
+    def overlay(self, size=200 * MIB):
+        """The file of a COW volume of which so much was changed."""
+        name, case = 'overlay', 'overlay, %d MiB changed' % (size >> 20)
+        folder = '/var/lib/nova/bench'
+        self.bench.a.run(['truncate', '-s', '10G', folder + '/base'])
+        self.bench.a.run(['qemu-img', 'create', '-q', '-f', 'qcow2', '-F',
+                          'raw', '-b', folder + '/base',
+                          folder + '/' + name])
+        self.bench.a.run(['sh', '-c', 'head -c %d /dev/urandom >/tmp/new; '
+                          'qemu-img dd -q -f raw -O raw if=/tmp/new '
+                          'of=/tmp/new.raw bs=1M; qemu-io -f qcow2 -c '
+                          '"write -q -s /tmp/new.raw 1G %d" %s/%s; '
+                          'rm /tmp/new /tmp/new.raw' % (
+                              size, size, folder, name)])
+        self.bench._refresh()
+        length = self.bench.a.path('%s/%s' % (folder, name)).stat().st_size
+        ways, _checksums = self._ways(name, length)
+        costs = self.paired(name, length, ways)
+        yield from rows(case, costs, {})
+        self.bench.forget(name, 'base')
+
+    def three(self, size=512 * MIB):
+        names, case = ['three-%d' % n for n in range(3)], 'three disks at once'
+        for name in names:
+            length = self.bench.make(name, RANDOM % (size >> 20))
+        walls = {True: [], False: []}
+        for _ in range(self.runs):
+            for together in walls:
+                for name in names:
+                    self.bench.clear(name)
+                cost, _answer = self.bench.pump(names, length,
+                                                together=together)
+                walls[together].append(cost.wall)
+                self.tell('three disks, %s: %.2f s' % (
+                    'at once' if together else 'in turn', cost.wall))
+        for name in names:
+            self.bench.check(name)
+        yield faster(case, statistics.median(walls[True]),
+                     'one after the other', statistics.median(walls[False]),
+                     1.3)
+        self.bench.forget(*names)
+
+    def tiny(self):
+        name, case = 'tiny', '4 KiB'
+        length = self.bench.make(name, 'out.write(os.urandom(4096))')
+        ways, _checksums = self._ways(name, length)
+        yield from rows(case, self.paired(name, length, ways), {})
+        self.bench.forget(name)
+
+    def slow(self, size=256 * MIB, rate='84mbit'):
+        """Memory while the destination takes 10 MiB/s."""
+        name, case = 'slow', '%d MiB at 10 MiB/s' % (size >> 20)
+        length = self.bench.make(name, RANDOM % (size >> 20))
+        with self.bench.b.link.slowed(rate):
+            cost, _answer = self.bench.pump([name], length)
+        self.tell('%s: %.1f s' % (case, cost.wall))
+        yield less(case, 'peak MiB', cost.memory / MIB, 'limit', 64, 1.0)
+        self.bench.forget(name)
+
+    def large(self, size=20 * GIB):
+        """Memory for a large disk full of data, once; on the real disk."""
+        name, case = 'large', '%g GiB random' % (size / GIB)
+        length = self.bench.make(name, 'block = os.urandom(64 << 20)\n' +
+                                 'for n in range(%d):\n' % (size >> 26) +
+                                 '    out.write(block[n:] + block[:n])')
+        cost, _answer = self.bench.pump([name], length)
+        self.tell('%s: %.1f s' % (case, cost.wall))
+        yield less(case, 'peak MiB', cost.memory / MIB, 'limit', 64, 1.0)
+        self.bench.forget(name)
+
+    IN_MEMORY = ('tiny', 'empty', 'random', 'sparse', 'overlay', 'three',
+                 'slow')
+    ON_DISK = ('large',)
+
+
+def median(costs, field) -> float:
+    return statistics.median(getattr(cost, field) for cost in costs)
+
+
+def per_gib(costs, size):
+    return (median(costs, 'cpu') * GIB / size,)
+
+
+def rows(case, costs, targets):
+    """Our time against each other way's."""
+    for way in costs:
+        if way != 'pump':
+            yield faster(case, median(costs['pump'], 'wall'), way,
+                         median(costs[way], 'wall'), targets.get(way))

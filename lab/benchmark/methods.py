@@ -1,0 +1,220 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""Each way to bring volumes from host-a to host-b."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from . import measure
+from .. import config
+from ..errors import LabError
+
+FOLDER = '/var/lib/nova/bench'
+POOL = 'bench'
+POOL_XML = '''<pool type='dir'><name>%s</name><target><path>%s</path>
+</target></pool>''' % (POOL, FOLDER)
+VOLUME_XML = '''<volume><name>%s</name><capacity>%d</capacity>
+<allocation>0</allocation><target><format type='raw'/></target></volume>'''
+NBD_PORT = 10809
+
+
+def tree() -> pathlib.Path:
+    """The checkout of Nova whose pump is measured."""
+    return pathlib.Path(os.environ.get('LAB_NOVA_TREE',
+                                       config.ROOT / 'tree')).resolve()
+
+
+class Runner:
+    """runner.py in a host."""
+
+    def __init__(self, host):
+        self.host = host
+        self.process = host.popen(
+            [sys.executable, '-m', 'lab.benchmark.runner'],
+            env={'PYTHONPATH': '%s:%s' % (tree(), config.ROOT),
+                 'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'true'},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=open(host.logs / 'bench.log', 'ab'), text=True)
+        self.answer()
+
+    def answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise LabError('the pump could not be run',
+                           self.host.logs / 'bench.log')
+        answer = json.loads(line)
+        if 'error' in answer:
+            raise LabError(answer['error'])
+        return answer
+
+    def begin(self, operation, **request) -> None:
+        self.process.stdin.write(json.dumps(
+            {'operation': operation, **request}) + '\n')
+        self.process.stdin.flush()
+
+    def __call__(self, operation, **request) -> dict:
+        self.begin(operation, **request)
+        return self.answer()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+class Bench:
+    """Two hosts with a pool each, and what the ways need.
+
+    :param memory: the pools lie in memory, so that no disk is measured
+    """
+
+    def __init__(self, a, b, memory: bool = True):
+        self.a, self.b = a, b
+        for host in (a, b):
+            host.run(['mkdir', '-p', FOLDER])
+            if memory:
+                host.run(['mount', '-t', 'tmpfs', '-o', 'size=80%', 'bench',
+                          FOLDER])
+            with host.connect() as connection:
+                connection.storagePoolCreateXML(POOL_XML)
+        b.start('nbdkit', [
+            'nbdkit', '--foreground', '--tls=require', '--tls-verify-peer',
+            '--tls-certificates=/etc/pki/qemu', '--ipaddr', b.address,
+            '--port', NBD_PORT, 'file', 'dir=' + FOLDER])
+        b.wait_port(NBD_PORT, 10, 'nbdkit')
+        self.runner, self.peer = Runner(a), Runner(b)
+
+    def close(self) -> None:
+        for runner in (self.runner, self.peer):
+            runner.close()
+        self.b.stop('nbdkit')
+
+    def remove(self) -> None:
+        """Take the pools away, for others in their place."""
+        self.close()
+        for host in (self.a, self.b):
+            with host.connect() as connection:
+                connection.storagePoolLookupByName(POOL).destroy()
+            host.run(['sh', '-c', 'umount %s || rm -rf %s' % (FOLDER, FOLDER)])
+
+    # -- volumes -------------------------------------------------------------
+
+    def make(self, name: str, program: str) -> int:
+        """Make a volume's file on host-a.
+
+        :param program: Python; ``out`` is the open file
+        :returns: its length in bytes
+        """
+        path = '%s/%s' % (FOLDER, name)
+        self.a.run([sys.executable, '-c', 'import os, random\n'
+                    'with open(%r, "wb") as out:\n    %s' % (
+                        path, program.replace('\n', '\n    '))])
+        self._refresh()
+        return self.a.path(path).stat().st_size
+
+    def forget(self, *names: str) -> None:
+        for host in (self.a, self.b):
+            for name in names:
+                host.path('%s/%s' % (FOLDER, name)).unlink(missing_ok=True)
+        self._refresh()
+
+    def clear(self, name: str) -> None:
+        """Remove what a copy has made."""
+        self.b.path('%s/%s' % (FOLDER, name)).unlink(missing_ok=True)
+        with self.b.connect() as connection:
+            connection.storagePoolLookupByName(POOL).refresh()
+
+    def _refresh(self) -> None:
+        for host in (self.a, self.b):
+            with host.connect() as connection:
+                connection.storagePoolLookupByName(POOL).refresh()
+
+    def check(self, name: str) -> None:
+        """:raises: LabError where the copy differs"""
+        done = subprocess.run(['cmp', *(h.path('%s/%s' % (FOLDER, name))
+                                        for h in (self.a, self.b))],
+                              stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise LabError('the copy differs: %s' % done.stdout)
+
+    def allocations(self, name: str) -> list[int]:
+        """Bytes on host-a and on host-b."""
+        return [h.path('%s/%s' % (FOLDER, name)).stat().st_blocks * 512
+                for h in (self.a, self.b)]
+
+    # -- ways ----------------------------------------------------------------
+
+    def _services(self, *names):
+        return [host.service(name) for host in (self.a, self.b)
+                for name in names if host.name == 'host-b' or
+                name == 'libvirtd']
+
+    def pump(self, names, length: int, **more) -> tuple[measure.Cost, dict]:
+        """The copy with all that a migration does for it."""
+        services = self._services('libvirtd')
+        before = measure.daemon_cpu(services)
+        with self.b.connect() as connection:
+            pool = connection.storagePoolLookupByName(POOL)
+            for name in names:
+                pool.createXML(VOLUME_XML % (name, length))
+        answer = self.runner(
+            'copy', source='qemu:///system', destination=self.a.uri(self.b),
+            volumes=[[POOL, name, POOL, name, length] for name in names],
+            **more)
+        return measure.Cost(
+            answer['wall'], answer['client'],
+            measure.daemon_cpu(services) - before, answer['memory']), answer
+
+    def verify(self, name: str, length: int, checksum) -> float:
+        """Seconds that it takes on host-b."""
+        return self.peer('verify', uri='qemu:///system', pool=POOL,
+                         volume=name, length=length, checksum=checksum[0],
+                         key=checksum[1])['wall']
+
+    def rsync(self, name, length, sparse=False):
+        path = '%s/%s' % (FOLDER, name)
+        return measure.command(
+            self.a, ['rsync', *(['-S'] if sparse else []), path,
+                     'host-b:' + path], self._services('sshd'))
+
+    def scp(self, name, length):
+        path = '%s/%s' % (FOLDER, name)
+        return measure.command(self.a, ['scp', '-q', path, 'host-b:' + path],
+                               self._services('sshd'))
+
+    def virsh(self, name, length, sparse=False):
+        """A sparse download can't go through a pipe: it seeks."""
+        uri = self.a.uri(self.b)
+        make = 'virsh -q -c %s vol-create-as %s %s %d --allocation 0' % (
+            uri, POOL, name, length)
+        upload = 'virsh -q -c %s vol-upload --pool %s %s' % (uri, POOL, name)
+        if sparse:
+            text = '%s && %s --sparse %s/%s' % (make, upload, FOLDER, name)
+        else:
+            text = ('%s && virsh -q vol-download --pool %s %s /dev/stdout | '
+                    '%s /dev/stdin' % (make, POOL, name, upload))
+        return measure.command(self.a, ['sh', '-c', text],
+                               self._services('libvirtd'))
+
+    def nbdcopy(self, name, length, connections=1):
+        """Into a file that is there and empty, which it is told."""
+        with open(self.b.path('%s/%s' % (FOLDER, name)), 'wb') as out:
+            out.truncate(length)
+        return measure.command(self.a, [
+            'nbdcopy', '--destination-is-zero', '--connections=%d' %
+            connections, '%s/%s' % (FOLDER, name),
+            'nbds://host-b/%s?tls-certificates=/etc/pki/qemu' % name],
+            self._services('nbdkit'))

@@ -1,0 +1,344 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""The whole story of the series, live: ``make demo``.
+
+A legacy server, a host that is switched to storage pools, a disk that moves
+into the pool, over to the other host without SSH, back again and larger.
+What is done is done by the public API, and what is shown is said by the
+guest, by libvirt and by the hosts' record of attempts to use SSH.
+"""
+
+import contextlib
+import json
+import time
+
+import rich.console
+import rich.progress
+import rich.table
+
+from . import cloud
+from . import config
+from . import hosts
+from . import lock
+from . import state
+from . import ui
+from .errors import LabError
+from .guest import testimony
+from .host import both
+from .host import Host
+
+MIB = 1 << 20
+GIB = 1 << 30
+RESULT = config.ROOT / 'build' / 'demo.json'
+DATA_MIB = 48
+WRITE = 'boot 1: fill data %d %%s\nboot 1: fill raw 8 %%s vdb 64\n' % DATA_MIB
+FLAVOR, LARGER = 'lab.small.disks', 'lab.medium.disks'
+
+
+class Unfulfilled(LabError):
+    """Something is not as the story tells it."""
+
+
+class Story:
+    """Shows each step as it runs and remembers it."""
+
+    def __init__(self, console):
+        self.console = console
+        self.began = time.monotonic()
+        self.steps = []
+
+    @contextlib.contextmanager
+    def step(self, name):
+        """:yields: a Step, whose detail is shown when it is done"""
+        step = Step(name)
+        self.steps.append(step)
+        try:
+            with step.shown(self.console):
+                yield step
+            step.ok = True
+        except BaseException as error:
+            step.detail = str(error) or type(error).__name__
+            raise
+        finally:
+            step.seconds = time.monotonic() - step.start
+            self.console.print(
+                '%s %7.1f s  %s%s' % (
+                    '[green]✓[/]' if step.ok else '[red]✗[/]', step.seconds,
+                    name, '\n             [dim]%s[/]' % step.detail
+                    if step.detail and step.ok else ''), highlight=False)
+
+    def table(self):
+        table = rich.table.Table(title='The story', title_justify='left')
+        for title, justify in (('', 'left'), ('step', 'left'),
+                               ('seconds', 'right'), ('what was seen', 'left')):
+            table.add_column(title, justify=justify)
+        for step in self.steps:
+            table.add_row('[green]✓[/]' if step.ok else '[red]✗[/]',
+                          step.name, '%.1f' % step.seconds, step.detail)
+        table.add_section()
+        table.add_row('', 'all', '%.1f' % (time.monotonic() - self.began), '')
+        return table
+
+    def write(self, ssh_attempts):
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(json.dumps({
+            'ok': bool(self.steps) and all(step.ok for step in self.steps),
+            'steps': [{'name': step.name, 'seconds': round(step.seconds, 2),
+                       'ok': step.ok, 'detail': step.detail}
+                      for step in self.steps],
+            'ssh_attempts': ssh_attempts}, indent=1) + '\n')
+
+
+class Step:
+    def __init__(self, name):
+        self.name = name
+        self.start = time.monotonic()
+        self.seconds = 0.
+        self.ok = False
+        self.detail = ''
+        self._bar = None
+
+    @contextlib.contextmanager
+    def shown(self, console):
+        if not console.is_terminal:
+            yield
+            return
+        with rich.progress.Progress(
+                rich.progress.SpinnerColumn(),
+                rich.progress.TimeElapsedColumn(),
+                rich.progress.TextColumn('{task.description}'),
+                rich.progress.BarColumn(), console=console,
+                transient=True) as bar:
+            self._bar = bar, bar.add_task(self.name, total=None)
+            yield
+
+    def watch(self, server):
+        """Show what the API tells of a server while one waits for it."""
+        if not self._bar:
+            return
+        bar, task = self._bar
+        known = bool(server.progress)
+        bar.update(task, total=100 if known else None,
+                   completed=server.progress or 0,
+                   description='%s [dim](%s%s)[/]' % (
+                       self.name, server.status,
+                       ', ' + server.task_state if server.task_state else ''))
+
+
+def expect(condition, message):
+    if not condition:
+        raise Unfulfilled(message)
+
+
+def expect_data(said, seed, what):
+    """The guest reads what it was told to write."""
+    for name, mib in (('data', DATA_MIB), ('raw', 8)):
+        found = said.ranges.get(name, {}).get('sha256')
+        expect(found == testimony.pattern_sha256(seed, mib * MIB),
+               '%s: the data "%s" of the server are not what it wrote: %s' % (
+                   what, name, found))
+    return 'start %d; %d MiB and %d MiB of data are the same' % (
+        said.boot, DATA_MIB, 8)
+
+
+def tell(story, the_cloud):
+    """The story itself, on a cloud whose hosts are on legacy qcow2."""
+    with story.step('boot two servers on host-a, images_type qcow2: '
+                    'each writes data') as step:
+        first, second = [the_cloud.boot(
+            name, flavor=FLAVOR, host='host-a', wait=False,
+            script=WRITE % (name, name)) for name in ('first', 'second')]
+        for server in (first, second):
+            server.watch = step.watch
+            server.wait('ACTIVE')
+        told = {server: server.testimony() for server in (first, second)}
+        expect_data(told[first], 'first', 'first boot')
+        expect_data(told[second], 'second', 'first boot')
+        step.detail = 'disks of "first": %s' % ', '.join(
+            name for name in first.files_on('host-a')
+            if name.startswith('disk') and name != 'disk.info')
+
+    with story.step('switch both hosts to images_type '
+                    'libvirt-storage') as step:
+        log = the_cloud.compute_log('host-a')
+        offset = log.stat().st_size
+        the_cloud.set_images_type('libvirt-storage')
+        step.detail = warning(log, offset, first.id)
+
+    with story.step('hard reboot of "first": its disks move into the '
+                    'pool') as step:
+        first.watch = step.watch
+        first.hard_reboot()
+        said = first.testimony(after=told[first])
+        expect_data(said, 'first', 'after the transition')
+        volumes = volumes_of(first, 'host-a')
+        expect(volumes, 'host-a has no volume of "first"')
+        left = [name for name in first.files_on('host-a')
+                if name in ('disk', 'disk.eph0', 'disk.swap')]
+        expect(not left, 'legacy files are left: %s' % left)
+        step.detail = 'now volumes: %s' % ', '.join(volumes)
+
+    with story.step('cold migration of "first", host-a to host-b, '
+                    'over TLS') as step:
+        first.watch = step.watch
+        first.migrate('host-b')
+        said = first.testimony(after=said)
+        step.detail = expect_data(said, 'first', 'on host-b')
+
+    with story.step('confirm it') as step:
+        first.confirm()
+        left = first.left_on('host-a')
+        expect(not left, 'host-a still has %s' % left)
+        step.detail = 'nothing of it is left on host-a'
+
+    with story.step('resize "first" to a larger flavor, back to '
+                    'host-a') as step:
+        first.watch = step.watch
+        before = said
+        first.resize(LARGER)
+        first.confirm()
+        said = first.testimony(after=before)
+        expect_data(said, 'first', 'after the resize')
+        expect(said.own['bytes'] == 2 * GIB and
+               said.filesystem['bytes'] > 1.9 * GIB,
+               'the disk or its file system did not grow')
+        step.detail = 'file system: %.2f GiB, was %.2f GiB' % (
+            said.filesystem['bytes'] / GIB, before.filesystem['bytes'] / GIB)
+
+    with story.step('migrate "second", a legacy server still, to host-b '
+                    '...') as step:
+        second.watch = step.watch
+        second.migrate('host-b')
+        there = second.testimony(after=told[second])
+        step.detail = expect_data(there, 'second', 'on host-b')
+
+    with story.step('... and revert') as step:
+        second.watch = step.watch
+        second.revert()
+        said = second.testimony(after=there)
+        expect(second.host == 'host-a', '"second" is on ' + second.host)
+        left = second.left_on('host-b')
+        expect(not left, 'host-b still has %s' % left)
+        step.detail = expect_data(said, 'second', 'after revert')
+
+    with story.step('what lies in both pools') as step:
+        lines = []
+        for host in config.HOSTS:
+            found = volumes_of(None, host)
+            lines.append('%s: %s' % (host, ', '.join(
+                '%s (%.1f of %d MiB)' % volume for volume in found)
+                or 'nothing'))
+        step.detail = '\n'.join(lines)
+
+    with story.step('attempts to use ssh, scp, sftp or rsync') as step:
+        attempts = ssh_attempts()
+        expect(not attempts, 'there were some: %s' % attempts)
+        step.detail = 'none recorded on either host, and no sshd runs there'
+    return first, second
+
+
+def warning(log, offset, uuid, limit=30):
+    """The compute's line about servers that are still on legacy disks."""
+    until = time.monotonic() + limit
+    while time.monotonic() < until:
+        with open(log, errors='replace') as file:
+            file.seek(offset)
+            for line in file:
+                if ' WARNING ' in line and uuid in line:
+                    return 'warning: ' + line.split('] ', 1)[-1].strip()[:300]
+        time.sleep(.3)
+    raise Unfulfilled('host-a does not warn of legacy disks in ' + str(log))
+
+
+def volumes_of(server, host):
+    """Names of a server's volumes; of all: (name, allocation, capacity)."""
+    connection = Host(host).connect()
+    try:
+        pool = connection.storagePoolLookupByName('nova-disks-pool')
+        found = [(volume.name(), *volume.info()[1:])
+                 for volume in pool.listAllVolumes()]
+    finally:
+        connection.close()
+    if server:
+        return sorted(name for name, _, _ in found if server.id in name)
+    return sorted((name, allocation / MIB, capacity // MIB)
+                  for name, capacity, allocation in found)
+
+
+def ssh_attempts():
+    return [attempt for host in both() for attempt in host.ssh_attempts()]
+
+
+def run(keep: bool) -> bool:
+    """Bring the cloud up, tell the story, take the cloud down.
+
+    :param keep: leave the cloud up
+    :returns: whether everything was as told
+    """
+    console = rich.console.Console(highlight=False)
+    story = Story(console)
+    attempts, failed = [], None
+    with lock.held():
+        if state.find():
+            raise LabError('the lab is up, or half up; the demo brings up its '
+                           'own: lab/lab down')
+        try:
+            the_cloud = _up(story, console)
+            for host in both():
+                host.forget_ssh_attempts()
+            tell(story, the_cloud)
+        except (LabError, Exception) as error:
+            failed = error
+        finally:
+            if state.find():
+                with contextlib.suppress(LabError):
+                    attempts = ssh_attempts()
+            if not keep and state.find():
+                hosts.down(ui.Console(console))
+    story.write(attempts)
+    console.print()
+    console.print(story.table())
+    console.print('record: %s' % RESULT)
+    if failed:
+        console.print('[red]error:[/] %s' % failed)
+        if getattr(failed, 'log', None):
+            console.print('log: %s' % failed.log)
+    elif keep:
+        console.print(
+            'The cloud is up. Its client: lab/lab openstack server list; a '
+            'shell on a host: lab/lab exec host-a -- bash; a guest\'s '
+            'console: lab/lab exec host-a -- virsh console DOMAIN; down: '
+            'lab/lab down')
+    if failed and not isinstance(failed, LabError):
+        raise failed
+    return not failed
+
+
+def _up(story, console):
+    options = state.Options(level='cloud', nova='tree', images_type='qcow2')
+    with _whole(story, 'the cloud is up: two libvirt hosts, no sshd'):
+        return cloud.bring_up(options, ui.Console(console))
+
+
+@contextlib.contextmanager
+def _whole(story, name):
+    """A step whose parts show themselves."""
+    step = Step(name)
+    story.steps.append(step)
+    try:
+        yield
+        step.ok = True
+    except BaseException as error:
+        step.detail = str(error)
+        raise
+    finally:
+        step.seconds = time.monotonic() - step.start

@@ -231,13 +231,25 @@ class Cloud:
         else:
             self.restart(host, 'nova-compute')
 
-    def set_images_type(self, images_type) -> None:
-        """Switch both hosts, where they are not on this images_type yet."""
+    def set_images_type(self, images_type, **more) -> None:
+        """Switch both hosts; computes that have it already go on as they are.
+
+        :param more: further options of [DEFAULT]: use_cow_images,
+            force_raw_images, preallocate_images; Nova's default where unset
+        """
+        values = {('libvirt', 'images_type'): images_type}
+        for key, default in (('use_cow_images', 'true'),
+                             ('force_raw_images', 'true'),
+                             ('preallocate_images', 'none')):
+            values['DEFAULT', key] = more.get(key, default)
+
+        def switch(host):
+            if any(self.get(host, *name) != value
+                   for name, value in values.items()):
+                self.set_many(host, values)
+
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            _all(pool, [functools.partial(
-                self.set, host, 'libvirt', 'images_type', images_type)
-                for host in self.layout.hosts
-                if self.get(host, 'libvirt', 'images_type') != images_type])
+            list(pool.map(switch, self.layout.hosts))
 
     def get(self, host, section, key) -> str | None:
         """An option of one compute as the lab has written it."""

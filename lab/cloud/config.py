@@ -312,6 +312,9 @@ lock_path = {self._folder('nova/lock')}
 compute_driver = libvirt.LibvirtDriver
 host = {host}
 my_ip = {address}
+use_cow_images = true
+force_raw_images = true
+preallocate_images = none
 state_path = /var/lib/nova
 instances_path = /var/lib/nova/instances
 [oslo_concurrency]

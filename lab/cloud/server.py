@@ -24,6 +24,7 @@ import os
 import time
 
 import libvirt
+import openstack.exceptions
 
 from ..errors import LabError
 from ..guest import testimony as words
@@ -49,6 +50,7 @@ class Server:
     def __init__(self, cloud, id):
         self.cloud = cloud
         self.id = id
+        self.watch = lambda server: None  # called with what wait() sees
         self._awake = False  # it listens though its console says nothing
 
     # -- the API
@@ -73,6 +75,7 @@ class Server:
         until = time.monotonic() + limit
         while True:
             server = self.get()
+            self.watch(server)
             if server.status in states and not server.task_state:
                 return server
             if server.status == 'ERROR' and 'ERROR' not in states:
@@ -153,7 +156,7 @@ class Server:
 
     def rescue(self, image='guest'):
         self.api.rescue_server(
-            self.id, image_ref=self.cloud.image(image).id)
+            self.id, image=self.cloud.image(image).id)
         return self.wait('RESCUE')
 
     def unrescue(self):
@@ -190,11 +193,12 @@ class Server:
         """Delete it and wait until it is gone; gone already is fine."""
         self.api.delete_server(self.id, ignore_missing=True)
         until = time.monotonic() + 90
-        while self.api.find_server(self.id, ignore_missing=True):
-            if time.monotonic() > until:
-                raise ServerError('%s is still there 90 s after delete'
-                                  % self.id)
-            time.sleep(POLL)
+        with contextlib.suppress(openstack.exceptions.NotFoundException):
+            while self.api.get_server(self.id):
+                if time.monotonic() > until:
+                    raise ServerError('%s is still there 90 s after delete'
+                                      % self.id)
+                time.sleep(POLL)
 
     # -- the guest
 
@@ -256,7 +260,9 @@ class Server:
 
     def _ready(self, limit):
         until = time.monotonic() + limit
-        while not any(event['event'] == 'ready'
+        # a guest that came by live migration has obeyed before, at best
+        while not any(event['event'] in ('ready', 'done')
+                      and event.get('id') != 'user-data'
                       for event in words.events(self.console())):
             if time.monotonic() > until:
                 raise ServerError('the guest of %s is not ready after %d s; '

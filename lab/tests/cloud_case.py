@@ -12,48 +12,54 @@
 """What the scenarios on the cloud have in common."""
 
 import atexit
-import functools
 import os
 import pathlib
 import unittest
 
-import lab
 from lab import cloud as lab_cloud
 from lab import config
 from lab import hosts
 from lab import lock
 from lab import state
 from lab.guest import testimony
+from lab.host import both
+from lab.machine import Machine
 
 MIB = 1 << 20
 GIB = 1 << 30
 
+#: How a lab is brought up for a class of scenarios.
+STOCK = {'nova': 'base', 'ssh': True}
+SERIES = {'nova': 'tree', 'ssh': False}
 
-@functools.lru_cache
-def the_cloud() -> lab_cloud.Cloud:
-    """The lab's cloud; brought up, and down at the end, unless it is up.
+_mine = []  # not empty: the lab that is up was brought up here
 
-    LAB_NOVA (base, tree or a path), LAB_SSH (0 or 1), LAB_IMAGES_TYPE and
-    LAB_THREADING say how, where it is not up yet.
+
+def cloud_for(wanted) -> lab_cloud.Cloud:
+    """A cloud of one kind; it is taken down when the tests are over.
+
+    A lab that was up before is used if it is of that kind, and stays.
+
+    :param wanted: STOCK or SERIES
+    :raises unittest.SkipTest: another one is up
     """
-    if _level() == 'cloud':
-        return lab_cloud.Cloud()
-    nova = os.environ.get('LAB_NOVA', 'tree')
-    options = state.Options(
-        level='cloud', nova=nova,
-        ssh=os.environ.get('LAB_SSH', '1' if nova == 'base' else '0') == '1',
-        images_type=os.environ.get('LAB_IMAGES_TYPE', 'default'),
-        threading=os.environ.get('LAB_THREADING', 'native'))
-    atexit.register(_down)
+    known = state.find()
+    if known and known.phase == 'up' and known.boot == state.boot_id():
+        if known.options.level == 'cloud' and (
+                {'nova': known.options.nova,
+                 'ssh': known.options.ssh} == wanted):
+            return lab_cloud.Cloud()
+        if not _mine:
+            raise unittest.SkipTest(
+                'a lab of another kind is up (%s), this takes %s; lab/lab '
+                'down makes room' % (known.options, wanted))
+    if not _mine:
+        _mine.append(True)
+        atexit.register(_down)
     with lock.held():
-        return lab_cloud.bring_up(options)
-
-
-def _level():
-    try:
-        return state.load().options.level
-    except lab.LabError:
-        return None
+        return lab_cloud.bring_up(state.Options(
+            level='cloud', threading=os.environ.get('LAB_THREADING', 'native'),
+            **wanted))
 
 
 def _down():
@@ -61,36 +67,53 @@ def _down():
         hosts.down()
 
 
-def has_pools() -> bool:
-    """Whether the Nova that runs knows images_type libvirt-storage."""
-    tree = the_cloud().layout.tree
-    return bool(tree) and pathlib.Path(
-        tree, 'nova/virt/libvirt/storage/backend.py').exists()
-
-
 class CloudTestCase(unittest.TestCase):
     """A scenario on a cloud whose hosts have one images_type.
 
-    :cvar images_type: of both hosts; the class is skipped where the Nova that
-        runs does not know it
+    :cvar lab: STOCK or SERIES
+    :cvar images_type: of both hosts
+    :cvar options: others that matter for disks, see Cloud.set_images_type
     """
 
+    lab = STOCK
     images_type = 'default'
+    options = {}
 
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
         if os.geteuid():
             raise unittest.SkipTest('the lab makes namespaces: root only')
-        if cls.images_type == 'libvirt-storage':
-            if not has_pools():
-                raise unittest.SkipTest('stock Nova has no storage pools')
-        elif not state_of_ssh():
-            # reboots and the like would do, but it is one story
-            raise unittest.SkipTest(
-                'legacy disks migrate over SSH: bring the lab up with --ssh')
-        cls.cloud = the_cloud()
-        cls.cloud.set_images_type(cls.images_type)
+        if cls.lab == SERIES and not _has_pools():
+            raise unittest.SkipTest('the tree knows no storage pools')
+        cls.cloud = cloud_for(cls.lab)
+        cls.cloud.set_images_type(cls.images_type, **cls.options)
+
+    def setUp(self):
+        super().setUp()
+        for host in both():
+            if not self.lab['ssh']:
+                host.forget_ssh_attempts()
+        self.addCleanup(self._show_logs_on_failure)
+
+    def tearDown(self):
+        super().tearDown()
+        if not self.lab['ssh']:
+            self.assertEqual([], [attempt for host in both()
+                                  for attempt in host.ssh_attempts()])
+
+    def _show_logs_on_failure(self):
+        result = self._outcome.result if self._outcome else None
+        failed = self._outcome and not self._outcome.success
+        if result is None or not failed:
+            return
+        for host in both():
+            log = host.logs / 'nova-compute.log'
+            if log.exists():
+                lines = [line for line in log.read_text(
+                    errors='replace').splitlines()
+                    if ' ERROR ' in line or ' WARNING ' in line]
+                print('%s: %s' % (host.name, '\n'.join(lines[-25:])))
 
     def boot(self, name='server', **more):
         """A server that is deleted when the test is over."""
@@ -126,7 +149,12 @@ class CloudTestCase(unittest.TestCase):
         for host in host_names or config.HOSTS:
             self.assertEqual([], server.left_on(host), host)
 
+    def service_log(self, host):
+        return (Machine(host).logs / 'nova-compute.log').read_text(
+            errors='replace')
 
-def state_of_ssh() -> bool:
-    the_cloud()
-    return state.load().options.ssh
+
+def _has_pools():
+    tree = lab_cloud.cloud.find_tree('tree')
+    return pathlib.Path(
+        tree, 'nova/virt/libvirt/storage/backend.py').exists()

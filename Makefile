@@ -4,10 +4,14 @@ SERIES = PYTHONPATH=tools $(PYTHON) -m series
 RUN = PYTHONPATH=tools $(PYTHON) -m runner
 
 .DEFAULT_GOAL := help
-.PHONY: help tree save check series wheel test functional each lab lab-down lab-test bench demo
+.PHONY: help ready tree save check series wheel test style unit functional \
+	each lab lab-down lab-test bench demo
 
 help:         ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+ready:        ## install the system packages of bindep.txt that are missing
+	@$(RUN) system
 
 tree:         ## make tree/, the Nova checkout in which one works, from the repository
 	@$(SERIES) tree
@@ -18,7 +22,7 @@ save:         ## write the commits of tree/ to the repository
 check:        ## prove that tree and repository agree and that each commit is in form
 	@$(SERIES) check
 
-series: tree  ## dist/: mails for git am, a quilt directory, source distribution, wheel
+series:       ## dist/: mails for git am, a quilt directory, source distribution, wheel
 	@$(SERIES) export
 	@$(RUN) dist
 
@@ -28,10 +32,16 @@ wheel:        ## dist/: a wheel of Nova with the series applied
 test:         ## install what is missing, then run all tests
 	@$(RUN) test
 
+style:        ## the style checks alone
+	@$(RUN) style
+
+unit:         ## Nova's unit tests that the series can affect, alone
+	@$(RUN) unit
+
 functional:   ## Nova's functional tests of the libvirt driver, and ours
 	@$(RUN) functional
 
-each:         ## test every commit of the series alone (ALL=1: all tests on each)
+each:         ## test every commit of the series alone (ALL=1: all unit tests on each)
 	@$(RUN) each $(if $(ALL),--all)
 
 lab:          ## bring up two libvirt hosts and a cloud on this machine

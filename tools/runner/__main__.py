@@ -17,9 +17,9 @@ import subprocess
 import sys
 
 from . import machine
-from series import compose
+from series import project
 from series import SeriesError
-from series.project import Project
+from series import compose
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 INSIDE = 'SERIES_RUNNER_IN_VENV'
@@ -28,54 +28,59 @@ INSIDE = 'SERIES_RUNNER_IN_VENV'
 def main() -> int:
     parser = argparse.ArgumentParser(prog='runner')
     parser.add_argument('command', choices=(
-        'test', 'functional', 'each', 'lab', 'wheel', 'dist', 'prepare'))
-    parser.add_argument('--all', action='store_true')
+        'system', 'prepare', 'test', 'tools', 'style', 'unit', 'functional',
+        'lab', 'each', 'wheel', 'dist'))
+    parser.add_argument('--all', action='store_true',
+                        help='each: all unit tests on every commit')
     arguments = parser.parse_args()
-    if os.environ.get(INSIDE):
-        return _inside(arguments)
     try:
-        _prepare()
+        if os.environ.get(INSIDE):
+            return _inside(arguments)
+        _prepare(arguments.command == 'system')
     except (machine.NotReady, SeriesError) as error:
         print('error:', error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print('stopped', file=sys.stderr)
+        return 130
+    if arguments.command in ('system', 'prepare'):
+        return 0
     python = ROOT / '.venv/bin/python'
-    path = '%s:%s' % (python.parent, os.environ['PATH'])
     os.execve(python, [str(python), '-m', 'runner', *sys.argv[1:]], {
-        **os.environ, INSIDE: '1', 'PATH': path})
+        **os.environ, INSIDE: '1', 'PYTHONPATH': str(ROOT / 'tools'),
+        'PATH': '%s:%s' % (python.parent, os.environ['PATH'])})
 
 
-def _prepare():
+def _prepare(system_alone):
     logs = ROOT / 'build' / 'log'
     logs.mkdir(parents=True, exist_ok=True)
     machine.system(ROOT / 'bindep.txt', logs / 'apt.log')
-    print(compose.make_tree(Project.load(ROOT)), flush=True)
-    machine.venv(ROOT, ROOT / 'tree', logs / 'pip.log')
-    machine.extensions(ROOT, ROOT / 'tree', logs / 'extensions.log')
+    if system_alone:
+        return
+    here = project.Project.load(ROOT)
+    with project.locked(here):
+        print(compose.make_tree(here), flush=True)
+    machine.venv(ROOT, here.tree, logs / 'pip.log')
+    machine.extensions(ROOT / '.venv/bin/python', here.tree,
+                       logs / 'extensions.log')
 
 
 def _inside(arguments) -> int:
     from . import counting
     from . import stages
-    if arguments.command == 'prepare':
-        return 0
+    del os.environ['PYTHONPATH']  # it is no business of what is tested
     if arguments.command in ('wheel', 'dist'):
-        return _package(arguments.command)
+        return subprocess.run([
+            sys.executable, '-m', 'build', '--outdir', ROOT / 'dist',
+            *(['--wheel'] if arguments.command == 'wheel' else []),
+            ROOT]).returncode
     tally = counting.Tally()
-    if arguments.command == 'test':
-        for stage in (stages.tools, stages.style, stages.unit, stages.lab):
-            stage(tally)
-    elif arguments.command == 'each':
-        stages.each(tally, arguments.all)
+    stage = getattr(stages, arguments.command)
+    if arguments.command == 'each':
+        stage(tally, arguments.all)
     else:
-        getattr(stages, arguments.command)(tally)
+        stage(tally)
     return tally.report()
-
-
-def _package(command) -> int:
-    formats = ['--wheel'] if command == 'wheel' else ['--sdist', '--wheel']
-    return subprocess.run([
-        sys.executable, '-m', 'build', '--outdir', ROOT / 'dist', *formats,
-        ROOT]).returncode
 
 
 if __name__ == '__main__':

@@ -10,19 +10,19 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""Run test programs and count truly; one live line a stage."""
+"""Run test programs and count truly."""
 
 import os
 import pathlib
 import re
 import subprocess
 import sys
-import time
+import tempfile
 
 import subunit
 import testtools
 
-PROGRESS_SECONDS = 30  # between two lines where nobody watches
+from .progress import Line
 
 
 class Tally:
@@ -44,39 +44,23 @@ class Tally:
     def skip(self, title: str, reason: str) -> None:
         """A whole stage can't run here; in CI that is a failure."""
         if os.environ.get('CI') == 'true':
-            self.add(title, False, 'skipped in CI: ' + reason)
+            self.add(title, False, 'not to be skipped in CI: ' + reason)
         else:
             self.skipped += 1
             self.notes.append('%s skipped: %s' % (title, reason))
 
     def report(self) -> int:
+        """Print all failures in full, and the sums as the last line.
+
+        :returns: an exit status: 0 if tests ran and none failed
+        """
         for title, output in self.failures:
-            print('\n' + '=' * 70 + '\nFAILED: %s\n%s' % (title, output))
+            print('\n%s\nFAILED: %s\n%s' % ('=' * 70, title, output))
         for note in self.notes:
             print(note)
         print('%d passed, %d failed, %d skipped' % (
-            self.passed, self.failed, self.skipped))
+            self.passed, self.failed, self.skipped), flush=True)
         return 1 if self.failed or not self.passed else 0
-
-
-class Line:
-    """A stage's line: rewritten on a terminal, now and then elsewhere."""
-
-    def __init__(self, title: str):
-        self.title, self.start, self.last = title, time.monotonic(), 0.0
-        self.live = sys.stdout.isatty()
-
-    def show(self, text: str, end: bool = False) -> None:
-        now = time.monotonic()
-        if not end and now - self.last < (0.2 if self.live
-                                          else PROGRESS_SECONDS):
-            return
-        self.last = now
-        line = '%-12s %5.0f s  %s' % (self.title, now - self.start, text)
-        if self.live:
-            print('\r\x1b[K' + line, end='\n' if end else '', flush=True)
-        else:
-            print(line, flush=True)
 
 
 class _Counter(testtools.StreamResult):
@@ -85,13 +69,14 @@ class _Counter(testtools.StreamResult):
 
     def __init__(self, tally: Tally, line: Line):
         super().__init__()
-        self.tally, self.line, self.texts = tally, line, {}
+        self.tally, self.line = tally, line
+        self.texts: dict[str | None, list[str]] = {}
         self.counts = dict.fromkeys(('passed', 'failed', 'skipped'), 0)
-        self.begun: set[str] = set()
+        self.begun: set[str | None] = set()
 
     def status(self, test_id=None, test_status=None, file_name=None,
                file_bytes=None, **_rest):
-        if file_bytes and file_name != 'pythonlogging':
+        if file_bytes:
             self.texts.setdefault(test_id, []).append(
                 bytes(file_bytes).decode(errors='replace'))
         if test_status == 'inprogress':
@@ -101,53 +86,62 @@ class _Counter(testtools.StreamResult):
             return
         self.begun.discard(test_id)
         text = ''.join(self.texts.pop(test_id, ()))
-        # setUpClass and the like report a fail, and a skip, of no test.
         self.counts[kind] += 1
         if kind == 'failed':
             self.tally.failures.append((test_id, text))
-        self.line.show(self.told())
+        self.line.text = self.told()
 
     def told(self) -> str:
         return ', '.join('%d %s' % (n, k) for k, n in self.counts.items())
 
 
-def stestr(tally: Tally, title: str, cwd: pathlib.Path, arguments: list[str],
-           env: dict | None = None) -> None:
-    """Run tests under stestr and count each."""
-    line = Line(title)
-    counter = _Counter(tally, line)
-    with subprocess.Popen(
-            [sys.executable, '-m', 'stestr', *arguments[:-1], 'run',
-             '--subunit', *arguments[-1]], cwd=cwd, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-            env={**os.environ, **(env or {})}) as process:
-        subunit.ByteStreamToStreamResult(
-            process.stdout, non_subunit_name='output').run(counter)
-        errors = process.stderr.read().decode(errors='replace')
-    for test in sorted(filter(None, counter.begun)):
-        counter.counts['failed'] += 1
-        tally.failures.append((test, 'did not end: its worker died'))
+def stestr(tally: Tally, title: str, cwd: pathlib.Path, where: list[str],
+           what: list[str], env: dict | None = None) -> None:
+    """Run tests under stestr and count each.
+
+    :param where: arguments before ``run``, such as --test-path
+    :param what: arguments after it, such as a pattern
+    """
+    with tempfile.TemporaryFile() as errors:
+        with Line(title) as line, subprocess.Popen(
+                [sys.executable, '-m', 'stestr', *where, 'run', '--subunit',
+                 *what], cwd=cwd, stdout=subprocess.PIPE, stderr=errors,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **(env or {})}) as process:
+            counter = _Counter(tally, line)
+            subunit.ByteStreamToStreamResult(
+                process.stdout, non_subunit_name='output').run(counter)
+            for test in sorted(filter(None, counter.begun)):
+                counter.counts['failed'] += 1
+                tally.failures.append((test, 'did not end: its worker died'))
+            line.text = counter.told()
+        errors.seek(0)
+        said = errors.read().decode(errors='replace')
     tally.passed += counter.counts['passed']
     tally.skipped += counter.counts['skipped']
     tally.failed += counter.counts['failed']
     ran = sum(counter.counts.values())
     if not ran or process.returncode and not counter.counts['failed']:
-        tally.add(title, False, 'stestr ended with %d after %d tests\n%s\n%s' %
-                  (process.returncode, ran, errors[-4000:],
-                   ''.join(counter.texts.pop(None, ()))[-4000:]))
-    line.show(counter.told(), end=True)
+        said += ''.join(counter.texts.pop(None, ()))
+        tally.add(title, False, 'stestr ended with %d after %d tests\n%s' % (
+            process.returncode, ran, said))
 
 
 def command(tally: Tally, title: str, arguments: list, cwd: pathlib.Path,
-            env: dict | None = None) -> None:
-    """Run a check of its own, one test in the sums."""
-    line = Line(title)
-    done = subprocess.run(
-        list(map(str, arguments)), cwd=cwd, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors='replace', env={**os.environ, **(env or {})})
-    tally.add(title, done.returncode == 0, done.stdout)
-    line.show('passed' if done.returncode == 0 else 'failed', end=True)
+            env: dict | None = None) -> bool:
+    """Run a check that isn't made of tests.
+
+    :returns: whether it passed
+    """
+    with Line(title) as line:
+        done = subprocess.run(
+            list(map(str, arguments)), cwd=cwd, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors='replace', env={**os.environ, **(env or {})})
+        ok = done.returncode == 0
+        line.text = 'passed' if ok else 'failed'
+    tally.add(title, ok, done.stdout)
+    return ok
 
 
 def modules(names: list[str]) -> str:

@@ -20,12 +20,9 @@ import shutil
 import subprocess
 import sys
 
+from .progress import Line
+
 POLICY = pathlib.Path('/usr/sbin/policy-rc.d')
-# SQLAlchemy 2.1 fails Nova 34.0.0's own database tests.
-CONSTRAINTS = ('SQLAlchemy<2.1',)
-# Beside what Nova's own requirement files name.
-EXTRA = ('libvirt-python', 'Cython>=3.0', 'setuptools', 'wheel', 'pbr',
-         'flake8', 'mypy', 'types-paramiko', 'types-requests', 'hypothesis', 'build')
 
 
 class NotReady(Exception):
@@ -38,56 +35,83 @@ def packages(listing: pathlib.Path) -> list[str]:
             if line.strip() and not line.startswith('#')]
 
 
-def system(listing: pathlib.Path, log: pathlib.Path) -> None:
-    """Install the system packages that are missing.
-
-    :raises: NotReady where this process may not, with the command to run
-    """
-    wanted = packages(listing)
+def missing(wanted: list[str]) -> list[str]:
+    """Those of these Debian packages that are not installed."""
     done = subprocess.run(
         ['dpkg-query', '-W', '-f', '${Package} ${db:Status-Status}\n', *wanted],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     there = {line.split()[0] for line in done.stdout.splitlines()
              if line.endswith(' installed')}
-    missing = [name for name in wanted if name not in there]
-    if not missing:
+    return [name for name in wanted if name not in there]
+
+
+def system(listing: pathlib.Path, log: pathlib.Path) -> None:
+    """Install the system packages that are missing.
+
+    :raises: NotReady where this process may not, with the command to run
+    """
+    if not shutil.which('dpkg-query') or not shutil.which('apt-get'):
+        print('note: no Debian: see that what bindep.txt lists is installed')
         return
-    install = ['apt-get', 'install', '-y', '--no-install-recommends', *missing]
-    if os.geteuid() != 0 or not shutil.which('apt-get'):
-        raise NotReady('packages are missing; run: sudo %s' % ' '.join(install))
+    lacking = missing(packages(listing))
+    if not lacking:
+        return
+    install = ['apt-get', 'install', '-y', '--no-install-recommends', *lacking]
+    if os.geteuid() != 0:
+        raise NotReady('system packages are missing; run this, then again '
+                       'what you ran:\n  sudo apt-get update && sudo %s' %
+                       ' '.join(install))
     if not POLICY.exists():
         POLICY.write_text('#!/bin/sh\nexit 101\n')
         POLICY.chmod(0o755)
-        print('wrote %s: no daemon of a package starts by itself' % POLICY)
+        print('wrote %s, so that no daemon of a package starts by itself; '
+              'remove it when you want them to' % POLICY)
     with open(log, 'w') as out:
-        for command in (['apt-get', 'update'], install):
-            _call(command, out, env={'DEBIAN_FRONTEND': 'noninteractive'})
+        env = {'DEBIAN_FRONTEND': 'noninteractive'}
+        _call('apt update', ['apt-get', 'update'], out, env)
+        _call('apt install', install, out, env)
 
 
 def venv(root: pathlib.Path, tree: pathlib.Path, log: pathlib.Path) -> None:
     """Make .venv/ with all that Nova and its tests need, once."""
-    path = root / '.venv'
-    files = [tree / 'requirements.txt', tree / 'test-requirements.txt']
+    path, tools = root / '.venv', root / 'tools'
+    limits = tools / 'constraints.txt'
+    files = [file for file in (
+        tree / 'requirements.txt', tree / 'test-requirements.txt',
+        tools / 'requirements.txt', root / 'lab' / 'requirements.txt')
+        if file.exists()]
     stamp = path / 'requirements.sha256'
-    sums = hashlib.sha256(b''.join(f.read_bytes() for f in files) + repr(
-        (EXTRA, CONSTRAINTS, sys.version)).encode()).hexdigest()
+    sums = hashlib.sha256(b'\0'.join(
+        [sys.version.encode(), str(path).encode(),
+         *(f.read_bytes() for f in [limits, *files])])).hexdigest()
     if stamp.exists() and stamp.read_text() == sums:
         return
     with open(log, 'w') as out:
-        _call([sys.executable, '-m', 'venv', '--clear', path], out)
-        pip = [path / 'bin/python', '-m', 'pip', 'install', '--quiet',
-               '--disable-pip-version-check']
-        _call([*pip, '--upgrade', 'pip', 'setuptools', 'wheel'], out)
-        _call([*pip, *CONSTRAINTS, *EXTRA,
-               *(arg for f in files for arg in ('-r', f))], out)
+        # What is there is brought up to date in place: a lab may run from it.
+        _call('venv', [sys.executable, '-m', 'venv', *(
+            [] if _same_python(path) else ['--clear']), path], out)
+        pip = [path / 'bin/python', '-m', 'pip', 'install',
+               '--disable-pip-version-check', '--progress-bar', 'off']
+        _call('pip itself', [*pip, '--upgrade', 'pip'], out)
+        _call('pip install', [*pip, '-c', limits, *(
+            argument for file in files for argument in ('-r', file))], out)
     stamp.write_text(sums)
 
 
-def extensions(root: pathlib.Path, tree: pathlib.Path,
+def _same_python(path):
+    try:
+        return subprocess.run(
+            [path / 'bin/python', '-c', 'import sys; print(sys.version)'],
+            capture_output=True, text=True).stdout.strip() == sys.version
+    except OSError:
+        return False
+
+
+def extensions(python: pathlib.Path, tree: pathlib.Path,
                log: pathlib.Path) -> None:
-    """Compile the series' extensions in the tree, if it has any."""
+    """Compile the series' extensions in a tree, if it has any."""
     sources = list(tree.glob('nova/**/*.pyx'))
-    if not sources:
+    if not sources or 'ext_modules' not in (tree / 'setup.py').read_text():
         return
     newest = max(f.stat().st_mtime for f in [
         *sources, *tree.glob('nova/**/*.pxd'), tree / 'setup.py'])
@@ -95,26 +119,38 @@ def extensions(root: pathlib.Path, tree: pathlib.Path,
     if built and min(f.stat().st_mtime for f in built) > newest:
         return
     with open(log, 'w') as out:
-        _call([root / '.venv/bin/python', 'setup.py', '--quiet', 'build_ext',
-               '--inplace'], out, cwd=tree,
-              env={'PBR_VERSION': nova_version(tree)})
+        _call('extensions', [python, 'setup.py', '--quiet', 'build_ext',
+                             '--inplace'], out,
+              {'PBR_VERSION': version(tree)}, tree)
 
 
-def nova_version(tree: pathlib.Path) -> str:
-    found = re.search(r'^Version: (\S+)$', (tree / 'PKG-INFO').read_text(),
-                      re.M)
-    assert found, 'PKG-INFO has no version'
-    return found.group(1)
+def version(tree: pathlib.Path) -> str:
+    """The version of the source distribution that a tree was made of."""
+    return re.search(r'^Version: (\S+)$', (tree / 'PKG-INFO').read_text(),
+                     re.M).group(1)
 
 
-def _call(command, out, env=None, cwd=None):
-    out.write('+ %s\n' % ' '.join(map(str, command)))
+def _call(title, command, out, env=None, cwd=None):
+    """Run one step; its line shows what it does now."""
+    command = list(map(str, command))
+    out.write('+ %s\n' % ' '.join(command))
     out.flush()
-    done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT,
-                          stdin=subprocess.DEVNULL, cwd=cwd,
-                          env={**os.environ, **(env or {})})
-    if done.returncode:
-        tail = pathlib.Path(out.name).read_text(
-            errors='replace').splitlines()[-30:]
+    with Line(title) as line, subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(env or {})}) as process:
+        while True:
+            try:
+                process.wait(0.5)
+                break
+            except subprocess.TimeoutExpired:
+                line.text = _tail(out, 1)[:60]
+        line.text = 'failed' if process.returncode else 'done'
+    if process.returncode:
         raise NotReady('%s failed (log: %s):\n%s' % (
-            ' '.join(map(str, command))[:200], out.name, '\n'.join(tail)))
+            ' '.join(command)[:200], out.name, _tail(out, 30)))
+
+
+def _tail(out, number):
+    text = pathlib.Path(out.name).read_text(errors='replace').rstrip()
+    return '\n'.join(text.splitlines()[-number:])

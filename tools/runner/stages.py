@@ -18,150 +18,170 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 from . import counting
+from . import machine
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TREE = ROOT / 'tree'
-
-# Nova's unit tests that the series can affect.
-UNIT = ['nova.tests.unit.' + name for name in (
-    'virt.libvirt', 'virt.test_block_device', 'virt.test_fake',
-    'virt.test_imagecache', 'virt.test_virt_drivers', 'objects',
-    'db.main', 'compute.test_compute_mgr', 'compute.test_api', 'conf',
-    'test_conf', 'test_block_device', 'privsep', 'cmd.test_status',
-    'cmd.test_manage', 'conductor.tasks.test_cross_cell_migrate',
-    'notifications')]
-# As tox.ini of Nova sets them for its unit tests.
-ENVIRONMENT = {
-    'LANGUAGE': 'en_US', 'LC_ALL': 'C.UTF-8', 'OS_STDOUT_CAPTURE': '1',
-    'OS_STDERR_CAPTURE': '1', 'OS_TEST_TIMEOUT': '300',
-    'PYTHONDONTWRITEBYTECODE': '1', 'OS_DEBUG': '',
-    # Native threads, the compute service's default.
-    'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'True'}
+TESTS = tomllib.loads((ROOT / 'tools/series.toml').read_text())['tests']
+UNIT = 'nova.tests.unit.'
+WORKERS = ['--concurrency', str(os.cpu_count())]
 
 
-def touched(tree: pathlib.Path, since: str = 'base') -> list[str]:
-    """Files that differ from a commit and are still there."""
-    out = subprocess.run(
-        ['git', 'diff', '--name-only', '--diff-filter=d', since],
-        cwd=tree, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return out.split()
+def test(tally):
+    for stage in (tools, style, unit, lab):
+        stage(tally)
 
 
 def tools(tally):
     counting.stestr(tally, 'tools', ROOT,
-                    ['--test-path', 'tools/tests', '--top-dir', 'tools', []],
-                    env={'PYTHONPATH': str(ROOT / 'tools')})
+                    ['--test-path', 'tools/tests', '--top-dir', 'tools'],
+                    WORKERS, env={'PYTHONPATH': str(ROOT / 'tools')})
 
 
-def style(tally, tree=TREE, since='base'):
-    files = [f for f in touched(tree, since) if f.endswith('.py')
-             and not f.startswith(('doc/', 'releasenotes/', 'tools/'))]
-    if files:
-        counting.command(tally, 'pep8', [
-            sys.executable, '-m', 'flake8', *files], tree)
-    counting.command(tally, 'mypy', [
-        sys.executable, '-m', 'mypy', '--no-error-summary'], tree)
-    sources = [f for f in touched(tree, since)
-               if f.endswith(('.pyx', '.pxd'))]
-    if sources:
-        counting.command(tally, 'cython', [
-            sys.executable, '-m', 'pycodestyle', '--max-line-length=79',
-            '--ignore=E225,E226,E227,E999,E211,E402,W503,W504', *sources], tree)
-    counting.command(tally, 'tools pep8', [
-        sys.executable, '-m', 'pycodestyle', '--max-line-length=90',
-        '--ignore=W503,W504', 'tools', *(['lab'] if (ROOT / 'lab').is_dir() else [])],
-        ROOT)
+def style(tally, tree=TREE, since='base', title=''):
+    """Nova's own pep8 and mypy configuration, on what the series touches."""
+    files = touched(tree, since)
+    python = [f for f in files if f.endswith('.py')
+              and not f.startswith(('doc/', 'releasenotes/', 'tools/'))]
+    cython = [f for f in files if f.endswith(('.pyx', '.pxd'))]
+    notes = [f for f in files if f.startswith('releasenotes/notes/')]
+    if python:
+        counting.command(tally, title + 'pep8', [
+            sys.executable, '-m', 'flake8', *python], tree)
+    if cython:
+        counting.command(tally, title + 'cython-lint', [
+            pathlib.Path(sys.executable).with_name('cython-lint'),
+            '--max-line-length=79', *cython], tree)
+    if notes:
+        counting.command(tally, title + 'notes', [
+            sys.executable, ROOT / 'tools/runner/notes.py', *notes], tree)
+    if python:
+        counting.command(tally, title + 'mypy', [
+            sys.executable, '-m', 'mypy'], tree)
+    if tree == TREE:
+        counting.command(tally, 'pycodestyle', [
+            sys.executable, '-m', 'pycodestyle', '--max-line-length=99',
+            *(
+                folder for folder in ('tools', 'lab')
+                if (ROOT / folder).is_dir())], ROOT)
 
 
 def unit(tally):
-    counting.stestr(tally, 'unit', TREE, [
-        ['--concurrency', str(os.cpu_count()), counting.modules(UNIT)]],
-        env=ENVIRONMENT)
+    names = [UNIT + name for name in TESTS['unit']]
+    names += tests_of(TREE, touched(TREE, 'base'))
+    counting.stestr(tally, 'unit', TREE, [], [
+        *WORKERS, counting.modules(names)], env=TESTS['environment'])
 
 
 def functional(tally):
+    names = ['nova.tests.functional.' + name for name in TESTS['functional']]
     counting.stestr(tally, 'functional', TREE, [
-        '--test-path', './nova/tests/functional',
-        ['--concurrency', str(os.cpu_count()),
-         counting.modules(['nova.tests.functional.libvirt'])]],
-        env={**ENVIRONMENT, 'OS_TEST_TIMEOUT': '600'})
+        '--test-path', './nova/tests/functional'], [
+        *WORKERS, counting.modules(names)],
+        env={**TESTS['environment'], 'OS_TEST_TIMEOUT': '600'})
 
 
 def lab(tally):
-    entry = ROOT / 'lab' / 'test'
-    if not entry.exists():
+    """The scenarios on real hosts, in namespaces."""
+    folder = ROOT / 'lab' / 'tests'
+    if not folder.is_dir():
         return
-    if os.geteuid() != 0 or not shutil.which('unshare'):
-        tally.skip('lab', 'it makes namespaces, which takes root')
+    reason = _no_lab()
+    if reason:
+        tally.skip('lab', reason)
         return
-    counting.command(tally, 'lab prepare', [ROOT / 'lab/prepare'], ROOT)
-    counting.stestr(tally, 'lab', ROOT, [
-        '--test-path', 'lab/tests', '--top-dir', '.',
-        ['--concurrency', '1', *_lab_selection()]])
+    name = {'LAB_NAME': os.environ.get('LAB_NAME', 'test')}
+    for level, pattern in (('hosts', r'^lab\.tests\.(?!test_cloud)'),
+                           ('cloud', r'^lab\.tests\.test_cloud')):
+        title = 'lab ' + level
+        if os.environ.get('LAB_LEVEL', level) == level and counting.command(
+                tally, title + ' ready', [
+                    ROOT / 'lab/lab', 'prepare', '--level', level], ROOT,
+                env=name):
+            counting.stestr(tally, title, ROOT, [
+                '--test-path', 'lab/tests', '--top-dir', '.'], [
+                '--concurrency', '1', pattern], env=name)
 
 
-def _lab_selection():
-    wanted = os.environ.get('LAB_TESTS', '')
-    return [wanted] if wanted else []
+def _no_lab():
+    """Why this machine can't run the lab; nothing if it can."""
+    if os.geteuid():
+        return 'it makes namespaces and mounts, which takes root'
+    if not shutil.which('unshare') or subprocess.run(
+            ['unshare', '--net', '--mount', '--pid', '--fork', 'true'],
+            stderr=subprocess.DEVNULL).returncode:
+        return 'this machine makes no namespaces (unshare fails)'
 
 
 def each(tally, everything):
-    """Test every commit alone, in a checkout of its own."""
+    """Test every commit alone, in order, in a checkout of its own."""
     work = ROOT / 'build' / 'each'
-    subprocess.run(['git', 'worktree', 'remove', '--force', work], cwd=TREE,
-                   stderr=subprocess.DEVNULL)
-    commits = subprocess.run(
-        ['git', 'rev-list', '--reverse', 'base..HEAD'], cwd=TREE, check=True,
-        stdout=subprocess.PIPE, text=True).stdout.split()
-    subprocess.run(['git', 'worktree', 'add', '--quiet', '--detach', work,
-                    'base'], cwd=TREE, check=True)
+    _git('worktree', 'remove', '--force', work, check=False)
+    shutil.rmtree(work, ignore_errors=True)
+    _git('worktree', 'prune')
+    _git('worktree', 'add', '--quiet', '--detach', work, 'base')
     try:
-        for commit in commits:
-            subprocess.run(['git', 'checkout', '--quiet', commit], cwd=work,
-                           check=True)
-            _one_commit(tally, work, commit[:12], everything)
+        for commit in _git('rev-list', '--reverse', 'base..HEAD'):
+            _git('checkout', '--quiet', '--force', commit, cwd=work)
+            print(_git('log', '-1', '--format=-- %h %s', cwd=work)[0])
+            _one_commit(tally, work, commit[:9] + ' ', everything)
     finally:
-        subprocess.run(['git', 'worktree', 'remove', '--force', work],
-                       cwd=TREE)
+        _git('worktree', 'remove', '--force', work)
 
 
-def _one_commit(tally, work, name, everything):
+def _one_commit(tally, work, title, everything):
+    try:
+        machine.extensions(pathlib.Path(sys.executable), work,
+                           ROOT / 'build/log/extensions.log')
+    except machine.NotReady as error:
+        tally.add(title + 'extensions', False, str(error))
+    style(tally, work, 'HEAD^', title)
     files = touched(work, 'HEAD^')
-    sources = [f for f in files if f.endswith('.py') and
-               f.startswith('nova/')]
-    if (work / 'setup.py').read_text().count('ext_modules'):
-        counting.command(tally, name + ' build', [
-            sys.executable, 'setup.py', '--quiet', 'build_ext', '--inplace'],
-            work, env={'PBR_VERSION': '34.0.0'})
-    if sources:
-        counting.command(tally, name + ' pep8', [
-            sys.executable, '-m', 'flake8', *sources], work)
-        counting.command(tally, name + ' import', [
+    imports = [_module(f) for f in files if f.startswith('nova/')
+               and f.endswith('.py')
+               and '/tests/' not in f and '/migrations/' not in f]
+    if imports:
+        counting.command(tally, title + 'import', [
             sys.executable, '-c', 'import importlib, sys\n'
             'for name in sys.argv[1:]: importlib.import_module(name)',
-            *(_module(f) for f in sources if '/tests/' not in f and
-              '/migrations/' not in f)], work)
-    tests = UNIT if everything else sorted({
-        test for f in sources for test in _tests_of(work, f)})
-    if tests:
-        counting.stestr(tally, name, work, [
-            ['--concurrency', str(os.cpu_count()), counting.modules(tests)]],
-            env=ENVIRONMENT)
+            *imports], work, env=TESTS['environment'])
+    names = tests_of(work, files)
+    if everything:
+        names += [UNIT + name for name in TESTS['unit']]
+    if names:
+        counting.stestr(tally, title + 'unit', work, [], [
+            *WORKERS, counting.modules(names)], env=TESTS['environment'])
+
+
+def touched(tree: pathlib.Path, since: str) -> list[str]:
+    """Files that differ from a commit and are still there."""
+    return _git('diff', '--name-only', '--diff-filter=d', since, cwd=tree)
+
+
+def tests_of(tree: pathlib.Path, files: list[str]) -> list[str]:
+    """The unit tests among files, and those of the modules among them."""
+    found = set()
+    for path in map(pathlib.PurePath, files):
+        if path.suffix != '.py' or path.parts[0] != 'nova':
+            continue
+        if path.parts[1] != 'tests':
+            path = pathlib.PurePath(
+                UNIT.replace('.', '/'), *path.parts[1:-1], 'test_' + path.name)
+        if path.is_relative_to('nova/tests/unit') and path.name.startswith(
+                'test_') and (tree / path).exists():
+            found.add(_module(str(path)))
+    return sorted(found)
 
 
 def _module(path):
     return re.sub(r'(/__init__)?\.py$', '', path).replace('/', '.')
 
 
-def _tests_of(work, path):
-    """The unit tests of a module: its own, or those that it is."""
-    if path.startswith('nova/tests/unit/'):
-        if path.rpartition('/')[2].startswith('test_'):
-            yield _module(path)
-        return
-    folder, _slash, name = path.removeprefix('nova/').rpartition('/')
-    test = 'nova/tests/unit/%s/test_%s' % (folder, name)
-    if (work / test).exists():
-        yield _module(test)
+def _git(*arguments, cwd=TREE, check=True):
+    return subprocess.run(
+        ['git', *map(str, arguments)], cwd=cwd, check=check, text=True,
+        stdout=subprocess.PIPE,
+        stderr=None if check else subprocess.DEVNULL).stdout.splitlines()

@@ -20,6 +20,7 @@ from . import compose
 from . import export
 from . import save
 from . import SeriesError
+from .project import locked
 from .project import Project
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -33,8 +34,10 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         project = Project.load(arguments.root)
-        save.finish(project)
-        return COMMANDS[arguments.command](project)
+        with locked(project):
+            if save.finish(project):
+                print('ended a save that was cut off')
+            return COMMANDS[arguments.command](project)
     except SeriesError as error:
         print('error:', error, file=sys.stderr)
         return 1

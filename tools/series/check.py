@@ -12,6 +12,7 @@
 
 """Whether repository and tree agree, and whether each commit is in form."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -23,6 +24,10 @@ from .git import Git
 from .mail import DIFF_TEXT
 from .mail import Patch
 from .project import Project
+
+EMPTY = 'e69de29bb2d1d6434b8b29ae775ad8c2e48c5391'  # the empty file's blob
+# What git am takes for a header where it stands first in a body.
+HEADER = re.compile(rb'\A\s*>?(From|Date|Subject)[ :]')
 
 
 def check(project: Project) -> list[str]:
@@ -36,7 +41,8 @@ def check(project: Project) -> list[str]:
             git.run('init', '--quiet', '--bare', git.dir)
         base = compose.ensure_base(git, project)
         series = compose.patches(project)
-        faults = [*_complete(project, series, git.entries(base)),
+        owned = git.entries(base)
+        faults = [*_complete(project, series, owned), *_copies(project, owned),
                   *(f for patch in series for f in _form(project, patch))]
         if faults:
             return faults
@@ -71,8 +77,24 @@ def _complete(project, series, owned):
                 patch.name, number)
 
 
+def _copies(project, owned):
+    """No file of the base may lie here, wherever and whatever its name."""
+    blobs = {blob: path for path, (_mode, blob) in owned.items()}
+    tracked = Git(project.root).run('ls-files', '-s', '-z',
+                                    check=False).stdout
+    for line in filter(None, tracked.split(b'\0')):
+        meta, name = os.fsdecode(line).split('\t', 1)
+        blob = meta.split()[1]
+        if blob in blobs and blob != EMPTY and name != 'LICENSE':
+            yield "%s is the base's own file %s; git rm it" % (
+                name, blobs[blob])
+
+
 def _form(project, patch: Patch):
     place = 'patches/%s: ' % patch.name
+    if HEADER.search(patch.message):
+        yield place + ('git am would take the first line of the body for a '
+                       'header: reword')
     if len(patch.subject) > 72:
         yield '%sits subject has %d characters, 72 are allowed: reword' % (
             place, len(patch.subject))
@@ -86,13 +108,36 @@ def _form(project, patch: Patch):
                'would apply it: reword' % (
                    place, line, found.group().decode(errors='replace')))
     if b'\nGIT binary patch\n' in patch.diff:
-        yield place + 'changes a binary file, which GNU patch can not'
+        yield place + ('changes a binary file of the base, which GNU patch '
+                       'can not: add another file instead')
     yield from _context(project, place, patch)
-    text = patch.diff.decode(errors='replace')
-    if re.search(project.option_pattern, text, re.M) and not any(
-            path.startswith(project.notes) for path in patch.adds):
-        yield '%sadds an option and no release note below %s' % (
-            place, project.notes)
+    if not any(path.startswith(project.notes) for path in patch.adds):
+        for path, number, line in _new_lines(project, patch):
+            if re.search(project.note_pattern, line):
+                yield ('%s%s, line %d (%s): an operator sees this, and the '
+                       'commit adds no release note below %s: reno new' % (
+                           place, path, number, line.strip(), project.notes))
+                break
+
+
+def _new_lines(project, patch):
+    """File, number and text of each line that a patch brings."""
+    path, number = '', 0
+    for line in patch.diff.decode(errors='replace').split('\n'):
+        if line.startswith('diff --git '):
+            path = line.rpartition(' b/')[2]
+        elif line.startswith('@@ '):
+            number = int(re.search(r'\+(\d+)', line).group(1)) - 1
+        elif line.startswith(('+', ' ')) and not line.startswith('+++ '):
+            number += 1
+            if line[0] == '+' and 'tests' not in path.split('/'):
+                yield path, number, line[1:]
+    for path in patch.adds:
+        if path.endswith('.py') and 'tests' not in path.split('/') and (
+                project.root / path).is_file():
+            text = (project.root / path).read_text(errors='replace')
+            for number, line in enumerate(text.split('\n'), 1):
+                yield path, number, line
 
 
 def _context(project, place, patch):
@@ -104,20 +149,26 @@ def _context(project, place, patch):
             path = line.rpartition(b' b/')[2].decode(errors='replace')
         run = run + 1 if line.startswith(b' ') else 0
         if run > 2 * project.context_lines:
-            yield '%sline %d (%s): %d lines of context, %d allowed' % (
-                place, number, path, run, 2 * project.context_lines)
+            yield ('%sline %d (%s): %d lines of context, %d allowed: make '
+                   'tree save' % (place, number, path, run,
+                                  2 * project.context_lines))
 
 
 def _tree_agrees(project, git, tip):
     if not (project.tree / '.git').exists():
         return []
     faults = []
-    if git.out('status', '--porcelain', worktree=True):
+    changed = git.out('status', '--porcelain', worktree=True).splitlines()
+    if changed:
         faults.append('tree/ has changes that are in no commit; commit them '
-                      'there and make save')
+                      'there and make save:\n' + compose.shorten(changed))
     for path, status in sorted(git.changes(tip, 'HEAD').items()):
         faults.append('%s is not the same in tree/ and in the repository '
                       '(%s); make save writes the tree here' % (path, status))
+    if not faults and not compose.same_series(git, tip, 'HEAD'):
+        faults.append('the commits of tree/ and of the repository come to the '
+                      'same files and differ in number, message or author; '
+                      'make save writes those of the tree here')
     return faults
 
 
@@ -151,7 +202,7 @@ def _gnu_patch(project, git, base, tip, series, scratch):
     owned = git.entries(base)
     for path in changes:
         if path in owned:
-            save._write_file(git, work / path, *owned[path])
+            save.write_file(git, work / path, *owned[path])
     faults = []
     for patch in series:
         for path in patch.deletes:

@@ -29,10 +29,6 @@ BASE_IDENTITY = {
     'GIT_COMMITTER_NAME': 'base', 'GIT_COMMITTER_EMAIL': 'base@localhost',
     'GIT_AUTHOR_DATE': '2026-01-01T00:00:00Z',
     'GIT_COMMITTER_DATE': '2026-01-01T00:00:00Z'}
-# What work in the tree leaves behind and no commit should take up.
-EXCLUDE = ('__pycache__/', '*.pyc', '*.so', '/build/', '.stestr/', '.tox/',
-           '.mypy_cache/', '/.venv/', '*.egg-info/', '/instances/',
-           'nova/virt/libvirt/storage/_*.c', '/dist/', 'doc/build/')
 SAVED = 'refs/series/saved'        # HEAD of the tree at the last save
 COMPOSED = 'refs/series/composed'  # what the repository came to then
 MOVING = 'refs/series/moving'      # a checkout that was begun
@@ -50,6 +46,8 @@ def ensure_base(git: Git, project: Project) -> str:
     """Make sure that a repository has the base commit; returns it.
 
     It is the same commit whoever makes it, kept in the cache once made.
+
+    :raises: SeriesError if the tag base stands for anything else
     """
     cache = Git(project.cache / ('%s.git' % project.sha256[:12]), bare=True)
     if not cache.dir.exists():
@@ -57,7 +55,12 @@ def ensure_base(git: Git, project: Project) -> str:
     if not git.resolve('refs/tags/base'):
         git.run('fetch', '--quiet', '--no-tags', cache.dir,
                 'refs/tags/base:refs/tags/base')
-    return git.resolve('refs/tags/base')
+    if git.resolve('base^{tree}') != cache.resolve('base^{tree}'):
+        raise SeriesError(
+            'the tag base in %s is not %s %s as it was released; git tag -d '
+            'base there, and make tree' % (
+                git.path, project.name, project.version))
+    return git.resolve('base^{commit}')
 
 
 def _make_base(cache, project):
@@ -75,7 +78,11 @@ def _make_base(cache, project):
         git.run('tag', 'base')
         made = pathlib.Path(scratch) / 'made.git'
         git.run('clone', '--quiet', '--bare', source, made)
-        os.rename(made, cache.dir)
+        try:
+            os.rename(made, cache.dir)
+        except OSError:  # somebody else has made the same one meanwhile
+            if not cache.dir.exists():
+                raise
 
 
 def compose(git: Git, project: Project) -> str:
@@ -100,9 +107,9 @@ def _commit(git, project, patch, parent, index, scratch):
             blob = git.out('hash-object', '-w', '--no-filters',
                            (project.root / path).absolute())
         except SeriesError as error:
-            raise SeriesError('patches/%s adds %s, which is not there: '
-                              'restore it, or make save\n%s' % (
-                                  patch.name, path, error)) from None
+            raise SeriesError('patches/%s adds %s, which is not there: git '
+                              'checkout -- %s, or make save\n%s' % (
+                                  patch.name, path, path, error)) from None
         lines.append('%s %s\t%s' % (mode, blob, path))
     lines += ['0 %s\t%s' % ('0' * 40, path) for path in patch.deletes]
     if lines:
@@ -147,7 +154,7 @@ def _no_fit(git, patch, parent, stderr):
 
 def _author(git, patch, scratch):
     """Author and date; the committer is the author, so that names agree."""
-    done = git.run('mailinfo', '-k', os.path.join(scratch, 'message'),
+    done = git.run('mailinfo', '-k', '--no-inbody-headers', os.path.join(scratch, 'message'),
                    os.path.join(scratch, 'diff'), stdin=patch.dump())
     found = dict(line.split(': ', 1) for line in done.stdout.decode(
         errors='surrogateescape').splitlines() if ': ' in line)
@@ -167,39 +174,62 @@ def _message(patch):
     return subject + b'\n' + (b'\n' + body + b'\n' if body else b'')
 
 
-def make_tree(project: Project) -> str:
+def make_tree(project: Project, keep_work: bool = False) -> str:
     """Bring tree/ to what the repository says.
 
+    :param keep_work: be content with a tree that goes on from there
     :returns: what was done, in a line
     :raises: SeriesError if tree/ holds work that isn't saved
     """
     if not (project.tree / '.git').exists():
         return _new_tree(project)
     git = Git(project.tree)
-    moving = git.resolve(MOVING)
-    if moving:  # a checkout was cut off: the index or files are between two
-        _checkout(git, moving)
+    _exclude(git, project)
+    if git.resolve(MOVING):
+        _end_checkout(git)
     head = git.resolve('HEAD')
     commit = compose(git, project)
-    if commit == git.resolve(COMPOSED) and head == git.resolve(SAVED):
-        return 'tree/ is at %s already' % head[:12]
-    if _same_series(git, head, commit):
-        _mark(git, head, commit)
-        return 'tree/ is at %s already' % head[:12]
-    if git.out('status', '--porcelain', worktree=True):
-        raise SeriesError(
-            'tree/ has changes that are in no commit; commit them (or git '
-            'stash), then make save, or git reset --hard to drop them')
-    if head != git.resolve(SAVED):
-        raise SeriesError(
-            'tree/ holds commits that are not in the repository: make save '
-            'writes them there; to drop them: git -C tree update-ref %s HEAD'
-            % SAVED)
-    kept = 'refs/series/kept/%s' % time.strftime('%Y%m%d-%H%M%S')
-    git.run('update-ref', kept, head)
+    work = _unsaved(git, head, commit)
+    if work and keep_work and commit == git.resolve(COMPOSED):
+        return 'tree/ has work that is not saved, and is used as it is'
+    if work:
+        raise SeriesError(work)
+    if same_series(git, head, commit) or commit == git.resolve(COMPOSED):
+        mark(git, head, commit)
+        return 'tree/ is at %s' % head[:12]
+    kept = _keep(git, head)
     _checkout(git, commit)
-    _mark(git, commit, commit)
+    mark(git, commit, commit)
     return 'tree/ is at %s now; what was there is %s' % (commit[:12], kept)
+
+
+def _unsaved(git, head, commit):
+    """What would be lost if tree/ moved on, and what to do; or nothing."""
+    interrupted(git)
+    changed = git.out('status', '--porcelain', worktree=True).splitlines()
+    if changed:
+        return ('tree/ has changes that are in no commit:\n%s\ncommit them '
+                'there (or git stash) and make save; to drop them: git -C '
+                'tree reset --hard, git -C tree clean -d' % shorten(changed))
+    if head != git.resolve(SAVED) and not same_series(git, head, commit):
+        return ('tree/ holds commits that are not in the repository; make '
+                'save writes them there; to drop them: git -C tree reset '
+                '--hard %s' % SAVED)
+
+
+def interrupted(git: Git) -> None:
+    """:raises: SeriesError in the midst of a rebase, am or merge"""
+    for name in ('rebase-merge', 'rebase-apply', 'MERGE_HEAD',
+                 'CHERRY_PICK_HEAD', 'REVERT_HEAD'):
+        if (git.dir / name).exists():
+            raise SeriesError(
+                'tree/ is in the midst of something (.git/%s): see git -C '
+                'tree status, and end it there' % name)
+
+
+def shorten(lines: list[str], most: int = 10) -> str:
+    more = ['    and %d more' % (len(lines) - most)] if len(lines) > most else []
+    return '\n'.join(['    ' + line for line in lines[:most]] + more)
 
 
 def _new_tree(project):
@@ -211,16 +241,44 @@ def _new_tree(project):
     new.mkdir()
     git = Git(new)
     git.run('init', '--quiet', '-b', 'series', new)
-    (git.dir / 'info').mkdir(exist_ok=True)
-    (git.dir / 'info' / 'exclude').write_text('\n'.join(EXCLUDE) + '\n')
+    _exclude(git, project)
     commit = compose(git, project)
     git.run('update-ref', 'refs/heads/series', commit)
     git.run('reset', '--quiet', '--hard', commit, worktree=True)
-    _mark(git, commit, commit)
+    mark(git, commit, commit)
     if project.tree.exists():
         project.tree.rmdir()
     os.rename(new, project.tree)
     return 'tree/ is new, at %s' % commit[:12]
+
+
+def _exclude(git, project):
+    (git.dir / 'info').mkdir(exist_ok=True)
+    (git.dir / 'info' / 'exclude').write_text(
+        '\n'.join(project.exclude) + '\n')
+
+
+def _keep(git, commit):
+    """Give what is about to be left a name, which is returned."""
+    name = 'refs/series/kept/%s-%s' % (
+        time.strftime('%Y%m%d-%H%M%S'), commit[:12])
+    git.run('update-ref', name, commit)
+    return name
+
+
+def _end_checkout(git):
+    """End a checkout that was cut off: some files are old, others new.
+
+    Somebody may have worked on since: all is kept first.
+    """
+    # Left by the git that was killed; see project.locked.
+    (git.dir / 'index.lock').unlink(missing_ok=True)
+    found = git.out('stash', 'create', worktree=True, check=False,
+                    env=BASE_IDENTITY)
+    if found:
+        print('ending a checkout of tree/ that was cut off; the files as they '
+              'were are', _keep(git, found))
+    _checkout(git, git.resolve(MOVING))
 
 
 def _checkout(git, commit):
@@ -229,12 +287,13 @@ def _checkout(git, commit):
     git.run('update-ref', '-d', MOVING)
 
 
-def _mark(git, head, composed):
+def mark(git: Git, head: str, composed: str) -> None:
+    """Note that a head of the tree and the repository agree."""
     git.run('update-ref', SAVED, head)
     git.run('update-ref', COMPOSED, composed)
 
 
-def _same_series(git, one, other):
+def same_series(git: Git, one: str, other: str) -> bool:
     """Whether two series differ in nothing but names of commits."""
     def told(tip):
         return git.out('log', '--reverse', '--format=%T%n%an%n%ae%n%ad%n%B',

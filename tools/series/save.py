@@ -33,52 +33,64 @@ def write(git: Git, project: Project, tip: str,
     :raises: SeriesError naming the commit that doesn't fit the form
     """
     base = compose.ensure_base(git, project)
+    if git.run('merge-base', '--is-ancestor', base, tip,
+               check=False).returncode:
+        raise SeriesError('tree/ does not stand on the base: git -C tree '
+                          'rebase --onto base <the commit below the first '
+                          'of the series>')
     owned = git.entries(base)
-    commits = git.out('rev-list', '--reverse', '--topo-order', '--parents',
-                      '%s..%s' % (base, tip)).splitlines()
     adder: dict[str, str] = {}
     written = []
     (target / 'patches').mkdir(parents=True)
+    commits = git.out('rev-list', '--reverse', '--topo-order', '--parents',
+                      '%s..%s' % (base, tip)).splitlines()
     for number, line in enumerate(commits, 1):
         commit, *parents = line.split()
-        title = '%s (%s)' % (commit[:12], git.out(
-            'show', '-s', '--format=%s', commit))
+        subject = git.out('show', '-s', '--format=%s', commit)
+        title = '%s (%s)' % (commit[:12], subject)
         if len(parents) != 1:
             raise SeriesError('%s is a merge: rebase the series' % title)
-        if git.out('show', '-s', '--format=%s', commit).startswith(
-                ('fixup!', 'squash!', 'amend!')):
+        if subject.startswith(('fixup!', 'squash!', 'amend!')):
             raise SeriesError('%s: fold it in first: git -C tree rebase -i '
                               '--autosquash base' % title)
         changes = git.changes(parents[0], commit)
-        ours = {p: s for p, s in changes.items() if p not in owned}
-        for path in ours:
-            if path in adder:
-                raise SeriesError(
-                    '%s changes %s, which %s adds: a file of ours belongs '
-                    'whole to one commit; git commit --fixup and git rebase '
-                    '--autosquash' % (title, path, adder[path]))
-            if not path.startswith(tuple(r + '/' for r in project.roots)):
-                raise SeriesError('%s adds %s, outside of %s' % (
-                    title, path, ', '.join(project.roots)))
-            adder[path] = title
-        entries = git.entries(commit)
-        for path in changes:
-            mode = entries.get(path, ('100644',))[0]
-            if mode not in ('100644', '100755') and path in ours:
-                raise SeriesError('%s adds %s, no plain file (mode %s)' % (
-                    title, path, mode))
+        entries = git.entries(commit, *changes) if changes else {}
+        ours = {path: entries.get(path) for path in changes
+                if path not in owned}
+        for path, entry in ours.items():
+            _addition(project, title, path, entry, adder)
         patch = Patch.of_commit(
             git, commit, number,
             {p: s for p, s in changes.items() if p in owned},
-            {p: entries[p][0] for p in ours}, project.context_lines)
+            {p: entry[0] for p, entry in ours.items()}, project.context_lines)
         (target / 'patches' / patch.name).write_bytes(patch.dump())
-        for path in ours:
-            _write_file(git, target / path, *entries[path])
+        for path, entry in ours.items():
+            write_file(git, target / path, *entry)
         written.append(patch)
     return written
 
 
-def _write_file(git, path, mode, blob):
+def _addition(project, title, path, entry, adder):
+    """Hold a file of the series to the form."""
+    if path in adder:
+        raise SeriesError(
+            '%s changes %s, which %s adds: a file of ours belongs whole to '
+            'one commit; git commit --fixup and git rebase --autosquash' % (
+                title, path, adder[path]))
+    if not path.startswith(tuple(root + '/' for root in project.roots)):
+        raise SeriesError('%s adds %s, outside of %s' % (
+            title, path, ', '.join(project.roots)))
+    if '\n' in path:
+        raise SeriesError('%s adds %r: no line break in a name' % (
+            title, path))
+    if entry[0] not in ('100644', '100755'):
+        raise SeriesError('%s adds %s, no plain file (mode %s)' % (
+            title, path, entry[0]))
+    adder[path] = title
+
+
+def write_file(git: Git, path: pathlib.Path, mode: str, blob: str) -> None:
+    """Write what git keeps as this blob."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(git.run('cat-file', 'blob', blob).stdout)
     path.chmod(0o755 if mode == '100755' else 0o644)
@@ -103,19 +115,30 @@ def save(project: Project) -> str:
     git = Git(project.tree)
     if not git.dir.exists():
         raise SeriesError('there is no tree/: make tree')
-    if git.out('status', '--porcelain', '--untracked-files=no',
-               worktree=True):
-        raise SeriesError('tree/ has changes that are in no commit')
+    compose.interrupted(git)
+    changed = git.out('status', '--porcelain', worktree=True).splitlines()
+    if any(not line.startswith('??') for line in changed):
+        raise SeriesError('tree/ has changes that are in no commit; commit '
+                          'them first:\n' + compose.shorten(changed))
+    if changed:
+        print('note: not saved, as no commit has them:\n' +
+              compose.shorten(changed))
     head = git.resolve('HEAD')
     before = git.resolve(compose.SAVED)
     _stage(git, project, head)
     finish(project)
-    compose._mark(git, head, compose.compose(git, project))
-    base = git.resolve('refs/tags/base')
-    if before in (None, head, base) or head == base:
-        return 'saved %s' % head[:12]
+    compose.mark(git, head, compose.compose(git, project))
+    said = 'saved %s, %s commits' % (head[:12], git.out(
+        'rev-list', '--count', 'base..HEAD'))
+    if before in (None, head) or compose.same_series(git, before, head):
+        return said + ': nothing has changed'
+    base = git.resolve('base^{commit}')
+    if base in (before, head):  # range-diff takes no empty range
+        return git.out('log', '--format=%s %%h %%s' % (
+            '+' if before == base else '-'), '--reverse',
+            before, head, '^base') + '\n' + said
     return git.out('range-diff', '--no-color', 'base..%s' % before,
-                   'base..%s' % head)
+                   'base..%s' % head) + '\n' + said
 
 
 def _stage(git, project, head):
@@ -126,12 +149,15 @@ def _stage(git, project, head):
     os.sync()
 
 
-def finish(project: Project) -> None:
-    """Put in place what a save has made ready, also one that was killed."""
+def finish(project: Project) -> bool:
+    """Put in place what a save has made ready, also one that was killed.
+
+    :returns: whether there was anything to put
+    """
     staging = project.staging
     if not (staging / READY).exists():
         shutil.rmtree(staging, ignore_errors=True)
-        return
+        return False
     fresh = {str(path.relative_to(staging)): path
              for path in staging.rglob('*')
              if path.is_file() and path.name != READY}
@@ -149,3 +175,4 @@ def finish(project: Project) -> None:
                 path.rmdir()
     (staging / READY).unlink()
     shutil.rmtree(staging)
+    return True

@@ -43,7 +43,8 @@ sha256 = "%s"
 [series]
 local_version = "test"
 roots = ["nova", "doc", "releasenotes"]
-option_pattern = '^\\+\\s+cfg\\.\\w*Opt\\('
+note_pattern = '^\\s+cfg\\.\\w*Opt\\('
+exclude = ["__pycache__/", "*.so"]
 notes = "releasenotes/notes/"
 context_lines = 1
 '''

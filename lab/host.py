@@ -12,7 +12,6 @@
 
 """A compute host: a machine with libvirtd over TLS."""
 
-import grp
 import os
 import pwd
 import shutil
@@ -21,6 +20,7 @@ import uuid
 
 from . import config
 from . import faults
+from . import guide
 from . import pki
 from . import ssh
 from .errors import LabError
@@ -31,14 +31,11 @@ OWN = ('/etc/libvirt', '/etc/pki', '/var/lib/libvirt', '/var/log/libvirt',
        '/var/cache/libvirt')
 # What the packages make, which is more than libvirtd makes by itself.
 QEMU_OWNED = ('var/lib/libvirt/qemu', 'var/cache/libvirt/qemu')
-LIBVIRTD_CONF = '''listen_tls = 1
-listen_tcp = 0
-listen_addr = "%(address)s"
-auth_tls = "none"
+# The rest is what the admin guide says (guide.py). There is no polkit here.
+LIBVIRTD_CONF = '''listen_addr = "%(address)s"
 auth_unix_rw = "none"
 auth_unix_ro = "none"
 unix_sock_rw_perms = "0777"
-tls_allowed_dn_list = [%(allowed)s]
 tls_no_sanity_certificate = %(no_sanity)d
 host_uuid = "%(uuid)s"
 log_outputs = "2:stderr"
@@ -50,8 +47,6 @@ stdio_handler = "logd"
 max_core = 0
 migration_address = "%(address)s"
 migration_host = "%(name)s"
-default_tls_x509_cert_dir = "/etc/pki/qemu"
-default_tls_x509_verify = 1
 '''
 
 
@@ -80,7 +75,6 @@ class Host(Machine):
             os.chown(self.folder / path, qemu.pw_uid, qemu.pw_gid)
         self._uuid = uuid.uuid4()
         self._with_ssh = with_ssh
-        self.configure()
         self.image = self.folder / 'nova.img'
         if not self.image.exists():
             with open(self.image, 'wb') as out:
@@ -108,17 +102,19 @@ class Host(Machine):
         return spec
 
     def configure(self, no_sanity: bool = False) -> None:
-        """Write libvirtd.conf and qemu.conf.
+        """Write libvirtd.conf and qemu.conf; the host is up.
 
         :param no_sanity: libvirtd starts though its own certificate is bad
         """
         values = {
             'name': self.name, 'address': self.address, 'uuid': self._uuid,
-            'no_sanity': no_sanity,
-            'allowed': ', '.join('"CN=%s"' % h for h in config.HOSTS)}
+            'no_sanity': no_sanity}
         etc = self.folder / 'etc/libvirt'
         (etc / 'libvirtd.conf').write_text(LIBVIRTD_CONF % values)
         (etc / 'qemu.conf').write_text(QEMU_CONF % values)
+        guide.run(self, 'libvirtd', ALLOWED=', '.join(
+            '"CN=%s"' % name for name in config.HOSTS))
+        guide.run(self, 'qemu')
 
     def start_daemons(self) -> None:
         """Start virtlogd, libvirtd and, with --ssh, sshd; don't wait."""
@@ -158,85 +154,32 @@ class Host(Machine):
     # -- certificates --------------------------------------------------------
 
     @property
-    def authority(self) -> pki.Authority:
-        return pki.Authority(config.STATE / 'pki')
-
-    def install(self, pair: pki.Pair, client: bool = True) -> None:
-        """Put certificates where libvirt and qemu look for them.
-
-        :param client: False: the host has none as a client
-        """
-        top = self.folder / 'etc/pki'
-        group = grp.getgrnam('kvm').gr_gid
-        qemu_group = pwd.getpwnam('libvirt-qemu').pw_gid
-        for name in ('CA', 'libvirt/private', 'qemu'):
-            (top / name).mkdir(parents=True, exist_ok=True)
-        authority = self.authority
-        for name, content in (('CA/cacert.pem', authority.certificate),
-                              ('CA/cacrl.pem', authority.crl),
-                              ('qemu/ca-cert.pem', authority.certificate),
-                              ('qemu/ca-crl.pem', authority.crl)):
-            (top / name).write_bytes(content)
-        for role in ('server', 'client'):
-            files = {'libvirt/%scert.pem' % role: pair.certificate,
-                     'libvirt/private/%skey.pem' % role: pair.key,
-                     'qemu/%s-cert.pem' % role: pair.certificate,
-                     'qemu/%s-key.pem' % role: pair.key}
-            for name, content in files.items():
-                path = top / name
-                if role == 'client' and not client:
-                    path.unlink(missing_ok=True)
-                    continue
-                pki.write_private(path, content,
-                                  0o640 if 'key' in name else 0o644)
-                if name.startswith('qemu/'):
-                    os.chown(path, 0, qemu_group or group)
+    def certificates(self) -> pki.Hosts:
+        return pki.Hosts(config.STATE / 'pki', Machine(config.CONTROL))
 
     def certificate(self, variant: str) -> None:
         """Give the host a certificate, good or bad; libvirtd is restarted.
 
         "none" is no certificate as a client: a libvirtd without one as a
-        server does not listen. The list of revoked certificates is
-        every host's, so all are restarted for "revoked".
+        server does not listen. The other hosts learn of a revoked one.
 
         :param variant: one of pki.VARIANTS
         """
         if variant not in pki.VARIANTS:
             raise LabError('no kind of certificate %r; there are: %s' % (
                 variant, ', '.join(pki.VARIANTS)))
-        authority = self.authority
-        issuer, name, address = authority, self.name, self.address
-        if variant == 'other-ca':
-            issuer = pki.Authority(config.STATE / 'pki' / 'other',
-                                   'another CA')
-            issuer.create()
-        elif variant == 'wrong-name':
-            name, address = 'somebody-else', '192.0.2.1'
-        pair = issuer.issue(name, address, expired=variant == 'expired')
-        revoked = config.STATE / 'pki' / 'revoked'
-        before = revoked.read_text().split() if revoked.exists() else []
-        lists = [line for line in before
-                 if line.partition(':')[0] != self.name]
-        if variant == 'revoked':
-            lists.append('%s:%d' % (self.name, pair.serial))
-        revoked.write_text('\n'.join(lists))
-        authority.revoke(int(line.partition(':')[2]) for line in lists)
-        self.install(pair, client=variant != 'none')
+        self.certificates.issue(self, variant)
         self._note(variant)
-        self._uuid = self._known_uuid()
+        self._uuid = uuid.UUID(
+            self.path('/etc/machine-id').read_text().strip())
         self.configure(no_sanity=variant not in ('good', 'none'))
-        affected = [self]
-        if before != lists:
-            for other in map(Host, config.HOSTS):
-                if other.name != self.name:
-                    top = other.folder / 'etc/pki'
-                    for crl in ('CA/cacrl.pem', 'qemu/ca-crl.pem'):
-                        (top / crl).write_bytes(authority.crl)
-                    affected.append(other)
-        for host in affected:
-            host.restart('libvirtd')
-        for host in affected:
-            host.wait_ready()
+        self.restart('libvirtd')
+        self.wait_ready()
+        if variant == 'revoked':
+            for peer in map(Host, config.HOSTS):
+                if peer.name != self.name:
+                    self.certificates.install(peer)
+                    guide.run(peer, 'renew')
 
     def _note(self, variant: str) -> None:
         from . import state
@@ -244,9 +187,6 @@ class Host(Machine):
         if known:
             known.certificates[self.name] = variant
             known.save()
-
-    def _known_uuid(self) -> uuid.UUID:
-        return uuid.UUID(self.path('/etc/machine-id').read_text().strip())
 
     # -- full disks ----------------------------------------------------------
 

@@ -22,6 +22,7 @@ import subprocess
 import time
 
 from . import config
+from . import guide
 from . import host
 from . import lock
 from . import network
@@ -54,6 +55,7 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
     progress = progress or ui.Steps()
     known = state.find()
     preflight.check(options, leftover=bool(known))
+    guide.find()
     prepare(options, progress)
     if known:
         down(progress)
@@ -64,10 +66,9 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
     # From here on a kill leaves something behind, and this says so.
     now.save()
     machines = [Machine(config.CONTROL), *host.both()]
-    with progress.step('namespaces, certificates, file systems'), \
+    with progress.step('namespaces, file systems'), \
             concurrent.futures.ThreadPoolExecutor() as pool:
-        jobs = [pool.submit(network.create),
-                pool.submit(_certificates)]
+        jobs = [pool.submit(network.create)]
         if options.ssh:
             jobs.append(pool.submit(ssh.make_keys, config.STATE / 'ssh'))
         jobs += [pool.submit(
@@ -78,6 +79,8 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
         starting = [(m, m.begin()) for m in machines]
         for machine, process_ in starting:
             machine.finish(process_)
+    with progress.step('certificates, as the admin guide says'):
+        _certificates(*machines)
     with progress.step('virtlogd, libvirtd'):
         for machine in machines[1:]:
             machine.start_daemons()
@@ -90,11 +93,12 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
     now.save()
 
 
-def _certificates() -> None:
-    authority = pki.Authority(config.STATE / 'pki')
+def _certificates(control, *computes) -> None:
+    authority = pki.Hosts(config.STATE / 'pki', control)
     authority.create()
-    for each in host.both():
-        each.install(authority.issue(each.name, each.address))
+    for each in computes:
+        authority.issue(each)
+        each.configure()
 
 
 def down(progress: ui.Steps | None = None) -> bool:

@@ -10,13 +10,19 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""A certificate authority made on the spot, and certificates good and bad."""
+"""Certificates of the hosts: good ones as the guide says, and bad ones.
 
-import dataclasses
+The CA, a good certificate, its installation and its revocation are the admin
+guide's commands (guide.py). It has none for bad certificates: these are made here.
+"""
+
 import datetime
+import grp
 import ipaddress
 import os
 import pathlib
+import pwd
+import shutil
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -25,20 +31,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from cryptography.x509.oid import NameOID
 
+from . import guide
+
 DAYS = 30
 VARIANTS = ('good', 'none', 'other-ca', 'wrong-name', 'expired', 'revoked')
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """A certificate and its key, in PEM."""
-
-    certificate: bytes
-    key: bytes
-
-    @property
-    def serial(self) -> int:
-        return x509.load_pem_x509_certificate(self.certificate).serial_number
 
 
 def _pem_key(key) -> bytes:
@@ -59,24 +55,16 @@ def write_private(path: pathlib.Path, content: bytes, mode=0o600) -> None:
 
 
 class Authority:
-    """A CA in a folder: ca.pem, ca.key, crl.pem.
+    """A CA in a folder: cacert.pem and cakey.pem.
 
     :param common: the CA's name
     """
 
-    def __init__(self, folder: pathlib.Path, common: str = 'lab CA'):
+    def __init__(self, folder: pathlib.Path, common: str = 'another CA'):
         self.folder, self.common = folder, common
 
-    @property
-    def certificate(self) -> bytes:
-        return (self.folder / 'ca.pem').read_bytes()
-
-    @property
-    def crl(self) -> bytes:
-        return (self.folder / 'crl.pem').read_bytes()
-
     def create(self) -> None:
-        """Make the CA, and an empty list of revoked certificates."""
+        """Make one of which no host knows."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.datetime.now(datetime.timezone.utc)
@@ -91,18 +79,21 @@ class Authority:
             False, False, False, False, False, True, True, False, False), True
         ).add_extension(x509.SubjectKeyIdentifier.from_public_key(
             key.public_key()), False).sign(key, hashes.SHA256())
-        (self.folder / 'ca.pem').write_bytes(
+        (self.folder / 'cacert.pem').write_bytes(
             certificate.public_bytes(serialization.Encoding.PEM))
-        write_private(self.folder / 'ca.key', _pem_key(key))
-        self.revoke(())
+        write_private(self.folder / 'cakey.pem', _pem_key(key))
 
     def _load(self):
-        return (x509.load_pem_x509_certificate(self.certificate),
-                serialization.load_pem_private_key(
-                    (self.folder / 'ca.key').read_bytes(), None))
+        return (x509.load_pem_x509_certificate(
+            (self.folder / 'cacert.pem').read_bytes()),
+            serialization.load_pem_private_key(
+                (self.folder / 'cakey.pem').read_bytes(), None))
 
-    def issue(self, name: str, address: str, expired: bool = False) -> Pair:
+    def issue(self, into: pathlib.Path, host: str, name: str, address: str,
+              expired: bool = False) -> None:
         """A certificate for a host, as server and as client.
+
+        :param into: the folder for HOST.pem and HOST.key
 
         :param name: common name and DNS name
         :param address: IP address
@@ -130,25 +121,71 @@ class Authority:
                 x509.DNSName(name),
                 x509.IPAddress(ipaddress.ip_address(address))]), False
         ).add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(
-                authority_key.public_key()), False
+            # As the CA's certificate has it: there is more than one way.
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(
+                authority.extensions.get_extension_for_class(
+                    x509.SubjectKeyIdentifier).value), False
         ).sign(authority_key, hashes.SHA256())
-        return Pair(certificate.public_bytes(serialization.Encoding.PEM),
-                    _pem_key(key))
+        (into / (host + '.pem')).write_bytes(
+            certificate.public_bytes(serialization.Encoding.PEM))
+        write_private(into / (host + '.key'), _pem_key(key))
 
-    def revoke(self, serials) -> None:
-        """Make these, and no others, the revoked certificates."""
-        authority, key = self._load()
-        now = datetime.datetime.now(datetime.timezone.utc)
-        builder = x509.CertificateRevocationListBuilder().issuer_name(
-            authority.subject).last_update(
-            now - datetime.timedelta(minutes=1)).next_update(
-            now + datetime.timedelta(days=DAYS)).add_extension(
-            x509.CRLNumber(int(now.timestamp())), False)
-        for serial in serials:
-            builder = builder.add_revoked_certificate(
-                x509.RevokedCertificateBuilder().serial_number(
-                    serial).revocation_date(
-                    now - datetime.timedelta(minutes=1)).build())
-        (self.folder / 'crl.pem').write_bytes(builder.sign(
-            key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+
+class Hosts:
+    """The certificates of the lab's hosts.
+
+    :param folder: of the CA; in it a folder a host, with what is brought there
+    :param control: the machine where the CA is
+    """
+
+    def __init__(self, folder: pathlib.Path, control):
+        self.folder, self.control = folder, control
+
+    def create(self) -> None:
+        """Make the CA."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name in ('ca', 'crl'):
+            guide.run(self.control, name, self.folder)
+
+    def issue(self, host, variant: str = 'good') -> None:
+        """Make a host's certificate and install it.
+
+        :param variant: one of VARIANTS
+        """
+        folder = self.folder / host.name
+        folder.mkdir(exist_ok=True, mode=0o700)
+        if variant in ('other-ca', 'wrong-name', 'expired'):
+            authority = Authority(self.folder)
+            if variant == 'other-ca':
+                authority = Authority(self.folder / 'other')
+                authority.create()
+            wrong = variant == 'wrong-name'
+            authority.issue(
+                folder, host.name, 'somebody-else' if wrong else host.name,
+                '192.0.2.1' if wrong else host.address, variant == 'expired')
+        else:
+            guide.run(self.control, 'certificate', self.folder,
+                      HOST=host.name, ADDRESS=host.address)
+            if variant == 'revoked':
+                guide.run(self.control, 'revoke', self.folder, HOST=host.name)
+            shutil.copy(self.folder / (host.name + '.pem'), folder)
+            shutil.move(self.folder / (host.name + '.key'),
+                        folder / (host.name + '.key'))
+        self.install(host)
+        if variant == 'none':
+            for path in ('libvirt/clientcert.pem', 'qemu/client-cert.pem',
+                         'libvirt/private/clientkey.pem',
+                         'qemu/client-key.pem'):
+                (host.folder / 'etc/pki' / path).unlink()
+
+    def install(self, host) -> None:
+        """Bring a host what it should have now, and put it in its place."""
+        folder = self.folder / host.name
+        for name in ('cacert.pem', 'cacrl.pem'):
+            shutil.copy(self.folder / name, folder)
+        guide.run(host, 'install', folder, HOST=host.name,
+                  QEMU_GROUP=_qemu_group())
+
+
+def _qemu_group() -> str:
+    return grp.getgrgid(pwd.getpwnam('libvirt-qemu').pw_gid).gr_name

@@ -189,12 +189,9 @@ class Cases:
         self.bench.a.run(['qemu-img', 'create', '-q', '-f', 'qcow2', '-F',
                           'raw', '-b', folder + '/base',
                           folder + '/' + name])
-        self.bench.a.run(['sh', '-c', 'head -c %d /dev/urandom >/tmp/new; '
-                          'qemu-img dd -q -f raw -O raw if=/tmp/new '
-                          'of=/tmp/new.raw bs=1M; qemu-io -f qcow2 -c '
-                          '"write -q -s /tmp/new.raw 1G %d" %s/%s; '
-                          'rm /tmp/new /tmp/new.raw' % (
-                              size, size, folder, name)])
+        self.bench.a.run(['sh', '-ec', 'head -c %d /dev/urandom >/tmp/new; '
+                          'qemu-io -f qcow2 -c "write -q -s /tmp/new 1G %d" '
+                          '%s/%s; rm /tmp/new' % (size, size, folder, name)])
         self.bench._refresh()
         length = self.bench.a.path('%s/%s' % (folder, name)).stat().st_size
         ways, _checksums = self._ways(name, length)

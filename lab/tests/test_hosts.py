@@ -16,22 +16,25 @@ import contextlib
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest
+import unittest.mock
 
 import ddt
 import libvirt
 
 import lab
 from lab import config
+from lab import guide
 from lab import hosts
 from lab import lock
 from lab import network
-from lab import pki
 from lab import preflight
 from lab import process
 from lab import state
@@ -155,6 +158,43 @@ class TestConnections(HostsTest):
         for one, other in ((self.a, self.b), (self.b, self.a)):
             self.virsh(one, other, 'uri')
         self.assertTrue(hosts.healthy())
+
+    def test_every_named_block_of_the_guide_runs(self):
+        """Those that the lab's own set-up does not run."""
+        named = {name.removeprefix(guide.PREFIX)
+                 for name in guide._blocks(guide.find())}
+        self.assertEqual({'ca', 'crl', 'certificate', 'install', 'libvirtd',
+                          'qemu', 'dn', 'check', 'renew', 'revoke'}, named)
+        for one, other in ((self.a, self.b), (self.b, self.a)):
+            for peer in (other.name, other.address):
+                self.assertEqual(other.name, guide.run(
+                    one, 'check', PEER=peer).strip())
+            self.assertIn('CN=' + one.name, guide.run(one, 'dn'))
+
+    def test_renewed_without_a_restart(self):
+        before = self.a.service('libvirtd').pid
+        serials = []
+        for _ in range(2):
+            self.a.certificates.issue(self.a)
+            guide.run(self.a, 'renew')
+            told = self.b.run([
+                'gnutls-cli', '--print-cert', '--port=16514',
+                '--x509cafile=/etc/pki/CA/cacert.pem', 'host-a'],
+                check=False, input='', timeout=20).stdout
+            serials.append(re.search(r'serial (0x\w+)', told)[1])
+        self.assertNotEqual(*serials)
+        self.assertEqual(before, self.a.service('libvirtd').pid)
+        self.virsh(self.b, self.a, 'uri')
+
+    def test_daemon_does_not_start_with_an_expired_certificate(self):
+        """As the guide says; the lab's faults make an exception."""
+        self.addCleanup(self.a.certificate, 'good')
+        self.a.certificate('expired')
+        self.a.configure(no_sanity=False)
+        self.a.restart('libvirtd')
+        self.assertRaisesRegex(lab.LabError, 'has ended before listening',
+                               self.a.wait_port, config.TLS_PORT, 10,
+                               'libvirtd')
 
     def test_unknown_kind_of_certificate(self):
         self.assertRaisesRegex(lab.LabError, 'there are: good',
@@ -580,16 +620,21 @@ class TestParts(unittest.TestCase):
         self.assertFalse(mine.alive())
         self.assertFalse(mine.signal(signal.SIGKILL))
 
-    def test_every_kind_of_certificate_differs(self):
-        import tempfile
+    def test_guides_blocks_become_scripts(self):
         with tempfile.TemporaryDirectory() as folder:
-            authority = pki.Authority(pathlib.Path(folder))
-            authority.create()
-            serials = {authority.issue('x', '10.0.0.1').serial
-                       for _ in range(8)}
-            self.assertEqual(8, len(serials))
-            for path in pathlib.Path(folder).glob('*.key'):
-                self.assertEqual(0o600, path.stat().st_mode & 0o777)
+            path = pathlib.Path(folder, guide.PAGE)
+            path.parent.mkdir(parents=True)
+            path.write_text(
+                'Page\n\n.. code-block:: console\n   :name: '
+                'remote-libvirt-tls-x\n\n   # cat > f << EOF\n   a # b\n'
+                '\n   EOF\n   # cat \\\n       f\n\nText.\n\n'
+                '   .. code-block:: console\n\n      # not this\n')
+            with unittest.mock.patch.dict(os.environ, LAB_NOVA_TREE=folder):
+                self.assertEqual(path, guide.find())
+                self.assertEqual('cat > f << EOF\na # b\n\nEOF\ncat \\\n    f\n',
+                                 guide.script('x'))
+                self.assertRaisesRegex(lab.LabError, 'has no block .*-y$',
+                                       guide.script, 'y')
 
     def test_lock_again_in_the_same_process(self):
         taken = threading.Event()

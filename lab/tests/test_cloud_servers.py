@@ -12,6 +12,7 @@
 """A server's whole life on two hosts, told by its guest."""
 
 import base64
+import os
 import struct
 import unittest
 
@@ -339,6 +340,22 @@ class TestFlatTransition(TestTransition):
         said = server.testimony(after=before)
         self.assertEqual(before.disks['vdb'], said.disks['vdb'])
         self.assert_data(said, data=DATA, raw=EPHEMERAL)
+
+
+#: What "make test" runs, some minutes; LAB_SCENARIOS=all runs everything.
+FAST = {
+    'TestPool': ('test_boot', 'test_hard_reboot', 'test_hostile_head',
+                 'test_migrate_confirm', 'test_migrate_revert',
+                 'test_resize_grow', 'test_rescue', 'test_snapshot'),
+    'TestTransition': ('test_hard_reboot', 'test_migrate')}
+
+
+def load_tests(loader, tests, _pattern):
+    if os.environ.get('LAB_SCENARIOS', 'fast') == 'all':
+        return tests
+    return unittest.TestSuite(
+        globals()[name](test) for name, chosen in FAST.items()
+        for test in chosen)
 
 
 if __name__ == '__main__':

@@ -32,13 +32,8 @@ HEADER = re.compile(rb'\A\s*>?(From|Date|Subject)[ :]')
 
 def check(project: Project) -> list[str]:
     """All that is wrong, each with its place and how to mend it."""
-    with tempfile.TemporaryDirectory() as scratch:
-        if (project.tree / '.git').exists():
-            git = Git(project.tree)
-        else:
-            git = Git(pathlib.Path(scratch) / 'git', bare=True)
-            git.dir.mkdir()
-            git.run('init', '--quiet', '--bare', git.dir)
+    with tempfile.TemporaryDirectory() as scratch, (
+            compose.workshop(project)) as git:
         base = compose.ensure_base(git, project)
         series = compose.patches(project)
         owned = git.entries(base)

@@ -12,6 +12,8 @@
 
 """From the repository to the tree: the base and one commit a patch."""
 
+from collections.abc import Iterator
+import contextlib
 import os
 import pathlib
 import shutil
@@ -83,6 +85,18 @@ def _make_base(cache, project):
         except OSError:  # somebody else has made the same one meanwhile
             if not cache.dir.exists():
                 raise
+
+
+@contextlib.contextmanager
+def workshop(project: Project) -> Iterator[Git]:
+    """A repository to compose in: the tree's, or one that goes again."""
+    if (project.tree / '.git').exists():
+        yield Git(project.tree)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        git = Git(pathlib.Path(scratch), bare=True)
+        git.run('init', '--quiet', '--bare', scratch)
+        yield git
 
 
 def compose(git: Git, project: Project) -> str:

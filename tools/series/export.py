@@ -15,13 +15,16 @@
 import shutil
 
 from . import compose
-from .git import Git
 from .project import Project
 
 
 def export(project: Project) -> str:
     """Write dist/series (git am) and dist/quilt (quilt push -a)."""
-    git = Git(project.tree)
+    with compose.workshop(project) as git:
+        return _export(git, project)
+
+
+def _export(git, project):
     tip = compose.compose(git, project)
     dist = project.root / 'dist'
     series, quilt = dist / 'series', dist / 'quilt' / 'patches'

@@ -62,9 +62,13 @@ class Git:
             command += ['--git-dir', str(self.dir)]
         full = {k: v for k, v in os.environ.items() if k not in UNSET}
         full.update(PINNED, **(env or {}))
-        done = subprocess.run(
-            [*command, *map(str, args)], input=stdin, env=full,
-            cwd=self.path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            done = subprocess.run(
+                [*command, *map(str, args)], input=stdin, env=full,
+                cwd=self.path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        except FileNotFoundError as error:
+            raise SeriesError('there is no %s; make ready installs what is '
+                              'missing' % error.filename) from None
         if check and done.returncode:
             raise SeriesError('git %s failed in %s:\n%s' % (
                 ' '.join(map(str, args)), self.path,

@@ -12,9 +12,12 @@
 
 """Each fault is found, with its place."""
 
+import shutil
+
 from . import base
 from series import check
 from series import save
+from series.git import Git
 
 
 class TestCheck(base.ProjectTest):
@@ -80,6 +83,46 @@ class TestCheck(base.ProjectTest):
                 self.assertRegex(self.faults(), 'reads like a diff')
                 self.git.run('reset', '--quiet', '--hard', 'base',
                              worktree=True)
+
+    def test_body_that_begins_like_a_header(self):
+        self.saved({'nova/a.py': b'1\n'}, 'Subject\n\nFrom: the start.\n')
+        self.assertRegex(self.faults(), 'for a header')
+
+    def test_message_that_is_not_saved(self):
+        self.saved({'nova/a.py': b'1\n'})
+        self.git.run('commit', '--quiet', '--amend', '-m', 'Other\n\nBody.',
+                     worktree=True)
+        self.assertRegex(self.faults(), 'differ in number, message or author')
+
+    def test_file_of_the_base_under_another_name(self):
+        self.saved({'nova/new.py': b'1\n', 'nova/empty/__init__.py': b''})
+        copy = self.project.root / 'copied.py'
+        copy.write_bytes(base.BASE['nova/a.py'])
+        Git(self.project.root).run('add', '--all', worktree=True)
+        self.assertRegex(self.faults(),
+                         r"copied\.py is the base's own file nova/a\.py")
+        self.assertNotRegex(self.faults(), '__init__')
+
+    def test_option_in_an_added_file(self):
+        self.saved({'nova/new.py': b"\nX = [\n    cfg.StrOpt('x'),\n]\n"})
+        self.assertRegex(self.faults(), r'nova/new\.py, line 3 \(cfg\.StrOpt')
+
+    def test_file_added_by_two_commits(self):
+        patch = self.saved({'nova/new.py': b'1\n'})
+        patch.with_name('0002-Again.patch').write_bytes(patch.read_bytes())
+        self.assertRegex(self.faults(), 'nova/new.py is added by patches/0001-'
+                         'Subject.patch and by patches/0002-Again.patch')
+
+    def test_edited_patch_that_git_takes(self):
+        patch = self.saved({'nova/a.py': base.BASE['nova/a.py'].replace(
+            b'line 20\n', b'ours\n')})
+        patch.write_bytes(patch.read_bytes().replace(b'+ours', b'+others'))
+        self.assertRegex(self.faults(), r'nova/a\.py is not the same')
+
+    def test_repository_without_a_tree(self):
+        self.saved({'nova/new.py': b'1\n', 'nova/a.py': b'2\n'})
+        shutil.rmtree(self.project.tree)
+        self.assertEqual('', self.faults())
 
     def test_option_without_a_note(self):
         option = b"x = [\n    cfg.StrOpt('x'),\n]\n"

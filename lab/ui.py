@@ -14,6 +14,7 @@
 
 import contextlib
 import dataclasses
+import threading
 import time
 
 import rich.console
@@ -50,25 +51,47 @@ class Console(Steps):
         self.console = console or rich.console.Console(
             stderr=False, highlight=False)
         self.began = time.monotonic()
+        self._lock = threading.Lock()
+        self._running: list[_Running] = []
+        self._live: rich.live.Live | None = None
 
     @contextlib.contextmanager
     def step(self, text: str):
+        """A step; several may run at the same time, in threads."""
         start = time.monotonic()
-        with contextlib.ExitStack() as stack:
-            if self.console.is_terminal:
-                stack.enter_context(rich.live.Live(
-                    _Running(text, start), console=self.console,
-                    transient=True, refresh_per_second=8))
-            ok = False
-            try:
-                yield
-                ok = True
-            finally:
-                stack.close()
-                took = time.monotonic() - start
-                self.console.print('%s %7.1f s  %s%s' % (
-                    '[green]✓[/]' if ok else '[red]✗[/]', took, text,
-                    '' if ok else ' [red]failed[/]'))
+        running = _Running(text, start)
+        self._show(running)
+        ok = False
+        try:
+            yield
+            ok = True
+        finally:
+            self._hide(running)
+            took = time.monotonic() - start
+            self.console.print('%s %7.1f s  %s%s' % (
+                '[green]✓[/]' if ok else '[red]✗[/]', took, text,
+                '' if ok else ' [red]failed[/]'), highlight=False)
+
+    def _show(self, running):
+        if not self.console.is_terminal:
+            return
+        with self._lock:
+            self._running.append(running)
+            if self._live is None:
+                # One for all: they can't be ended in any other order.
+                self._live = rich.live.Live(
+                    get_renderable=lambda: rich.console.Group(
+                        *self._running), console=self.console,
+                    transient=True, refresh_per_second=8)
+                self._live.start()
+
+    def _hide(self, running):
+        with self._lock:
+            if running in self._running:
+                self._running.remove(running)
+            if self._live and not self._running:
+                self._live.stop()
+                self._live = None
 
     def say(self, text: str) -> None:
         self.console.print('%s %7.1f s  %s' % (

@@ -1,0 +1,125 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""The guest's words, its pattern and the cloud's configuration files."""
+
+import hashlib
+import pathlib
+import subprocess
+import tempfile
+import unittest
+
+from lab.cloud import config
+from lab.guest import image
+from lab.guest import testimony
+
+CONSOLE = '''SeaBIOS (version 1.16.2)
+LAB {"event":"boot","boot":2,"boot_id":"b2"}
+LAB {"event":"testimony","boot":2,"boot_id":"b2","uptime":4}
+LAB {"event":"disk","name":"vda","bytes":1024,"magic":"mbr","own":true,"label":""}
+LAB {"event":"disk","name":"vdb","bytes":512,"magic":"vfat","own":false,"label":"ephemeral0"}
+LAB {"event":"swap","disk":"vdc","usable":true}
+LAB {"event":"other","disk":"vdb","boot":7}
+LAB {"event":"range","name":"data","disk":"vdb","sha256":"other's"}
+LAB {"event":"filesystem","bytes":900,"free":800,"kept":"boots ranges "}
+LAB {"event":"range","name":"data","disk":"vda","sha256":"own"}
+LAB {"event":"config","device":"sr0","user_data":"aGk="}
+LAB {"event":"ready","boot":2,"boot_id":"b2","uptime":5}
+LAB {"event":"done","id":"c1","command":"sh","ok":false,"output":"bm8K"}
+LAB {"event":"testimony","boot":2,"boot_id":"b2","uptime":9}
+LAB {"event":"disk","name":"vda","bytes":10
+'''
+
+
+class TestTestimony(unittest.TestCase):
+
+    def test_whole_ones_only(self):
+        """What is cut off, and what is not complete, is no testimony."""
+        (said,) = testimony.testimonies(CONSOLE)
+        self.assertEqual((2, 'b2', 4), (said.boot, said.boot_id, said.uptime))
+        self.assertEqual('vda', said.own['name'])
+        self.assertEqual(512, said.disk_labelled('ephemeral0')['bytes'])
+        self.assertIsNone(said.disk_labelled('nothing'))
+        self.assertEqual({'vdc': True}, said.swap)
+        self.assertEqual(['boots', 'ranges'], said.filesystem['kept'])
+        self.assertEqual(b'hi', said.config['user_data'])
+
+    def test_another_guests_ranges_are_apart(self):
+        (said,) = testimony.testimonies(CONSOLE)
+        self.assertEqual('own', said.ranges['data']['sha256'])
+        self.assertEqual(7, said.others['vdb']['boot'])
+        self.assertEqual(
+            "other's", said.others['vdb']['ranges']['data']['sha256'])
+
+    def test_printed_twice(self):
+        """Nova appends to the log what it has read from the console."""
+        twice = ''.join(line + '\n' + line + '\n'
+                        for line in CONSOLE.splitlines())
+        self.assertEqual(testimony.testimonies(CONSOLE),
+                         testimony.testimonies(twice))
+
+    def test_no_config_drive(self):
+        (said,) = testimony.testimonies(
+            'LAB {"event":"testimony","boot":1,"boot_id":"b","uptime":1}\n'
+            'LAB {"event":"config","device":null}\n')
+        self.assertIsNone(said.config['device'])
+
+    def test_replies(self):
+        reply = testimony.replies(CONSOLE)['c1']
+        self.assertEqual((False, 'no\n'), (reply['ok'], reply['output']))
+
+
+class TestPattern(unittest.TestCase):
+
+    def test_same_as_python(self):
+        """The guest's program and hashlib agree, also between blocks."""
+        with tempfile.TemporaryDirectory() as folder:
+            program = pathlib.Path(folder, 'pattern')
+            subprocess.run(['gcc', '-O1', '-Wall', '-Werror', '-o', program,
+                            image.HERE / 'pattern.c'], check=True)
+            for seed, length in (('a', 0), ('a', 1), ('b', 168), ('c', 169),
+                                 ('seed', 65520), ('seed', (1 << 20) + 3)):
+                wrote = subprocess.run([program, seed, str(length)],
+                                       check=True, capture_output=True).stdout
+                self.assertEqual(testimony.pattern(seed, length), wrote)
+                self.assertEqual(hashlib.sha256(wrote).hexdigest(),
+                                 testimony.pattern_sha256(seed, length))
+
+    def test_init_is_a_script_of_busybox(self):
+        done = subprocess.run(['sh', '-n', image.HERE / 'init'],
+                              capture_output=True, text=True)
+        self.assertEqual((0, ''), (done.returncode, done.stderr))
+
+
+class TestConfiguration(unittest.TestCase):
+
+    def test_set_and_get(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, 'set.conf')
+            self.assertIsNone(config.get_option(path, 'libvirt', 'Key'))
+            self.assertEqual('x', config.get_option(path, 'a', 'b', 'x'))
+            config.set_option(path, 'libvirt', 'Key', '100%')
+            config.set_option(path, 'DEFAULT', 'debug', 'true')
+            config.set_option(path, 'libvirt', 'Key', 'new')
+            self.assertEqual('new', config.get_option(path, 'libvirt', 'Key'))
+            self.assertEqual('true',
+                             config.get_option(path, 'DEFAULT', 'debug'))
+            # what is in DEFAULT is not in every other section
+            self.assertIsNone(config.get_option(path, 'libvirt', 'debug'))
+
+    def test_secrets_are_random_kept_and_private(self):
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [pathlib.Path(folder, name) for name in 'ab']
+            first, second = map(config.Secrets, paths)
+            self.assertNotEqual(first.admin, second.admin)
+            self.assertNotEqual(first.admin, first.service)
+            self.assertEqual(first.rabbit, config.Secrets(paths[0]).rabbit)
+            self.assertEqual(0o600, paths[0].stat().st_mode & 0o777)

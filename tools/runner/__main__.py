@@ -13,8 +13,9 @@
 import argparse
 import os
 import pathlib
-import subprocess
+import shutil
 import sys
+import tempfile
 
 from . import machine
 from series import project
@@ -70,10 +71,7 @@ def _inside(arguments) -> int:
     from . import stages
     del os.environ['PYTHONPATH']  # it is no business of what is tested
     if arguments.command in ('wheel', 'dist'):
-        return subprocess.run([
-            sys.executable, '-m', 'build', '--outdir', ROOT / 'dist',
-            *(['--wheel'] if arguments.command == 'wheel' else []),
-            ROOT]).returncode
+        return _build(arguments.command == 'wheel')
     tally = counting.Tally()
     stage = getattr(stages, arguments.command)
     if arguments.command == 'each':
@@ -81,6 +79,23 @@ def _inside(arguments) -> int:
     else:
         stage(tally)
     return tally.report()
+
+
+def _build(wheel_alone):
+    """Build the packages; the wheel of the source distribution, if both."""
+    dist = ROOT / 'dist'
+    with tempfile.TemporaryDirectory() as fresh, open(
+            ROOT / 'build/log/dist.log', 'w') as out:
+        machine.step('wheel' if wheel_alone else 'sdist, wheel', [
+            sys.executable, '-m', 'build', '--outdir', fresh,
+            *(['--wheel'] if wheel_alone else []), ROOT], out)
+        dist.mkdir(exist_ok=True)
+        for old in [*dist.glob('*.whl'), *dist.glob('*.tar.gz')]:
+            old.unlink()
+        for made in pathlib.Path(fresh).iterdir():
+            shutil.move(made, dist)
+            print('dist/' + made.name)
+    return 0
 
 
 if __name__ == '__main__':

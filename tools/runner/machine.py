@@ -68,8 +68,8 @@ def system(listing: pathlib.Path, log: pathlib.Path) -> None:
               'remove it when you want them to' % POLICY)
     with open(log, 'w') as out:
         env = {'DEBIAN_FRONTEND': 'noninteractive'}
-        _call('apt update', ['apt-get', 'update'], out, env)
-        _call('apt install', install, out, env)
+        step('apt update', ['apt-get', 'update'], out, env)
+        step('apt install', install, out, env)
 
 
 def venv(root: pathlib.Path, tree: pathlib.Path, log: pathlib.Path) -> None:
@@ -88,12 +88,12 @@ def venv(root: pathlib.Path, tree: pathlib.Path, log: pathlib.Path) -> None:
         return
     with open(log, 'w') as out:
         # What is there is brought up to date in place: a lab may run from it.
-        _call('venv', [sys.executable, '-m', 'venv', *(
+        step('venv', [sys.executable, '-m', 'venv', *(
             [] if _same_python(path) else ['--clear']), path], out)
         pip = [path / 'bin/python', '-m', 'pip', 'install',
                '--disable-pip-version-check', '--progress-bar', 'off']
-        _call('pip itself', [*pip, '--upgrade', 'pip'], out)
-        _call('pip install', [*pip, '-c', limits, *(
+        step('pip itself', [*pip, '--upgrade', 'pip'], out)
+        step('pip install', [*pip, '-c', limits, *(
             argument for file in files for argument in ('-r', file))], out)
     stamp.write_text(sums)
 
@@ -119,7 +119,7 @@ def extensions(python: pathlib.Path, tree: pathlib.Path,
     if built and min(f.stat().st_mtime for f in built) > newest:
         return
     with open(log, 'w') as out:
-        _call('extensions', [python, 'setup.py', '--quiet', 'build_ext',
+        step('extensions', [python, 'setup.py', '--quiet', 'build_ext',
                              '--inplace'], out,
               {'PBR_VERSION': version(tree)}, tree)
 
@@ -130,8 +130,12 @@ def version(tree: pathlib.Path) -> str:
                      re.M).group(1)
 
 
-def _call(title, command, out, env=None, cwd=None):
-    """Run one step; its line shows what it does now."""
+def step(title, command, out, env=None, cwd=None):
+    """Run a program; its line shows the last that it said.
+
+    :param out: a file for all that it says
+    :raises: NotReady with the end of that, if it fails
+    """
     command = list(map(str, command))
     out.write('+ %s\n' % ' '.join(command))
     out.flush()

@@ -69,7 +69,9 @@ def _make_base(cache, project):
     sdist = project.sdist()
     with tempfile.TemporaryDirectory(dir=project.cache) as scratch:
         with tarfile.open(sdist) as archive:
-            archive.extractall(scratch, filter='data')
+            # Python 3.11.2 (Debian 12) has no filters; the sum is proven.
+            archive.extraction_filter = getattr(tarfile, 'data_filter', None)
+            archive.extractall(scratch)
         source = pathlib.Path(scratch) / ('%s-%s' % (
             project.name, project.version))
         git = Git(source)

@@ -119,16 +119,10 @@ def up(**arguments):
 
 def _up(options, progress):
     if options.level == 'cloud':
-        preflight.check(options, leftover=bool(state.find()))
-        hosts.prepare(options, progress)
         from . import cloud
-        cloud.prepare(options, progress)
-    hosts.up(options, progress)
-    if options.level == 'cloud':
-        cloud.up(options, progress)
-        now = state.find()
-        now.phase = 'up'
-        now.save()
+        cloud.bring_up(options, progress)
+    else:
+        hosts.up(options, progress)
 
 
 def _already_up(known, options):
@@ -185,7 +179,7 @@ def openstack(arguments):
 
 
 @main.command(name='set')
-@click.argument('host', type=HOST)
+@click.argument('host', type=MACHINE)
 @click.argument('section')
 @click.argument('key')
 @click.argument('value')
@@ -200,11 +194,17 @@ def set_(host, section, key, value):
 @click.argument('service')
 def restart(host, service):
     """Stop a service if it runs, and start it as it was."""
-    state.load()
+    known = state.load()
     with lock.held():
-        Machine(host).restart(service)
-        if service == 'libvirtd':
+        if service == 'libvirtd' and host in config.HOSTS:
+            Host(host).restart(service)
             Host(host).wait_ready()
+        elif (known.options.level == 'cloud' and
+              service not in ('virtlogd', 'sshd')):
+            # It waits until the service serves.
+            _cloud().Cloud().restart(host, service)
+        else:
+            Machine(host).restart(service)
 
 
 @main.command()

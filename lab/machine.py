@@ -249,10 +249,12 @@ class Machine:
     def pause(self, name: str) -> None:
         """SIGSTOP: the daemon is there and answers nothing."""
         service = self._running(name)
-        # Their parents wait for stopped children, so not these.
+        # nsenter, their parent, stops and goes on with its child by itself.
         for member in service.members():
             if member.pid != service.sid:
                 member.signal(signal.SIGSTOP)
+        # A signal takes its time on a busy machine.
+        self.wait(service.paused, 5, 'paused', name)
 
     def resume(self, name: str) -> None:
         self._running(name).signal(signal.SIGCONT)

@@ -19,6 +19,7 @@ import rich.console
 from . import cases
 from . import methods
 from . import report
+from . import servers
 from .. import packages
 from .. import ui
 from ..errors import LabError
@@ -28,9 +29,9 @@ from ..hosts import Hosts
 def run(runs: int, chosen, console: rich.console.Console) -> list[cases.Row]:
     """Measure, show and write down.
 
-    :param chosen: names of cases; all but those on a disk if empty
+    :param chosen: names of cases; all if empty
     """
-    known = cases.Cases.IN_MEMORY + cases.Cases.ON_DISK
+    known = cases.Cases.IN_MEMORY + cases.Cases.ON_DISK + ('servers',)
     unknown = set(chosen) - set(known)
     if unknown:
         raise LabError('no case %s; there are: %s' % (
@@ -42,18 +43,27 @@ def run(runs: int, chosen, console: rich.console.Console) -> list[cases.Row]:
             packages.install(missing)
     wanted = chosen or known
     found: list[cases.Row] = []
-    with Hosts(ssh=True, progress=progress) as (a, b):
-        for group, memory in ((cases.Cases.IN_MEMORY, True),
-                              (cases.Cases.ON_DISK, False)):
-            todo = [name for name in group if name in wanted]
-            if todo:
-                with _bench(a, b, memory) as bench:
-                    one = cases.Cases(bench, runs, progress.say)
-                    for name in todo:
-                        found += getattr(one, name)()
-                        report.write(found)
+    if set(wanted) - {'servers'}:
+        with Hosts(ssh=True, progress=progress) as (a, b):
+            for row in _copies(a, b, wanted, runs, progress):
+                found.append(row)
+                report.write(found)
+    if 'servers' in wanted:
+        found += servers.measure(runs, progress)
+        report.write(found)
     report.show(found, console)
     return found
+
+
+def _copies(a, b, wanted, runs, progress):
+    for group, memory in ((cases.Cases.IN_MEMORY, True),
+                          (cases.Cases.ON_DISK, False)):
+        todo = [name for name in group if name in wanted]
+        if todo:
+            with _bench(a, b, memory) as bench:
+                one = cases.Cases(bench, runs, progress.say)
+                for name in todo:
+                    yield from getattr(one, name)()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,119 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""A whole `openstack server migrate`: the series against stock Nova over SSH."""
+
+import dataclasses
+import statistics
+import time
+
+from . import cases
+from .. import hosts
+from .. import lock
+from .. import state
+from ..errors import LabError
+from ..host import Host
+
+OTHER = {'host-a': 'host-b', 'host-b': 'host-a'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """:ivar data: MiB of random data written to the root disk"""
+
+    case: str
+    data: int
+    target: float
+
+
+LOADS = (Load('server migration, small image', 0, 1.0),
+         Load('server migration, 4 GiB random', 4096, 0.7))
+WAYS = {'series': state.Options(level='cloud', nova='tree',
+                                images_type='libvirt-storage'),
+        'stock over SSH': state.Options(level='cloud', nova='base', ssh=True)}
+
+
+def measure(runs, progress, loads=LOADS):
+    """Bring up a cloud of each kind in turn, migrate there and back.
+
+    :param runs: of each load on each; the medians count
+    :returns: an iterable of cases.Row
+    """
+    from .. import cloud as lab_cloud
+    found = {}
+    for way, options in WAYS.items():
+        with lock.held():
+            if state.find():
+                raise LabError('a lab is up; first: lab/lab down')
+            try:
+                cloud = lab_cloud.bring_up(options, progress)
+                for load in loads:
+                    found[way, load] = _seconds(cloud, load, runs, way,
+                                                progress.say)
+            finally:
+                hosts.down(progress)
+    for load in loads:
+        yield cases.less(
+            load.case, 'seconds', found['series', load], 'stock over SSH',
+            found['stock over SSH', load], load.target)
+
+
+def _seconds(cloud, load, runs, way, tell) -> float:
+    flavor = cloud.conn.compute.create_flavor(
+        name='bench-%d' % load.data, ram=128, vcpus=1, ephemeral=0, swap=0,
+        disk=1 + -(-load.data // 1024))
+    # The first boot on a host, and the first migration, do more.
+    server = cloud.boot('bench', flavor=flavor.name, host='host-a')
+    took = []
+    try:
+        if load.data:
+            server.stop()
+            _write(server, load.data)
+            server.start()
+        for number in range(1 + runs):
+            start = time.monotonic()
+            server.migrate(OTHER[server.host])
+            seconds = time.monotonic() - start
+            server.confirm()
+            if number:
+                took.append(seconds)
+            tell('%s, %s: %.1f s%s' % (load.case, way, seconds,
+                                       '' if number else ' (first, not '
+                                       'counted)'))
+    finally:
+        server.delete()
+    return statistics.median(took)
+
+
+def _write(server, size) -> None:
+    """Write random data into a stopped server's root disk.
+
+    :param size: MiB
+    """
+    host = Host(server.host)
+    with server.domain() as domain:
+        path = host.run(['virsh', 'domblklist', domain.name()]
+                        ).stdout.splitlines()[2].split(maxsplit=1)[1].strip()
+    if not path.startswith('/'):
+        # "domblklist" shows a volume's name alone.
+        path = host.run(['sh', '-c', 'for p in $(virsh pool-list --name); do '
+                         'virsh vol-path --pool $p %s 2>/dev/null; done' %
+                         path]).stdout.strip()
+    # Behind the image's own partition.
+    host.run(['sh', '-ec', '''
+head -c $((64 << 20)) /dev/urandom >/tmp/random
+n=0
+while [ $((n * 64)) -lt %d ]; do
+    echo "write -q -s /tmp/random $((128 + n * 64))M 64M"
+    n=$((n + 1))
+done | qemu-io -f qcow2 %s
+rm /tmp/random''' % (size, path)])

@@ -22,6 +22,7 @@ import json
 import time
 
 import rich.console
+import rich.markup
 import rich.progress
 import rich.table
 
@@ -73,7 +74,8 @@ class Story:
             self.console.print(
                 '%s %7.1f s  %s%s' % (
                     '[green]✓[/]' if step.ok else '[red]✗[/]', step.seconds,
-                    name, '\n             [dim]%s[/]' % step.detail
+                    name, '\n             [dim]%s[/]' % rich.markup.escape(
+                        step.detail)
                     if step.detail and step.ok else ''), highlight=False)
 
     def table(self):
@@ -83,7 +85,8 @@ class Story:
             table.add_column(title, justify=justify)
         for step in self.steps:
             table.add_row('[green]✓[/]' if step.ok else '[red]✗[/]',
-                          step.name, '%.1f' % step.seconds, step.detail)
+                          step.name, '%.1f' % step.seconds,
+                          rich.markup.escape(step.detail))
         table.add_section()
         table.add_row('', 'all', '%.1f' % (time.monotonic() - self.began), '')
         return table
@@ -310,7 +313,7 @@ def run(keep: bool) -> bool:
     console.print(story.table())
     console.print('record: %s' % RESULT)
     if failed:
-        console.print('[red]error:[/] %s' % failed)
+        console.print('[red]error:[/] %s' % rich.markup.escape(str(failed)))
         if getattr(failed, 'log', None):
             console.print('log: %s' % failed.log)
     elif keep:

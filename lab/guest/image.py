@@ -36,9 +36,6 @@ MODULES = (
     'nls_utf8', 'vfat', 'isofs', 'crc32c_generic', 'ext4')
 PROGRAMS = ('/usr/sbin/resize2fs', '/usr/sbin/e2fsck', '/usr/sbin/blkid',
             '/usr/bin/fallocate')
-PACKAGES = (
-    'busybox-static', 'syslinux', 'syslinux-common', 'mtools', 'dosfstools',
-    'e2fsprogs', 'util-linux', 'fdisk', 'kmod', 'gcc', 'libc6-dev', 'qemu-utils')
 KERNEL_PACKAGE = 'linux-image-cloud-amd64'
 # tsc, timer and mitigations: seconds of the boot under emulation.
 COMMAND_LINE = ('console=ttyS0 panic=-1 quiet loglevel=1 tsc=unstable '

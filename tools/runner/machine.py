@@ -119,9 +119,9 @@ def extensions(python: pathlib.Path, tree: pathlib.Path,
     if built and min(f.stat().st_mtime for f in built) > newest:
         return
     with open(log, 'w') as out:
-        step('extensions', [python, 'setup.py', '--quiet', 'build_ext',
-                             '--inplace'], out,
-              {'PBR_VERSION': version(tree)}, tree)
+        step('extensions',
+             [python, 'setup.py', '--quiet', 'build_ext', '--inplace'],
+             out, {'PBR_VERSION': version(tree)}, tree)
 
 
 def version(tree: pathlib.Path) -> str:

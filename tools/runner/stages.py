@@ -152,7 +152,8 @@ def _one_commit(tally, work, title, everything):
     if everything:
         names += [UNIT + name for name in TESTS['unit']]
     if names:
-        counting.stestr(tally, title + 'unit', work, [], [
+        counting.stestr(tally, title + 'unit', work, [
+            '--test-path', _common_folder(names), '--top-dir', '.'], [
             *WORKERS, counting.modules(names)], env=TESTS['environment'])
 
 
@@ -174,6 +175,12 @@ def tests_of(tree: pathlib.Path, files: list[str]) -> list[str]:
                 'test_') and (tree / path).exists():
             found.add(_module(str(path)))
     return sorted(found)
+
+
+def _common_folder(names):
+    """Where to look for these tests: discovery imports all that is there."""
+    paths = [name.replace('.', '/') for name in names]
+    return './' + os.path.commonpath(map(os.path.dirname, paths))
 
 
 def _module(path):

@@ -13,7 +13,6 @@
 """What is saved composes to the same; what is composed saves to the same."""
 
 import shutil
-import subprocess
 
 import hypothesis
 from hypothesis import strategies as st
@@ -23,7 +22,6 @@ from series import check
 from series import compose
 from series import save
 from series import SeriesError
-from series.git import Git
 
 LINES = st.lists(st.binary(max_size=12).map(
     lambda b: b.replace(b'\0', b'') + b'\n'), max_size=8).map(b''.join)
@@ -130,6 +128,7 @@ class TestRoundTrip(base.ProjectTest):
         save.save(self.project)
         self.assertFalse((self.project.root / 'nova').exists())
         self.assertEqual([], list(self.project.patches.glob('*')))
+
 
 class TestRefusals(base.ProjectTest):
 

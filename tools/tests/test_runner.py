@@ -1,0 +1,193 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The runner counts truly, and says what a machine lacks."""
+
+import contextlib
+import io
+import os
+import pathlib
+import tempfile
+import unittest
+from unittest import mock
+
+from runner import counting
+from runner import machine
+from runner import notes
+from runner import stages
+
+TESTS = '''
+import os, unittest
+
+class TestAll(unittest.TestCase):
+    def test_good(self):
+        pass
+
+    def test_bad(self):
+        self.assertEqual(1, 2, 'the text of the failure')
+
+    @unittest.skip('why')
+    def test_skipped(self):
+        pass
+
+    @unittest.expectedFailure
+    def test_bad_as_expected(self):
+        self.fail()
+'''
+DIES = '''
+
+class TestDies(unittest.TestCase):
+    def test_dies(self):
+        os._exit(3)
+'''
+
+
+class RunnerTest(unittest.TestCase):
+
+    def setUp(self):
+        scratch = tempfile.TemporaryDirectory()
+        self.addCleanup(scratch.cleanup)
+        self.top = pathlib.Path(scratch.name)
+        self.tally = counting.Tally()
+        self.said = io.StringIO()
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        stack.enter_context(contextlib.redirect_stdout(self.said))
+
+    def sums(self):
+        return self.tally.passed, self.tally.failed, self.tally.skipped
+
+
+class TestStestr(RunnerTest):
+
+    def run_tests(self, text, pattern='.'):
+        (self.top / 'tests').mkdir()
+        (self.top / 'tests/__init__.py').touch()
+        (self.top / 'tests/test_x.py').write_text(text)
+        counting.stestr(self.tally, 'x', self.top, [
+            '--test-path', './tests', '--top-dir', '.'], [
+            '--concurrency', '1', pattern], env={'PYTHONPATH': ''})
+
+    def test_sums(self):
+        self.run_tests(TESTS)
+        self.assertEqual((2, 1, 1), self.sums())
+        self.assertEqual(1, self.tally.report())
+        self.assertIn('the text of the failure', self.said.getvalue())
+        self.assertEqual('2 passed, 1 failed, 1 skipped',
+                         self.said.getvalue().splitlines()[-1])
+
+    def test_worker_that_dies(self):
+        self.run_tests(TESTS + DIES, 'test_dies')
+        self.assertEqual(0, self.tally.passed)
+        self.assertGreater(self.tally.failed, 0)
+        self.assertEqual(1, self.tally.report())
+
+    def test_module_that_can_not_be_imported(self):
+        self.run_tests('import no_such_module')
+        self.assertEqual(1, self.tally.report())
+        self.assertIn('no_such_module', self.said.getvalue())
+
+    def test_pattern_that_finds_nothing(self):
+        self.run_tests(TESTS, 'no such test')
+        self.assertEqual((0, 1, 0), self.sums())
+
+
+class TestTally(RunnerTest):
+
+    def test_skipped_stage(self):
+        with mock.patch.dict(os.environ, CI=''):
+            self.tally.skip('lab', 'no root')
+        self.tally.add('x', True)
+        self.assertEqual(0, self.tally.report())
+        self.assertEqual(['lab skipped: no root',
+                          '1 passed, 0 failed, 1 skipped'],
+                         self.said.getvalue().splitlines())
+
+    def test_skipped_stage_in_ci(self):
+        with mock.patch.dict(os.environ, CI='true'):
+            self.tally.skip('lab', 'no root')
+        self.assertEqual((0, 1, 0), self.sums())
+
+    def test_nothing_run_is_no_success(self):
+        self.assertEqual(1, self.tally.report())
+
+    def test_command(self):
+        self.assertFalse(counting.command(
+            self.tally, 'x', ['sh', '-c', 'echo why; exit 3'], self.top))
+        self.assertEqual([('x', 'why\n')], self.tally.failures)
+
+
+class TestMachine(RunnerTest):
+
+    def setUp(self):
+        super().setUp()
+        self.listing = self.top / 'bindep.txt'
+        self.listing.write_text('# comment\nno-such-package [platform:dpkg]\n')
+        # Also where there is no dpkg.
+        for name in ('dpkg-query', 'apt-get'):
+            (self.top / name).write_text('#!/bin/sh\nexit 1\n')
+            (self.top / name).chmod(0o755)
+        path = mock.patch.dict(os.environ, PATH='%s:%s' % (
+            self.top, os.environ['PATH']))
+        path.start()
+        self.addCleanup(path.stop)
+
+    @mock.patch('os.geteuid', return_value=1000)
+    def test_not_root_gets_the_command(self, _geteuid):
+        with self.assertRaisesRegex(
+                machine.NotReady, 'sudo apt-get install .* no-such-package'):
+            machine.system(self.listing, self.top / 'log')
+
+    @mock.patch('os.geteuid', return_value=0)
+    def test_root_installs_and_keeps_daemons_down(self, _geteuid):
+        policy = self.top / 'policy-rc.d'
+        (self.top / 'apt-get').write_text('#!/bin/sh\necho "$@"\n')
+        with mock.patch.object(machine, 'POLICY', policy):
+            machine.system(self.listing, self.top / 'log')
+        self.assertIn('exit 101', policy.read_text())
+        self.assertIn('wrote %s' % policy, self.said.getvalue())
+        self.assertRegex((self.top / 'log').read_text(),
+                         '(?s)\nupdate.*\ninstall -y .* no-such-package')
+
+    def test_failed_step_shows_the_end_of_its_log(self):
+        with open(self.top / 'log', 'w') as out, self.assertRaisesRegex(
+                machine.NotReady, '(?s)failed .*why'):
+            machine.step('x', ['sh', '-c', 'echo why; exit 1'], out)
+
+
+class TestStages(RunnerTest):
+
+    def test_tests_of_a_module_and_of_a_test(self):
+        folder = self.top / 'nova/tests/unit/virt'
+        folder.mkdir(parents=True)
+        (folder / 'test_a.py').touch()
+        (folder.parent / 'test_exception.py').touch()
+        self.assertEqual(
+            ['nova.tests.unit.test_exception', 'nova.tests.unit.virt.test_a'],
+            stages.tests_of(self.top, [
+                'nova/virt/a.py', 'nova/virt/b.py', 'nova/exception.py',
+                'nova/tests/unit/virt/test_a.py', 'doc/a.py', 'setup.py',
+                'nova/tests/unit/virt/fake.py']))
+
+    def test_lab_without_root(self):
+        with mock.patch('os.geteuid', return_value=1000), (
+                mock.patch.dict(os.environ, CI='')):
+            stages.lab(self.tally)
+        self.assertEqual((0, 0, 1), self.sums())
+
+    def test_notes(self):
+        good = self.top / 'x-0123456789abcdef.yaml'
+        good.write_text('---\nfeatures:\n  - |\n    Text: more.\n')
+        bad = self.top / 'x-0123.yaml'
+        bad.write_text('---\nfeature: x\nfixes:\n  - a: b\n')
+        self.assertEqual([], notes.faults(str(good)))
+        self.assertEqual(3, len(notes.faults(str(bad))))

@@ -96,9 +96,13 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
 def _certificates(control, *computes) -> None:
     authority = pki.Hosts(config.STATE / 'pki', control)
     authority.create()
-    for each in computes:
-        authority.issue(each)
-        each.configure()
+
+    def one(host_):
+        authority.issue(host_)
+        host_.configure()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(one, computes))
 
 
 def down(progress: ui.Steps | None = None) -> bool:

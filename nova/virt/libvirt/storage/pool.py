@@ -128,13 +128,35 @@ def ensure_pools(conn, host: str) -> None:
     :param host: its name, for messages
     :raises: exception.StoragePoolError or one of its subclasses
     """
-    for config in (base_images_pool_config(), disks_pool_config()):
-        StoragePool.ensure(conn, config, host)
+    base_images = base_images_pool_config()
+    _check_place(StoragePool.ensure(conn, base_images, host), base_images)
+    StoragePool.ensure(conn, disks_pool_config(), host)
     for name in set(CONF.libvirt.storage_pool_mapping.values()):
         pool = StoragePool(conn, name, host)
         if not pool.exists():
             raise exception.StoragePoolNotFound(pool=name, host=host)
         pool.adopt()
+
+
+def list_pools(conn, host: str) -> list['StoragePool']:
+    """All storage pools that libvirt knows, active or not.
+
+    :param conn: a libvirt.virConnect
+    :param host: its name, for messages
+    """
+    # The name is part of the handle: asking for it takes no call.
+    with StoragePool(conn, '*', host)._errors():
+        return [StoragePool(conn, raw.name(), host)
+                for raw in conn.listAllStoragePools(0)]
+
+
+def _check_place(pool, wanted):
+    """Refuse an adopted base images pool that isn't over the image cache."""
+    path = pool.config().target_path
+    if os.path.realpath(path or '') != os.path.realpath(wanted.target_path):
+        raise exception.StoragePoolMisplaced(
+            pool=pool.name, host=pool.host, path=path,
+            expected=wanted.target_path)
 
 
 class StoragePool:
@@ -178,7 +200,12 @@ class StoragePool:
                 raise
             LOG.info('Made storage pool %(pool)s in %(path)s',
                      {'pool': self.name, 'path': config.target_path})
-            made.build(0)
+            try:
+                made.build(0)
+            except libvirt.libvirtError:
+                # Who adopts a pool whose directory is there starts it at once
+                if not made.isActive():
+                    raise
             made.setAutostart(1)
 
     def _refuse_taken_path(self, path):
@@ -238,7 +265,9 @@ class StoragePool:
                 raise exception.StoragePoolNotFound(**names) from error
             if code == libvirt.VIR_ERR_NO_STORAGE_VOL:
                 raise exception.StorageVolumeNotFound(**names) from error
-            if code == libvirt.VIR_ERR_STORAGE_VOL_EXIST:
+            if code == libvirt.VIR_ERR_STORAGE_VOL_EXIST or (
+                    # what createXMLFrom says, as an internal error
+                    volume and 'already in use' in names['reason']):
                 raise exception.StorageVolumeExists(**names) from error
             if 'is not active' in names['reason']:
                 raise exception.StoragePoolInactive(**names) from error

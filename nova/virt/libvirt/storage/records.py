@@ -15,13 +15,14 @@ import os
 
 from oslo_log import log as logging
 from oslo_serialization import jsonutils
-from oslo_utils import fileutils
 from oslo_utils import units
 
+from nova.compute import task_states
 import nova.conf
 from nova import exception
 from nova.objects import fields
 from nova.virt import driver
+from nova.virt.libvirt.storage import dmcrypt
 from nova.virt.libvirt.storage import metadata
 from nova.virt.libvirt import utils as libvirt_utils
 
@@ -34,6 +35,15 @@ BUILDING = fields.LibvirtDiskState.BUILDING
 # The backends whose disks are files of the instance directory.
 FILE_BACKENDS = (fields.LibvirtDiskBackend.FLAT,
                  fields.LibvirtDiskBackend.QCOW2)
+
+# Made from the flavor and the metadata alone: nothing of the guest's is lost
+# when they are made anew.
+REMADE = frozenset(('disk.swap', 'disk.config'))
+
+# All local disks are destroyed, and none of them is another host's.
+DESTROYING = frozenset((
+    task_states.REBUILDING, task_states.SHELVING,
+    task_states.SHELVING_OFFLOADING))
 
 # What libvirt calls the type of a disk's source -> our backends.
 SOURCE_BACKENDS = {
@@ -136,9 +146,51 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
 
 def _discard(image, record):
     """Drop what an earlier try has left of a disk."""
-    if record.state == BUILDING and record.host == CONF.host and (
-            record.backend in FILE_BACKENDS):
-        fileutils.delete_if_exists(image.path)
+    on_this_host = record.host == CONF.host or (
+        record.backend == fields.LibvirtDiskBackend.RBD)
+    if not record.is_building or not on_this_host:
+        return
+    if record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE:
+        image.delete()
+    elif image.exists():
+        image.discard()
+
+
+def discard_unfinished(disks, image_of) -> list:
+    """Make room for the disks that were begun and are made anew.
+
+    :returns: their Images
+    """
+    images = []
+    for name in disks.building():
+        image = image_of(name, {'metadata': disks.get(name)})
+        _discard(image, disks.get(name))
+        images.append(image)
+    return images
+
+
+def finished(disks, image_of, suffix='') -> None:
+    """Note that the disks are there which :func:`begin` has recorded.
+
+    :param suffix: ``.rescue`` if only the disks of a rescue were made; what
+        was left unfinished of the others still is
+    """
+    measure(disks, image_of)
+    if not suffix:
+        _note_root_size(disks)
+    disks.mark(READY, [name for name, _record in disks.items()
+                       if name.endswith('.rescue') == bool(suffix)])
+
+
+def _note_root_size(disks):
+    """The root disk has the flavor's size, before and after a resize."""
+    record = disks.get('disk')
+    if record is None or record.backend == fields.LibvirtDiskBackend.LVM:
+        return  # a logical volume isn't resized
+    size = size_of(disks.instance, 'disk', None)
+    if size and size != record.size:
+        record.size = size
+        disks.set('disk', record)
 
 
 def measure(disks, image_of) -> None:
@@ -157,29 +209,53 @@ def destroyed(disks) -> None:
     """Forget the disks which this host has just destroyed.
 
     Another host's stay on record: a server that was moved away is cleaned up
-    here while it runs there. So does what was kept for a revert: that is the
-    disk again.
+    here while it runs there. On a revert what was kept for it is the disk
+    again.
     """
-    for name, record in _own(disks):
-        if record.previous is not None:
+    try:
+        own = [(name, record) for name, record in disks.items()
+               if record.host == CONF.host]
+    except exception.InvalidDiskMetadata as error:
+        if _task_state(disks) in DESTROYING:
+            disks.clear()
+        else:
+            LOG.warning('The records of destroyed disks are kept: %s', error,
+                        instance=disks.instance)
+        return
+    reverting = _task_state(disks) == task_states.RESIZE_REVERTING
+    for name, record in own:
+        if reverting and record.previous is not None:
             disks.set(name, record.previous)
         else:
             disks.clear(name)
 
 
-def _own(disks):
+def _task_state(disks):
+    return disks.instance.task_state if 'task_state' in disks.instance else (
+        None)
+
+
+def forget(context, disks) -> None:
+    """Take destroyed disks off the record, where there still is one."""
+    destroyed(disks)
     try:
-        return [(name, record) for name, record in disks.items()
-                if record.host == CONF.host]
-    except exception.InvalidDiskMetadata as error:
-        LOG.warning('The records of destroyed disks are kept: %s', error,
-                    instance=disks.instance)
-        return []
+        disks.save(context)
+    except exception.BDMNotFound:
+        LOG.debug('The mappings of destroyed disks are deleted already',
+                  instance=disks.instance)
 
 
 def moved(disks) -> None:
-    """Note that the disks are this host's now, and there is no way back."""
-    for name, record in disks.items():
+    """Note that the disks are this host's now, and there is no way back.
+
+    The guest runs here already, so that a broken record is only logged.
+    """
+    try:
+        records = disks.items()
+    except exception.InvalidDiskMetadata as error:
+        LOG.error('%s', error, instance=disks.instance)
+        return
+    for name, record in records:
         if record.host != CONF.host:
             record.host, record.previous = CONF.host, None
             disks.set(name, record)
@@ -220,6 +296,7 @@ def went_back(disks) -> None:
         elif record.host != CONF.host:
             # Made on the other host: not here.
             disks.clear(name)
+    _note_root_size(disks)
 
 
 def confirmed(disks) -> None:
@@ -312,8 +389,9 @@ def _in_guest(guest_config, instance, name):
             continue
         place = (getattr(device, 'source_volume', None) or
                  device.source_path or device.source_name or '')
-        in_directory = device.source_type == 'file'
-        if os.path.basename(place) == (name if in_directory else by_uuid) and (
+        expected = name if device.source_type == 'file' else by_uuid
+        found = os.path.basename(place)
+        if found in (expected, dmcrypt.volume_name(expected)) and (
                 instance.uuid in place):
             return device
     return None

@@ -94,6 +94,9 @@ class Pool:
         self.active = True
         self.starts += 1
 
+    def name(self):
+        return config.LibvirtConfigStoragePool.from_xml(self.xml).name
+
     def info(self):
         return [2, self.capacity, 7, self.capacity - 7]
 
@@ -123,6 +126,22 @@ class PoolTestCase(test.NoDBTestCase):
             self.daemon, pool.disks_pool_config(), 'host-a')
 
 
+class ListPoolsTestCase(PoolTestCase):
+
+    def test_list(self):
+        self.define('a')
+        self.define('b', path='/b')
+        found = pool.list_pools(self.daemon, 'host-a')
+        self.assertEqual(['a', 'b'], sorted(p.name for p in found))
+        self.assertEqual({'host-a'}, {p.host for p in found})
+
+    def test_no_storage_driver(self):
+        with mock.patch.object(self.daemon, 'listAllStoragePools',
+                               side_effect=error(3)):
+            self.assertRaises(exception.StoragePoolError, pool.list_pools,
+                              self.daemon, 'host-a')
+
+
 @ddt.ddt
 class TestEnsure(PoolTestCase):
 
@@ -132,6 +151,21 @@ class TestEnsure(PoolTestCase):
         self.assertTrue(raw.built and raw.active and raw.autostart)
         self.assertEqual('/i/disks', made.config().target_path)
         self.assertEqual(os.geteuid(), made.config().permissions.owner)
+
+    def test_started_by_another_service_before_it_is_built(self):
+        def build(flags):
+            raw = self.daemon.pools['nova-disks-pool']
+            raw.built = raw.active = True
+            raise error(fakelibvirt.VIR_ERR_OPERATION_INVALID,
+                        'pool is already active')
+
+        with mock.patch.object(Pool, 'build', side_effect=build):
+            self.ensure()
+        self.assertTrue(self.daemon.pools['nova-disks-pool'].autostart)
+
+    def test_can_not_be_built(self):
+        with mock.patch.object(Pool, 'build', side_effect=error(38)):
+            self.assertRaises(exception.StoragePoolError, self.ensure)
 
     def test_second_time_nothing_is_made(self):
         self.ensure()
@@ -187,6 +221,18 @@ class TestEnsure(PoolTestCase):
             thread.join()
         self.assertEqual([], failures)
         self.assertTrue(self.daemon.pools['nova-disks-pool'].active)
+
+    def test_base_images_pool_has_to_be_over_the_image_cache(self):
+        self.define('nova-base-images-pool', path='/somewhere')
+        e = self.assertRaises(exception.StoragePoolMisplaced,
+                              pool.ensure_pools, self.daemon, 'host-a')
+        for word in ('nova-base-images-pool', 'host-a', '/somewhere',
+                     '/i/_base'):
+            self.assertIn(word, str(e))
+        # by whatever path
+        self.daemon.pools.clear()
+        self.define('nova-base-images-pool', path='/i/../i/_base')
+        pool.ensure_pools(self.daemon, 'host-a')
 
     def test_all_pools_of_a_host(self):
         self.flags(storage_pool_mapping={'swap': 'fast'}, group='libvirt')

@@ -15,10 +15,12 @@ from unittest import mock
 
 import ddt
 import fixtures
+import oslo_messaging as messaging
 from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
 from oslo_utils import units
 
+from nova.compute import task_states
 import nova.conf
 from nova import context
 from nova import exception
@@ -157,6 +159,11 @@ class TestMadeBeforeRecords(RecordsTestCase):
         self.assertEqual(('flat', 'raw'), self.made('disk.config'))
         self.assertEqual(('flat', 'raw'), self.made(
             'disk.config', guest=self.guest('disk.config', 'file', 'qcow2')))
+
+    def test_encrypted_logical_volume(self):
+        self.assertEqual(('lvm', 'raw'), self.made(guest=self.guest(
+            'disk', 'block', 'raw',
+            source_path='/dev/mapper/%s_disk-dmcrypt' % uuids.instance)))
 
     def test_no_disk(self):
         self.assertIsNone(self.made())
@@ -318,6 +325,112 @@ class TestBegin(RecordsTestCase):
             self.assertEqual({path: 'raw'}, jsonutils.loads(f.read()))
 
 
+@ddt.ddt
+class TestFinished(RecordsTestCase):
+
+    def finish(self, disks, suffix=''):
+        backend = imagebackend.Backend(True)
+        self.images = {}
+
+        def image_of(name, mapping):
+            self.images[name] = backend.by_name(
+                self.instance, name, disk_info_mapping=mapping)
+            return self.images[name]
+
+        records.finished(disks, image_of, suffix)
+        disks.save(self.context)
+
+    def test_rescue_finishes_its_own_disks_alone(self):
+        disks = self.disks(self.record(state='building'))
+        for name in ('disk.rescue', 'disk.config.rescue'):
+            disks.set(name, self.record(state='building'))
+        self.finish(disks, '.rescue')
+        self.assertEqual(['disk'], disks.building())
+
+    def test_spawn_finishes_all_in_one_save(self):
+        disks = self.disks(self.record(state='building'),
+                           self.record(state='building'))
+        self.finish(disks)
+        self.assertEqual([], disks.building())
+        self.assertEqual(1, len(self.saves))
+
+    def test_resized(self):
+        disks = self.disks(self.record(size=units.Gi))
+        self.finish(disks)
+        self.assertEqual(7 * units.Gi, disks.get('disk').size)
+
+    @ddt.data({'backend': 'lvm'}, {'root_gb': 0})
+    def test_not_resized(self, given):
+        self.instance.flavor.root_gb = given.pop('root_gb', 7)
+        disks = self.disks(self.record(size=units.Gi, **given))
+        self.finish(disks)
+        self.assertEqual(units.Gi, disks.get('disk').size)
+
+
+@ddt.ddt
+class TestDiscard(RecordsTestCase):
+    """What an earlier try has left is not taken for a disk."""
+
+    def discard(self, record, exists=True):
+        image = mock.Mock()
+        image.exists.return_value = exists
+        disks = self.disks(record)
+        self.assertEqual([image] if record.is_building else [],
+                         records.discard_unfinished(
+                             disks, lambda name, mapping: image))
+        return image.discard.called
+
+    @ddt.data('flat', 'qcow2', 'lvm', 'rbd', 'ploop')
+    def test_begun_here(self, backend):
+        self.assertTrue(self.discard(
+            self.record(backend=backend, state='building')))
+
+    @ddt.data(('flat', False), ('lvm', False), ('rbd', True))
+    @ddt.unpack
+    def test_begun_on_another_host(self, backend, expected):
+        self.assertEqual(expected, self.discard(
+            self.record(backend=backend, state='building', host='other')))
+
+    def test_not_there(self):
+        self.assertFalse(self.discard(
+            self.record(state='building'), exists=False))
+
+    def test_finished(self):
+        self.assertFalse(self.discard(self.record()))
+
+    def test_file(self):
+        path = self.write('disk')
+        for _n in range(2):
+            imagebackend.Flat(self.instance, 'disk', disk_info_mapping={
+                'metadata': self.record()}).discard()
+            self.assertFalse(os.path.exists(path))
+
+    @mock.patch('nova.virt.libvirt.storage.lvm.remove_volumes')
+    @mock.patch('nova.virt.libvirt.storage.dmcrypt.delete_volume')
+    def test_logical_volume(self, delete_volume, remove_volumes):
+        self.flags(images_volume_group='vg', group='libvirt')
+        self.instance.ephemeral_key_uuid = None
+        name = '%s_disk' % uuids.instance
+        imagebackend.Lvm(self.instance, 'disk').discard()
+        delete_volume.assert_not_called()
+        self.instance.ephemeral_key_uuid = uuids.key
+        self.flags(enabled=True, group='ephemeral_storage_encryption')
+        self.flags(fixed_key='ab' * 32, group='key_manager')
+        imagebackend.Lvm(self.instance, 'disk').discard()
+        delete_volume.assert_called_once_with(name + '-dmcrypt')
+        self.assertEqual([mock.call(['/dev/vg/' + name])] * 2,
+                         remove_volumes.mock_calls)
+
+    @mock.patch('nova.storage.rbd_utils.RBDDriver')
+    def test_rbd_image(self, rbd_driver):
+        self.flags(images_rbd_pool='pool', images_rbd_ceph_conf='conf',
+                   group='libvirt')
+        imagebackend.Rbd(self.instance, 'disk').discard()
+        rbd_driver.return_value.remove_image.assert_called_once_with(
+            '%s_disk' % uuids.instance)
+
+
+@ddt.ddt
 class TestMoves(RecordsTestCase):
 
     def test_there_and_back(self):
@@ -355,14 +468,64 @@ class TestMoves(RecordsTestCase):
         self.assertEqual(['disk.swap'], [n for n, _r in disks.items()])
         self.assertEqual([{uuids.root: None}], self.saves)
 
+    @ddt.data(task_states.REBUILDING, task_states.SHELVING_OFFLOADING,
+              task_states.DELETING, None)
+    def test_destroyed_is_not_what_it_was_before(self, task_state):
+        self.instance.task_state = task_state
+        disks = self.disks(self.record(previous=self.record(host='other')))
+        records.destroyed(disks)
+        self.assertIsNone(disks.get('disk'))
+
+    @ddt.data((task_states.REBUILDING, 1), (task_states.SHELVING, 1),
+              (task_states.RESIZE_REVERTING, 0), (None, 0))
+    @ddt.unpack
+    def test_destroyed_with_a_broken_record(self, task_state, saves):
+        # The way out of a broken record is a rebuild; where a disk may be
+        # another host's nothing is forgotten.
+        self.instance.task_state = task_state
+        disks = self.disks(self.record())
+        self.bdms[0].driver_info = '{'
+        records.forget(self.context, disks)
+        self.assertEqual([{uuids.root: None}] * saves, self.saves)
+
+    def test_destroyed_after_the_mappings(self):
+        disks = self.disks(self.record())
+        with mock.patch.object(
+                objects.BlockDeviceMappingList, '_save_driver_info',
+                side_effect=exception.BDMNotFound(id=1)) as save:
+            records.forget(self.context, disks)
+        save.assert_called_once()
+
+    def test_destroyed_and_no_conductor(self):
+        disks = self.disks(self.record())
+        with mock.patch.object(
+                objects.BlockDeviceMappingList, '_save_driver_info',
+                side_effect=messaging.MessagingTimeout):
+            self.assertRaises(messaging.MessagingTimeout, records.forget,
+                              self.context, disks)
+
     def test_destroyed_on_the_way_back(self):
         # A revert: what was kept for it is the disk again.
+        self.instance.task_state = task_states.RESIZE_REVERTING
         disks = self.disks(self.record(
             previous=self.record(host='other', size=6)))
         records.destroyed(disks)
         self.assertEqual(('other', 6, None), (
             disks.get('disk').host, disks.get('disk').size,
             disks.get('disk').previous))
+
+    def test_size_after_a_revert_on_one_host(self):
+        disks = self.disks(self.record(size=20 * units.Gi))
+        records.went_back(disks)
+        self.assertEqual(7 * units.Gi, disks.get('disk').size)
+
+    def test_live_migrated_with_a_broken_record(self):
+        disks = self.disks(self.record(host='other'))
+        self.bdms[0].driver_info = '{'
+        records.moved(disks)
+        disks.save(self.context)
+        self.assertEqual([], self.saves)
+        self.assertIn('set it to NULL', self.stdlog.logger.output)
 
     def test_live_migrated(self):
         disks = self.disks(self.record(host='other'))

@@ -1,0 +1,135 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""Put files into the directory of a storage pool.
+
+libvirt makes the pool's directory and its volumes, as root if it likes, so
+that the compute service needs a privilege to work in it.
+"""
+
+import os
+
+from oslo_concurrency import processutils
+from oslo_utils import fileutils
+
+import nova.privsep
+
+
+def _beside(target: str) -> str:
+    """Where a file waits until it takes the name of the target."""
+    return os.path.join(os.path.dirname(target),
+                        '.%s.incoming' % os.path.basename(target))
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@nova.privsep.sys_admin_pctxt.entrypoint
+def link_over(source: str, target: str) -> None:
+    """Give a file a second name in place of the file that has it now.
+
+    The target's name never vanishes: rename(2) swaps the file below it.
+
+    :param source: the file's path
+    :param target: the path, on the same file system, to put it at
+    :raises: OSError, with errno EXDEV across file systems, EPERM, EOPNOTSUPP
+        or EMLINK where hard links don't work
+    """
+    incoming = _beside(target)
+    fileutils.delete_if_exists(incoming)
+    try:
+        os.link(source, incoming, follow_symlinks=False)
+        os.rename(incoming, target)
+    finally:
+        fileutils.delete_if_exists(incoming)
+    _sync_directory(os.path.dirname(target))
+
+
+@nova.privsep.sys_admin_pctxt.entrypoint
+def copy_over(source: str, target: str) -> None:
+    """Copy a file, holes kept, in place of the file at the target.
+
+    What is at the target stays until the copy is whole and on the disk.
+
+    :param source: the file's path
+    :param target: the path to put the copy at
+    :raises: processutils.ProcessExecutionError if cp fails (a full disk)
+    """
+    incoming = _beside(target)
+    try:
+        processutils.execute('cp', '--sparse=always', '--reflink=auto',
+                             '--preserve=mode,ownership', '--no-dereference',
+                             source, incoming)
+        fd = os.open(incoming, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(incoming, target)
+    finally:
+        fileutils.delete_if_exists(incoming)
+    _sync_directory(os.path.dirname(target))
+
+
+@nova.privsep.sys_admin_pctxt.entrypoint
+def copied_bytes(target: str) -> int:
+    """How much of a copy under way has arrived.
+
+    :param target: the path that :func:`copy_over` was given
+    :returns: allocated bytes, 0 if no copy is under way
+    """
+    try:
+        # stat(2): st_blocks counts units of 512 bytes
+        return os.stat(_beside(target), follow_symlinks=False).st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+@nova.privsep.sys_admin_pctxt.entrypoint
+def same_file(one: str, other: str) -> bool:
+    """Whether two paths are names of one file.
+
+    :returns: False also if either is missing or a symbolic link to the other
+    """
+    try:
+        a = os.stat(one, follow_symlinks=False)
+        b = os.stat(other, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
+
+
+@nova.privsep.sys_admin_pctxt.entrypoint
+def file_bytes(path: str) -> tuple[int, int]:
+    """A regular file's length and what of it is allocated.
+
+    :returns: (length, allocation) in bytes
+    :raises: OSError; ValueError if it isn't a regular file
+    """
+    stat = os.stat(path, follow_symlinks=False)
+    if stat.st_mode & 0o170000 != 0o100000:
+        raise ValueError('%s is not a regular file' % path)
+    return stat.st_size, stat.st_blocks * 512
+
+
+@nova.privsep.sys_admin_pctxt.entrypoint
+def remove(path: str) -> None:
+    """Remove one name of a file; already gone is fine.
+
+    :raises: OSError
+    """
+    fileutils.delete_if_exists(path)

@@ -1,0 +1,276 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""The destination's half of a move of volumes.
+
+Before the source does anything: what this host can take (offer()). When all
+disks are here: whether they are what was sent (accept()).
+"""
+
+import os
+import time
+
+from oslo_log import log as logging
+from oslo_serialization import jsonutils
+
+import nova.conf
+from nova import exception
+from nova.i18n import _
+from nova.objects import fields
+import nova.privsep.qemu
+from nova.virt import images
+from nova.virt.libvirt import imagebackend
+from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage import base as storage_base
+from nova.virt.libvirt.storage import pool as storage_pool
+from nova.virt.libvirt.storage import pump
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+# In instance.system_metadata, whose values have at most 255 characters: the
+# destination's offer, what a disk's copy must be found to be, that there are
+# volumes which wait for confirm or revert, what couldn't be undone.
+OFFER = 'libvirt_storage_offer'
+COPY = 'libvirt_storage_copy_'
+MOVED = 'libvirt_storage_moved'
+LEFT = 'libvirt_storage_left_'
+_MAX_VALUE = 255
+
+
+# Pool types which libvirt can stream into. A new file reads as zeroes and so
+# may have holes; on a block device what lies under a hole stays.
+FILE_POOLS = ('dir', 'fs', 'netfs')
+BLOCK_POOLS = ('logical', 'disk')
+
+
+def offer(connection, instance, migration, disks):
+    """Check that this host can take an instance's volumes, and say so.
+
+    The offer goes with the instance to the source: the migration's id ('m'),
+    who is to own the volumes ('o': user and group id), which kinds of disks
+    go to which pool ('p'). Nothing is left here if the source makes no use
+    of it.
+
+    :param connection: this host's libvirt
+    :param disks: the instance's InstanceDisks
+    :raises: MigrationPreCheckError, with which another host is tried
+    """
+    _delete_left(connection, instance)
+    pools = {}
+    for name, record in disks.items():
+        if record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE:
+            kinds = pools.setdefault(storage_pool.pool_name_for(name), [])
+            if kind_of(name) not in kinds:
+                kinds.append(kind_of(name))
+    if not pools:
+        return
+    for pool_name in pools:
+        if (pool_name == CONF.libvirt.storage_disks_pool and
+                CONF.libvirt.images_type == 'libvirt-storage'):
+            pool = storage_pool.StoragePool.ensure(
+                connection, storage_pool.disks_pool_config(), CONF.host)
+        else:
+            pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
+        check_pool(pool)
+    if not os.access(CONF.instances_path, os.W_OK):
+        raise exception.MigrationPreCheckError(reason=_(
+            "%(directory)s of host %(host)s isn't writable") % {
+                'directory': CONF.instances_path, 'host': CONF.host})
+    pools.setdefault(CONF.libvirt.storage_base_images_pool, []).append(
+        storage_base.NAME)
+    value = jsonutils.dumps(
+        {'m': migration.id, 'o': [os.geteuid(), os.getegid()], 'p': pools},
+        separators=(',', ':'))
+    if len(value) > _MAX_VALUE:
+        raise exception.MigrationPreCheckError(reason=_(
+            "the names of host %(host)s's storage pools are too long to be "
+            "told: %(value)s") % {'host': CONF.host, 'value': value})
+    instance.system_metadata[OFFER] = value
+    instance.save()
+
+
+def is_copied(disk_name):
+    """Whether a disk is copied, rather than made anew."""
+    return disk_name != 'disk.swap'
+
+
+def kind_of(disk_name):
+    """All ephemeral disks of a host are in one pool."""
+    return disk_name.rstrip('0123456789')
+
+
+def delete_volume(volume, instance):
+    """Delete a volume that we have made; an error must not hide another.
+
+    :returns: whether it is gone
+    """
+    try:
+        volume.delete()
+        return True
+    except Exception as e:
+        LOG.error('Volume %(volume)s is left over in storage pool %(pool)s of '
+                  'host %(host)s: %(error)s',
+                  {'volume': volume.name, 'pool': volume.pool.name,
+                   'host': volume.pool.host, 'error': e}, instance=instance)
+        return False
+
+
+def delete_volumes(connection, host, places, instance):
+    """Delete volumes by name; one that isn't there is gone.
+
+    :param host: name of the host for messages
+    :param places: iterable of (pool, volume)
+    :returns: list of those that couldn't be deleted
+    """
+    left = []
+    for pool_name, name in places:
+        pool = storage_pool.StoragePool(connection, pool_name, host)
+        try:
+            volume = pool.volume(name)
+        except exception.StorageVolumeNotFound:
+            continue
+        except Exception as e:
+            LOG.error('Volume %(volume)s in storage pool %(pool)s of host '
+                      '%(host)s: %(error)s',
+                      {'volume': name, 'pool': pool_name, 'host': host,
+                       'error': e}, instance=instance)
+            left.append((pool_name, name))
+            continue
+        if not delete_volume(volume, instance):
+            left.append((pool_name, name))
+    return left
+
+
+def _delete_left(connection, instance):
+    """Delete what an earlier try has left here and couldn't undo.
+
+    Only what is noted by name: what else is here is never touched.
+    """
+    for key, value in list(instance.system_metadata.items()):
+        if key.startswith(LEFT):
+            host, *place = jsonutils.loads(value)
+            if host == CONF.host and not delete_volumes(
+                    connection, host, [place], instance):
+                del instance.system_metadata[key]
+
+
+def check_pool(pool):
+    """Check that a pool is there, active, and of a type that takes streams.
+
+    :returns: its type
+    """
+    if not pool.exists():
+        reason = _("storage pool %(pool)s doesn't exist on host %(host)s; "
+                   "define and start it there")
+    elif not pool.is_active():
+        reason = _("storage pool %(pool)s of host %(host)s is inactive; "
+                   "start it there")
+    else:
+        pool_type = pool.config().type
+        if pool_type in FILE_POOLS + BLOCK_POOLS:
+            return pool_type
+        reason = _("storage pool %(pool)s of host %(host)s is of type "
+                   "%(type)s, and this host can copy into: %(types)s")
+        raise exception.MigrationPreCheckError(reason=reason % {
+            'pool': pool.name, 'host': pool.host, 'type': pool_type,
+            'types': ', '.join(FILE_POOLS + BLOCK_POOLS)})
+    raise exception.MigrationPreCheckError(
+        reason=reason % {'pool': pool.name, 'host': pool.host})
+
+
+def accept(context, instance, disks, connection, local_uri):
+    """Compare the volumes that came with what was sent, and take them over.
+
+    Does nothing for disks that are taken over already, so that a hard reboot
+    can finish what a failure of finish_migration left.
+
+    :param disks: the instance's InstanceDisks
+    :param connection: this host's libvirt
+    :param local_uri: its URI
+    :returns: whether the instance has volumes
+    :raises: StorageTransferMismatch and others; the source has its copy
+    """
+    came = []
+    if COPY + storage_base.NAME in instance.system_metadata:
+        pool = storage_base.pool(connection)
+        name = storage_base.name_on_the_way(instance)
+        _verify(instance, storage_base.NAME, local_uri, pool.name, name)
+        storage_base.take(instance, pool.volume(name))
+        del instance.system_metadata[COPY + storage_base.NAME]
+        instance.save()
+    for name, record in disks.items():
+        if (record.previous is None or record.host != CONF.host or
+                not record.is_building or not is_copied(name)):
+            continue
+        _verify(instance, name, local_uri, record.pool, record.volume)
+        if record.format == fields.LibvirtDiskFormat.QCOW2:
+            volume = storage_pool.StoragePool(
+                connection, record.pool, CONF.host).volume(record.volume)
+            _adopt_base(volume, instance)
+        came.append(name)
+    if came:
+        disks.mark(fields.LibvirtDiskState.READY, came)
+        disks.save(context)
+        for name in came:
+            instance.system_metadata.pop(COPY + name, None)
+        instance.save()
+    return any(record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE
+               for _name, record in disks.items())
+
+
+def _verify(instance, name, local_uri, pool_name, volume_name):
+    expected = instance.system_metadata.get(COPY + name)
+    if not expected:
+        raise exception.StorageTransferMismatch(
+            volume=volume_name, where=CONF.host,
+            reason=_("nothing is known of its checksum"))
+    expected = jsonutils.loads(expected)
+    start = time.monotonic()
+    pump.verify(
+        pump.Volume(local_uri, pool_name, volume_name), expected['length'],
+        expected['checksum'], key=expected['key'],
+        stall_timeout=CONF.libvirt.storage_migration_stall_timeout)
+    LOG.info('Volume %(volume)s is what was sent (verified in %(seconds).1f '
+             's)', {'volume': volume_name,
+                    'seconds': time.monotonic() - start}, instance=instance)
+
+
+def _adopt_base(volume, instance):
+    """Make an overlay's header name its base in this host's image cache.
+
+    Only the name is rewritten; the base itself is made sure when the disk is
+    looked for. Two caches have one content under one name, though the format
+    may differ.
+
+    :raises: InvalidDiskInfo if the header names something which isn't in an
+        image cache
+    """
+    info = images.privileged_qemu_img_info(
+        volume.path, format=fields.LibvirtDiskFormat.QCOW2)
+    if info.backing_file is None:
+        return
+    name = os.path.basename(info.backing_file)
+    wanted = imagecache.get_cache_fname(instance.image_ref)
+    if name != wanted or not os.path.isabs(info.backing_file):
+        raise exception.InvalidDiskInfo(reason=_(
+            "volume %(volume)s depends on %(file)s, which is not the base "
+            "image %(wanted)s in an image cache") % {
+                'volume': volume.name, 'file': info.backing_file,
+                'wanted': wanted})
+    base = os.path.join(imagecache.ImageCacheManager().cache_dir, name)
+    if base != info.backing_file:
+        LOG.info('Base image of volume %(volume)s: %(base)s instead of '
+                 '%(old)s', {'volume': volume.name, 'base': base,
+                             'old': info.backing_file}, instance=instance)
+        nova.privsep.qemu.rewrite_backing_file(
+            volume.path, fields.LibvirtDiskFormat.QCOW2, base,
+            imagebackend._get_base_format(base))

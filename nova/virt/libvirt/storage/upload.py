@@ -1,0 +1,100 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""A local file's way into a volume; knows no instances.
+
+A volume may belong to root, or be no file at all. So what has been generated
+here reaches it as a stream.
+"""
+
+import errno
+import os
+
+from oslo_utils import excutils
+
+from nova import exception
+from nova.virt.libvirt import host as libvirt_host
+
+
+def _next_section(_stream, fd):
+    """Tell libvirt what lies at the file's position.
+
+    See virStreamSourceHoleFunc in
+    https://libvirt.org/html/libvirt-libvirt-stream.html
+
+    :return: Whether it is data, and for how many bytes.
+    """
+    position = os.lseek(fd, 0, os.SEEK_CUR)
+    end = os.lseek(fd, 0, os.SEEK_END)
+    try:
+        data = os.lseek(fd, position, os.SEEK_DATA)
+    except OSError as e:
+        if e.errno != errno.ENXIO:
+            raise
+        # There is only a hole, or nothing, up to the end.
+        data = end
+    if data > position or position >= end:
+        section = (False, data - position)
+    else:
+        section = (True, os.lseek(fd, position, os.SEEK_HOLE) - position)
+    os.lseek(fd, position, os.SEEK_SET)
+    return section
+
+
+def _read(_stream, count, fd):
+    return os.read(fd, count)
+
+
+def _skip(_stream, length, fd):
+    return os.lseek(fd, length, os.SEEK_CUR)
+
+
+def upload_file(volume, path, sparse=True):
+    """Write a file to a volume from its start.
+
+    :param volume: The StorageVolume. Nothing has been written to it: libvirt
+        skips the holes of the file, it does not zero them. A hole at the
+        file's end leaves the volume as long as the file.
+    :param path: Path of the file. Nova can read it.
+    :param sparse: False to write the holes as zeroes, which keeps what is
+        allocated to the volume.
+    :raises: exception.StorageVolumeError, StorageVolumeUploadFailed
+    """
+    libvirt = libvirt_host.libvirt
+    flags = libvirt.VIR_STORAGE_VOL_UPLOAD_SPARSE_STREAM if sparse else 0
+    try:
+        with open(path, 'rb', buffering=0) as source, volume._errors():
+            stream = volume.raw.connect().newStream(0)
+            _send(volume, stream, source.fileno(), flags)
+    except OSError as e:
+        raise exception.StorageVolumeUploadFailed(
+            pool=volume.pool.name, volume=volume.name, host=volume.pool.host,
+            path=path, reason=e) from e
+
+
+def _send(volume, stream, fd, flags):
+    length = os.fstat(fd).st_size
+    volume.raw.upload(stream, 0, length, flags)
+    try:
+        if flags:
+            stream.sparseSendAll(_read, _next_section, _skip, fd)
+        else:
+            stream.sendAll(_read, fd)
+        # Too few bytes are no error to libvirt.
+        sent = os.lseek(fd, 0, os.SEEK_CUR)
+        if sent != length:
+            raise OSError(errno.EIO, '%d of %d bytes were sent' % (
+                sent, length))
+        stream.finish()
+    except Exception:
+        with excutils.save_and_reraise_exception():
+            stream.abort()

@@ -156,16 +156,15 @@ def _discard(image, record):
         image.discard()
 
 
-def discard_unfinished(disks, image_of) -> list:
+def discard_unfinished(disks, image_of) -> dict:
     """Make room for the disks that were begun and are made anew.
 
-    :returns: their Images
+    :returns: their Images by name
     """
-    images = []
-    for name in disks.building():
-        image = image_of(name, {'metadata': disks.get(name)})
+    images = {name: image_of(name, {'metadata': disks.get(name)})
+              for name in disks.building()}
+    for name, image in images.items():
         _discard(image, disks.get(name))
-        images.append(image)
     return images
 
 
@@ -199,10 +198,12 @@ def measure(disks, image_of) -> None:
         if record.size or record.backend not in FILE_BACKENDS:
             continue
         image = image_of(name, {'metadata': record})
-        if image.exists():
+        try:
             record.size = libvirt_utils.get_disk_size(
                 image.path, record.format)
-            disks.set(name, record)
+        except exception.DiskNotFound:
+            continue  # no config drive, for example
+        disks.set(name, record)
 
 
 def destroyed(disks) -> None:

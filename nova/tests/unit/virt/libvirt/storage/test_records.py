@@ -375,7 +375,7 @@ class TestDiscard(RecordsTestCase):
         image = mock.Mock()
         image.exists.return_value = exists
         disks = self.disks(record)
-        self.assertEqual([image] if record.is_building else [],
+        self.assertEqual({'disk': image} if record.is_building else {},
                          records.discard_unfinished(
                              disks, lambda name, mapping: image))
         return image.discard.called

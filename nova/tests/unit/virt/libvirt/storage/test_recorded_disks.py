@@ -1,0 +1,223 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""The driver's operations, with the mappings in a database."""
+
+from unittest import mock
+
+import ddt
+from oslo_utils.fixture import uuidsentinel as uuids
+from oslo_utils import units
+
+from nova.compute import task_states
+from nova.compute import vm_states
+from nova import context
+from nova import exception
+from nova import objects
+from nova import test
+from nova.tests import fixtures as nova_fixtures
+from nova.virt import driver as virt_driver
+from nova.virt import fake
+from nova.virt.libvirt import driver
+from nova.virt.libvirt.storage import metadata
+
+
+@ddt.ddt
+class TestRecordedDisks(test.TestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(nova_fixtures.LibvirtFixture())
+        self.backend = self.useFixture(
+            nova_fixtures.LibvirtImageBackendFixture())
+        self.flags(host='here')
+        self.context = context.RequestContext('user', 'project')
+        self.context.auth_token = 'token'
+        self.instance = objects.Instance(
+            self.context, uuid=uuids.instance, project_id='project',
+            flavor=objects.Flavor(
+                root_gb=7, ephemeral_gb=0, swap=5, extra_specs={}),
+            image_ref=uuids.image, vm_state=vm_states.BUILDING,
+            task_state=task_states.SPAWNING, system_metadata={},
+            config_drive='', host='here')
+        self.instance.create()
+        for values in (
+            {'source_type': 'image', 'boot_index': 0,
+             'image_id': uuids.image, 'device_name': '/dev/vda'},
+            {'source_type': 'blank', 'guest_format': 'swap',
+             'volume_size': 5, 'device_name': '/dev/vdb'},
+        ):
+            objects.BlockDeviceMapping(
+                self.context, instance_uuid=self.instance.uuid,
+                destination_type='local', **values).create()
+        self.driver = driver.LibvirtDriver(fake.FakeVirtAPI(), False)
+        for method in (
+            # These read the mappings, as they do without records.
+            '_build_device_metadata', '_register_undefined_instance_details',
+            '_get_guest_xml', '_wait_for_running',
+            '_get_existing_guest_config',
+            '_get_all_assigned_mediated_devices', '_create_configdrive',
+            '_get_instance_disk_info_from_config', '_reattach_instance_vifs',
+            '_qemu_monitor_announce_self', '_create_images_and_backing',
+            '_ensure_console_log_for_instance', 'destroy', 'get_info',
+        ):
+            self.patch(method)
+        self.driver._get_existing_guest_config.return_value = None
+        self.driver._build_device_metadata.return_value = None
+        self.driver._get_guest_xml.return_value = '<domain/>'
+        self.driver._get_all_assigned_mediated_devices.return_value = {}
+        self.driver.get_info.return_value.state = 1
+        self.patch('_create_image', side_effect=lambda *a, **k: (
+            self.at_work.append(self.states()) or (True, True)))
+        self.patch('_create_guest_with_network',
+                   side_effect=self.create_guest)
+        self.at_work = []
+        self.saves = self.useFixture(
+            nova_fixtures.fixtures.MockPatchObject(
+                objects.BlockDeviceMappingList, '_save_driver_info',
+                side_effect=objects.BlockDeviceMappingList._save_driver_info)
+        ).mock
+
+    def patch(self, method, **kwargs):
+        patcher = mock.patch.object(self.driver, method, **kwargs)
+        patcher.start()
+        self.addCleanup(patcher.stop)
+
+    def create_guest(self, *args, post_xml_callback=None, **kwargs):
+        if post_xml_callback is not None:
+            post_xml_callback()
+        self.guest_started_with = self.states()
+
+    def bdi(self):
+        return virt_driver.get_block_device_info(
+            self.instance, objects.BlockDeviceMappingList.get_by_instance_uuid(
+                self.context, self.instance.uuid))
+
+    def on_record(self):
+        return metadata.InstanceDisks.load(self.context, self.instance)
+
+    def states(self):
+        with mock.patch.object(
+                objects.BlockDeviceMappingList, 'get_by_instance_uuid',
+                new=self.read):
+            return {name: record.state
+                    for name, record in self.on_record().items()}
+
+    read = objects.BlockDeviceMappingList.get_by_instance_uuid
+
+    def put_on_record(self, **states):
+        disks = self.on_record()
+        for name, state in states.items():
+            name = name.replace('_', '.')
+            disks.set(name, metadata.LibvirtDiskMetadata(
+                backend='flat', format='raw', state=state, host='here',
+                size={'disk': 7 * units.Gi}.get(name, 5 * units.Mi)))
+        disks.save(self.context)
+        self.saves.reset_mock()
+
+    def without_reads(self):
+        return mock.patch.object(
+            objects.BlockDeviceMappingList, 'get_by_instance_uuid',
+            side_effect=AssertionError('one more round trip'))
+
+    def spawn(self):
+        bdi = self.bdi()
+        with self.without_reads():
+            self.driver.spawn(
+                self.context, self.instance, self.instance.image_meta, [],
+                None, {}, [], bdi)
+
+    def hard_reboot(self):
+        bdi = self.bdi()
+        with self.without_reads():
+            self.driver._hard_reboot(
+                self.context, self.instance, [], objects.ShareMappingList(),
+                bdi)
+
+    def test_spawn_saves_twice_and_reads_nothing(self):
+        self.spawn()
+        building = {'disk': 'building', 'disk.swap': 'building'}
+        ready = {'disk': 'ready', 'disk.swap': 'ready'}
+        self.assertEqual([building], self.at_work)
+        self.assertEqual(ready, self.guest_started_with)
+        self.assertEqual(2, self.saves.call_count)
+
+    def test_spawn_and_no_conductor(self):
+        self.saves.side_effect = test.TestingException
+        self.assertRaises(test.TestingException, self.spawn)
+        self.assertEqual([], self.at_work)
+        self.assertEqual({}, self.states())
+
+    def test_hard_reboot_of_recorded_disks_saves_nothing(self):
+        self.put_on_record(disk='ready', disk_swap='ready')
+        self.hard_reboot()
+        self.saves.assert_not_called()
+
+    @ddt.data('disk_swap', 'disk_config')
+    def test_hard_reboot_makes_what_holds_nothing_of_the_guest(self, name):
+        self.put_on_record(**{'disk': 'ready', 'disk_swap': 'ready',
+                              name: 'building'})
+        self.hard_reboot()
+        self.assertEqual({'ready'}, set(self.guest_started_with.values()))
+        self.assertEqual(
+            name == 'disk_swap',
+            self.backend.disks['disk.swap'].create_from_func.called
+            if 'disk.swap' in self.backend.disks else False)
+        self.driver._create_configdrive.assert_called_once()
+        self.saves.assert_called_once()
+
+    def test_hard_reboot_of_an_unfinished_root_disk(self):
+        self.put_on_record(disk='building', disk_swap='building')
+        error = self.assertRaises(exception.DiskNotFinished, self.hard_reboot)
+        self.assertIn(self.instance.uuid, str(error))
+        self.driver._create_guest_with_network.assert_not_called()
+        self.assertEqual({'disk': 'building', 'disk.swap': 'building'},
+                         self.states())
+
+    def test_hard_reboot_with_a_broken_record(self):
+        bdms = objects.BlockDeviceMappingList.get_by_instance_uuid(
+            self.context, self.instance.uuid)
+        bdms[0].driver_info = '{'
+        bdms.save_driver_info()
+        error = self.assertRaises(
+            exception.InvalidDiskMetadata, self.hard_reboot)
+        self.assertIn(bdms[0].uuid, str(error))
+        # The guest runs on.
+        self.driver.destroy.assert_not_called()
+
+    def test_disks_of_a_live_migrated_guest(self):
+        self.put_on_record(disk='ready', disk_swap='ready')
+        self.flags(host='there')
+        bdi = self.bdi()
+        with self.without_reads():
+            self.driver.post_live_migration_at_destination(
+                self.context, self.instance, [], block_device_info=bdi)
+        self.saves.assert_called_once()
+        self.assertEqual({'there'}, {
+            record.host for _name, record in self.on_record().items()})
+
+    def test_disks_are_on_record_before_a_live_migration(self):
+        bdi = self.bdi()
+        with mock.patch.object(
+                self.driver, '_refuse_live_migration_of_volumes'), \
+            mock.patch.object(
+                self.driver, '_check_shared_storage_test_file',
+                side_effect=test.TestingException), \
+            mock.patch('os.path.exists', return_value=True), \
+                self.without_reads():
+            self.assertRaises(
+                test.TestingException,
+                self.driver.check_can_live_migrate_source, self.context,
+                self.instance, objects.LibvirtLiveMigrateData(filename='x'),
+                bdi)
+        self.saves.assert_called_once()
+        self.assertEqual({'disk': 'ready', 'disk.swap': 'ready'},
+                         self.states())

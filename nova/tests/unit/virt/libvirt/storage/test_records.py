@@ -422,6 +422,17 @@ class TestDiscard(RecordsTestCase):
                          remove_volumes.mock_calls)
 
     @mock.patch('nova.storage.rbd_utils.RBDDriver')
+    def test_rbd_images_are_recorded_as_raw(self, rbd_driver):
+        rbd_driver.return_value.rbd_user = 'user'
+        rbd_driver.return_value.ceph_conf = 'conf'
+        rbd_driver.return_value.pool = 'pool'
+        self.flags(images_rbd_pool='pool', images_rbd_ceph_conf='conf',
+                   group='libvirt')
+        record = imagebackend.Rbd(self.instance, 'disk').metadata(5)
+        self.assertEqual(('rbd', 'raw', 5),
+                         (record.backend, record.format, record.size))
+
+    @mock.patch('nova.storage.rbd_utils.RBDDriver')
     def test_rbd_image(self, rbd_driver):
         self.flags(images_rbd_pool='pool', images_rbd_ceph_conf='conf',
                    group='libvirt')

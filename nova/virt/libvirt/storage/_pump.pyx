@@ -47,8 +47,9 @@ cdef extern from *:
     ctypedef unsigned long long uint128_t "unsigned __int128"
 
 # A stream's packet holds at most 262,120 bytes (libvirt's RPC: the payload of
-# VIR_NET_MESSAGE_LEGACY_PAYLOAD_MAX less the header), and a read of a file gives one of those
-# and one of 24: a slot puts the two together. Larger slots measured slower.
+# VIR_NET_MESSAGE_LEGACY_PAYLOAD_MAX less the header), and a read of a file
+# gives one of those and one of 24: a slot puts the two together. Larger slots
+# measured slower.
 DEF_SLOT_SIZE = 262144
 DEF_SLOTS = 16
 

@@ -30,6 +30,7 @@ from nova.virt import images
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import base as storage_base
+from nova.virt.libvirt.storage import metadata
 from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import pump
 
@@ -51,6 +52,9 @@ _MAX_VALUE = 255
 FILE_POOLS = ('dir', 'fs', 'netfs')
 BLOCK_POOLS = ('logical', 'disk')
 
+# The local disks of an instance, by kind_of().
+KINDS = ('disk', 'disk.config', 'disk.eph', 'disk.local', 'disk.swap')
+
 
 def offer(connection, instance, migration, disks):
     """Check that this host can take an instance's volumes, and say so.
@@ -66,11 +70,8 @@ def offer(connection, instance, migration, disks):
     """
     _delete_left(connection, instance)
     pools = {}
-    for name, record in disks.items():
-        if record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE:
-            kinds = pools.setdefault(storage_pool.pool_name_for(name), [])
-            if kind_of(name) not in kinds:
-                kinds.append(kind_of(name))
+    for kind in _kinds_that_may_come(disks):
+        pools.setdefault(storage_pool.pool_name_for(kind), []).append(kind)
     if not pools:
         return
     for pool_name in pools:
@@ -96,6 +97,24 @@ def offer(connection, instance, migration, disks):
             "told: %(value)s") % {'host': CONF.host, 'value': value})
     instance.system_metadata[OFFER] = value
     instance.save()
+
+
+def _kinds_that_may_come(disks):
+    """Return the kinds of an instance's disks that may come as volumes.
+
+    On a source with pools, files become volumes just before they travel; of
+    disks that aren't on record yet, even the names are known there only.
+    """
+    records = disks.items()
+    if CONF.libvirt.images_type == 'libvirt-storage':
+        if not records:
+            return KINDS
+        travel = metadata.FILE_BACKENDS + (
+            fields.LibvirtDiskBackend.LIBVIRT_STORAGE,)
+    else:
+        travel = (fields.LibvirtDiskBackend.LIBVIRT_STORAGE,)
+    return sorted({kind_of(name) for name, record in records
+                   if record.backend in travel})
 
 
 def is_copied(disk_name):

@@ -34,6 +34,10 @@ LOG = logging.getLogger(__name__)
 ROOT = 'disk'
 SWAP = 'disk.swap'
 
+# The backends whose disks are files of the instance directory.
+FILE_BACKENDS = (fields.LibvirtDiskBackend.FLAT,
+                 fields.LibvirtDiskBackend.QCOW2)
+
 # A record with a previous one and a dozen disks without a mapping takes less
 # than 8 KiB; the column holds 64 KiB on MySQL.
 MAX_LENGTH = 32768

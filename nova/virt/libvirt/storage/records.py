@@ -32,10 +32,6 @@ LOG = logging.getLogger(__name__)
 READY = fields.LibvirtDiskState.READY
 BUILDING = fields.LibvirtDiskState.BUILDING
 
-# The backends whose disks are files of the instance directory.
-FILE_BACKENDS = (fields.LibvirtDiskBackend.FLAT,
-                 fields.LibvirtDiskBackend.QCOW2)
-
 # Made from the flavor and the metadata alone: nothing of the guest's is lost
 # when they are made anew.
 REMADE = frozenset(('disk.swap', 'disk.config'))
@@ -195,7 +191,7 @@ def _note_root_size(disks):
 def measure(disks, image_of) -> None:
     """Put the sizes on record which are known once the disks are there."""
     for name, record in disks.items():
-        if record.size or record.backend not in FILE_BACKENDS:
+        if record.size or record.backend not in metadata.FILE_BACKENDS:
             continue
         image = image_of(name, {'metadata': record})
         try:

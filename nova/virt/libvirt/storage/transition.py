@@ -50,10 +50,6 @@ from nova.virt.libvirt.storage import pool as storage_pool
 
 LOG = logging.getLogger(__name__)
 
-# The backends whose disks are files of the instance directory.
-FILE_BACKENDS = (fields.LibvirtDiskBackend.FLAT,
-                 fields.LibvirtDiskBackend.QCOW2)
-
 # link(2) where the second name can't be made: another file system, one that
 # has no hard links, or a file that already has as many names as it can have.
 NO_HARD_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
@@ -95,8 +91,8 @@ def is_due(disks: 'metadata.InstanceDisks') -> bool:
     :param disks: the records of all its local disks
     """
     backends = {record.backend for name, record in _kept(disks)}
-    return bool(backends & set(FILE_BACKENDS)) and backends <= {
-        *FILE_BACKENDS, fields.LibvirtDiskBackend.LIBVIRT_STORAGE}
+    return bool(backends & set(metadata.FILE_BACKENDS)) and backends <= {
+        *metadata.FILE_BACKENDS, fields.LibvirtDiskBackend.LIBVIRT_STORAGE}
 
 
 def _kept(disks):
@@ -186,7 +182,7 @@ class Transition:
     def _plan(self) -> list[LegacyDisk]:
         plan = []
         for name, record in _kept(self._disks):
-            if record.backend not in FILE_BACKENDS:
+            if record.backend not in metadata.FILE_BACKENDS:
                 continue
             path = os.path.join(self._instance_dir, name)
             if record.state != fields.LibvirtDiskState.READY:

@@ -559,19 +559,48 @@ class OfferTestCase(two_hosts.TwoHostsTestCase):
     def test_names_too_long(self):
         self.stub_out('nova.virt.libvirt.storage.pool.pool_name_for',
                       lambda name: name + 'x' * 100)
-        for name in AT_SOURCE:
-            self.dest.pools[name + 'x' * 100] = {}
+        for kind in arrival.KINDS:
+            self.dest.pools[kind + 'x' * 100] = {}
         self.assertIn('too long', self.refused())
 
-    def test_legacy_disks_need_no_pool(self):
+    def set_backend(self, backend):
         for name, record in self.disks.items():
-            record.backend = 'flat'
+            record.backend = backend
             self.disks.set(name, record)
         self.disks.save(self.context)
+
+    def offered(self):
+        self.make_offer()
+        return jsonutils.loads(
+            self.instance.system_metadata[arrival.OFFER])['p']
+
+    @ddt.data('flat', 'qcow2')
+    def test_legacy_disks_that_become_volumes_on_the_source(self, backend):
+        self.set_backend(backend)
+        self.assertEqual(['disk', 'disk.config', 'disk.eph', 'disk.swap'],
+                         self.offered()[POOL])
+
+    def test_disks_that_are_not_on_record(self):
+        for name, _record in self.disks.items():
+            self.disks.clear(name)
+        self.disks.save(self.context)
+        self.assertEqual(list(arrival.KINDS), self.offered()[POOL])
+
+    def refuses_nothing(self):
         self.dest.pools.clear()
         self.make_offer()
         self.assertEqual({}, self.instance.system_metadata)
         self.instance.save.assert_not_called()
+
+    @ddt.data('lvm', 'rbd', 'ploop')
+    def test_disks_that_stay_legacy_need_no_pool(self, backend):
+        self.set_backend(backend)
+        self.refuses_nothing()
+
+    def test_legacy_disks_need_no_pool_on_a_legacy_host(self):
+        self.set_backend('qcow2')
+        self.flags(images_type='qcow2', group='libvirt')
+        self.refuses_nothing()
 
 
 @ddt.ddt

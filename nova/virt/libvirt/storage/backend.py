@@ -39,7 +39,6 @@ from nova.virt.image import model as imgmodel
 from nova.virt import images
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt import imagecache
-from nova.virt.libvirt.storage import cleanup
 from nova.virt.libvirt.storage import config as storage_config
 from nova.virt.libvirt.storage import metadata
 from nova.virt.libvirt.storage import pool as storage_pool
@@ -184,25 +183,15 @@ class LibvirtStorage(imagebackend.Image):
             name which nothing has in that pool.
         """
         pool_name = storage_pool.pool_name_for(self.disk_name)
+        # While a resize is not confirmed, or in a pool which hosts share,
+        # there is another disk of that name.
+        volume_name = self._get_pool(pool_name).free_name(
+            '%s_%s' % (self.instance.uuid, self.disk_name))
         return metadata.LibvirtDiskMetadata(
             backend=fields.LibvirtDiskBackend.LIBVIRT_STORAGE,
             format=self._get_new_format(), size=size,
             state=fields.LibvirtDiskState.BUILDING, host=CONF.host,
-            pool=pool_name, volume=self._get_free_name(pool_name))
-
-    def _get_free_name(self, pool_name):
-        # libvirt can't rename a volume. While a resize is not confirmed, or
-        # in a pool which hosts share, there is another disk of that name.
-        pool = self._get_pool(pool_name)
-        wanted = '%s_%s' % (self.instance.uuid, self.disk_name)
-        name, suffix = wanted, 0
-        while True:
-            try:
-                pool.volume(name)
-            except exception.StorageVolumeNotFound:
-                return name
-            suffix += 1
-            name = '%s.%d' % (wanted, suffix)
+            pool=pool_name, volume=volume_name)
 
     # How libvirt is told
 
@@ -513,6 +502,6 @@ class LibvirtStorage(imagebackend.Image):
     def delete(self):
         """Delete the disk's volume. It is not an error if there is none."""
         try:
-            cleanup.delete_volume(self._get_volume())
+            self._get_volume().delete()
         except exception.StorageVolumeNotFound:
             pass

@@ -25,8 +25,6 @@ from oslo_utils import uuidutils
 import nova.conf
 from nova import exception
 from nova.objects import fields
-import nova.privsep.storage
-from nova.virt.libvirt import host as libvirt_host
 from nova.virt.libvirt.storage import config as storage_config
 from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import usage as storage_usage
@@ -85,34 +83,6 @@ def get_volumes(connection, instance_uuid, rescue=False):
                 yield volume
 
 
-def delete_volume(volume):
-    """Delete a volume whatever its guest has written to it.
-
-    libvirt takes a raw disk with the header of a ploop image for ploop, hence
-    for a directory, and fails to delete it.
-
-    :param volume: The StorageVolume. It is not an error if it is gone.
-    :raises: exception.StorageVolumeError, StoragePoolError
-    """
-    try:
-        volume.delete()
-        return
-    except exception.StorageVolumeError:
-        if volume.info().type != libvirt_host.libvirt.VIR_STORAGE_VOL_PLOOP:
-            raise
-    LOG.warning('libvirt takes volume %(volume)s of storage pool %(pool)s for '
-                'a directory, as its guest has written a ploop header to it. '
-                'Its file is deleted without libvirt.',
-                {'volume': volume.name, 'pool': volume.pool.name})
-    try:
-        nova.privsep.storage.remove(volume.path)
-    except OSError as e:
-        raise exception.StorageVolumeError(
-            pool=volume.pool.name, volume=volume.name, host=volume.pool.host,
-            reason=e, code=e.errno) from e
-    volume.pool.refresh()
-
-
 def delete_volumes(connection, instance, rescue=False, keep=()):
     """Delete an instance's volumes on this host.
 
@@ -131,7 +101,7 @@ def delete_volumes(connection, instance, rescue=False, keep=()):
                      {'volume': volume.name, 'pool': volume.pool.name},
                      instance=instance)
             try:
-                delete_volume(volume)
+                volume.delete()
             except exception.NovaException as e:
                 LOG.error('A volume of the instance is left and will be '
                           'deleted later: %s', e, instance=instance)

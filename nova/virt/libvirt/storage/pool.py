@@ -28,6 +28,7 @@ import tenacity
 
 import nova.conf
 from nova import exception
+import nova.privsep.storage
 from nova import utils
 from nova.virt.libvirt import host as libvirt_host
 from nova.virt.libvirt.storage import config as storage_config
@@ -338,6 +339,24 @@ class StoragePool:
         with self._errors(name):
             return StorageVolume(self, pool.storageVolLookupByName(name))
 
+    def free_name(self, wanted: str) -> str:
+        """A name for a new volume: the one wanted, or that with a number.
+
+        libvirt can't rename a volume: a copy that is kept for a while keeps
+        its name, too. What stands in a pool is never written over.
+
+        :param wanted: e.g. ``<uuid of the instance>_disk.eph0``
+        :returns: wanted, else wanted.1, wanted.2 ...
+        """
+        name, suffix = wanted, 0
+        while True:
+            try:
+                self.volume(name)
+            except exception.StorageVolumeNotFound:
+                return name
+            suffix += 1
+            name = '%s.%d' % (wanted, suffix)
+
     def create(self, config: 'storage_config.LibvirtConfigStorageVolume',
                prealloc_metadata: bool = False) -> 'StorageVolume':
         """Make a volume; it is Nova's to write unless config says otherwise.
@@ -477,7 +496,35 @@ class StorageVolume:
             self.raw.resize(capacity, flags)
 
     def delete(self) -> None:
-        """Delete the volume; already gone is fine."""
-        with contextlib.suppress(exception.StorageVolumeNotFound), (
-                self._errors()):
-            self.raw.delete(0)
+        """Delete the volume, whatever its guest has written to it.
+
+        libvirt takes a raw disk with the header of a ploop image for ploop,
+        hence for a directory, and fails to delete it: on this host its file
+        is deleted without libvirt. Already gone is fine.
+
+        :raises: exception.StorageVolumeError, exception.StoragePoolError
+        """
+        try:
+            with contextlib.suppress(exception.StorageVolumeNotFound), (
+                    self._errors()):
+                self.raw.delete(0)
+        except exception.StorageVolumeError:
+            if self.pool.host != CONF.host or not self._is_taken_for_ploop():
+                raise
+            self._remove_file()
+
+    def _is_taken_for_ploop(self):
+        return self.info().type == libvirt_host.libvirt.VIR_STORAGE_VOL_PLOOP
+
+    def _remove_file(self):
+        LOG.warning('libvirt takes volume %(volume)s of storage pool %(pool)s '
+                    'for a directory, as its guest has written a ploop header '
+                    'to it. Its file is deleted without libvirt.',
+                    {'volume': self.name, 'pool': self.pool.name})
+        try:
+            nova.privsep.storage.remove(self.path)
+        except OSError as e:
+            raise exception.StorageVolumeError(
+                pool=self.pool.name, volume=self.name, host=self.pool.host,
+                reason=e, code=e.errno) from e
+        self.pool.refresh()

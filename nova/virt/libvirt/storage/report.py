@@ -73,17 +73,27 @@ def disks(context: 'nova_context.RequestContext',
     :returns: sorted by host, server and disk
     :raises: exception.CellTimeout if a cell's database doesn't answer
     """
-    results = nova_context.scatter_gather_skip_cell0(
-        context, _disks_of_cell, host)
-    lines = []
-    for result in results.values():
+    lines = of_all_cells(context, _disks_of_cell, host)
+    return sorted(lines, key=lambda line: (
+        line.host, line.instance_uuid, line.disk))
+
+
+def of_all_cells(context: 'nova_context.RequestContext',
+                 function: ty.Callable, *args) -> list:
+    """Put what a function finds in each cell into one list, or nothing.
+
+    :param function: takes the context of a cell and args
+    :raises: exception.CellTimeout if a cell's database doesn't answer
+    """
+    found = []
+    for result in nova_context.scatter_gather_skip_cell0(
+            context, function, *args).values():
         if result is nova_context.did_not_respond_sentinel:
             raise exception.CellTimeout()
         if nova_context.is_cell_failure_sentinel(result):
             raise result
-        lines.extend(result)
-    return sorted(lines, key=lambda line: (
-        line.host, line.instance_uuid, line.disk))
+        found.extend(result)
+    return found
 
 
 def by_host(lines: list[DiskLine]) -> dict[str, collections.Counter]:

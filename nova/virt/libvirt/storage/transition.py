@@ -28,7 +28,6 @@ raw disk isn't interpreted.
 
 import dataclasses
 import errno
-import itertools
 import os
 import typing as ty
 
@@ -234,18 +233,12 @@ class Transition:
         """
         for disk in self._moving:
             if disk.volume is None:
-                disk.volume = self._free_name(disk)
+                disk.volume = disk.pool.free_name(
+                    '%s_%s' % (self._instance.uuid, disk.name))
             disk.record.pool = disk.pool.name
             disk.record.volume = disk.volume
             self._disks.set(disk.name, disk.record)
         self._disks.save(self._context)
-
-    def _free_name(self, disk):
-        wanted = '%s_%s' % (self._instance.uuid, disk.name)
-        taken = {volume.name for volume in disk.pool.volumes()}
-        candidates = itertools.chain(
-            [wanted], ('%s.%d' % (wanted, n) for n in itertools.count(1)))
-        return next(name for name in candidates if name not in taken)
 
     def _make_volumes(self):
         for disk in self._moving:

@@ -36,7 +36,6 @@ CONF = nova.conf.CONF
 
 DISKS = 'nova-disks-pool'
 BASE = 'nova-base-images-pool'
-PLOOP = 5  # VIR_STORAGE_VOL_PLOOP
 
 
 class Volume:
@@ -49,7 +48,6 @@ class Volume:
         # What libvirt takes it for
         self.seen = config
         self.length = config.capacity
-        self.kind = 0
         self.resized = []
         self.fault = None
 
@@ -57,7 +55,7 @@ class Volume:
         return self.seen
 
     def info(self):
-        return pool.VolumeInfo(self.kind, self.seen.capacity, 0)
+        return pool.VolumeInfo(0, self.seen.capacity, 0)
 
     def physical(self):
         return self.length
@@ -127,6 +125,7 @@ class Pool:
         return volume
 
     create_from = create
+    free_name = pool.StoragePool.free_name
 
 
 class StorageFixture(fixtures.Fixture):
@@ -557,9 +556,7 @@ class CleanupTestCase(test.NoDBTestCase):
         volume = self.disks.volume('%s_disk' % uuids.instance)
         volume.fault = exception.StorageVolumeError(
             pool=DISKS, volume=volume.name, host='here', reason='no', code=1)
-        with mock.patch('nova.virt.libvirt.host.libvirt',
-                        VIR_STORAGE_VOL_PLOOP=PLOOP):
-            self.assertFalse(self._delete())
+        self.assertFalse(self._delete())
         self.assertEqual(['it_disk', 'other_disk'], self._left())
 
     def test_no_pool(self):
@@ -600,23 +597,6 @@ class CleanupTestCase(test.NoDBTestCase):
         cleanup.remove_probes(None, probes)
         self.assertNotIn('probe', str(self._left()))
         cleanup.remove_probes(None, probes)
-
-    def test_ploop_header(self):
-        # libvirt takes such a file for a directory
-        volume = self.disks.volume('%s_disk' % uuids.instance)
-        volume.kind = PLOOP
-        volume.fault = exception.StorageVolumeError(
-            pool=DISKS, volume=volume.name, host='here',
-            reason='Not a directory', code=38)
-        os.makedirs(self.disks.path)
-        with test.nested(
-            mock.patch('nova.privsep.storage.remove'),
-            mock.patch('nova.virt.libvirt.host.libvirt',
-                       VIR_STORAGE_VOL_PLOOP=PLOOP),
-        ) as (mock_remove, _):
-            self.assertTrue(self._delete())
-        mock_remove.assert_called_once_with(volume.path)
-        self.assertEqual(1, self.disks.refreshed)
 
 
 class UploadTestCase(test.NoDBTestCase):

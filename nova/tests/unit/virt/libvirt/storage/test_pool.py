@@ -326,6 +326,20 @@ class TestPool(PoolTestCase):
         self.assertIn('nova-disks-pool', str(e))
         self.assertIn('host-a', str(e))
 
+    def test_free_name(self):
+        taken = {'v', 'v.1'}
+
+        def look_up(name):
+            if name not in taken:
+                raise error(fakelibvirt.VIR_ERR_NO_STORAGE_VOL)
+
+        self.raw.storageVolLookupByName.side_effect = look_up
+        self.assertEqual('w', self.pool.free_name('w'))
+        self.assertEqual('v.2', self.pool.free_name('v'))
+        self.raw.storageVolLookupByName.side_effect = error(38, 'gone')
+        self.assertRaises(exception.StorageVolumeError, self.pool.free_name,
+                          'v')
+
     def test_volume_is_novas_to_write(self):
         wanted = config.LibvirtConfigStorageVolume()
         wanted.name, wanted.capacity = 'v', 1
@@ -373,3 +387,35 @@ class TestVolume(PoolTestCase):
         e = self.assertRaises(exception.StorageVolumeError,
                               self.volume.delete)
         self.assertIn('in use (error code 55)', str(e))
+
+    def delete_ploop(self, **remove):
+        # libvirt takes such a file for a directory
+        self.raw.info.return_value = [fakelibvirt.VIR_STORAGE_VOL_PLOOP, 9, 9]
+        self.raw.path.return_value = '/i/disks/v'
+        self.raw.delete.side_effect = error(
+            fakelibvirt.VIR_ERR_SYSTEM_ERROR, 'Not a directory')
+        with mock.patch('nova.privsep.storage.remove', **remove) as removed:
+            try:
+                self.volume.delete()
+            finally:
+                self.removed = removed.mock_calls
+
+    def test_delete_with_a_ploop_header(self):
+        self.flags(host='host-a')
+        self.delete_ploop()
+        self.assertEqual([mock.call('/i/disks/v')], self.removed)
+        self.daemon.pools['nova-disks-pool'].refresh.assert_called_once_with(0)
+
+    def test_delete_with_a_ploop_header_fails(self):
+        self.flags(host='host-a')
+        e = self.assertRaises(
+            exception.StorageVolumeError, self.delete_ploop,
+            side_effect=OSError(errno.EROFS, 'Read-only file system'))
+        self.assertIn('Read-only', str(e))
+
+    def test_delete_with_a_ploop_header_on_another_host(self):
+        self.flags(host='host-b')
+        e = self.assertRaises(
+            exception.StorageVolumeError, self.delete_ploop)
+        self.assertIn('Not a directory', str(e))
+        self.assertEqual([], self.removed)

@@ -26,6 +26,7 @@ import nova.privsep.storage
 from nova import test
 from nova.tests import fixtures as nova_fixtures
 from nova.virt.libvirt.storage import metadata
+from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import transition
 
 
@@ -81,6 +82,8 @@ class DirectoryPool:
             f.truncate(config.capacity)
         self.known.add(config.name)
         return self.volume(config.name)
+
+    free_name = storage_pool.StoragePool.free_name
 
 
 class FakeDisks:

@@ -25,6 +25,7 @@ from nova.objects import fields
 from nova import test
 from nova.virt.libvirt.storage import arrival
 from nova.virt.libvirt.storage import metadata
+from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import pump
 
 PoolInfo = collections.namedtuple('PoolInfo',
@@ -129,6 +130,8 @@ class Pool:
             raise exception.StorageVolumeNotFound(
                 volume=name, pool=self.name, host=self.host)
         return Volume(self, name)
+
+    free_name = storage_pool.StoragePool.free_name
 
     def create(self, config):
         self.daemon.did('create', config.name)

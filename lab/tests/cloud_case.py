@@ -31,6 +31,8 @@ GIB = 1 << 30
 #: How a lab is brought up for a class of scenarios.
 STOCK = {'nova': 'base', 'ssh': True}
 SERIES = {'nova': 'tree', 'ssh': False}
+#: The series with legacy disks, which migrate over SSH.
+LEGACY = {'nova': 'tree', 'ssh': True}
 
 _mine = []  # not empty: the lab that is up was brought up here
 
@@ -40,7 +42,7 @@ def cloud_for(wanted) -> lab_cloud.Cloud:
 
     A lab that was up before is used if it is of that kind, and stays.
 
-    :param wanted: STOCK or SERIES
+    :param wanted: STOCK, SERIES or LEGACY
     :raises unittest.SkipTest: another one is up
     """
     known = state.find()
@@ -70,7 +72,7 @@ def _down():
 class CloudTestCase(unittest.TestCase):
     """A scenario on a cloud whose hosts have one images_type.
 
-    :cvar lab: STOCK or SERIES
+    :cvar lab: STOCK, SERIES or LEGACY
     :cvar images_type: of both hosts
     :cvar options: others that matter for disks, see Cloud.set_images_type
     """

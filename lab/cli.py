@@ -184,7 +184,7 @@ def openstack(arguments):
 @click.argument('key')
 @click.argument('value')
 def set_(host, section, key, value):
-    """Change nova.conf of one compute and restart it."""
+    """Change nova.conf of one compute, or of ctl, and restart it."""
     with lock.held():
         _cloud().Cloud().set(host, section, key, value)
 

@@ -45,6 +45,6 @@ def netns(machine: str) -> str:
     return '%s-%s' % (NAME, machine)
 
 
-def port(host: str) -> str:
+def port(host: str, bridge: str = BRIDGE) -> str:
     """The bridge's port, in ctl, to which a host is connected."""
-    return '%s-%s' % (BRIDGE, host.rpartition('-')[2])
+    return '%s-%s' % (bridge, host.rpartition('-')[2])

@@ -136,6 +136,7 @@ class Link:
     def _end_relay(self) -> None:
         if self._has_relay():
             self.control.stop(self.relay)
+        self.control.forget(self.relay)
         if self.tap in self.control.run(
                 ['ip', '-o', 'link', 'show', 'type', 'tun']).stdout:
             network.ip('link del %s' % self.tap, machine=self.control.name)

@@ -68,7 +68,7 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
     machines = [Machine(config.CONTROL), *host.both()]
     with progress.step('namespaces, file systems'), \
             concurrent.futures.ThreadPoolExecutor() as pool:
-        jobs = [pool.submit(network.create)]
+        jobs = [pool.submit(network.create, options.network == 'ovs')]
         if options.ssh:
             jobs.append(pool.submit(ssh.make_keys, config.STATE / 'ssh'))
         jobs += [pool.submit(
@@ -205,8 +205,6 @@ def status() -> list[ui.Check]:
         if not alive:
             continue
         for service in machine.services():
-            if service.name.startswith(('link-delay',)):
-                continue
             checks.append(ui.Check(
                 machine.name, service.name,
                 service.alive() and not service.paused(),

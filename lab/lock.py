@@ -22,6 +22,7 @@ import os
 import pathlib
 import socket
 import struct
+import textwrap
 
 from . import config
 from .errors import LabError
@@ -46,13 +47,14 @@ def holder() -> int | None:
 
 
 def describe(pid: int) -> str:
-    """A process as a user recognises it."""
+    """A process as a user recognises it, in one line."""
     proc = pathlib.Path('/proc/%d' % pid)
     try:
         words = (proc / 'cmdline').read_bytes().decode(
-            errors='replace').split('\0')
+            errors='replace').replace('\0', ' ')
         return '"%s" in %s (pid %d)' % (
-            ' '.join(words).strip(), os.readlink(proc / 'cwd'), pid)
+            textwrap.shorten(words, 120, placeholder=' ...'),
+            os.readlink(proc / 'cwd'), pid)
     except OSError:
         return 'pid %d' % pid
 

@@ -231,6 +231,10 @@ class Machine:
             process.wait_gone(members, 5)
         _collect()
 
+    def forget(self, name: str) -> None:
+        """A daemon that has been stopped is not missed."""
+        self._record(name).unlink(missing_ok=True)
+
     def restart(self, name: str, timeout: float = 10) -> Service:
         """Stop a daemon if it runs, start it as it was started."""
         service = self.service(name)

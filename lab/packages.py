@@ -26,11 +26,12 @@ HOSTS = (
     'util-linux')
 SSH = ('openssh-client', 'openssh-server', 'rsync')
 CLOUD = (
-    'busybox-static', 'conntrack', 'dosfstools', 'fdisk', 'g++', 'gcc',
-    'genisoimage', 'ipset', 'iptables', 'kmod', 'libpcre2-dev', 'libssl-dev',
-    'mariadb-server', 'memcached', 'mtools', 'pkg-config', 'python3-dev',
-    'python3-venv', 'rabbitmq-server', 'syslinux', 'syslinux-common')
-OVS = ('dnsmasq-base', 'haproxy', 'openvswitch-switch', 'dropbear-bin')
+    'busybox-static', 'conntrack', 'dosfstools', 'dropbear-bin', 'fdisk',
+    'g++', 'gcc', 'genisoimage', 'ipset', 'iptables', 'kmod', 'libpcre2-dev',
+    'libssl-dev', 'mariadb-server', 'memcached', 'mtools', 'pkg-config',
+    'python3-dev', 'python3-venv', 'rabbitmq-server', 'syslinux',
+    'syslinux-common')
+OVS = ('dnsmasq-base', 'openssh-client', 'openvswitch-switch')
 BENCH = ('libnbd-bin', 'nbdkit', *SSH)
 
 POLICY = pathlib.Path('/usr/sbin/policy-rc.d')

@@ -23,6 +23,8 @@ import time
 
 from . import bootstrap
 from . import config
+from . import neutron
+from . import ovs
 from . import schemas
 from . import server
 from . import services
@@ -42,6 +44,9 @@ FOLDER = lab_config.STATE / 'cloud'
 VENVS = lab_config.CACHE / 'venvs'
 GUEST = lab_config.CACHE / 'guest'
 TREE = FOLDER / 'tree'  # the checkout that runs; empty: stock Nova
+# Seconds. With native threads a nova-compute 34.0.0 that has seen an event of
+# libvirt waits for its own default thread pool until it is killed.
+STOP = 6
 
 
 class Cloud:
@@ -59,6 +64,7 @@ class Cloud:
             hosts={host: lab_config.ADDRESSES[host]
                    for host in lab_config.HOSTS},
             services=VENVS / 'services', nova=VENVS / 'nova',
+            network=VENVS / 'network' if options.network == 'ovs' else None,
             tree=known_tree(options.nova), images_type=options.images_type,
             threading=options.threading)
         self.control = Machine(lab_config.CONTROL)
@@ -76,10 +82,16 @@ class Cloud:
 
     def _all_services(self):
         layout = self.layout
+        if layout.network:
+            network = [neutron.api(layout), neutron.rpc_server(layout)]
+            for host in layout.hosts:
+                network += ovs.daemons(host) + neutron.agents(layout, host)
+        else:
+            network = [services.empty_network(layout)]
         return [services.memcached(layout), services.mariadb(layout),
                 services.rabbitmq(layout, self.keys),
                 services.keystone(layout), services.placement(layout),
-                services.glance(layout), services.empty_network(layout),
+                services.glance(layout), *network,
                 services.nova_daemon(layout, 'nova-conductor'),
                 services.nova_daemon(layout, 'nova-scheduler'),
                 services.nova_api(layout),
@@ -92,13 +104,15 @@ class Cloud:
         """Bring it up; the hosts may come up at the same time.
 
         A compute that is started before its conductor listens loses 10 s to
-        RPC time-outs, so the order is: databases, keystone, control plane,
-        computes.
+        RPC time-outs, a DHCP agent before Neutron's RPC server 100 s, so the
+        order is: databases, keystone, control plane, computes and agents.
         """
         FOLDER.mkdir(parents=True, exist_ok=True)
         TREE.write_text(str(self.layout.tree or ''))
         with self.progress.step('configuration'):
             config.Writer(self.layout, self.keys).write_all()
+            if self.layout.network:
+                neutron.Writer(self.layout, self.keys).write_all()
         plan = schemas.Schemas(self.layout, self.keys, self._run_control)
         layout = self.layout
         pool = concurrent.futures.ThreadPoolExecutor(max_workers=8)
@@ -106,12 +120,13 @@ class Cloud:
             rabbit = pool.submit(self._start, services.rabbitmq(
                 layout, self.keys))
             cache = pool.submit(self._start, services.memcached(layout))
-            network = pool.submit(
-                self._start, services.empty_network(layout))
+            switches = [pool.submit(ovs.start, host, self._start)
+                        for host in layout.hosts if layout.network]
             with self.progress.step('MariaDB'):
                 plan.install_mariadb()
                 self._start(services.mariadb(layout))
                 plan.create_databases()
+            network = pool.submit(self._network, rabbit)
             identity = pool.submit(self._identity, plan)
             placement = pool.submit(self._schema_then_start, plan.placement,
                                     services.placement(layout))
@@ -119,7 +134,7 @@ class Cloud:
                                  services.glance(layout))
             with self.progress.step('Nova schemas'):
                 plan.nova()
-            for work in (rabbit, cache, network, identity):
+            for work in (rabbit, cache, identity):
                 work.result()
             with self.progress.step('control plane'):
                 _all(pool, [functools.partial(self._start, service)
@@ -127,8 +142,8 @@ class Cloud:
                     services.nova_daemon(layout, 'nova-conductor'),
                     services.nova_daemon(layout, 'nova-scheduler'),
                     services.nova_api(layout))])
-                placement.result()
-                glance.result()
+                for work in (placement, glance, network, *switches):
+                    work.result()
             filled = pool.submit(self._fill)
             with self.progress.step('computes'):
                 _all(pool, [functools.partial(self.start_compute, host)
@@ -138,6 +153,17 @@ class Cloud:
             filled.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _network(self, rabbit):
+        """Bring the network service up; its agents need the computes' host."""
+        if not self.layout.network:
+            self._start(services.empty_network(self.layout))
+            return
+        with self.progress.step('neutron'):
+            neutron.schema(self.layout, self._run_control)
+            rabbit.result()
+            self._start(neutron.rpc_server(self.layout))
+            self._start(neutron.api(self.layout))
 
     def _identity(self, plan):
         with self.progress.step('keystone'):
@@ -156,6 +182,13 @@ class Cloud:
         with self.progress.step('images and flavors'):
             bootstrap.flavors(self.conn)
             bootstrap.images(self.conn, GUEST)
+        if self.layout.network:
+            with self.progress.step('agents, network'):
+                neutron.create_network(self.conn, self.layout, self.control)
+                for host in self.layout.hosts:
+                    for agent in neutron.agents(self.layout, host):
+                        self._start(agent)
+                neutron.wait_agents(self.conn, self.layout)
 
     def _run_control(self, name, argv, env=None):
         log = self.control.logs / (name + '.log')
@@ -201,7 +234,7 @@ class Cloud:
         """
         for service in self._all_services():
             if (service.place, service.name) == (place, name):
-                Machine(place).stop(name, timeout=20)
+                Machine(place).stop(name, timeout=STOP)
                 self._start(service)
                 return
         raise LabError('%s has no daemon %s; it has %s' % (
@@ -210,10 +243,9 @@ class Cloud:
                                    if service.place == place) or 'none'))
 
     def set(self, host, section, key, value) -> None:
-        """Set an option of one compute's nova.conf and restart it.
+        """Set an option of one nova.conf and restart who reads it.
 
-        :param host: "ctl" sets it for the control plane and all computes;
-            the API, conductor and scheduler are restarted
+        :param host: a compute, or "ctl": the API, conductor and scheduler
         """
         self.set_many(host, {(section, key): value})
 
@@ -225,11 +257,12 @@ class Cloud:
         for (section, key), value in values.items():
             config.set_option(
                 self.layout.overrides(host), section, key, str(value))
-        if host == 'ctl':
-            for name in ('nova-conductor', 'nova-scheduler', 'nova-api'):
-                self.restart('ctl', name)
-        else:
-            self.restart(host, 'nova-compute')
+        self._restart_nova(host)
+
+    def _restart_nova(self, place):
+        for name in (('nova-conductor', 'nova-scheduler', 'nova-api')
+                     if place == lab_config.CONTROL else ('nova-compute',)):
+            self.restart(place, name)
 
     def set_images_type(self, images_type, **more) -> None:
         """Switch both hosts; computes that have it already go on as they are.
@@ -252,18 +285,18 @@ class Cloud:
             list(pool.map(switch, self.layout.hosts))
 
     def get(self, host, section, key) -> str | None:
-        """An option of one compute as the lab has written it."""
+        """An option of one nova.conf as the lab has written it."""
         value = None
         for path in self.layout.nova_files(host)[1::2]:
             value = config.get_option(path, section, key, value)
         return value
 
     def reset(self, host) -> None:
-        """Undo all that was set for a host; restart it if there was any."""
+        """Undo all that was set; restart who reads it if there was any."""
         path = self.layout.overrides(host)
         if path.exists() and path.read_text().strip():
             path.write_text('')
-            self.restart(host, 'nova-compute')
+            self._restart_nova(host)
 
     def compute_log(self, host) -> pathlib.Path:
         return Machine(host).logs / 'nova-compute.log'
@@ -287,7 +320,7 @@ class Cloud:
         """
         return Machine(place or lab_config.CONTROL).run(
             [self.layout.nova / 'bin' / program,
-             *self.layout.nova_files(place), *words],
+             *self.layout.nova_files(place or 'ctl', database=True), *words],
             env=services.nova_environment(self.layout), **more)
 
     def flavor(self, name):
@@ -297,11 +330,14 @@ class Cloud:
         return self.conn.image.find_image(name, ignore_missing=False)
 
     def boot(self, name, flavor='lab.small', image='guest', host=None,
-             script=None, wait=True, **more) -> server.Server:
-        """Create a server without a network.
+             script=None, wait=True, network=False,
+             **more) -> server.Server:
+        """Create a server.
 
         :param host: where; None: the scheduler's choice
         :param script: user data: lines "boot N: COMMAND" that the guest obeys
+        :param network: with a port in the guests' network, and the key pair
+            for Server.ssh()
         :param wait: until it is ACTIVE and the guest has testified
         :param more: for openstacksdk's create_server
         """
@@ -309,9 +345,14 @@ class Cloud:
             more['user_data'] = server.encode_user_data(script)
         if host:
             more['host'] = host
+        networks = 'none'
+        if network:
+            networks = [{'uuid': self.conn.network.find_network(
+                neutron.NETWORK, ignore_missing=False).id}]
+            more['key_name'] = neutron.KEY_PAIR
         made = self.conn.compute.create_server(
             name=name, image_id=self.image(image).id,
-            flavor_id=self.flavor(flavor).id, networks='none', **more)
+            flavor_id=self.flavor(flavor).id, networks=networks, **more)
         made = server.Server(self, made.id)
         if wait:
             try:
@@ -334,6 +375,11 @@ class Cloud:
                     checks.append(ui.Check(
                         found.host, 'compute service', found.state == 'up',
                         '%s, %s' % (found.state, found.status)))
+            for found in (self.conn.network.agents()
+                          if self.layout.network else ()):
+                checks.append(ui.Check(
+                    found.host, 'agent ' + found.binary, found.is_alive,
+                    'up' if found.is_alive else 'down'))
             for found in self.conn.compute.servers(all_projects=True):
                 checks.append(ui.Check(
                     found.compute_host or '-', 'server ' + found.name,
@@ -372,7 +418,8 @@ def prepare(options, progress) -> None:
     tree = find_tree(options.nova)
     VENVS.mkdir(parents=True, exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        made = pool.submit(venvs.ensure, VENVS, progress.step)
+        made = pool.submit(venvs.ensure, VENVS, progress.step,
+                           network=options.network == 'ovs')
         if not image.is_made(GUEST):
             with progress.step('guest image'):
                 image.ensure(GUEST)

@@ -43,6 +43,8 @@ class Layout:
     :ivar hosts: the compute hosts' names and addresses
     :ivar services: the services' virtual environment
     :ivar nova: Nova's virtual environment
+    :ivar network: Neutron's virtual environment; None: a cloud without
+        networks
     :ivar tree: checkout of the Nova that runs; None: the one of the
         environment
     :ivar images_type: of both hosts
@@ -54,6 +56,7 @@ class Layout:
     hosts: dict
     services: pathlib.Path
     nova: pathlib.Path
+    network: pathlib.Path | None = None
     tree: pathlib.Path | None = None
     images_type: str = 'default'
     threading: str = 'native'
@@ -69,15 +72,19 @@ class Layout:
         """The file into which "lab set" writes; read after all others."""
         return self.etc / 'nova' / ('set-%s.conf' % place)
 
-    def nova_files(self, place: str | None = None) -> list[str]:
+    def nova_files(self, place: str = 'ctl', database=False) -> list[str]:
         """Arguments of a Nova service.
 
-        :param place: a host's name; None: the control plane
+        :param place: "ctl" or a host's name
+        :param database: on a host, the access to the databases too, which a
+            nova-compute must not have
         """
-        files = [self.etc / 'nova/nova.conf', self.overrides('ctl')]
-        if place:
-            files += [self.etc / 'nova' / ('%s.conf' % place),
-                      self.overrides(place)]
+        files = [self.etc / 'nova/nova.conf']
+        if place == 'ctl' or database:
+            files.append(self.etc / 'nova/ctl.conf')
+        if place != 'ctl':
+            files.append(self.etc / 'nova' / ('%s.conf' % place))
+        files.append(self.overrides(place))
         return [word for file in files
                 for word in ('--config-file', str(file))]
 
@@ -148,6 +155,10 @@ class Writer:
         path = self.layout.folder / path
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def rabbit(self):
+        return 'rabbit://openstack:%s@%s:%d/' % (
+            self.keys.rabbit, self.layout.control, PORTS['rabbitmq'])
 
     def database(self, name):
         return 'mysql+pymysql://lab:%s@%s/%s?charset=utf8mb3' % (
@@ -244,8 +255,6 @@ lock_path = {self._folder('glance/lock')}
             (layout.tree / 'etc/nova/api-paste.ini') if layout.tree
             else layout.nova / 'etc/nova/api-paste.ini', paste)
         backend = {'native': 'threading', 'eventlet': 'eventlet'}
-        rabbit = 'rabbit://openstack:%s@%s:%d/' % (
-            self.keys.rabbit, layout.control, PORTS['rabbitmq'])
         filters = ','.join((
             'ComputeFilter', 'ComputeCapabilitiesFilter',
             'ImagePropertiesFilter', 'ServerGroupAntiAffinityFilter',
@@ -254,13 +263,14 @@ lock_path = {self._folder('glance/lock')}
         self._write('nova/nova.conf', f'''[DEFAULT]
 concurrency_backend = {backend[layout.threading]}
 default_log_levels = {LOG_LEVELS}
-transport_url = {rabbit}
+transport_url = {self.rabbit()}
 state_path = {self._folder('nova')}
 my_ip = {layout.control}
 osapi_compute_workers = 1
 metadata_workers = 1
 allow_resize_to_same_host = false
-heal_instance_info_cache_interval = -1
+heal_instance_info_cache_interval = {60 if layout.network else -1}
+vif_plugging_timeout = 60
 update_resources_interval = 60
 resize_confirm_window = 0
 service_down_time = 60
@@ -273,10 +283,6 @@ initial_disk_allocation_ratio = 1.0
 api_paste_config = {paste}
 [api]
 auth_strategy = keystone
-[api_database]
-connection = {self.database('nova_api')}
-[database]
-connection = {self.database('nova')}
 [conductor]
 workers = 1
 [scheduler]
@@ -291,7 +297,7 @@ api_servers = {layout.url('glance')}
 [keystone]
 {self._auth('nova')}
 [neutron]
-{self._auth('nova')}
+{self._auth('neutron')}
 [service_user]
 send_service_user_token = true
 {self._auth('nova')}
@@ -300,6 +306,12 @@ enabled = false
 [oslo_concurrency]
 lock_path = {self._folder('nova/lock')}
 {self._token('nova', 'compute')}''')
+        # A nova-compute that can see them asks them, and is refused.
+        self._write('nova/ctl.conf', f'''[api_database]
+connection = {self.database('nova_api')}
+[database]
+connection = {self.database('nova')}
+''')
         layout.overrides('ctl').touch(mode=0o600)
 
     def _compute(self, host, address):

@@ -253,6 +253,43 @@ class Server:
                 self.id, line, reply['output']))
         return reply['output']
 
+    @property
+    def address(self) -> str:
+        """Its IPv4 address in the guests' network."""
+        return next(address['addr'] for addresses in
+                    self.get().addresses.values() for address in addresses
+                    if address['version'] == 4)
+
+    def ping(self, limit=60) -> None:
+        """Wait until the guest answers the control plane's pings."""
+        self._from_control(['busybox', 'ping', '-c', '1', '-W', '1',
+                            self.address], limit)
+
+    def ssh(self, *command, limit=60) -> str:
+        """Run a command in the guest, from the control plane.
+
+        :param limit: seconds in which the guest must let us in
+        :returns: its output
+        :raises ServerError: it can't be reached, or the command failed
+        """
+        return self._from_control(['ssh', self.address, *command], limit)
+
+    def _from_control(self, argv, limit):
+        until = time.monotonic() + limit
+        while True:
+            done = Machine('ctl').run(argv, check=False, timeout=limit)
+            if not done.returncode:
+                return done.stdout.strip()
+            # 255 is ssh's own failure, 1 a ping without an answer.
+            if time.monotonic() > until or (
+                    argv[0] == 'ssh' and done.returncode != 255):
+                raise ServerError('"%s" from the control plane ended with %d '
+                                  'for %s: %s; its console ends with:\n%s' % (
+                                      ' '.join(argv), done.returncode, self.id,
+                                      (done.stdout + done.stderr).strip(),
+                                      self.console()[-1500:]))
+            time.sleep(POLL)
+
     def look(self, limit=90) -> words.Testimony:
         """Make the running guest testify anew."""
         self.command('testify', limit=limit)

@@ -26,7 +26,7 @@ MARIADB = (
     '--performance-schema=OFF')
 SOCKET = '/run/mariadb.socket'  # in ctl's own /run
 DATABASES = ('keystone', 'placement', 'glance', 'nova', 'nova_api',
-             'nova_cell0')
+             'nova_cell0', 'neutron')
 # What a service of Nova logs (nova.service, at debug level) when its RPC
 # server listens.
 CONSUMING = 'Join ServiceGroup membership'
@@ -39,7 +39,7 @@ class Service:
     """One daemon.
 
     :ivar place: "ctl" or a host's name
-    :ivar ready: a port number of the control plane, or a text that the log
+    :ivar ready: a port number of its machine, or a text that the log
         has as soon as the daemon serves
     """
 
@@ -50,10 +50,15 @@ class Service:
     ready: int | str | None = None
 
 
-def _uwsgi(layout, name, venv, module, processes, *more, env=None):
+def wsgi(layout, name, venv, module, processes, *more, port=None, env=None):
+    """An API under uwsgi.
+
+    :param port: its name in config.PORTS where that isn't the service's
+    :param more: further arguments of uwsgi
+    """
     return Service(name, 'ctl', (
         venv / 'bin/uwsgi', '--http-socket',
-        '%s:%d' % (layout.control, config.PORTS[name]), '--module',
+        '%s:%d' % (layout.control, config.PORTS[port or name]), '--module',
         module + ':application', '--master', '--processes', processes,
         '--enable-threads', '--lazy-apps', '--need-app', '--die-on-term',
         '--buffer-size', 65535, '--add-header', 'Connection: close',
@@ -119,24 +124,24 @@ log.file.level = warning
 
 def keystone(layout) -> Service:
     etc = layout.etc / 'keystone'
-    return _uwsgi(layout, 'keystone', layout.services, 'keystone.wsgi.api', 2,
-                  env={'OS_KEYSTONE_CONFIG_DIR': str(etc),
-                       'OS_KEYSTONE_CONFIG_FILES':
-                       str(etc / 'keystone.conf')})
+    return wsgi(layout, 'keystone', layout.services, 'keystone.wsgi.api', 2,
+                env={'OS_KEYSTONE_CONFIG_DIR': str(etc),
+                     'OS_KEYSTONE_CONFIG_FILES':
+                     str(etc / 'keystone.conf')})
 
 
 def placement(layout) -> Service:
-    return _uwsgi(layout, 'placement', layout.services, 'placement.wsgi.api',
-                  1, env={'OS_PLACEMENT_CONFIG_DIR':
-                          str(layout.etc / 'placement')})
+    return wsgi(layout, 'placement', layout.services, 'placement.wsgi.api',
+                1, env={'OS_PLACEMENT_CONFIG_DIR':
+                        str(layout.etc / 'placement')})
 
 
 def glance(layout) -> Service:
     # glanceclient sends chunks of 1 MiB, which uwsgi's default refuses.
-    return _uwsgi(layout, 'glance', layout.services, 'glance.wsgi.api', 1,
-                  '--threads', 4, '--chunked-input-limit', 64 << 20,
-                  '--chunked-input-timeout', 120,
-                  env={'OS_GLANCE_CONFIG_DIR': str(layout.etc / 'glance')})
+    return wsgi(layout, 'glance', layout.services, 'glance.wsgi.api', 1,
+                '--threads', 4, '--chunked-input-limit', 64 << 20,
+                '--chunked-input-timeout', 120,
+                env={'OS_GLANCE_CONFIG_DIR': str(layout.etc / 'glance')})
 
 
 def empty_network(layout) -> Service:
@@ -149,12 +154,12 @@ def empty_network(layout) -> Service:
 
 
 def nova_api(layout) -> Service:
-    return _uwsgi(layout, 'nova-api', layout.nova, 'nova.wsgi.osapi_compute',
-                  2, env={
-                      **nova_environment(layout),
-                      'OS_NOVA_CONFIG_DIR': str(layout.etc / 'nova'),
-                      'OS_NOVA_CONFIG_FILES':
-                      'api-paste.ini;nova.conf;set-ctl.conf'})
+    return wsgi(layout, 'nova-api', layout.nova, 'nova.wsgi.osapi_compute',
+                2, env={
+                    **nova_environment(layout),
+                    'OS_NOVA_CONFIG_DIR': str(layout.etc / 'nova'),
+                    'OS_NOVA_CONFIG_FILES':
+                    'api-paste.ini;nova.conf;ctl.conf;set-ctl.conf'})
 
 
 def nova_daemon(layout, name) -> Service:

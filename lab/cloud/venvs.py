@@ -10,11 +10,11 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""The two virtual environments in which the cloud's services run.
+"""The virtual environments in which the cloud's services run.
 
 They live beside the lab's state and outlast "down": making them takes about
 two minutes. Nova has one of its own, so that what it imports is Nova's
-requirements alone.
+requirements alone; Neutron has one because most labs need none.
 """
 
 import concurrent.futures
@@ -35,17 +35,20 @@ SERVICES = (
 NOVA = (
     'SQLAlchemy<2.1', 'nova==34.0.0', 'libvirt-python', 'PyMySQL',
     'python-memcached', 'pymemcache', 'uwsgi')
+NETWORK = ('SQLAlchemy<2.1', 'neutron==29.0.0', 'PyMySQL',
+           'python-memcached', 'pymemcache', 'uwsgi')
 
 
 class VenvError(LabError):
     """pip failed; names the log and its last lines."""
 
 
-def ensure(folder: pathlib.Path, step) -> None:
-    """Make both environments unless they are there.
+def ensure(folder: pathlib.Path, step, network: bool = False) -> None:
+    """Make the environments unless they are there.
 
-    :param folder: holds "services" and "nova"
+    :param folder: holds "services", "nova" and "network"
     :param step: the lab's context manager for a step with elapsed time
+    :param network: Neutron's too
     :raises VenvError: what pip said
     """
     folder = pathlib.Path(folder)
@@ -53,7 +56,8 @@ def ensure(folder: pathlib.Path, step) -> None:
     with open(folder / 'lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         missing = [(name, wanted) for name, wanted in (
-            ('services', SERVICES), ('nova', NOVA))
+            ('services', SERVICES), ('nova', NOVA),
+            *([('network', NETWORK)] if network else []))
             if not _there(folder / name, wanted)]
         if not missing:
             return

@@ -35,7 +35,10 @@ MODULES = (
     'sd_mod', 'sr_mod', 'virtio_scsi', 'virtio-rng', 'nls_cp437', 'nls_ascii',
     'nls_utf8', 'vfat', 'isofs', 'crc32c_generic', 'ext4')
 PROGRAMS = ('/usr/sbin/resize2fs', '/usr/sbin/e2fsck', '/usr/sbin/blkid',
-            '/usr/bin/fallocate')
+            '/usr/bin/fallocate', '/usr/sbin/dropbear', '/usr/bin/dropbearkey')
+OURS = ('init', 'network')  # scripts, beside this file
+ACCOUNTS = {'passwd': 'root:x:0:0:root:/root:/bin/sh\n', 'group': 'root:x:0:\n',
+            'shadow': 'root:*:19000:0:99999:7:::\n', 'shells': '/bin/sh\n'}
 KERNEL_PACKAGE = 'linux-image-cloud-amd64'
 # tsc, timer and mitigations: seconds of the boot under emulation.
 COMMAND_LINE = ('console=ttyS0 panic=-1 quiet loglevel=1 tsc=unstable '
@@ -69,7 +72,8 @@ def _run(*argv, cwd=None, input=None, **kwargs):
 def fingerprint() -> str:
     """What the image depends on: sources of ours, not the kernel's version."""
     digest = hashlib.sha256()
-    for path in sorted((HERE / 'init', HERE / 'pattern.c', HERE / 'image.py')):
+    for path in (HERE / 'image.py', HERE / 'pattern.c',
+                 *(HERE / name for name in OURS)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -159,7 +163,7 @@ def _libraries(program):
 def _initramfs(kernel, work):
     root = work / 'root'
     for folder in ('bin', 'sbin', 'etc', 'proc', 'sys', 'dev', 'lib/modules',
-                   'lib64', 'usr/bin', 'usr/sbin'):
+                   'lib64', 'root', 'usr/bin', 'usr/sbin'):
         (root / folder).mkdir(parents=True)
     shutil.copy('/bin/busybox', root / 'bin')
     modules = _module_order(kernel)
@@ -175,8 +179,11 @@ def _initramfs(kernel, work):
             shutil.copy(library, root / target / library.name)
     _run('gcc', '-O2', '-static', '-o', work / 'pattern', HERE / 'pattern.c')
     shutil.copy(work / 'pattern', root / 'bin')
-    shutil.copy(HERE / 'init', root / 'init')
-    (root / 'init').chmod(0o755)
+    for name, place in zip(OURS, ('init', 'bin/network'), strict=True):
+        shutil.copy(HERE / name, root / place)
+        (root / place).chmod(0o755)
+    for name, content in ACCOUNTS.items():
+        (root / 'etc' / name).write_text(content)
     names = '\n'.join(str(path.relative_to(root))
                       for path in sorted(root.rglob('*')))
     archive = _run('/bin/busybox', 'cpio', '-o', '-H', 'newc', cwd=root,

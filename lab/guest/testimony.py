@@ -64,6 +64,7 @@ class Testimony:
     :ivar filesystem: bytes, free, kept (names of files) of its own data
     :ivar config: device, format, uuid, name, files (one checksum of all),
         user_data; device is None when there is no config drive
+    :ivar interfaces: by name: mac, address (IPv4, '' as long as it has none)
     :ivar written: how often "keep-writing" has written
     """
 
@@ -76,6 +77,7 @@ class Testimony:
     swap: dict = dataclasses.field(default_factory=dict)
     filesystem: dict = dataclasses.field(default_factory=dict)
     config: dict = dataclasses.field(default_factory=dict)
+    interfaces: dict = dataclasses.field(default_factory=dict)
     written: int = 0
 
     @property
@@ -98,6 +100,8 @@ class Testimony:
         elif kind == 'range':
             home = self.others.get(event['disk'])
             (home['ranges'] if home else self.ranges)[event['name']] = event
+        elif kind == 'interface':
+            self.interfaces[event['name']] = event
         elif kind == 'filesystem':
             event['kept'] = event.get('kept', '').split()
             self.filesystem = event

@@ -29,27 +29,28 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 #: How a lab is brought up for a class of scenarios.
-STOCK = {'nova': 'base', 'ssh': True}
-SERIES = {'nova': 'tree', 'ssh': False}
+STOCK = {'nova': 'base', 'ssh': True, 'network': 'none'}
+SERIES = {'nova': 'tree', 'ssh': False, 'network': 'none'}
 #: The series with legacy disks, which migrate over SSH.
-LEGACY = {'nova': 'tree', 'ssh': True}
+LEGACY = {'nova': 'tree', 'ssh': True, 'network': 'none'}
 
 _mine = []  # not empty: the lab that is up was brought up here
 
 
-def cloud_for(wanted) -> lab_cloud.Cloud:
+def cloud_for(wanted, images_type='default') -> lab_cloud.Cloud:
     """A cloud of one kind; it is taken down when the tests are over.
 
     A lab that was up before is used if it is of that kind, and stays.
 
-    :param wanted: STOCK, SERIES or LEGACY
+    :param wanted: STOCK, SERIES or the like
+    :param images_type: with which it is brought up
     :raises unittest.SkipTest: another one is up
     """
     known = state.find()
     if known and known.phase == 'up' and known.boot == state.boot_id():
-        if known.options.level == 'cloud' and (
-                {'nova': known.options.nova,
-                 'ssh': known.options.ssh} == wanted):
+        if known.options.level == 'cloud' and all(
+                getattr(known.options, key) == value
+                for key, value in wanted.items()):
             return lab_cloud.Cloud()
         if not _mine:
             raise unittest.SkipTest(
@@ -60,7 +61,8 @@ def cloud_for(wanted) -> lab_cloud.Cloud:
         atexit.register(_down)
     with lock.held():
         return lab_cloud.bring_up(state.Options(
-            level='cloud', threading=os.environ.get('LAB_THREADING', 'native'),
+            level='cloud', images_type=images_type,
+            threading=os.environ.get('LAB_THREADING', 'native'),
             **wanted))
 
 
@@ -69,10 +71,16 @@ def _down():
         hosts.down()
 
 
+def only_in_full(_loader, tests, _pattern):
+    """A module's load_tests: only LAB_SCENARIOS=all runs it."""
+    return tests if os.environ.get('LAB_SCENARIOS') == 'all' else (
+        unittest.TestSuite())
+
+
 class CloudTestCase(unittest.TestCase):
     """A scenario on a cloud whose hosts have one images_type.
 
-    :cvar lab: STOCK, SERIES or LEGACY
+    :cvar lab: STOCK, SERIES or the like
     :cvar images_type: of both hosts
     :cvar options: others that matter for disks, see Cloud.set_images_type
     """
@@ -86,9 +94,9 @@ class CloudTestCase(unittest.TestCase):
         super().setUpClass()
         if os.geteuid():
             raise unittest.SkipTest('the lab makes namespaces: root only')
-        if cls.lab == SERIES and not _has_pools():
+        if cls.lab['nova'] == 'tree' and not _has_pools():
             raise unittest.SkipTest('the tree knows no storage pools')
-        cls.cloud = cloud_for(cls.lab)
+        cls.cloud = cloud_for(cls.lab, cls.images_type)
         cls.cloud.set_images_type(cls.images_type, **cls.options)
 
     def setUp(self):

@@ -93,10 +93,11 @@ class TestPattern(unittest.TestCase):
                 self.assertEqual(hashlib.sha256(wrote).hexdigest(),
                                  testimony.pattern_sha256(seed, length))
 
-    def test_init_is_a_script_of_busybox(self):
-        done = subprocess.run(['sh', '-n', image.HERE / 'init'],
-                              capture_output=True, text=True)
-        self.assertEqual((0, ''), (done.returncode, done.stderr))
+    def test_ours_are_scripts_of_busybox(self):
+        for name in image.OURS:
+            done = subprocess.run(['busybox', 'sh', '-n', image.HERE / name],
+                                  capture_output=True, text=True)
+            self.assertEqual((0, ''), (done.returncode, done.stderr))
 
 
 class TestConfiguration(unittest.TestCase):

@@ -145,9 +145,13 @@ class Host(Machine):
         import libvirt
         # Its exceptions say the same; by default it prints them as well.
         libvirt.registerErrorHandler(lambda _context, _error: None, None)
-        url = 'qemu:///system?socket=%s' % self.path(
+        return (libvirt.openReadOnly if readonly else libvirt.open)(
+            self.local_uri(readonly))
+
+    def local_uri(self, readonly: bool = False) -> str:
+        """By which the machine around the lab connects, past the network."""
+        return 'qemu:///system?socket=%s' % self.path(
             '/run/libvirt/libvirt-sock%s' % ('-ro' if readonly else ''))
-        return (libvirt.openReadOnly if readonly else libvirt.open)(url)
 
     def uri(self, peer: 'Host') -> str:
         """By which this host connects to another over TLS."""

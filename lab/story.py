@@ -237,10 +237,11 @@ def tell(story, the_cloud):
     with story.step('what lies in both pools') as step:
         lines = []
         for host in config.HOSTS:
-            found = volumes_of(None, host)
-            lines.append('%s: %s' % (host, ', '.join(
-                '%s (%.1f of %d MiB)' % volume for volume in found)
-                or 'nothing'))
+            text = ', '.join('%s (%.1f of %.1f MiB)' % volume
+                             for volume in volumes_of(None, host))
+            for server, name in ((first, 'first'), (second, 'second')):
+                text = text.replace(server.id, '<%s>' % name)
+            lines.append('%s: %s' % (host, text or 'nothing'))
         step.detail = '\n'.join(lines)
 
     with story.step('attempts to use ssh, scp, sftp or rsync') as step:
@@ -274,7 +275,7 @@ def volumes_of(server, host):
         connection.close()
     if server:
         return sorted(name for name, _, _ in found if server.id in name)
-    return sorted((name, allocation / MIB, capacity // MIB)
+    return sorted((name, allocation / MIB, capacity / MIB)
                   for name, capacity, allocation in found)
 
 

@@ -36,7 +36,7 @@ def pattern_sha256(seed: str, length: int) -> str:
 def events(console: str):
     """All of the guest's words in a console log, oldest first.
 
-    A line that was cut off, as the first of a truncated log may be, is left
+    A line that is not whole, as the first of a truncated log may be, is left
     out.
     """
     for line in console.split('\n'):
@@ -44,9 +44,11 @@ def events(console: str):
         if at < 0:
             continue
         try:
-            yield json.loads(line[at + len(PREFIX):])
+            event = json.loads(line[at + len(PREFIX):])
         except ValueError:
             continue
+        if 'event' in event:  # else some of its middle is lost
+            yield event
 
 
 @dataclasses.dataclass

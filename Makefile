@@ -50,8 +50,8 @@ lab:          ## bring up two libvirt hosts and a cloud on this machine
 lab-down:     ## take the lab down; nothing stays
 	@lab/lab down
 
-lab-test:     ## run the lab's scenarios
-	@$(RUN) lab
+lab-test:     ## run all of the lab's scenarios (LAB_SCENARIOS=fast: those of make test)
+	@LAB_SCENARIOS=$${LAB_SCENARIOS:-all} $(RUN) lab
 
 bench:        ## measure the pump against rsync, scp, virsh and nbdcopy
 	@lab/bench

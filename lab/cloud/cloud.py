@@ -30,6 +30,7 @@ from . import server
 from . import services
 from . import venvs
 from .. import config as lab_config
+from .. import guide
 from .. import hosts
 from .. import preflight
 from .. import state
@@ -440,6 +441,8 @@ def bring_up(options, progress=None) -> Cloud:
     """
     progress = progress or ui.Steps()
     preflight.check(options, leftover=bool(state.find()))
+    guide.find()
+    find_tree(options.nova)
     hosts.prepare(options, progress)
     prepare(options, progress)
     hosts.up(options, progress)

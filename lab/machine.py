@@ -311,8 +311,9 @@ class Machine:
                 raise LabError('%s on %s has ended before %s' % (
                     service, self.name, what), running.log)
             if time.monotonic() > deadline:
-                raise LabError('%s: not %s after %d s' % (
-                    self.name, what, timeout), running and running.log)
+                raise LabError('%s%s: not %s after %d s' % (
+                    service + ' on ' if service else '', self.name, what,
+                    timeout), running and running.log)
             time.sleep(0.02)
 
     def wait_port(self, port: int, timeout: float = 60,

@@ -69,6 +69,7 @@ class Cloud:
             tree=known_tree(options.nova), images_type=options.images_type,
             threading=options.threading)
         self.control = Machine(lab_config.CONTROL)
+        self._given_up = False  # up() has failed or was interrupted
 
     # -- what it is made of
 
@@ -152,11 +153,16 @@ class Cloud:
                 self._wait_computes()
                 plan.discover_hosts()
             filled.result()
+            if layout.network:
+                neutron.wait_agents(self.conn, layout)
+        except BaseException:
+            self._given_up = True  # what the others do is of no use
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _network(self, rabbit):
-        """Bring the network service up; its agents need the computes' host."""
+        """Bring the network service up, but for its agents."""
         if not self.layout.network:
             self._start(services.empty_network(self.layout))
             return
@@ -189,9 +195,10 @@ class Cloud:
                 for host in self.layout.hosts:
                     for agent in neutron.agents(self.layout, host):
                         self._start(agent)
-                neutron.wait_agents(self.conn, self.layout)
 
     def _run_control(self, name, argv, env=None):
+        if self._given_up:
+            raise LabError('%s was not run' % name)
         log = self.control.logs / (name + '.log')
         done = self.control.run(argv, check=False, env=env)
         told = done.stdout + done.stderr
@@ -207,7 +214,8 @@ class Cloud:
         log = machine.logs / (service.name + '.log')
         offset = log.stat().st_size if log.exists() else 0
         machine.start(service.name, service.argv, env=service.env)
-        services.wait_ready(service, machine, offset)
+        services.wait_ready(service, machine, offset,
+                            given_up=lambda: self._given_up)
 
     def _wait_computes(self, limit=60):
         until = time.monotonic() + limit

@@ -18,6 +18,7 @@ import pathlib
 import time
 
 from . import config
+from ..errors import LabError
 
 MARIADB = (
     '--innodb-flush-log-at-trx-commit=0', '--innodb-doublewrite=0',
@@ -180,19 +181,24 @@ def manage(layout, name) -> tuple:
     return (layout.nova / 'bin' / name, *layout.nova_files())
 
 
-def wait_ready(service: Service, machine, offset: int,
-               seconds: float = 90) -> None:
+def wait_ready(service: Service, machine, offset: int, seconds: float = 90,
+               given_up=lambda: False) -> None:
     """Wait until a daemon serves.
 
     :param machine: where it runs
     :param offset: where its log ended before it was started, in bytes
+    :param given_up: asked whether to wait no longer
     :raises LabError: it has ended, or does not serve in time
     """
-    if isinstance(service.ready, int):
-        machine.wait_port(service.ready, seconds, service.name)
-    elif service.ready:
-        machine.wait(lambda: _says(service, machine, offset), seconds,
-                     'serving', service.name)
+    def serves():
+        if given_up():
+            raise LabError('%s was not waited for' % service.name)
+        if isinstance(service.ready, int):
+            return machine.listening(service.ready)
+        return _says(service, machine, offset)
+
+    if service.ready:
+        machine.wait(serves, seconds, 'serving', service.name)
 
 
 def _says(service, machine, offset):

@@ -67,7 +67,10 @@ class TestCloudLifecycle(unittest.TestCase):
         return subprocess.Popen(
             [sys.executable, '-P', '-m', 'lab', *words], cwd='/',
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True, env={
+            start_new_session=True,
+            # Who runs the tests in the background may ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            env={
                 **os.environ, 'PYTHONPATH': str(config.ROOT),
                 'LAB_NAME': self.name})
 

@@ -117,19 +117,20 @@ class Testimony:
 
 def testimonies(console: str) -> list[Testimony]:
     """All whole testimonies in a console log, oldest first."""
-    whole, current = [], None
+    whole, current, seen = [], None, set()
     for event in events(console):
         if event['event'] == 'testimony':
             current = Testimony(
                 event['boot'], event['boot_id'], event['uptime'])
-        elif current is None:
-            continue
-        else:
-            current._take(event)
-            # the configuration is what the guest looks at last
-            if event['event'] == 'config':
+            seen = set()
+        elif current is not None and event['event'] == 'whole':
+            if event['lines'] == 1 + len(seen):
                 whole.append(current)
-                current = None
+            current = None
+        elif current is not None:
+            # Nova may print a line twice.
+            seen.add(json.dumps(event))
+            current._take(event)
     return whole
 
 

@@ -32,6 +32,7 @@ LAB {"event":"range","name":"data","disk":"vdb","sha256":"other's"}
 LAB {"event":"filesystem","bytes":900,"free":800,"kept":"boots ranges "}
 LAB {"event":"range","name":"data","disk":"vda","sha256":"own"}
 LAB {"event":"config","device":"sr0","user_data":"aGk="}
+LAB {"event":"whole","lines":9}
 LAB {"event":"ready","boot":2,"boot_id":"b2","uptime":5}
 LAB {"event":"done","id":"c1","command":"sh","ok":false,"output":"bm8K"}
 LAB {"event":"testimony","boot":2,"boot_id":"b2","uptime":9}
@@ -69,8 +70,14 @@ class TestTestimony(unittest.TestCase):
     def test_no_config_drive(self):
         (said,) = testimony.testimonies(
             'LAB {"event":"testimony","boot":1,"boot_id":"b","uptime":1}\n'
-            'LAB {"event":"config","device":null}\n')
+            'LAB {"event":"config","device":null}\n'
+            'LAB {"event":"whole","lines":2}\n')
         self.assertIsNone(said.config['device'])
+
+    def test_a_line_is_lost(self):
+        for line in CONSOLE.splitlines(keepends=True)[2:11]:
+            self.assertEqual([], testimony.testimonies(
+                CONSOLE.replace(line, '')), line)
 
     def test_replies(self):
         reply = testimony.replies(CONSOLE)['c1']

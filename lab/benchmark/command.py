@@ -18,6 +18,7 @@ import rich.console
 
 from . import cases
 from . import methods
+from . import pools
 from . import report
 from . import servers
 from .. import packages
@@ -31,7 +32,8 @@ def run(runs: int, chosen, console: rich.console.Console) -> list[cases.Row]:
 
     :param chosen: names of cases; all if empty
     """
-    known = cases.Cases.IN_MEMORY + cases.Cases.ON_DISK + ('servers',)
+    clouds = {'spawn': pools.spawn, 'servers': servers.measure}
+    known = (*cases.Cases.IN_MEMORY, *cases.Cases.ON_DISK, 'sweep', *clouds)
     unknown = set(chosen) - set(known)
     if unknown:
         raise LabError('no case %s; there are: %s' % (
@@ -43,14 +45,18 @@ def run(runs: int, chosen, console: rich.console.Console) -> list[cases.Row]:
             packages.install(missing)
     wanted = chosen or known
     found: list[cases.Row] = []
-    if set(wanted) - {'servers'}:
+    if set(wanted) - set(clouds):
         with Hosts(ssh=True, progress=progress) as (a, b):
             for row in _copies(a, b, wanted, runs, progress):
                 found.append(row)
                 report.write(found)
-    if 'servers' in wanted:
-        found += servers.measure(runs, progress)
-        report.write(found)
+            if 'sweep' in wanted:
+                found += pools.sweep(a, runs, progress.say)
+                report.write(found)
+    for name in clouds:
+        if name in wanted:
+            found += clouds[name](runs, progress)
+            report.write(found)
     report.show(found, console)
     return found
 

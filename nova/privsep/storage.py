@@ -133,3 +133,40 @@ def remove(path: str) -> None:
     :raises: OSError
     """
     fileutils.delete_if_exists(path)
+
+
+@nova.privsep.sys_admin_pctxt.entrypoint
+def copy_as(source: str, target: str, uid: int, gid: int) -> bool:
+    """Copy a file, for its new owner alone; what was at the target goes.
+
+    :returns: False if there is no such file
+    :raises: OSError; processutils.ProcessExecutionError (a full disk)
+    """
+    return _copy_as(source, target, uid, gid)
+
+
+@nova.privsep.sys_admin_pctxt.entrypoint
+def copy_as_its_directory(source: str, target: str) -> bool:
+    """Copy a file, for the owner of the directory that it comes to.
+
+    :returns: False if there is no such file
+    :raises: OSError; processutils.ProcessExecutionError (a full disk)
+    """
+    fileutils.ensure_tree(os.path.dirname(target), mode=0o755)
+    owner = os.stat(os.path.dirname(target))
+    return _copy_as(source, target, owner.st_uid, owner.st_gid)
+
+
+def _copy_as(source, target, uid, gid):
+    if not os.path.isfile(source) or os.path.islink(source):
+        return False
+    incoming = _beside(target)
+    try:
+        processutils.execute('cp', '--sparse=always', '--reflink=auto',
+                             '--no-dereference', source, incoming)
+        os.chown(incoming, uid, gid, follow_symlinks=False)
+        os.chmod(incoming, 0o600)
+        os.rename(incoming, target)
+    finally:
+        fileutils.delete_if_exists(incoming)
+    return True

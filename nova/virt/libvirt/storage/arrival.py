@@ -30,30 +30,16 @@ from nova.virt import images
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import base as storage_base
+from nova.virt.libvirt.storage import files
 from nova.virt.libvirt.storage import metadata
+from nova.virt.libvirt.storage import moves
 from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import pump
+from nova.virt.libvirt.storage import undo
+from nova.virt.libvirt import utils as libvirt_utils
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
-
-# In instance.system_metadata, whose values have at most 255 characters: the
-# destination's offer, what a disk's copy must be found to be, that there are
-# volumes which wait for confirm or revert, what couldn't be undone.
-OFFER = 'libvirt_storage_offer'
-COPY = 'libvirt_storage_copy_'
-MOVED = 'libvirt_storage_moved'
-LEFT = 'libvirt_storage_left_'
-_MAX_VALUE = 255
-
-
-# Pool types which libvirt can stream into. A new file reads as zeroes and so
-# may have holes; on a block device what lies under a hole stays.
-FILE_POOLS = ('dir', 'fs', 'netfs')
-BLOCK_POOLS = ('logical', 'disk')
-
-# The local disks of an instance, by kind_of().
-KINDS = ('disk', 'disk.config', 'disk.eph', 'disk.local', 'disk.swap')
 
 
 def offer(connection, instance, migration, disks):
@@ -68,12 +54,14 @@ def offer(connection, instance, migration, disks):
     :param disks: the instance's InstanceDisks
     :raises: MigrationPreCheckError, with which another host is tried
     """
-    _delete_left(connection, instance)
+    undo.delete_left(connection, instance)
     pools = {}
     for kind in _kinds_that_may_come(disks):
         pools.setdefault(storage_pool.pool_name_for(kind), []).append(kind)
     if not pools:
         return
+    pools.setdefault(storage_pool.pool_name_for(files.NAME), []).append(
+        files.NAME)
     for pool_name in pools:
         if (pool_name == CONF.libvirt.storage_disks_pool and
                 CONF.libvirt.images_type == 'libvirt-storage'):
@@ -81,7 +69,7 @@ def offer(connection, instance, migration, disks):
                 connection, storage_pool.disks_pool_config(), CONF.host)
         else:
             pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
-        check_pool(pool)
+        moves.check_pool(pool)
     if not os.access(CONF.instances_path, os.W_OK):
         raise exception.MigrationPreCheckError(reason=_(
             "%(directory)s of host %(host)s isn't writable") % {
@@ -91,11 +79,11 @@ def offer(connection, instance, migration, disks):
     value = jsonutils.dumps(
         {'m': migration.id, 'o': [os.geteuid(), os.getegid()], 'p': pools},
         separators=(',', ':'))
-    if len(value) > _MAX_VALUE:
+    if len(value) > moves.MAX_VALUE:
         raise exception.MigrationPreCheckError(reason=_(
             "the names of host %(host)s's storage pools are too long to be "
             "told: %(value)s") % {'host': CONF.host, 'value': value})
-    instance.system_metadata[OFFER] = value
+    instance.system_metadata[moves.OFFER] = value
     instance.save()
 
 
@@ -108,102 +96,13 @@ def _kinds_that_may_come(disks):
     records = disks.items()
     if CONF.libvirt.images_type == 'libvirt-storage':
         if not records:
-            return KINDS
+            return moves.KINDS
         travel = metadata.FILE_BACKENDS + (
             fields.LibvirtDiskBackend.LIBVIRT_STORAGE,)
     else:
         travel = (fields.LibvirtDiskBackend.LIBVIRT_STORAGE,)
-    return sorted({kind_of(name) for name, record in records
+    return sorted({moves.kind_of(name) for name, record in records
                    if record.backend in travel})
-
-
-def is_copied(disk_name):
-    """Whether a disk is copied, rather than made anew."""
-    return disk_name != 'disk.swap'
-
-
-def kind_of(disk_name):
-    """All ephemeral disks of a host are in one pool."""
-    return disk_name.rstrip('0123456789')
-
-
-def delete_volume(volume, instance):
-    """Delete a volume that we have made; an error must not hide another.
-
-    :returns: whether it is gone
-    """
-    try:
-        volume.delete()
-        return True
-    except Exception as e:
-        LOG.error('Volume %(volume)s is left over in storage pool %(pool)s of '
-                  'host %(host)s: %(error)s',
-                  {'volume': volume.name, 'pool': volume.pool.name,
-                   'host': volume.pool.host, 'error': e}, instance=instance)
-        return False
-
-
-def delete_volumes(connection, host, places, instance):
-    """Delete volumes by name; one that isn't there is gone.
-
-    :param host: name of the host for messages
-    :param places: iterable of (pool, volume)
-    :returns: list of those that couldn't be deleted
-    """
-    left = []
-    for pool_name, name in places:
-        pool = storage_pool.StoragePool(connection, pool_name, host)
-        try:
-            volume = pool.volume(name)
-        except exception.StorageVolumeNotFound:
-            continue
-        except Exception as e:
-            LOG.error('Volume %(volume)s in storage pool %(pool)s of host '
-                      '%(host)s: %(error)s',
-                      {'volume': name, 'pool': pool_name, 'host': host,
-                       'error': e}, instance=instance)
-            left.append((pool_name, name))
-            continue
-        if not delete_volume(volume, instance):
-            left.append((pool_name, name))
-    return left
-
-
-def _delete_left(connection, instance):
-    """Delete what an earlier try has left here and couldn't undo.
-
-    Only what is noted by name: what else is here is never touched.
-    """
-    for key, value in list(instance.system_metadata.items()):
-        if key.startswith(LEFT):
-            host, *place = jsonutils.loads(value)
-            if host == CONF.host and not delete_volumes(
-                    connection, host, [place], instance):
-                del instance.system_metadata[key]
-
-
-def check_pool(pool):
-    """Check that a pool is there, active, and of a type that takes streams.
-
-    :returns: its type
-    """
-    if not pool.exists():
-        reason = _("storage pool %(pool)s doesn't exist on host %(host)s; "
-                   "define and start it there")
-    elif not pool.is_active():
-        reason = _("storage pool %(pool)s of host %(host)s is inactive; "
-                   "start it there")
-    else:
-        pool_type = pool.config().type
-        if pool_type in FILE_POOLS + BLOCK_POOLS:
-            return pool_type
-        reason = _("storage pool %(pool)s of host %(host)s is of type "
-                   "%(type)s, and this host can copy into: %(types)s")
-        raise exception.MigrationPreCheckError(reason=reason % {
-            'pool': pool.name, 'host': pool.host, 'type': pool_type,
-            'types': ', '.join(FILE_POOLS + BLOCK_POOLS)})
-    raise exception.MigrationPreCheckError(
-        reason=reason % {'pool': pool.name, 'host': pool.host})
 
 
 def accept(context, instance, disks, connection, local_uri):
@@ -219,16 +118,18 @@ def accept(context, instance, disks, connection, local_uri):
     :raises: StorageTransferMismatch and others; the source has its copy
     """
     came = []
-    if COPY + storage_base.NAME in instance.system_metadata:
+    if moves.COPY + storage_base.NAME in instance.system_metadata:
         pool = storage_base.pool(connection)
         name = storage_base.name_on_the_way(instance)
         _verify(instance, storage_base.NAME, local_uri, pool.name, name)
         storage_base.take(instance, pool.volume(name))
-        del instance.system_metadata[COPY + storage_base.NAME]
+        del instance.system_metadata[moves.COPY + storage_base.NAME]
         instance.save()
+    if moves.COPY + files.NAME in instance.system_metadata:
+        _take_files(instance, connection, local_uri)
     for name, record in disks.items():
         if (record.previous is None or record.host != CONF.host or
-                not record.is_building or not is_copied(name)):
+                not record.is_building or not moves.is_copied(name)):
             continue
         _verify(instance, name, local_uri, record.pool, record.volume)
         if record.format == fields.LibvirtDiskFormat.QCOW2:
@@ -240,14 +141,37 @@ def accept(context, instance, disks, connection, local_uri):
         disks.mark(fields.LibvirtDiskState.READY, came)
         disks.save(context)
         for name in came:
-            instance.system_metadata.pop(COPY + name, None)
+            instance.system_metadata.pop(moves.COPY + name, None)
         instance.save()
     return any(record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE
                for _name, record in disks.items())
 
 
+def is_due(instance, disks):
+    """Whether something has come that accept() hasn't seen.
+
+    :param disks: the instance's InstanceDisks
+    """
+    return bool(disks.building()) or (
+        moves.COPY + files.NAME in instance.system_metadata)
+
+
+def _take_files(instance, connection, local_uri):
+    key = moves.COPY + files.NAME
+    pool_name, name = jsonutils.loads(instance.system_metadata[key])['at']
+    _verify(instance, files.NAME, local_uri, pool_name, name)
+    pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
+    files.unpack(instance, pool.volume(name),
+                 libvirt_utils.get_instance_path(instance))
+    del instance.system_metadata[key]
+    undo.note_left(instance, CONF.host, [(pool_name, name)])
+    instance.save()
+    undo.delete_left(connection, instance)
+    instance.save()
+
+
 def _verify(instance, name, local_uri, pool_name, volume_name):
-    expected = instance.system_metadata.get(COPY + name)
+    expected = instance.system_metadata.get(moves.COPY + name)
     if not expected:
         raise exception.StorageTransferMismatch(
             volume=volume_name, where=CONF.host,

@@ -339,13 +339,15 @@ class StoragePool:
         with self._errors(name):
             return StorageVolume(self, pool.storageVolLookupByName(name))
 
-    def free_name(self, wanted: str) -> str:
+    def free_name(self, wanted: str,
+                  taken: ty.Container[str] = ()) -> str:
         """A name for a new volume: the one wanted, or that with a number.
 
         libvirt can't rename a volume: a copy that is kept for a while keeps
         its name, too. What stands in a pool is never written over.
 
         :param wanted: e.g. ``<uuid of the instance>_disk.eph0``
+        :param taken: names that can't be had though no volume has them
         :returns: wanted, else wanted.1, wanted.2 ...
         """
         name, suffix = wanted, 0
@@ -353,7 +355,8 @@ class StoragePool:
             try:
                 self.volume(name)
             except exception.StorageVolumeNotFound:
-                return name
+                if name not in taken:
+                    return name
             suffix += 1
             name = '%s.%d' % (wanted, suffix)
 

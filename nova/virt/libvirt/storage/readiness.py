@@ -24,7 +24,7 @@ import nova.conf
 from nova import context as nova_context
 from nova import exception
 from nova import objects
-from nova.virt.libvirt.storage import arrival
+from nova.virt.libvirt.storage import moves
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import report
@@ -82,7 +82,7 @@ class Readiness:
     def _check_pools(self):
         connection = self._host.get_connection()
         for name in usage.pool_names():
-            arrival.check_pool(
+            moves.check_pool(
                 storage_pool.StoragePool(connection, name, CONF.host))
 
     def _check_connection(self):

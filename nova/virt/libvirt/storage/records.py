@@ -36,6 +36,8 @@ BUILDING = fields.LibvirtDiskState.BUILDING
 # when they are made anew.
 REMADE = frozenset(('disk.swap', 'disk.config'))
 
+FILE_FORMATS = (fields.LibvirtDiskFormat.RAW, fields.LibvirtDiskFormat.QCOW2)
+
 # All local disks are destroyed, and none of them is another host's.
 DESTROYING = frozenset((
     task_states.REBUILDING, task_states.SHELVING,
@@ -82,7 +84,7 @@ def attach(disks: 'metadata.InstanceDisks', disk_mapping: dict) -> None:
 
 def take_up(disks, disk_mapping, guest_config, configured,
             block_device_info) -> None:
-    """Record the disks that were made before there were records.
+    """Record the disks that were made, or came, where no records are kept.
 
     :param disks: the InstanceDisks; the caller saves them
     :param disk_mapping: ``disk_info['mapping']``; gets the records attached
@@ -93,7 +95,10 @@ def take_up(disks, disk_mapping, guest_config, configured,
         if name.endswith('.rescue') and name not in disk_mapping:
             disks.clear(name)  # the rescue is over
     for name, _mapping in local_disks(disk_mapping):
-        if disks.get(name) is not None:
+        record = disks.get(name)
+        if record is not None and not (
+                _is_outdated(record) and
+                _in_guest(guest_config, disks.instance, name)):
             continue
         record = made_before_records(
             disks.instance, name, guest_config, configured)
@@ -101,6 +106,15 @@ def take_up(disks, disk_mapping, guest_config, configured,
             record.size = size_of(disks.instance, name, block_device_info)
             disks.set(name, record)
     attach(disks, disk_mapping)
+
+
+def _is_outdated(record):
+    """Whether a compute without records may have brought a disk here since.
+
+    It leaves the record as another host's, and may have converted the disk.
+    """
+    return (record.host != CONF.host and not record.is_building and
+            record.backend in metadata.FILE_BACKENDS)
 
 
 def begin(disks, disk_mapping, guest_config, image_of, configured,
@@ -265,13 +279,16 @@ def arrived(disks, moved: list[dict]) -> None:
     reverted.
 
     :param moved: type and path of the disks as the other host had them; it
-        counts for disks that an older compute service has not recorded
+        counts where an older compute service there keeps no records
     """
     for info in moved:
         name = os.path.basename(info['path'])
-        if disks.get(name) is None and info.get('type') in ('raw', 'qcow2'):
+        record = disks.get(name)
+        if info.get('type') in FILE_FORMATS and (
+                record is None or record.format != info['type'] and
+                record.backend in metadata.FILE_BACKENDS):
             record = raw_file(info.get('virt_disk_size') or 0)
-            if info['type'] == 'qcow2':
+            if info['type'] == fields.LibvirtDiskFormat.QCOW2:
                 record.format = fields.LibvirtDiskFormat.QCOW2
                 record.backend = fields.LibvirtDiskBackend.QCOW2
             disks.set(name, record)

@@ -10,7 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""A local file's way into a volume; knows no instances.
+"""A local file's way into a volume and out of it; knows no instances.
 
 A volume may belong to root, or be no file at all. So what has been generated
 here reaches it as a stream.
@@ -98,3 +98,30 @@ def _send(volume, stream, fd, flags):
     except Exception:
         with excutils.save_and_reraise_exception():
             stream.abort()
+
+
+def download_file(volume, path):
+    """Write a volume's content to a file.
+
+    Only for what is small: the event loop of this process reads a stream's
+    packets as they come.
+
+    :param volume: The StorageVolume.
+    :param path: Path of the file, which Nova alone can read.
+    :raises: exception.StorageVolumeError
+    """
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
+              'wb') as target, volume._errors():
+        stream = volume.raw.connect().newStream(0)
+        # Length 0 is all of it.
+        volume.raw.download(stream, 0, 0, 0)
+        try:
+            stream.recvAll(_write, target)
+            stream.finish()
+        except Exception:
+            with excutils.save_and_reraise_exception():
+                stream.abort()
+
+
+def _write(_stream, data, target):
+    return target.write(data)

@@ -24,7 +24,10 @@ from nova import exception
 from nova.tests.unit.virt.libvirt.storage import two_hosts
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import arrival
+from nova.virt.libvirt.storage import files
 from nova.virt.libvirt.storage import migration
+from nova.virt.libvirt.storage import moves
+from nova.virt.libvirt.storage import undo
 
 CONF = nova.conf.CONF
 
@@ -54,7 +57,7 @@ class OutgoingTestCase(two_hosts.TwoHostsTestCase):
         outgoing = self.outgoing(same_host)
         outgoing.check()
         with outgoing:
-            return outgoing.run()
+            return outgoing.run(self.directory)
 
     def refused(self):
         """Check that the check refuses and leaves everything as it is."""
@@ -97,7 +100,7 @@ class CheckTestCase(OutgoingTestCase):
         self.assertEqual([], self.host.uris)
 
     def test_no_offer(self):
-        del self.instance.system_metadata[arrival.OFFER]
+        del self.instance.system_metadata[moves.OFFER]
         self.assertIn('no offer', self.refused())
 
     def test_offer_of_an_earlier_migration(self):
@@ -105,8 +108,8 @@ class CheckTestCase(OutgoingTestCase):
         self.assertIn('no offer', self.refused())
 
     def test_kind_of_disk_that_wasnt_offered(self):
-        self.instance.system_metadata[arrival.OFFER] = jsonutils.dumps(
-            {'m': 7, 'o': [1, 2], 'p': {POOL: ['disk', 'disk.eph']}})
+        self.instance.system_metadata[moves.OFFER] = jsonutils.dumps(
+            {'m': 7, 'o': [1, 2], 'p': {POOL: ['disk', 'disk.eph', 'files']}})
         self.assertIn('disk.config', self.refused())
 
     def test_peer_refuses(self):
@@ -182,6 +185,10 @@ class CheckTestCase(OutgoingTestCase):
                               self.outgoing().check)
         self.assertIn('disk.eph0', str(e))
 
+    def test_disk_with_a_ploop_header(self):
+        self.source.pools[POOL][self.volume_name('disk.eph0')]['type'] = 5
+        self.assertIn('ploop', self.refused())
+
     def test_overlay_over_something_foreign(self):
         self.disks.get('disk').format = 'qcow2'
         self.source.pools[POOL][self.volume_name('disk')]['base'] = (
@@ -196,7 +203,7 @@ class CheckTestCase(OutgoingTestCase):
         for daemon in (self.source, self.dest):
             self.assertEqual([], [name for name in daemon.pools[POOL]
                                   if 'probe' in name])
-        return outgoing._shared[POOL, POOL]
+        return outgoing.departure._shared[POOL, POOL]
 
     def test_probe_of_distinct_pools(self):
         self.assertFalse(self.probe())
@@ -291,6 +298,20 @@ class RunTestCase(OutgoingTestCase):
             self.volume_name('disk')])
         self.assertEqual('disk.1', self.places()['disk'][2])
 
+    def test_name_of_what_is_left(self):
+        # On the third host of a shared pool it would be deleted as such.
+        undo.note_left(self.instance, 'other',
+                       [(POOL, self.volume_name('disk'))])
+        self.move()
+        self.assertEqual('disk.1', self.places()['disk'][2])
+
+    def test_shared_pool_is_looked_at_anew(self):
+        # What one host makes, the other's libvirt doesn't know of.
+        self.dest.pools = self.source.pools
+        self.move()
+        self.assertEqual(1, self.dest.refreshes)
+        self.assertEqual('disk.swap.1', self.places()['disk.swap'][2])
+
     @ddt.data(True, False)
     def test_shared_pool_and_same_host(self, same_host):
         if same_host:
@@ -316,7 +337,7 @@ class RunTestCase(OutgoingTestCase):
         self.assertIs(error, e)
         self.assertEqual(AT_SOURCE, self.places())
         self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
-        self.assertNotIn(arrival.MOVED, self.instance.system_metadata)
+        self.assertNotIn(moves.MOVED, self.instance.system_metadata)
         self.assertTrue(self.dest.closed)
 
     def test_copy_fails(self):
@@ -352,13 +373,13 @@ class RunTestCase(OutgoingTestCase):
         self.copy_error = exception.InternalError('pump')
         self.dest.fail['delete'] = exception.InternalError('gone')
         # the probe's volume, too, stays
-        self.stub_out('nova.virt.libvirt.storage.migration.Outgoing._probe',
-                      lambda outgoing, here, there: None)
+        self.stub_out('nova.virt.libvirt.storage.departure.Departure._probe',
+                      lambda departure, here, there: None)
         self.failed(self.copy_error)
         self.assertEqual(COPIED, self.ours(self.dest))
         left = sorted(jsonutils.loads(value) for key, value
                       in self.instance.system_metadata.items()
-                      if key.startswith(arrival.LEFT))
+                      if key.startswith(moves.LEFT))
         self.assertEqual([['dest', POOL, self.volume_name(name)]
                           for name in COPIED], left)
         # the destination's next offer removes them, and nothing else
@@ -367,7 +388,7 @@ class RunTestCase(OutgoingTestCase):
         self.make_offer()
         self.assertEqual(['foreign'], self.ours(self.dest))
         self.assertEqual([], [key for key in self.instance.system_metadata
-                              if key.startswith(arrival.LEFT)])
+                              if key.startswith(moves.LEFT)])
         # and the next try succeeds
         self.copy_error = None
         self.dest.closed = False
@@ -401,7 +422,8 @@ class EndTestCase(OutgoingTestCase):
             dict(ON_THE_WAY, **{n: ('ready', 'dest', n, 'source')
                                 for n in COPIED}), self.places())
         self.assertEqual(1, len(self.saves))
-        self.assertEqual({arrival.MOVED: '7'}, self.instance.system_metadata)
+        self.assertEqual({moves.MOVED, moves.SWAP},
+                         set(self.instance.system_metadata))
 
     def test_accept_twice_verifies_once(self):
         self.move()
@@ -417,7 +439,7 @@ class EndTestCase(OutgoingTestCase):
 
     def test_accept_without_a_checksum(self):
         self.move()
-        del self.instance.system_metadata[arrival.COPY + 'disk']
+        del self.instance.system_metadata[moves.COPY + 'disk']
         self.assertRaises(exception.StorageTransferMismatch, self.accept)
 
     def test_confirm(self):
@@ -434,6 +456,53 @@ class EndTestCase(OutgoingTestCase):
         self.saves.clear()
         migration.confirm(self.context, self.source, self.instance)
         self.assertEqual([], self.saves)
+
+    def test_confirm_when_a_volume_cant_be_deleted(self):
+        self.move()
+        self.accept()
+        self.source.fail['delete'] = exception.InternalError('busy')
+        migration.confirm(self.context, self.source, self.instance)
+        # It is no disk any longer: nothing may put it back.
+        self.assertEqual({None}, {p[3] for p in self.places().values()})
+        self.assertEqual(
+            {(POOL, self.volume_name(name)) for name in AT_SOURCE},
+            set(undo.left(self.instance, 'source')))
+        self.assertEqual({'dest'}, {r.host for _n, r in self.load().items()})
+        # The next time it is sent here, it goes.
+        self.source.fail.clear()
+        undo.delete_left(self.source, self.instance)
+        self.assertEqual([], self.ours(self.source))
+        self.assertEqual({}, self.instance.system_metadata)
+
+    def forget_swap(self):
+        """As a resize to a flavor without swap: its mapping is deleted."""
+        disks = self.load()
+        disks.clear('disk.swap')
+        disks.save(self.context)
+
+    def test_confirm_when_the_swap_is_gone(self):
+        self.move()
+        self.accept()
+        self.forget_swap()
+        migration.confirm(self.context, self.source, self.instance)
+        self.assertEqual([], self.ours(self.source))
+        self.assertEqual({}, self.instance.system_metadata)
+
+    def test_revert_when_the_swap_is_gone(self):
+        self.move()
+        self.accept()
+        self.forget_swap()
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual(AT_SOURCE, self.places())
+        self.assertEqual({}, self.instance.system_metadata)
+
+    def test_kept_swap_while_reverting_on_one_host(self):
+        self.migration.dest_compute = 'source'
+        self.move(same_host=True)
+        self.forget_swap()
+        self.assertIn((POOL, self.volume_name('disk.swap')),
+                      migration.kept(self.load()))
 
     def test_confirm_keeps_what_wasnt_verified(self):
         self.move()
@@ -520,9 +589,10 @@ class OfferTestCase(two_hosts.TwoHostsTestCase):
         self.make_offer()
         self.assertEqual(
             {'m': 7, 'o': [os.geteuid(), os.getegid()],
-             'p': {POOL: ['disk', 'disk.config', 'disk.eph', 'disk.swap'],
+             'p': {POOL: ['disk', 'disk.config', 'disk.eph', 'disk.swap',
+                          'files'],
                    two_hosts.BASES: ['base']}},
-            jsonutils.loads(self.instance.system_metadata[arrival.OFFER]))
+            jsonutils.loads(self.instance.system_metadata[moves.OFFER]))
         self.instance.save.assert_called_once_with()
 
     def test_many_ephemeral_disks_fit_in(self):
@@ -530,12 +600,12 @@ class OfferTestCase(two_hosts.TwoHostsTestCase):
             self.add_disk('disk.eph%d' % n, 10)
         self.make_offer()
         self.assertLessEqual(
-            len(self.instance.system_metadata[arrival.OFFER]), 255)
+            len(self.instance.system_metadata[moves.OFFER]), 255)
 
     def refused(self):
         e = self.assertRaises(exception.MigrationPreCheckError,
                               self.make_offer)
-        self.assertNotIn(arrival.OFFER, self.instance.system_metadata)
+        self.assertNotIn(moves.OFFER, self.instance.system_metadata)
         return str(e)
 
     def test_inactive_pool(self):
@@ -559,7 +629,7 @@ class OfferTestCase(two_hosts.TwoHostsTestCase):
     def test_names_too_long(self):
         self.stub_out('nova.virt.libvirt.storage.pool.pool_name_for',
                       lambda name: name + 'x' * 100)
-        for kind in arrival.KINDS:
+        for kind in (*moves.KINDS, files.NAME):
             self.dest.pools[kind + 'x' * 100] = {}
         self.assertIn('too long', self.refused())
 
@@ -572,19 +642,20 @@ class OfferTestCase(two_hosts.TwoHostsTestCase):
     def offered(self):
         self.make_offer()
         return jsonutils.loads(
-            self.instance.system_metadata[arrival.OFFER])['p']
+            self.instance.system_metadata[moves.OFFER])['p']
 
     @ddt.data('flat', 'qcow2')
     def test_legacy_disks_that_become_volumes_on_the_source(self, backend):
         self.set_backend(backend)
-        self.assertEqual(['disk', 'disk.config', 'disk.eph', 'disk.swap'],
-                         self.offered()[POOL])
+        self.assertEqual(
+            ['disk', 'disk.config', 'disk.eph', 'disk.swap', 'files'],
+            self.offered()[POOL])
 
     def test_disks_that_are_not_on_record(self):
         for name, _record in self.disks.items():
             self.disks.clear(name)
         self.disks.save(self.context)
-        self.assertEqual(list(arrival.KINDS), self.offered()[POOL])
+        self.assertEqual([*moves.KINDS, files.NAME], self.offered()[POOL])
 
     def refuses_nothing(self):
         self.dest.pools.clear()
@@ -637,7 +708,8 @@ class BaseImageTestCase(OutgoingTestCase):
             self.assertEqual(os.path.join(
                 CONF.instances_path, '_base', self.fname), new)))
         self.assertTrue(self.accept())
-        self.assertEqual({arrival.MOVED: '7'}, self.instance.system_metadata)
+        self.assertEqual({moves.MOVED, moves.SWAP},
+                         set(self.instance.system_metadata))
 
     def test_broken_on_the_way(self):
         self.move()

@@ -32,7 +32,7 @@ class ReadinessTestCase(test.NoDBTestCase):
         self.time, self.broken_pools, self.connected = 0, {}, []
         self.refusal = None
         self.stub_out('time.monotonic', lambda: self.time)
-        self.stub_out('nova.virt.libvirt.storage.arrival.check_pool',
+        self.stub_out('nova.virt.libvirt.storage.moves.check_pool',
                       self._check_pool)
         self.stub_out('nova.virt.libvirt.storage.peer.connected',
                       self._connect)

@@ -11,9 +11,11 @@
 #    under the License.
 """The driver's operations, with the mappings in a database."""
 
+import itertools
 from unittest import mock
 
 import ddt
+from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
 from oslo_utils import units
 
@@ -182,16 +184,126 @@ class TestRecordedDisks(test.TestCase):
         self.assertEqual({'disk': 'building', 'disk.swap': 'building'},
                          self.states())
 
-    def test_hard_reboot_with_a_broken_record(self):
-        bdms = objects.BlockDeviceMappingList.get_by_instance_uuid(
-            self.context, self.instance.uuid)
-        bdms[0].driver_info = '{'
+    def broken(self, kind):
+        """Break a record in the database.
+
+        :returns: the mapping's UUID and what is stored there
+        """
+        self.put_on_record(disk='ready', disk_swap='ready')
+        bdms = self.read(self.context, self.instance.uuid)
+        primitive = jsonutils.loads(bdms[0].driver_info)
+        data = primitive['nova_object.data']
+        if kind == 'version':
+            primitive['nova_object.version'] = '1.1'
+        elif kind == 'enum':
+            data['backend'] = 'zfs'
+        elif kind == 'type':
+            data['size'] = ['many']
+        elif kind == 'other disk':
+            primitive['mapping'] = bdms[1].uuid
+        text = jsonutils.dumps(primitive)
+        if kind == 'truncated':
+            text = text[:len(text) // 2]
+        elif kind == 'huge':
+            text = text.replace('here', 'h' * units.Mi)
+        bdms[0].driver_info = text
         bdms.save_driver_info()
+        self.saves.reset_mock()
+        return bdms[0].uuid, text
+
+    def power_on(self):
+        self.driver.power_on(
+            self.context, self.instance, [], self.bdi(),
+            share_info=objects.ShareMappingList())
+
+    def rescue(self):
+        self.driver.rescue(
+            self.context, self.instance, [], self.instance.image_meta, None,
+            self.bdi(), objects.ShareMappingList())
+
+    def migrate(self):
+        self.driver.migrate_disk_and_power_off(
+            self.context, self.instance, 'there', self.instance.flavor, [],
+            self.bdi())
+
+    def offer(self):
+        self.driver.prepare_resize_at_dest(
+            self.context, self.instance, self.instance.flavor,
+            objects.Migration(id=1))
+
+    def finish_migration(self):
+        self.driver.finish_migration(
+            self.context, objects.Migration(id=1, source_compute='there'),
+            self.instance, '[]', [], self.instance.image_meta, True, {},
+            self.bdi())
+
+    def finish_revert(self):
+        self.driver.finish_revert_migration(
+            self.context, self.instance, [], objects.Migration(id=1),
+            self.bdi())
+
+    def live_migrate(self):
+        self.driver.check_can_live_migrate_source(
+            self.context, self.instance,
+            objects.LibvirtLiveMigrateData(filename='x'), self.bdi())
+
+    @ddt.data(*itertools.product(
+        ('version', 'enum', 'type', 'truncated', 'other disk', 'huge'),
+        ('spawn', 'hard_reboot', 'power_on', 'rescue', 'migrate', 'offer',
+         'finish_migration', 'finish_revert', 'live_migrate')))
+    @ddt.unpack
+    def test_broken_record(self, kind, operation):
+        mapping, text = self.broken(kind)
+        for method in ('power_off', '_destroy', '_create_guest',
+                       '_refuse_live_migration_of_volumes',
+                       '_get_existing_domain_xml'):
+            self.patch(method)
+        self.driver._get_existing_domain_xml.return_value = '<domain/>'
         error = self.assertRaises(
-            exception.InvalidDiskMetadata, self.hard_reboot)
-        self.assertIn(bdms[0].uuid, str(error))
-        # The guest runs on.
-        self.driver.destroy.assert_not_called()
+            (exception.InvalidDiskMetadata, exception.InstanceFaultRollback),
+            getattr(self, operation))
+        # The guest runs on, and the compute manager leaves it ACTIVE.
+        self.assertEqual(operation in ('migrate', 'offer'), isinstance(
+            error, exception.InstanceFaultRollback))
+        error = getattr(error, 'inner_exception', error)
+        for part in (self.instance.uuid, mapping, 'set it to NULL'):
+            self.assertIn(part, str(error))
+        for method in ('destroy', '_destroy', 'power_off', '_create_image',
+                       '_create_guest', '_create_guest_with_network'):
+            getattr(self.driver, method).assert_not_called()
+        self.saves.assert_not_called()
+        self.assertEqual(text, self.read(
+            self.context, self.instance.uuid)[0].driver_info)
+
+    @ddt.data('version', 'truncated')
+    def test_broken_record_set_to_null(self, kind):
+        self.broken(kind)
+        bdms = self.read(self.context, self.instance.uuid)
+        bdms[0].driver_info = None
+        bdms.save_driver_info()
+        with mock.patch('os.path.exists', return_value=True):
+            self.hard_reboot()
+        self.assertEqual({'disk': 'ready', 'disk.swap': 'ready'},
+                         self.states())
+
+    def test_disks_are_on_record_before_a_migration(self):
+        self.patch('power_off', side_effect=test.TestingException)
+        with mock.patch('os.path.exists', return_value=True), \
+            mock.patch.object(self.driver, '_is_path_shared_with'), \
+                mock.patch.object(self, 'bdi', return_value=self.bdi()), \
+                self.without_reads():
+            self.assertRaises(test.TestingException, self.migrate)
+        self.saves.assert_called_once()
+        self.assertEqual({'disk': 'ready', 'disk.swap': 'ready'},
+                         self.states())
+
+    def test_migration_of_an_unfinished_disk_is_refused(self):
+        self.put_on_record(disk='building', disk_swap='ready')
+        self.patch('power_off')
+        error = self.assertRaises(
+            exception.InstanceFaultRollback, self.migrate)
+        self.assertIn('never finished', str(error.inner_exception))
+        self.driver.power_off.assert_not_called()
 
     def test_disks_of_a_live_migrated_guest(self):
         self.put_on_record(disk='ready', disk_swap='ready')

@@ -215,6 +215,26 @@ class TestTakeUp(RecordsTestCase):
         self.take_up(disks, self.guest('disk', 'file', 'qcow2'))
         self.assertEqual('raw', self.mapping['disk']['metadata'].format)
 
+    @ddt.data(
+        ({'host': 'old'}, 'qcow2'), ({'host': 'here'}, 'raw'),
+        ({'host': 'old', 'state': 'building'}, 'raw'),
+        ({'host': 'old', 'backend': 'rbd'}, 'raw'))
+    @ddt.unpack
+    def test_disk_that_an_older_compute_has_brought(self, stored, expected):
+        # Bug 2038898: it has made qcow2 of a raw disk on the way.
+        disks = self.disks(self.record(**stored))
+        self.take_up(disks, self.guest('disk', 'file', 'qcow2'))
+        self.assertEqual(expected, self.mapping['disk']['metadata'].format)
+        self.assertEqual('here' if expected == 'qcow2' else stored['host'],
+                         disks.get('disk').host)
+
+    def test_record_of_another_host_and_no_guest(self):
+        self.write('disk', HOSTILE, info='qcow2')
+        disks = self.disks(self.record(host='old'))
+        self.take_up(disks)
+        self.assertEqual('raw', self.mapping['disk']['metadata'].format)
+        self.assertEqual([], self.saves)
+
     def test_disks_of_a_rescue_that_is_over(self):
         disks = self.disks(self.record())
         disks.set('disk.rescue', self.record())
@@ -229,6 +249,7 @@ class TestTakeUp(RecordsTestCase):
         self.assertEqual([], self.saves)
 
 
+@ddt.ddt
 class TestBegin(RecordsTestCase):
 
     def test_made_anew_after_a_move(self):
@@ -323,6 +344,14 @@ class TestBegin(RecordsTestCase):
             self.assertEqual('raw', image.driver_format)
         with open(os.path.join(self.dir, 'disk.info')) as f:
             self.assertEqual({path: 'raw'}, jsonutils.loads(f.read()))
+
+    @ddt.data('raw', 'qcow2')
+    def test_snapshot_takes_the_format_of_the_guest(self, disk_format):
+        # There is no disk.info, and the disk itself isn't asked.
+        path = self.write('disk', HOSTILE)
+        image = imagebackend.Backend(True).by_libvirt_path(
+            self.instance, path, disk_format, disk_format)
+        self.assertEqual(disk_format, image.driver_format)
 
 
 @ddt.ddt
@@ -462,6 +491,15 @@ class TestMoves(RecordsTestCase):
         disks.set('disk.swap', self.record(host='other'))
         records.went_back(disks)
         self.assertEqual(['disk'], [name for name, _r in disks.items()])
+
+    def test_converted_by_an_older_compute(self):
+        disks = self.disks(self.record(previous=self.record(host='there')))
+        records.arrived(disks, [
+            {'type': 'qcow2', 'path': '/disk', 'virt_disk_size': 7}])
+        self.assertEqual(
+            ('qcow2', 'qcow2', 7, 'here', None),
+            tuple(getattr(disks.get('disk'), name) for name in (
+                'backend', 'format', 'size', 'host', 'previous')))
 
     def test_from_an_older_compute(self):
         disks = self.disks()

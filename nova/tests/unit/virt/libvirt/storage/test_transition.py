@@ -25,6 +25,8 @@ from nova import objects
 import nova.privsep.storage
 from nova import test
 from nova.tests import fixtures as nova_fixtures
+from nova.virt import fake
+from nova.virt.libvirt import driver as libvirt_driver
 from nova.virt.libvirt.storage import metadata
 from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import transition
@@ -501,3 +503,85 @@ class TestCrash(TransitionTestCase):
         moving.run()
         moving.finish()
         self.assert_moved()
+
+
+class DriverTestCase(test.NoDBTestCase):
+    """When the driver moves disks, and what becomes of a failure."""
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(nova_fixtures.LibvirtFixture())
+        self.flags(images_type='libvirt-storage', group='libvirt')
+        self.driver = libvirt_driver.LibvirtDriver(fake.FakeVirtAPI())
+        self.instance = objects.Instance(
+            uuid=uuids.instance, image_ref=uuids.image, system_metadata={})
+        self.disks = mock.Mock(has_mappings=True)
+        self.error = exception.DiskTransitionFailed(
+            instance=uuids.instance, reason='a test')
+
+    def move(self, **kwargs):
+        with mock.patch.object(transition, 'Transition') as mock_transition:
+            mock_transition.return_value.run.side_effect = self.error
+            return self.driver._move_disks_to_pools(
+                mock.sentinel.context, self.instance, self.disks, **kwargs)
+
+    def test_a_guest_that_is_off_goes_on_with_its_legacy_disks(self):
+        self.assertIsNotNone(self.move())
+
+    def test_a_guest_that_runs_stays(self):
+        self.assertRaises(exception.DiskTransitionFailed, self.move,
+                          guest_is_off=False)
+
+    def test_migration_is_refused_while_the_guest_runs(self):
+        with test.nested(
+            mock.patch.object(self.driver, '_take_up_disks'),
+            mock.patch.object(self.driver, '_move_disks_to_pools',
+                              side_effect=self.error),
+            mock.patch.object(self.driver, '_get_existing_guest_config'),
+            mock.patch('nova.virt.libvirt.blockinfo.get_disk_info'),
+        ):
+            e = self.assertRaises(
+                exception.InstanceFaultRollback,
+                self.driver._link_disks_into_pools, mock.sentinel.context,
+                self.instance, {})
+        self.assertIs(self.error, e.inner_exception)
+
+    def test_legacy_backend(self):
+        self.flags(images_type='qcow2', group='libvirt')
+        self.assertIsNone(self.move())
+
+    def test_no_mappings(self):
+        self.disks.has_mappings = False
+        self.assertIsNone(self.move())
+
+    def test_finish_that_fails_is_for_next_time(self):
+        moving = mock.Mock()
+        moving.finish.side_effect = OSError
+        self.driver._finish_move_to_pools(self.instance, moving)
+        self.driver._finish_move_to_pools(self.instance, None)
+
+    def test_legacy_names_go_at_revert(self):
+        """They were linked into the pool while the guest ran."""
+        calls = mock.Mock()
+        with test.nested(
+            mock.patch('nova.virt.libvirt.blockinfo.get_disk_info',
+                       return_value={'mapping': {}}),
+            mock.patch('nova.virt.libvirt.storage.migration.abandon'),
+            mock.patch.object(self.driver, '_image_of'),
+            mock.patch.object(self.driver, '_take_back_disks',
+                              return_value=self.disks),
+            mock.patch.object(self.driver, '_finish_revert_migration_vtpm'),
+            mock.patch.object(self.driver,
+                              '_get_all_assigned_mediated_devices'),
+            mock.patch.object(self.driver, '_get_existing_guest_config'),
+            mock.patch.object(self.driver, '_get_guest_xml'),
+            mock.patch.object(self.driver, '_create_guest_with_network',
+                              calls.create),
+            mock.patch.object(transition, 'Transition', calls.transition),
+        ):
+            self.driver.finish_revert_migration(
+                mock.sentinel.context, self.instance, [], None, {},
+                power_on=False)
+        self.assertEqual(
+            ['create', 'transition', 'transition().finish'],
+            [call[0] for call in calls.mock_calls])

@@ -299,3 +299,14 @@ class DriverTestCase(UsageTestCase):
             self.assertRaises(
                 test.TestingException, self._check_live_migration,
                 guest_config.LibvirtConfigGuestDisk())
+
+    @mock.patch('nova.virt.libvirt.storage.records.of_instance')
+    def test_live_migration_of_disks_that_are_volumes_on_record(self, records):
+        # They were linked into the pool, the guest has the old paths.
+        records.return_value.items.return_value = [
+            ('disk', mock.Mock(backend='libvirt-storage', pool='p',
+                               volume='v'))]
+        exc = self.assertRaises(
+            exception.MigrationPreCheckError, self._check_live_migration,
+            guest_config.LibvirtConfigGuestDisk())
+        self.assertIn('p/v', str(exc))

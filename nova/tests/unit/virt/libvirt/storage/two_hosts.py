@@ -23,6 +23,8 @@ from nova import exception
 from nova import objects
 from nova.objects import fields
 from nova import test
+from nova.tests import fixtures as nova_fixtures
+from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.virt.libvirt.storage import arrival
 from nova.virt.libvirt.storage import metadata
 from nova.virt.libvirt.storage import pool as storage_pool
@@ -81,7 +83,7 @@ class Volume:
         return self.content['length']
 
     def info(self):
-        return VolumeInfo(0, self.content['length'],
+        return VolumeInfo(self.content.get('type', 0), self.content['length'],
                           self.content['allocation'])
 
     def config(self):
@@ -150,9 +152,17 @@ class FakeHost:
         self.local = local
         self.peer = peer
         self.uris = []
+        self.nvram = None
 
     def get_connection(self):
         return self.local
+
+    def get_guest(self, instance):
+        if self.nvram is None:
+            raise exception.InstanceNotFound(instance_id=instance.uuid)
+        guest = mock.Mock()
+        guest.get_config.return_value.os_nvram = self.nvram
+        return guest
 
     def connect_to_peer(self, uri):
         self.uris.append(uri)
@@ -169,6 +179,19 @@ class TwoHostsTestCase(test.NoDBTestCase):
         self.flags(host='source', instances_path=self.useFixture(
             fixtures.TempDir()).path)
         self.flags(images_type='libvirt-storage', group='libvirt')
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.host.libvirt', fakelibvirt))
+        self.useFixture(nova_fixtures.PrivsepFixture())
+        # what the guest has beside its disks
+        self.directory = self.useFixture(fixtures.TempDir()).path
+        for name in ('utils.VTPM_DIR', 'storage.files.NVRAM_DIR'):
+            self.useFixture(fixtures.MonkeyPatch(
+                'nova.virt.libvirt.' + name,
+                self.useFixture(fixtures.TempDir()).path))
+        self.stub_out('nova.virt.libvirt.storage.upload.upload_file',
+                      self.upload)
+        self.stub_out('nova.virt.libvirt.storage.upload.download_file',
+                      self.download)
         self.source = Daemon('source')
         self.dest = Daemon('dest')
         self.host = FakeHost(self.source, self.dest)
@@ -233,6 +256,18 @@ class TwoHostsTestCase(test.NoDBTestCase):
             format=disk_format, size=length,
             state=fields.LibvirtDiskState.READY, host='source', pool=POOL,
             volume=self.volume_name(name)))
+
+    @staticmethod
+    def upload(volume, path):
+        with open(path, 'rb') as f:
+            content = f.read()
+        volume.content.update(content=content, length=len(content),
+                              allocation=len(content))
+
+    @staticmethod
+    def download(volume, path):
+        with open(path, 'wb') as f:
+            f.write(volume.content['content'])
 
     def pump_copy(self, source, destination, length, **kwargs):
         self.copies.append((source, destination, length, kwargs))

@@ -1,0 +1,293 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""What the source of a move checks while the guest runs.
+
+All that can be known before the guest is powered off: that the destination's
+libvirt is reachable and trusted, that its pools are there and have room, that
+the disks are in order. Whatever is wrong, the guest runs on.
+"""
+
+import contextlib
+import os
+
+from oslo_log import log as logging
+from oslo_serialization import jsonutils
+from oslo_utils import units
+from oslo_utils import uuidutils
+
+import nova.conf
+from nova import exception
+from nova.i18n import _
+from nova import objects
+from nova.objects import fields
+from nova.virt.libvirt import host as libvirt_host
+from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage import base as storage_base
+from nova.virt.libvirt.storage import config as storage_config
+from nova.virt.libvirt.storage import files
+from nova.virt.libvirt.storage import moves
+from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import pool as storage_pool
+from nova.virt.libvirt.storage import undo
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+# The first service version whose computes take volumes from a peer.
+MIN_COMPUTE = 75
+
+
+def _refused(reason):
+    """Return the exception that keeps the server running as it is."""
+    return exception.InstanceFaultRollback(
+        exception.MigrationPreCheckError(reason=reason))
+
+
+class Departure:
+    """An instance's disks before they leave this host.
+
+    :param context: the request's context
+    :param host: the Host of this compute
+    :param instance: the instance, still running
+    :param migration: its Migration, which says where the destination is
+    :param disks: the instance's InstanceDisks
+    :param local_uri: URI of this host's libvirt
+    :param same_host: whether destination and source are one compute
+    :ivar uri: URI of the destination's libvirt
+    :ivar peer: connection to that
+    :ivar owner: user and group id of Nova there
+    :ivar items: list of moves.Item
+    """
+
+    def __init__(self, context, host, instance, migration, disks, local_uri,
+                 same_host):
+        self.context = context
+        self.host = host
+        self.instance = instance
+        self.migration = migration
+        self.disks = disks
+        self.local_uri = local_uri
+        self.same_host = same_host
+        self.uri = None
+        self.peer = None
+        self.owner = None
+        self.items = []
+        self._offered = {}
+        self._shared = {}
+
+    def check(self, stack):
+        """Check all that can be known before the guest is powered off.
+
+        :param stack: an ExitStack; closes the connection to the peer
+        :raises: InstanceFaultRollback; the guest runs on
+        """
+        if not self.disks.items() and not files.are_needed(self.instance):
+            return
+        try:
+            self._check_versions()
+            self._take_offer()
+            self._connect(stack)
+            self._look_at_disks()
+            self._look_at_base()
+            self._check_room()
+        except exception.NovaException as e:
+            if isinstance(e, exception.InstanceFaultRollback):
+                raise
+            raise exception.InstanceFaultRollback(e)
+
+    def pool_of_files(self):
+        """Where what is no disk goes on its way.
+
+        :returns: StoragePool here and StoragePool there
+        """
+        records = [record for _name, record in self.disks.items()]
+        here = (records[0].pool if records else
+                storage_pool.pool_name_for(files.NAME))
+        return (storage_pool.StoragePool(
+                    self.host.get_connection(), here, CONF.host),
+                self._there(files.NAME))
+
+    def is_shared(self, item):
+        """Whether an item's pools here and there are one."""
+        return item.record is not None and self._shared.get(
+            (item.record.pool, item.pool.name), False)
+
+    def _check_versions(self):
+        if self.same_host:
+            return
+        service = objects.Service.get_by_host_and_binary(
+            self.context.elevated(), self.migration.dest_compute,
+            'nova-compute')
+        if service is None or service.version < MIN_COMPUTE:
+            raise _refused(
+                _("the disks of this server are volumes of libvirt storage "
+                  "pools, which the compute service on %s is too old to "
+                  "take; upgrade it, or choose another host") %
+                self.migration.dest_compute)
+
+    def _take_offer(self):
+        value = self.instance.system_metadata.get(moves.OFFER)
+        offered = jsonutils.loads(value) if value else {}
+        if offered.get('m') != self.migration.id:
+            raise _refused(
+                _("host %s has made no offer for this server's volumes; its "
+                  "compute service must be upgraded, or try again") %
+                self.migration.dest_compute)
+        self.owner = offered['o']
+        self._offered = {kind: pool for pool, kinds in offered['p'].items()
+                         for kind in kinds}
+
+    def _there(self, kind):
+        """The destination's pool for a kind of disk."""
+        if kind not in self._offered:
+            raise _refused(
+                _("host %(host)s offers storage pools for %(offered)s "
+                  "and none for %(kind)s; try again") % {
+                      'host': self.migration.dest_compute, 'kind': kind,
+                      'offered': ', '.join(sorted(self._offered))})
+        return storage_pool.StoragePool(
+            self.peer, self._offered[kind], self.migration.dest_compute)
+
+    def _connect(self, stack):
+        if self.same_host:
+            self.uri = self.local_uri
+            self.peer = self.host.get_connection()
+            return
+        self.uri = peer.uri_of(self.migration.dest_host)
+        self.peer = stack.enter_context(
+            peer.connected(self.host, self.uri))
+
+    def _look_at_disks(self):
+        local = self.host.get_connection()
+        for name, record in self.disks.items():
+            if name.endswith('.rescue'):
+                continue
+            if (record.backend != fields.LibvirtDiskBackend.LIBVIRT_STORAGE or
+                    record.is_building or record.host != CONF.host):
+                raise _refused(
+                    _("disk %(name)s is on record as %(state)s on host "
+                      "%(host)s, backend %(backend)s; a hard reboot of the "
+                      "server brings its disks in order") % {
+                          'name': name, 'state': record.state,
+                          'host': record.host, 'backend': record.backend})
+            here = storage_pool.StoragePool(local, record.pool, CONF.host)
+            there = self._there(moves.kind_of(name))
+            pool_type = moves.check_pool(there)
+            volume = None
+            if moves.is_copied(name):
+                volume = here.volume(record.volume)
+                _check_type(volume)
+                if record.format == fields.LibvirtDiskFormat.QCOW2:
+                    _check_base(volume)
+            self.items.append(moves.Item(
+                name, record, volume, there,
+                sparse=pool_type in moves.FILE_POOLS))
+            self._probe(here, there)
+        moves.check_pool(self._there(files.NAME))
+
+    def _look_at_base(self):
+        if self.same_host:
+            return
+        there = self._there(storage_base.NAME)
+        volume = storage_base.find(
+            self.context, self.instance, self.disks,
+            storage_base.pool(self.host.get_connection()), there)
+        if volume is not None:
+            moves.check_pool(there)
+            self.items.append(moves.Item(
+                storage_base.NAME, None, volume, there,
+                target=storage_base.name_on_the_way(self.instance)))
+
+    def _probe(self, here, there):
+        """Find out whether two pools are one, by a volume in both.
+
+        A new volume is made here, then one of that name there. A pool which
+        has the file already refuses to make it; asking it for the volume
+        instead would need a refresh, which reads every file of a pool.
+        """
+        key = (here.name, there.name)
+        if key in self._shared:
+            return
+        if self.same_host:
+            self._shared[key] = here.name == there.name
+            return
+        config = storage_config.LibvirtConfigStorageVolume()
+        config.name = 'nova-probe-' + uuidutils.generate_uuid()
+        config.capacity = units.Mi
+        config.allocation = 0
+        config.target_format = fields.LibvirtDiskFormat.RAW
+        with contextlib.ExitStack() as stack:
+            ours = here.create(config)
+            stack.callback(undo.delete_volume, ours, self.instance)
+            try:
+                theirs = there.create(config)
+            except exception.NovaException:
+                # Taken, or something is wrong with that pool: without our
+                # volume it must be possible.
+                stack.close()
+                undo.delete_volume(there.create(config), self.instance)
+                self._shared[key] = True
+            else:
+                undo.delete_volume(theirs, self.instance)
+                self._shared[key] = False
+        LOG.debug('Storage pool %(here)s and pool %(there)s of host %(host)s '
+                  'are the same: %(same)s',
+                  {'here': here.name, 'there': there.name, 'host': there.host,
+                   'same': self._shared[key]}, instance=self.instance)
+
+    def _check_room(self):
+        needed = {}
+        for item in self.items:
+            pool, total = needed.get(item.pool.name, (item.pool, 0))
+            # What isn't sparse there takes up its whole length.
+            total += item.allocation if item.sparse else item.length
+            needed[item.pool.name] = (pool, total)
+        for pool, total in needed.values():
+            available = pool.info().available
+            if total > available:
+                # libvirt measures at a refresh; since then somebody may have
+                # made room.
+                pool.refresh()
+                available = pool.info().available
+            if total > available:
+                raise _refused(
+                    _("storage pool %(pool)s of host %(host)s has "
+                      "%(available)d bytes available and %(total)d are "
+                      "needed; make room there or choose another host") % {
+                          'pool': pool.name, 'host': pool.host,
+                          'available': available, 'total': total})
+
+
+def _check_type(volume):
+    """Refuse what libvirt takes for a directory, and so won't stream."""
+    libvirt = libvirt_host.libvirt
+    if volume.info().type not in (libvirt.VIR_STORAGE_VOL_FILE,
+                                  libvirt.VIR_STORAGE_VOL_BLOCK):
+        raise _refused(
+            _("libvirt takes volume %(volume)s of storage pool %(pool)s for "
+              "a directory, as its guest has written the header of a ploop "
+              "image to it; the guest must overwrite that, and the pool be "
+              "refreshed, before it can be moved") % {
+                  'volume': volume.name, 'pool': volume.pool.name})
+
+
+def _check_base(volume):
+    """Refuse an overlay over something that Nova hasn't put there."""
+    backing_store = volume.config().backing_store
+    cache_dir = imagecache.ImageCacheManager().cache_dir
+    if (backing_store is not None and
+            os.path.dirname(backing_store.path) != cache_dir):
+        raise _refused(
+            _("volume %(volume)s depends on %(file)s, which is not in the "
+              "image cache %(cache)s") % {
+                  'volume': volume.name, 'file': backing_store.path,
+                  'cache': cache_dir})

@@ -98,6 +98,7 @@ def ensure(folder: pathlib.Path) -> pathlib.Path:
         if is_made(folder):
             return folder
         stamp.unlink(missing_ok=True)
+        made_of = fingerprint()  # a source may change while this goes on
         work = folder / 'work'
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -108,7 +109,7 @@ def ensure(folder: pathlib.Path) -> pathlib.Path:
                      'pattern'):
             (work / name).replace(folder / name)
         shutil.rmtree(work)
-        stamp.write_text(fingerprint())
+        stamp.write_text(made_of)
     return folder
 
 

@@ -226,9 +226,12 @@ class Machine:
             member.signal(signal.SIGTERM)
             member.signal(signal.SIGCONT)
         if not process.wait_gone(members, 2):
+            # Some were forked meanwhile.
+            members += service.members()
             for member in members:
                 member.signal(signal.SIGKILL)
-            process.wait_gone(members, 5)
+            # Even this takes its time on a busy machine.
+            process.wait_gone(members, 60)
         _collect()
 
     def forget(self, name: str) -> None:

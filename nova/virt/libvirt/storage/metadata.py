@@ -17,6 +17,7 @@ here is an error, and never a reason to look into the disk, whose first bytes
 a guest may have written.
 """
 
+import textwrap
 import typing as ty
 
 from oslo_log import log as logging
@@ -151,8 +152,10 @@ def loads(text: str, instance_uuid: str,
         this version does not understand
     """
     def refuse(reason):
+        # It may quote the record, which can be anything.
         raise exception.InvalidDiskMetadata(
-            instance_uuid=instance_uuid, mapping=mapping, reason=reason)
+            instance_uuid=instance_uuid, mapping=mapping,
+            reason=textwrap.shorten(reason, 160, placeholder=' ...'))
 
     if len(text) > MAX_LENGTH:
         refuse('it has %d characters, more than %d' % (

@@ -14,6 +14,7 @@
 from oslo_log import log as logging
 from oslo_serialization import jsonutils
 from oslo_utils import uuidutils
+import tenacity
 
 import nova.conf
 from nova import exception
@@ -23,6 +24,9 @@ from nova.virt.libvirt.storage import pool as storage_pool
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
+
+# Seconds for which a peer's daemon that isn't there is waited for.
+_PEER_IS_BACK = 8
 
 
 def delete_volume(volume, instance):
@@ -152,10 +156,7 @@ def delete_at_peer(connection, host, instance, migration, places):
         places = delete_volumes(connection, dest, places, instance)
     if places and dest != CONF.host:
         try:
-            with peer.connected(
-                    host, peer.uri_of(migration.dest_host)) as connection:
-                places = delete_volumes(connection, dest, places,
-                                                instance)
+            places = _delete_anew(host, instance, migration, places)
         except exception.NovaException as e:
             LOG.error('%s', e, instance=instance)
     forget_left(instance, dest, wanted)
@@ -166,3 +167,15 @@ def delete_at_peer(connection, host, instance, migration, places):
                   {'volume': place[1], 'pool': place[0], 'host': dest},
                   instance=instance)
     note_left(instance, dest, places)
+
+
+# A daemon that has died is usually started again within seconds.
+@tenacity.retry(
+    retry=tenacity.retry_if_exception_type(exception.MigrationPreCheckError),
+    reraise=True, stop=tenacity.stop_after_delay(_PEER_IS_BACK),
+    wait=tenacity.wait_fixed(1))
+def _delete_anew(host, instance, migration, places):
+    with peer.connected(
+            host, peer.uri_of(migration.dest_host)) as connection:
+        return delete_volumes(connection, migration.dest_compute, places,
+                              instance)

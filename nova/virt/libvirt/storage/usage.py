@@ -112,6 +112,9 @@ def _virtual_size(config, disk):
             config.encryption is None):
         # LUKS is called raw with an encryption.
         return config.capacity
+    if disk.driver_format == 'raw' and config.target_format == 'iso':
+        # A config drive, most often. libvirt reads no size in it.
+        return config.physical
     # A refresh took the content for something else: then the capacity is
     # what that something says.
     LOG.warning('Volume %(volume)s of storage pool %(pool)s is %(ours)s, but '

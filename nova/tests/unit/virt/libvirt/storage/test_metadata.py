@@ -202,6 +202,13 @@ class TestBroken(RecordsTestCase):
         text = metadata.dumps(record(), uuids.vdb)
         self.assertIn(uuids.vdb, self.refused(text))
 
+    @ddt.data('backend', 'mapping')
+    def test_error_quotes_little_of_the_record(self, field):
+        primitive = self.primitive()
+        primitive['nova_object.data'].update({field: 'x y' * 5000})
+        primitive.update({field: 'x y' * 5000})
+        self.assertLess(len(self.refused(jsonutils.dumps(primitive))), 800)
+
     def test_broken_record_of_one_disk_stops_all(self):
         bdms = self.all_bdms()
         bdms[0].driver_info = metadata.dumps(record(), uuids.vda)

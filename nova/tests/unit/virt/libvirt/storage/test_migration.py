@@ -18,6 +18,7 @@ import ddt
 import fixtures
 from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
+import tenacity
 
 import nova.conf
 from nova import exception
@@ -568,9 +569,23 @@ class EndTestCase(OutgoingTestCase):
         self.assertEqual(AT_SOURCE, self.places())
         self.assertEqual([], self.ours(self.dest))
 
+    def test_peer_is_started_again(self):
+        self.move()
+        connect = self.host.connect_to_peer
+        self.host.connect_to_peer = mock.Mock(
+            side_effect=[ValueError('refused'), ValueError('refused'),
+                         connect('')])
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual([], self.ours(self.dest))
+        self.assertEqual({}, self.instance.system_metadata)
+
     def test_restart_of_the_source_while_the_peer_is_gone(self):
         self.move()
         self.host.peer = ValueError('no route')
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.undo._delete_anew.retry.stop',
+            tenacity.stop_after_attempt(2)))
         migration.abandon(self.context, self.host, self.instance,
                           self.migration, self.load())
         self.assertEqual(AT_SOURCE, self.places())

@@ -15,6 +15,7 @@ import itertools
 from unittest import mock
 
 import ddt
+import oslo_messaging as messaging
 from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
 from oslo_utils import units
@@ -22,6 +23,7 @@ from oslo_utils import units
 from nova.compute import task_states
 from nova.compute import vm_states
 from nova import context
+from nova.db.main import api as db
 from nova import exception
 from nova import objects
 from nova import test
@@ -85,7 +87,7 @@ class TestRecordedDisks(test.TestCase):
         self.saves = self.useFixture(
             nova_fixtures.fixtures.MockPatchObject(
                 objects.BlockDeviceMappingList, '_save_driver_info',
-                side_effect=objects.BlockDeviceMappingList._save_driver_info)
+                side_effect=self.save)
         ).mock
 
     def patch(self, method, **kwargs):
@@ -114,6 +116,7 @@ class TestRecordedDisks(test.TestCase):
                     for name, record in self.on_record().items()}
 
     read = objects.BlockDeviceMappingList.get_by_instance_uuid
+    save = objects.BlockDeviceMappingList._save_driver_info
 
     def put_on_record(self, **states):
         disks = self.on_record()
@@ -153,10 +156,49 @@ class TestRecordedDisks(test.TestCase):
         self.assertEqual(2, self.saves.call_count)
 
     def test_spawn_and_no_conductor(self):
-        self.saves.side_effect = test.TestingException
-        self.assertRaises(test.TestingException, self.spawn)
+        self.saves.side_effect = messaging.MessagingTimeout
+        self.assertRaises(messaging.MessagingTimeout, self.spawn)
         self.assertEqual([], self.at_work)
         self.assertEqual({}, self.states())
+        self.saves.side_effect = self.save
+        self.spawn()
+        self.assertEqual({'ready'}, set(self.states().values()))
+
+    def test_spawn_and_no_conductor_at_its_end(self):
+        def once(*args):
+            self.saves.side_effect = messaging.MessagingTimeout
+            return self.save(*args)
+
+        self.saves.side_effect = once
+        self.assertRaises(messaging.MessagingTimeout, self.spawn)
+        self.assertEqual({'building'}, set(self.states().values()))
+        # Never started, and the next try makes the disks anew.
+        self.saves.side_effect = self.save
+        for disk in self.backend.disks.values():
+            disk.exists.return_value = True
+        self.spawn()
+        for name in ('disk', 'disk.swap'):
+            self.backend.disks[name].discard.assert_called()
+        self.assertEqual({'ready'}, set(self.guest_started_with.values()))
+
+    def test_disk_usage_reads_once_and_saves_nothing(self):
+        self.put_on_record(disk='ready', disk_swap='ready')
+        domain = mock.Mock()
+        domain.UUIDString.return_value = self.instance.uuid
+        domain.XMLDesc.return_value = '<domain/>'
+        with mock.patch.object(
+            db, 'block_device_mapping_get_all_by_instance_uuids',
+            side_effect=db.block_device_mapping_get_all_by_instance_uuids,
+        ) as read, mock.patch.object(
+                self.driver._host, 'list_instance_domains',
+                return_value=[domain]), \
+                self.without_reads():
+            self.driver._get_instance_disk_info_from_config.return_value = []
+            self.driver._get_disk_over_committed_size_total()
+        # Nova's own read, of all instances at once.
+        read.assert_called_once()
+        self.driver._get_instance_disk_info_from_config.assert_called_once()
+        self.saves.assert_not_called()
 
     def test_hard_reboot_of_recorded_disks_saves_nothing(self):
         self.put_on_record(disk='ready', disk_swap='ready')

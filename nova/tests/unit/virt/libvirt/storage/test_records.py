@@ -324,16 +324,30 @@ class TestBegin(RecordsTestCase):
         self.assertEqual(['disk.config.rescue', 'disk.rescue'],
                          disks.building())
 
-    def test_configuration_does_not_change_what_a_disk_is(self):
-        self.write('disk')
+    @ddt.data(
+        ('flat', 'raw', imagebackend.Flat),
+        ('flat', 'qcow2', imagebackend.Flat),
+        ('qcow2', 'qcow2', imagebackend.Qcow2),
+        ('lvm', 'raw', imagebackend.Lvm), ('rbd', 'raw', imagebackend.Rbd),
+        ('ploop', 'ploop', imagebackend.Ploop))
+    @ddt.unpack
+    def test_configuration_does_not_change_what_a_disk_is(
+            self, backend, disk_format, expected):
+        self.flags(images_volume_group='vg', images_rbd_pool='pool',
+                   group='libvirt')
+        self.useFixture(fixtures.MockPatch(
+            'nova.storage.rbd_utils.RBDDriver'))
+        self.instance.ephemeral_key_uuid = None
+        self.write('disk', HOSTILE)
+        record = self.record(backend=backend, format=disk_format)
         for images_type in ('qcow2', 'raw', 'lvm', 'rbd'):
             self.flags(images_type=images_type, group='libvirt')
             for cow in (True, False):
                 image = imagebackend.Backend(cow).by_name(
-                    self.instance, 'disk', disk_info_mapping={
-                        'metadata': self.record()})
-                self.assertIsInstance(image, imagebackend.Flat)
-                self.assertEqual('raw', image.driver_format)
+                    self.instance, 'disk',
+                    disk_info_mapping={'metadata': record})
+                self.assertIsInstance(image, expected)
+                self.assertEqual(disk_format, image.driver_format)
 
     def test_disk_info_is_written_and_not_read(self):
         path = self.write('disk', HOSTILE, info='qcow2')

@@ -123,6 +123,17 @@ class DiskInfoTestCase(UsageTestCase):
         mock_warning.assert_called_once()
 
     @mock.patch.object(usage.LOG, 'warning')
+    def test_config_drive_is_nothing_to_warn_of(self, mock_warning):
+        xml = capture('volume-raw.xml')
+        self.assertIn("<format type='raw'/>", xml)
+        self.pool.volumes['raw'].XMLDesc.return_value = xml.replace(
+            "<format type='raw'/>", "<format type='iso'/>")
+        info = self.volumes.disk_info(disk('raw', 'raw'))
+        self.assertEqual('raw', info['type'])
+        self.assertEqual(64 * units.Mi, info['virt_disk_size'])
+        mock_warning.assert_not_called()
+
+    @mock.patch.object(usage.LOG, 'warning')
     def test_another_header_over_a_qcow2_disk(self, mock_warning):
         """libvirt has not looked again since it was made as raw, say."""
         info = self.volumes.disk_info(disk('raw', 'qcow2'))

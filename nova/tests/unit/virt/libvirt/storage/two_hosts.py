@@ -17,6 +17,7 @@ from unittest import mock
 
 import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
+import tenacity
 
 from nova import context
 from nova import exception
@@ -192,6 +193,9 @@ class TwoHostsTestCase(test.NoDBTestCase):
                       self.upload)
         self.stub_out('nova.virt.libvirt.storage.upload.download_file',
                       self.download)
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.undo._delete_anew.retry.wait',
+            tenacity.wait_none()))
         self.source = Daemon('source')
         self.dest = Daemon('dest')
         self.host = FakeHost(self.source, self.dest)

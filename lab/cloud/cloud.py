@@ -14,6 +14,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import os
 import pathlib
@@ -309,6 +310,36 @@ class Cloud:
 
     def compute_log(self, host) -> pathlib.Path:
         return Machine(host).logs / 'nova-compute.log'
+
+    # -- another release
+
+    def upgrade(self, nova='tree', hosts=None) -> None:
+        """Go on with another Nova, in the order of its upgrade guide.
+
+        The schemas are brought up to date under the running services; then
+        the control plane's services are restarted, then the computes.
+        Servers run on. What "lab set" has set stays.
+
+        :param nova: "tree" or the path of a checkout
+        :param hosts: the computes that are upgraded; the others go on with
+            what they run until they are restarted
+        """
+        tree = find_tree(nova)
+        build_extensions(tree, VENVS / 'extensions.log')
+        self.layout = dataclasses.replace(self.layout, tree=tree)
+        TREE.write_text(str(tree))
+        known = state.find()
+        known.options = dataclasses.replace(known.options, nova='tree')
+        known.save()
+        writer = config.Writer(self.layout, self.keys)
+        writer.write_nova()
+        with self.progress.step('Nova schemas'):
+            schemas.Schemas(
+                self.layout, self.keys, self._run_control).upgrade_nova()
+        self._restart_nova('ctl')
+        for host in self.layout.hosts if hosts is None else hosts:
+            writer.write_compute(host)
+            self._restart_nova(host)
 
     # -- use
 

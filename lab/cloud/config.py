@@ -141,9 +141,9 @@ class Writer:
         self._keystone()
         self._placement()
         self._glance()
-        self._nova()
-        for host, address in self.layout.hosts.items():
-            self._compute(host, address)
+        self.write_nova()
+        for host in self.layout.hosts:
+            self.write_compute(host)
 
     def _write(self, path, text):
         path = self.layout.etc / path
@@ -248,7 +248,8 @@ lock_path = {self._folder('glance/lock')}
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target)
 
-    def _nova(self):
+    def write_nova(self) -> None:
+        """Write what all services of Nova read."""
         layout = self.layout
         paste = layout.etc / 'nova/api-paste.ini'
         self._paste(
@@ -314,8 +315,9 @@ connection = {self.database('nova')}
 ''')
         layout.overrides('ctl').touch(mode=0o600)
 
-    def _compute(self, host, address):
+    def write_compute(self, host) -> None:
         layout = self.layout
+        address = layout.hosts[host]
         helper = '%s %s' % (layout.nova / 'bin/privsep-helper',
                             ' '.join(layout.nova_files(host)))
         if layout.tree:

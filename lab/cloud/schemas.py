@@ -83,5 +83,9 @@ class Schemas:
         self._nova('cell_v2', 'create_cell', '--name', 'cell1')
         self._nova('db', 'sync')
 
+    def upgrade_nova(self):
+        self._nova('api_db', 'sync')
+        self._nova('db', 'sync')
+
     def discover_hosts(self):
         self._nova('cell_v2', 'discover_hosts')

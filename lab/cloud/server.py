@@ -206,7 +206,7 @@ class Server:
         """What the guest has printed since it was started."""
         return self.api.get_server_console_output(self.id)['output'] or ''
 
-    def testimony(self, after=None, limit=90) -> words.Testimony:
+    def testimony(self, after=None, limit=240) -> words.Testimony:
         """The newest look of the guest at itself.
 
         :param after: an earlier testimony: wait for one of a later start

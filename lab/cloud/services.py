@@ -75,6 +75,14 @@ def nova_environment(layout) -> dict:
     return env
 
 
+def with_keys(layout, env) -> dict:
+    """Let [key_manager]backend be lab_keys.FileKeyManager, for vTPMs."""
+    here = str(pathlib.Path(__file__).with_name('keys'))
+    return {**env, 'LAB_KEYS': str(layout.folder / 'keys'),
+            'PYTHONPATH': ':'.join(filter(None, (
+                env.get('PYTHONPATH'), here)))}
+
+
 def memcached(layout) -> Service:
     return Service('memcached', 'ctl', (
         'memcached', '-u', 'nobody', '-l', layout.control, '-m', 64, '-t', 2),
@@ -173,7 +181,7 @@ def nova_daemon(layout, name) -> Service:
 def nova_compute(layout, host) -> Service:
     return Service('nova-compute', host, (
         layout.nova / 'bin/nova-compute', *layout.nova_files(host)),
-        nova_environment(layout), CONSUMING)
+        with_keys(layout, nova_environment(layout)), CONSUMING)
 
 
 def manage(layout, name) -> tuple:

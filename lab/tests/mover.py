@@ -1,0 +1,254 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""A compute service's part in a move of volumes; run as a program in a host.
+
+Nova's own modules and the host's real libvirtd. The database is a JSON file
+that both hosts see; there is no guest. Reads requests, one JSON a line: the
+step's name first; answers each so. To kill it is to kill a compute service.
+"""
+
+import json
+import os
+import sys
+import threading
+
+UUID = '5d1c4d11-6f3a-4c5e-9a70-0f6f2c1d8e01'
+DISKS, BASES = 'nova-disks-pool', 'nova-base-images-pool'
+
+
+class Database:
+    """What outlives a compute service.
+
+    :param path: of the file
+    """
+
+    def __init__(self, path):
+        self.path = path
+
+    def load(self):
+        with open(self.path) as f:
+            return json.load(f)
+
+    def update(self, key, value):
+        found = self.load()
+        found[key] = value
+        with open(self.path + '.new', 'w') as f:
+            json.dump(found, f)
+        os.rename(self.path + '.new', self.path)
+
+
+class Host:
+    """As much of nova.virt.libvirt.host.Host as a move takes."""
+
+    def __init__(self, libvirt):
+        self._libvirt = libvirt
+        self._connection = None
+
+    def get_connection(self):
+        if self._connection is None or not self._connection.isAlive():
+            self._connection = self._libvirt.open('qemu:///system')
+            self._connection.setKeepAlive(5, 3)
+        return self._connection
+
+    def connect_to_peer(self, uri):
+        return self._libvirt.open(uri)
+
+    def get_guest(self, instance):
+        from nova import exception
+        raise exception.InstanceNotFound(instance_id=instance.uuid)
+
+
+class Jobs:
+    def add_job(self, instance, pid):
+        pass
+
+    remove_job = add_job
+
+
+class Compute:
+    """One host's compute service.
+
+    :param name: of this host
+    :param database: the Database
+    :param peer: address of the destination
+    """
+
+    def __init__(self, name, database, peer):
+        import libvirt
+        from nova import conf
+        from nova import context
+        from nova import objects
+        from nova.privsep import sys_admin_pctxt
+        from nova.virt.libvirt import host
+        libvirt.registerErrorHandler(lambda _context, _error: None, None)
+        libvirt.virEventRegisterDefaultImpl()
+        threading.Thread(target=self._events, args=(libvirt,),
+                         daemon=True).start()
+        host.libvirt = libvirt
+        sys_admin_pctxt.set_client_mode(False)
+        objects.register_all()
+        self.conf = conf.CONF
+        self.conf([], project='nova', default_config_files=[])
+        self.conf.set_override('host', name)
+        self.conf.set_override('instances_path', '/var/lib/nova/instances')
+        for key, value in (('images_type', 'libvirt-storage'),
+                           ('storage_migration_stall_timeout', 5)):
+            self.conf.set_override(key, value, 'libvirt')
+        self.name, self.database, self.peer = name, database, peer
+        self.context = context.get_admin_context()
+        self.host = Host(libvirt)
+        self._stand_in(objects)
+
+    @staticmethod
+    def _events(libvirt):
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    def _stand_in(self, objects):
+        """The conductor's part."""
+        database = self.database
+
+        def save_driver_info(context, instance_uuid, infos):
+            database.update('driver_info', {
+                **database.load()['driver_info'], **infos})
+
+        objects.BlockDeviceMappingList._save_driver_info = staticmethod(
+            save_driver_info)
+        objects.BlockDeviceMappingList.get_by_instance_uuid = staticmethod(
+            lambda context, uuid: self.bdms())
+        objects.Instance.save = lambda instance, **more: database.update(
+            'system_metadata', dict(instance.system_metadata))
+        objects.Migration.save = lambda migration: None
+        objects.Service.get_by_host_and_binary = staticmethod(
+            lambda *args: objects.Service())
+
+    def bdms(self):
+        from nova import objects
+        found = self.database.load()
+        return objects.BlockDeviceMappingList(objects=[
+            objects.BlockDeviceMapping(
+                id=number, uuid=uuid, instance_uuid=UUID, no_device=False,
+                source_type='image' if number == 0 else 'blank',
+                destination_type='local', guest_format=None,
+                boot_index=0 if number == 0 else -1,
+                driver_info=found['driver_info'].get(uuid))
+            for number, uuid in enumerate(found['mappings'])])
+
+    @property
+    def instance(self):
+        from nova import objects
+        return objects.Instance(
+            self.context, id=1, uuid=UUID, image_ref=None, progress=0,
+            system_metadata=self.database.load()['system_metadata'])
+
+    @property
+    def migration(self):
+        from nova import objects
+        return objects.Migration(
+            self.context, id=7, source_compute='host-a',
+            dest_compute='host-b', dest_host=self.peer)
+
+    def disks(self, instance):
+        from nova.virt.libvirt.storage import metadata
+        return metadata.InstanceDisks.from_bdms(instance, self.bdms())
+
+    # -- the steps
+
+    def adopt(self):
+        """Have the volumes of this host on record."""
+        from nova.objects import fields
+        from nova.virt.libvirt.storage import metadata
+        disks = self.disks(self.instance)
+        for name, length in self.database.load()['disks'].items():
+            disks.set(name, metadata.LibvirtDiskMetadata(
+                backend=fields.LibvirtDiskBackend.LIBVIRT_STORAGE,
+                format=fields.LibvirtDiskFormat.RAW, size=length,
+                state=fields.LibvirtDiskState.READY, host=self.name,
+                pool=DISKS, volume='%s_%s' % (UUID, name)))
+        disks.save(self.context)
+
+    def offer(self):
+        from nova.virt.libvirt.storage import arrival
+        instance = self.instance
+        arrival.offer(self.host.get_connection(), instance, self.migration,
+                      self.disks(instance))
+
+    def move(self, bandwidth=0, checked=None):
+        """:param checked: a file that is made when the checks are over"""
+        from nova.virt.libvirt.storage import migration
+        self.conf.set_override('storage_migration_bandwidth', bandwidth,
+                               'libvirt')
+        instance = self.instance
+        outgoing = migration.Outgoing(
+            self.context, self.host, Jobs(), instance, self.migration,
+            self.disks(instance), 'qemu:///system', False)
+        outgoing.check()
+        with outgoing:
+            if checked:
+                open(checked, 'w').close()
+            directory = '/var/lib/nova/instances/%s_resize' % UUID
+            os.makedirs(directory, exist_ok=True)
+            outgoing.run(directory)
+
+    def accept(self):
+        from nova.virt.libvirt.storage import arrival
+        instance = self.instance
+        arrival.accept(self.context, instance, self.disks(instance),
+                       self.host.get_connection(), 'qemu:///system')
+
+    def revert(self):
+        """What the destination does of it: destroy()."""
+        from nova.virt.libvirt.storage import cleanup
+        from nova.virt.libvirt.storage import migration
+        instance = self.instance
+        if not cleanup.delete_volumes(
+                self.host.get_connection(), instance,
+                keep=migration.kept(self.disks(instance))):
+            raise RuntimeError('volumes are left')
+
+    def abandon(self):
+        """On the source, after a revert or a crash."""
+        from nova.virt.libvirt.storage import migration
+        instance = self.instance
+        migration.abandon(self.context, self.host, instance, self.migration,
+                          self.disks(instance))
+
+    def confirm(self):
+        from nova.virt.libvirt.storage import migration
+        migration.confirm(self.context, self.host.get_connection(),
+                          self.instance)
+
+    def records(self):
+        return {name: [record.state, record.host, record.volume]
+                for name, record in self.disks(self.instance).items()}
+
+
+def main():
+    answers = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)
+    name, path, peer = sys.argv[1:]
+    compute = Compute(name, Database(path), peer)
+    # The first import of all this takes seconds.
+    import nova.virt.libvirt.storage.cleanup
+    import nova.virt.libvirt.storage.migration  # noqa: F401
+    print(json.dumps(None), file=answers, flush=True)
+    for line in sys.stdin:
+        step, arguments = json.loads(line)
+        try:
+            answer = getattr(compute, step)(**arguments)
+        except Exception as error:
+            answer = {'error': '%s: %s' % (type(error).__name__, error)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,610 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""What goes wrong while volumes move between two real daemons over TLS.
+
+Nova's own code on both sides (mover.py), and no guest. After each fault the
+source's volumes are whole, nothing is left on the destination, and the next try
+succeeds and can be reverted.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import time
+import unittest
+import uuid
+
+import ddt
+import libvirt
+
+import lab
+from lab import config
+from lab.benchmark import methods
+from lab.tests import mover
+
+MIB = 1 << 20
+FOLDER = '/var/lib/nova/instances'
+POOLS = {mover.DISKS: FOLDER + '/disks', mover.BASES: FOLDER + '/_base'}
+WORKER = '_pump_worker.py'
+#: Of each: bytes of data, a hole, bytes of data.
+SIZES = {'disk': (6 * MIB, 40 * MIB, 2 * MIB + 7),
+         'disk.eph0': (0, 8 * MIB, 1), 'disk.config': (400000, 0, 0)}
+RATE = 2   # MiB a second while somebody must be in time
+
+libvirt.registerErrorHandler(lambda _context, _error: None, None)
+
+
+class StepFailed(Exception):
+    pass
+
+
+class Compute:
+    """mover.py in a host."""
+
+    def __init__(self, host, database, peer):
+        self.host, self._arguments = host, (host.name, database, peer)
+        self._log = open(host.logs / 'mover.log', 'ab')
+        self.start()
+
+    def start(self):
+        self.process = self.host.popen(
+            [sys.executable, '-m', 'lab.tests.mover', *self._arguments],
+            env={'PYTHONPATH': '%s:%s' % (methods.tree(), config.ROOT),
+                 'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'true'},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+            text=True)
+        self.answer()
+
+    def begin(self, step, **arguments):
+        self.process.stdin.write(json.dumps([step, arguments]) + '\n')
+        self.process.stdin.flush()
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise StepFailed('killed')
+        answer = json.loads(line)
+        if isinstance(answer, dict) and 'error' in answer:
+            raise StepFailed(answer['error'])
+        return answer
+
+    def __call__(self, step, **arguments):
+        self.begin(step, **arguments)
+        return self.answer()
+
+    def kill(self):
+        """And start anew, as a compute service's host does."""
+        for line in self.host.run(['ps', '-eo', 'pid,args']).stdout.split(
+                '\n'):
+            if 'lab.tests.mover' in line and 'nsenter' not in line:
+                self.host.run(['kill', '-9', line.split()[0]], check=False)
+        self.process.wait()
+        self.process.stdout.close()
+        self.start()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+        self._log.close()
+
+
+class MovesTest(unittest.TestCase):
+    """Two hosts with pools, for all tests of a class."""
+
+    pools = POOLS
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        if os.geteuid():
+            raise unittest.SkipTest('the lab makes namespaces: root only')
+        if not pathlib.Path(methods.tree(), 'nova/virt/libvirt/storage/'
+                            'transfer.py').exists():
+            raise unittest.SkipTest('the tree does not move volumes')
+        cls.a, cls.b = cls.enterClassContext(lab.Hosts())
+        for host in (cls.a, cls.b):
+            for name, path in cls.pools.items():
+                host.run(['mkdir', '-p', path])
+                with contextlib.closing(host.connect()) as connection:
+                    pool = connection.storagePoolDefineXML(
+                        '<pool type="dir"><name>%s</name><target><path>%s'
+                        '</path></target></pool>' % (name, path))
+                    pool.create()
+                    cls.addClassCleanup(cls.drop, host, name)
+        cls.database = config.STATE / 'moves.json'
+        cls.source = Compute(cls.a, str(cls.database), cls.b.name)
+        cls.addClassCleanup(cls.source.close)
+        cls.dest = Compute(cls.b, str(cls.database), cls.b.name)
+        cls.addClassCleanup(cls.dest.close)
+
+    @staticmethod
+    def drop(host, name):
+        with contextlib.closing(host.connect()) as connection:
+            pool = connection.storagePoolLookupByName(name)
+            if pool.isActive():
+                pool.destroy()
+            pool.undefine()
+
+    def setUp(self):
+        super().setUp()
+        self.make(SIZES)
+        self.addCleanup(self.clear)
+
+    # -- volumes
+
+    def directory(self, host):
+        return host.path(self.pools[mover.DISKS])
+
+    def files(self, host):
+        return {path.name.removeprefix(mover.UUID + '_'):
+                hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in self.directory(host).iterdir()
+                if mover.UUID in path.name}
+
+    def make(self, sizes):
+        """Make an instance's disks on host-a."""
+        self.clear()
+        folder = self.directory(self.a)
+        for name, (head, hole, tail) in sizes.items():
+            with open(folder / ('%s_%s' % (mover.UUID, name)), 'wb') as f:
+                f.write(random.randbytes(head))
+                f.truncate(head + hole)
+                f.seek(head + hole)
+                f.write(random.randbytes(tail))
+        self.refresh()
+        disks = [name for name in sizes if name != 'disk.config']
+        self.database.write_text(json.dumps({
+            'system_metadata': {}, 'driver_info': {},
+            'mappings': [str(uuid.uuid4()) for _disk in disks],
+            'disks': {name: sum(size) for name, size in sizes.items()}}))
+        self.source('adopt')
+        self.made = self.files(self.a)
+        self.home = self.source('records')
+
+    def clear(self):
+        for host in (self.a, self.b):
+            for path in self.directory(host).iterdir():
+                path.unlink()
+        self.refresh()
+
+    def refresh(self):
+        for host in (self.a, self.b):
+            with contextlib.closing(host.connect()) as connection:
+                connection.storagePoolLookupByName(mover.DISKS).refresh()
+
+    @contextlib.contextmanager
+    def pool(self, host, name=mover.DISKS):
+        with contextlib.closing(host.connect()) as connection:
+            yield connection.storagePoolLookupByName(name)
+
+    # -- the middle
+
+    def begin(self, rate=RATE):
+        """Begin a move; back when the checks are over."""
+        self.dest('offer')
+        checked = config.STATE / 'checked'
+        checked.unlink(missing_ok=True)
+        self.source.begin('move', bandwidth=rate, checked=str(checked))
+        self.wait(checked.exists, 'the checks', 60)
+
+    def wait(self, condition, what, limit=60):
+        until = time.monotonic() + limit
+        while not condition():
+            if time.monotonic() > until:
+                self.fail('no %s in %d s' % (what, limit))
+            time.sleep(.01)
+
+    def wait_percent(self, percent):
+        path = self.directory(self.b) / ('%s_disk' % mover.UUID)
+        data = SIZES['disk'][0] + SIZES['disk'][2]
+
+        def arrived():
+            return path.exists() and (
+                path.stat().st_blocks * 512 >= data * percent / 100)
+
+        self.wait(arrived, '%d %% of the disk' % percent)
+
+    def workers(self, host):
+        return [line.split()[0] for line in host.run(
+            ['ps', '-eo', 'pid,args']).stdout.splitlines()
+            if WORKER in line]
+
+    def end(self):
+        """See a move end that a daemon's death may have come too late for.
+
+        Where the peer was not there to delete from, its next offer does it.
+        """
+        try:
+            self.source.answer()
+        except StepFailed:
+            if self.files(self.b):
+                self.dest('offer')
+                self.source('abandon')
+        else:
+            self.dest('accept')
+            self.dest('revert')
+            self.source('abandon')
+
+    # -- afterwards
+
+    def assert_back(self):
+        """The source is as it was, the destination has nothing."""
+        self.assertEqual(self.made, self.files(self.a))
+        self.assertEqual(self.home, self.source('records'))
+        self.assertEqual({}, json.loads(
+            self.database.read_text())['system_metadata'])
+        self.assertEqual({}, self.files(self.b))
+        self.refresh()
+        with self.pool(self.b) as pool:
+            self.assertEqual([], pool.listVolumes())
+        self.wait(lambda: not self.workers(self.a), 'end of the worker', 5)
+
+    def assert_goes(self):
+        """The next try succeeds; so does its revert, and another try."""
+        self.dest('offer')
+        self.source('move')
+        self.dest('accept')
+        self.assertEqual(self.made, self.files(self.b))
+        self.assertEqual(self.made, self.files(self.a))
+        self.dest('revert')
+        self.source('abandon')
+        self.assert_back()
+        self.dest('offer')
+        self.source('move')
+        self.dest('accept')
+        self.source('confirm')
+        self.source('confirm')
+        self.assertEqual({}, self.files(self.a))
+        self.assertEqual(self.made, self.files(self.b))
+        self.assertEqual({}, json.loads(
+            self.database.read_text())['system_metadata'])
+        self.assertEqual([], [attempt for host in (self.a, self.b)
+                              for attempt in host.ssh_attempts()])
+
+
+@ddt.ddt
+class TestKills(MovesTest):
+
+    @ddt.data(*((name, percent) for name in ('host-a', 'host-b')
+                for percent in (0, 1, 50, 99)))
+    @ddt.unpack
+    def test_libvirtd(self, name, percent):
+        host = lab.Host(name)
+        self.begin()
+        self.wait_percent(percent)
+        host.kill('libvirtd')
+        host.restart('libvirtd')
+        host.wait_ready()
+        self.end()
+        self.assert_back()
+        self.assert_goes()
+
+    @ddt.data(0, 1, 50, 99)
+    def test_worker(self, percent):
+        self.begin()
+        self.wait_percent(percent)
+        self.a.run(['kill', '-9', *self.workers(self.a)], check=False)
+        self.end()
+        self.assert_back()
+        self.assert_goes()
+
+    @ddt.data(0, 1, 50, 99)
+    def test_source_compute(self, percent):
+        self.begin()
+        self.wait_percent(percent)
+        self.source.kill()
+        self.wait(lambda: not self.workers(self.a), 'end of the worker', 5)
+        self.source('abandon')
+        self.assert_back()
+        self.assert_goes()
+
+    def test_source_compute_at_a_random_point(self):
+        self.begin()
+        time.sleep(random.uniform(0, 4))
+        self.source.kill()
+        self.source('abandon')
+        self.assert_back()
+        self.assert_goes()
+
+    def test_source_compute_when_all_is_copied(self):
+        self.dest('offer')
+        self.source('move')
+        self.source.kill()
+        self.source('abandon')
+        self.assert_back()
+        self.assert_goes()
+
+    def test_destination_compute_while_it_verifies(self):
+        self.dest('offer')
+        self.source('move')
+        self.dest.begin('accept')
+        self.dest.kill()
+        self.dest('accept')
+        self.assertEqual(self.made, self.files(self.b))
+        self.dest('revert')
+        self.source('abandon')
+        self.assert_back()
+        self.assert_goes()
+
+    def test_destination_libvirtd_while_it_verifies(self):
+        self.dest('offer')
+        self.source('move')
+        self.b.kill('libvirtd')
+        with self.assertRaises(StepFailed):
+            self.dest('accept')
+        self.b.restart('libvirtd')
+        self.b.wait_ready()
+        self.dest('accept')
+        self.dest('revert')
+        self.source('abandon')
+        self.assert_back()
+        self.assert_goes()
+
+
+@ddt.ddt
+class TestWire(MovesTest):
+
+    def _lost(self, fault):
+        self.begin()
+        self.wait_percent(50)
+        start = time.monotonic()
+        with fault:
+            with self.assertRaisesRegex(StepFailed, 'Stalled|progress'):
+                self.source.answer()
+            # 5 s without progress, then the clean-up gives the peer up.
+            self.assertLess(time.monotonic() - start, 120)
+        # What could not be deleted is deleted by the destination's next offer.
+        self.dest('offer')
+        self.source('abandon')
+        self.assert_back()
+        self.assert_goes()
+
+    def test_link_is_cut(self):
+        self._lost(self.b.link.as_cut())
+
+    def test_libvirtd_stops_answering(self):
+        self._lost(self.b.paused('libvirtd'))
+
+
+@ddt.ddt
+class TestRoom(MovesTest):
+
+    def test_full_in_the_middle(self):
+        self.begin()
+        self.wait_percent(30)
+        self.b.fill(mover.DISKS)
+        self.addCleanup(self.b.free, mover.DISKS)
+        with self.assertRaises(StepFailed):
+            self.source.answer()
+            self.dest('accept')
+        self.b.free(mover.DISKS)
+        if self.files(self.b):
+            # The source took it for whole, the destination did not.
+            self.dest('revert')
+            self.source('abandon')
+        self.assert_back()
+        self.assert_goes()
+
+    def test_full_at_the_last_packet(self):
+        self.begin()
+        self.wait_percent(75)
+        # Less than what is still to come, so that all but the end fits in.
+        path = self.directory(self.b) / ('%s_disk' % mover.UUID)
+        data = SIZES['disk'][0] + SIZES['disk'][2]
+        self.b.fill(mover.DISKS, leave=(
+            data - path.stat().st_blocks * 512) // 4)
+        self.addCleanup(self.b.free, mover.DISKS)
+        with self.assertRaises(StepFailed):
+            self.source.answer()
+            self.dest('accept')
+        self.b.free(mover.DISKS)
+        if self.files(self.b):
+            # The source took it for whole, the destination did not.
+            self.dest('revert')
+            self.source('abandon')
+        self.assert_back()
+        self.assert_goes()
+
+    def test_no_room(self):
+        self.b.fill(mover.DISKS, leave=4 * MIB)
+        self.addCleanup(self.b.free, mover.DISKS)
+        self.dest('offer')
+        with self.assertRaisesRegex(StepFailed, 'bytes available'):
+            self.source('move')
+        self.b.free(mover.DISKS)
+        self.assert_not_begun()
+
+    def assert_not_begun(self):
+        found = json.loads(self.database.read_text())
+        found['system_metadata'].pop('libvirt_storage_offer', None)
+        self.database.write_text(json.dumps(found))
+        self.assert_back()
+        self.assert_goes()
+
+    def test_source_is_truncated_while_it_is_read(self):
+        self.begin()
+        self.wait_percent(10)
+        path = self.directory(self.a) / ('%s_disk' % mover.UUID)
+        content = path.read_bytes()
+        os.truncate(path, 7 * MIB)
+        with self.assertRaisesRegex(StepFailed, 'truncated|short'):
+            self.source.answer()
+        path.write_bytes(content)
+        self.refresh()
+        self.assert_back()
+        self.assert_goes()
+
+    @ddt.data('disk', 'disk.eph0')
+    def test_name_is_taken(self, name):
+        foreign = self.directory(self.b) / ('%s_%s' % (mover.UUID, name))
+        foreign.write_bytes(b'foreign')
+        with self.pool(self.b) as pool:
+            pool.refresh()
+        self.dest('offer')
+        self.source('move')
+        self.dest('accept')
+        self.assertEqual(b'foreign', foreign.read_bytes())
+        self.assertEqual(
+            self.made[name], self.files(self.b)[name + '.1'])
+        self.source('confirm')
+        self.assertEqual({}, self.files(self.a))
+        self.assertEqual(b'foreign', foreign.read_bytes())
+
+    def test_file_that_libvirt_does_not_know_of(self):
+        """It was put there behind libvirt's back: nobody overwrites it."""
+        foreign = self.directory(self.b) / ('%s_disk' % mover.UUID)
+        foreign.write_bytes(b'foreign')
+        self.dest('offer')
+        with self.assertRaises(StepFailed):
+            self.source('move')
+        self.assertEqual(b'foreign', foreign.read_bytes())
+        self.assertEqual(self.made, self.files(self.a))
+        foreign.unlink()
+        self.refresh()
+        self.assert_back()
+        self.assert_goes()
+
+    def test_pool_is_inactive(self):
+        self.dest('offer')
+        with self.pool(self.b) as pool:
+            pool.destroy()
+            try:
+                with self.assertRaisesRegex(StepFailed, 'inactive'):
+                    self.source('move')
+            finally:
+                pool.create()
+        self.assert_not_begun()
+
+    def test_pool_is_missing(self):
+        self.dest('offer')
+        with self.pool(self.b) as pool:
+            xml = pool.XMLDesc()
+            pool.destroy()
+            pool.undefine()
+        with self.assertRaisesRegex(StepFailed, "doesn't exist"):
+            self.source('move')
+        with contextlib.closing(self.b.connect()) as connection:
+            connection.storagePoolDefineXML(xml).create()
+        self.assert_not_begun()
+
+    def test_pool_goes_during_the_copy(self):
+        self.begin()
+        self.wait_percent(20)
+        with self.pool(self.b) as pool:
+            pool.destroy()
+            try:
+                with self.assertRaises(StepFailed):
+                    self.source.answer()
+            finally:
+                pool.create()
+        self.dest('offer')
+        self.source('abandon')
+        self.assert_back()
+        self.assert_goes()
+
+
+@ddt.ddt
+class TestTrust(MovesTest):
+
+    @ddt.data('none', 'other-ca', 'wrong-name', 'expired', 'revoked')
+    def test_bad_certificate(self, kind):
+        self.addCleanup(self.a.certificate, 'good')
+        self.dest('offer')
+        self.a.certificate(kind)
+        with self.assertRaisesRegex(
+                StepFailed, 'InstanceFaultRollback.*qemu.tls://host-b/system '
+                "can't be reached.*certificate"):
+            self.source('move')
+        self.a.certificate('good')
+        if kind == 'revoked':
+            self.b.restart('libvirtd')
+            self.b.wait_ready()
+        self.dest('offer')
+        self.source('abandon')
+        self.assert_back()
+        self.assert_goes()
+
+
+class TestSizes(MovesTest):
+
+    def test_odd_sizes(self):
+        self.make({'disk': (0, 0, 0), 'disk.eph0': (1, 0, 0),
+                   'disk.eph1': (511, 0, 0), 'disk.eph2': (0, 513, 0),
+                   'disk.eph3': (262120, 3, 24), 'disk.eph4': (0, MIB, 0),
+                   'disk.config': (4096, MIB, 4097)})
+        self.assert_goes()
+
+    def test_twenty_disks(self):
+        self.make({'disk': (MIB, MIB, 5), 'disk.config': (4096, 0, 0), **{
+            'disk.eph%d' % n: (n * 1000, MIB, n) for n in range(18)}})
+        self.assert_goes()
+
+
+class TestSharedPool(MovesTest):
+    """Both hosts have one directory; neither daemon is told of the other."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = config.STATE / 'shared'
+        folder.mkdir(parents=True, exist_ok=True)
+        cls.pools = {**POOLS, mover.DISKS: str(folder)}
+        super().setUpClass()
+
+    def content(self, files):
+        return sorted(files.values())
+
+    def test_revert_and_confirm(self):
+        before = self.files(self.a)
+        self.dest('offer')
+        self.source('move')
+        self.dest('accept')
+        self.assertEqual(sorted([*before.values(), *before.values()]),
+                         self.content(self.files(self.a)))
+        self.dest('revert')
+        self.source('abandon')
+        self.assertEqual(before, self.files(self.a))
+        self.assertEqual(self.home, self.source('records'))
+        self.dest('offer')
+        self.source('move')
+        self.dest('accept')
+        self.source('confirm')
+        self.assertEqual({name + '.1': content
+                          for name, content in before.items()},
+                         self.files(self.a))
+
+
+#: What every test run can afford; LAB_SCENARIOS=all runs everything.
+FAST = {
+    'TestKills': ('test_libvirtd_3___host_a___50_',
+                  'test_libvirtd_7___host_b___50_', 'test_source_compute_3_50',
+                  'test_destination_compute_while_it_verifies'),
+    'TestRoom': ('test_full_in_the_middle', 'test_name_is_taken_1_disk'),
+    'TestSizes': ('test_odd_sizes', 'test_twenty_disks'),
+    'TestSharedPool': ('test_revert_and_confirm',)}
+
+
+def load_tests(loader, tests, _pattern):
+    if os.environ.get('LAB_SCENARIOS', 'fast') == 'all':
+        return tests
+    return unittest.TestSuite(
+        globals()[name](test) for name, chosen in FAST.items()
+        for test in chosen)
+
+
+if __name__ == '__main__':
+    unittest.main()

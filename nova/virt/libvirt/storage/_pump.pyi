@@ -27,6 +27,10 @@ class PumpError(Exception):
     transferred: int
 
 
+class File:
+    def __init__(self, fd: int, length: int) -> None: ...
+
+
 class Copy:
     def __init__(self, source: Any, destination: Any, length: int, *,
                  sparse: bool = ..., bandwidth: int = ..., key: int = ...,

@@ -22,9 +22,11 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import stat
 import sys
 import threading
 import time
+import urllib.parse
 
 import libvirt
 
@@ -95,6 +97,8 @@ class End:
 
     def __init__(self, side, uri, pool, volume):
         self.side = side
+        # libvirt here, by its usual socket: paths are paths of this process.
+        self.is_local = not urllib.parse.urlsplit(uri)[1] and '?' not in uri
         with step(side, 'connect'):
             self.conn = libvirt.open(uri)
         with step(side, 'look up pool'):
@@ -109,6 +113,25 @@ class End:
                 stream, 0, length,
                 libvirt.VIR_STORAGE_VOL_DOWNLOAD_SPARSE_STREAM)
         return stream
+
+    def file(self, length):
+        """Open the volume's file, where that is what its bytes are.
+
+        :returns: file descriptor, or None if only libvirt can read it
+        """
+        if not self.is_local:
+            return None
+        try:
+            fd = os.open(self.volume.path(),
+                         os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except (OSError, libvirt.libvirtError):
+            return None
+        found = os.fstat(fd)
+        if stat.S_ISREG(found.st_mode) and found.st_size == length and (
+                self.sizes()[0] == length):
+            return fd
+        os.close(fd)
+        return None
 
     def upload(self, length, sparse):
         with step(self.side, 'upload'):
@@ -183,7 +206,9 @@ class Job:
     def run_copy(self, pump, source, destination):
         request = self.request
         length = request['length']
-        download = source.download(length)
+        fd = source.file(length)
+        download = (source.download(length) if fd is None else
+                    pump.File(fd, length))
         upload = None
         if destination:
             upload = destination.upload(length, request['sparse'])

@@ -47,8 +47,9 @@ def offer(connection, instance, migration, disks):
 
     The offer goes with the instance to the source: the migration's id ('m'),
     who is to own the volumes ('o': user and group id), which kinds of disks
-    go to which pool ('p'). Nothing is left here if the source makes no use
-    of it.
+    go to which pool ('p'), and the bytes that are free in each of these
+    pools, in that order ('f'). Nothing is left here if the source makes no
+    use of it.
 
     :param connection: this host's libvirt
     :param disks: the instance's InstanceDisks
@@ -77,7 +78,8 @@ def offer(connection, instance, migration, disks):
     pools.setdefault(CONF.libvirt.storage_base_images_pool, []).append(
         storage_base.NAME)
     value = jsonutils.dumps(
-        {'m': migration.id, 'o': [os.geteuid(), os.getegid()], 'p': pools},
+        {'m': migration.id, 'o': [os.geteuid(), os.getegid()], 'p': pools,
+         'f': [_free(connection, name) for name in pools]},
         separators=(',', ':'))
     if len(value) > moves.MAX_VALUE:
         raise exception.MigrationPreCheckError(reason=_(
@@ -85,6 +87,20 @@ def offer(connection, instance, migration, disks):
             "told: %(value)s") % {'host': CONF.host, 'value': value})
     instance.system_metadata[moves.OFFER] = value
     instance.save()
+
+
+def _free(connection, pool_name):
+    """How much room a pool's file system has, in bytes.
+
+    libvirt says what it was when it last looked, at the pool's refresh.
+
+    :returns: None if it is known to libvirt alone
+    """
+    pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
+    try:
+        return libvirt_utils.get_fs_info(pool.config().target_path)['free']
+    except (exception.StoragePoolError, OSError, TypeError):
+        return None
 
 
 def _kinds_that_may_come(disks):

@@ -82,6 +82,7 @@ class Departure:
         self.owner = None
         self.items = []
         self._offered = {}
+        self._free = {}
         self._shared = {}
 
     def check(self, stack):
@@ -145,6 +146,7 @@ class Departure:
         self.owner = offered['o']
         self._offered = {kind: pool for pool, kinds in offered['p'].items()
                          for kind in kinds}
+        self._free = dict(zip(offered['p'], offered['f']))
 
     def _there(self, kind):
         """The destination's pool for a kind of disk."""
@@ -258,6 +260,9 @@ class Departure:
                 # made room.
                 pool.refresh()
                 available = pool.info().available
+            if self._free.get(pool.name) is not None:
+                # Or taken it.
+                available = min(available, self._free[pool.name])
             if total > available:
                 raise _refused(
                     _("storage pool %(pool)s of host %(host)s has "

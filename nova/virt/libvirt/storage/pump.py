@@ -145,6 +145,10 @@ def copy(source: Volume, destination: Volume, length: int, *,
          key: int | None = None) -> Result:
     """Copy a volume's content byte for byte into a volume that is new.
 
+    A source on this host (a URI without host and query) is read from its file
+    where this process may open that, and through libvirt elsewhere: each byte
+    that comes through the daemon costs both it and us.
+
     Nothing is removed on failure: the caller made the destination's volume.
     A clean end says that libvirt has taken all bytes and that the volume has
     its size; whether its content is right is for verify() to say.

@@ -110,7 +110,8 @@ class CheckTestCase(OutgoingTestCase):
 
     def test_kind_of_disk_that_wasnt_offered(self):
         self.instance.system_metadata[moves.OFFER] = jsonutils.dumps(
-            {'m': 7, 'o': [1, 2], 'p': {POOL: ['disk', 'disk.eph', 'files']}})
+            {'m': 7, 'o': [1, 2], 'p': {POOL: ['disk', 'disk.eph', 'files']},
+             'f': [None]})
         self.assertIn('disk.config', self.refused())
 
     def test_peer_refuses(self):
@@ -165,6 +166,17 @@ class CheckTestCase(OutgoingTestCase):
         text = self.refused()
         self.assertIn('849 bytes available and 850', text)
         self.assertEqual(1, self.dest.refreshes)
+
+    def test_room_that_libvirt_does_not_know_is_taken(self):
+        self.free['/dest/' + POOL] = 849
+        self.make_offer()
+        self.assertIn('849 bytes available and 850', self.refused())
+
+    def test_room_that_libvirt_alone_knows(self):
+        self.free['/dest/' + POOL] = OSError('no such directory')
+        self.make_offer()
+        self.dest.available = 849
+        self.assertIn('849 bytes available and 850', self.refused())
 
     def test_just_enough_room(self):
         self.dest.available = 850
@@ -606,7 +618,8 @@ class OfferTestCase(two_hosts.TwoHostsTestCase):
             {'m': 7, 'o': [os.geteuid(), os.getegid()],
              'p': {POOL: ['disk', 'disk.config', 'disk.eph', 'disk.swap',
                           'files'],
-                   two_hosts.BASES: ['base']}},
+                   two_hosts.BASES: ['base']},
+             'f': [1 << 40, 1 << 40]},
             jsonutils.loads(self.instance.system_metadata[moves.OFFER]))
         self.instance.save.assert_called_once_with()
 

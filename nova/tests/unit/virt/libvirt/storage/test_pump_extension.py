@@ -12,9 +12,11 @@
 
 import ctypes
 import importlib
+import os
 import time
 
 import ddt
+import fixtures
 
 from nova import test
 
@@ -344,6 +346,79 @@ class CopyTestCase(PumpExtensionTestCase):
     @ddt.data(None, object(), 'virStreamPtr')
     def test_refuses_what_is_no_stream(self, stream):
         self.assertRaises(TypeError, self._pump.Copy, stream, StubStream(), 1)
+
+
+@ddt.ddt
+class FileTestCase(PumpExtensionTestCase):
+    """A file of this host as the source."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = os.path.join(self.useFixture(fixtures.TempDir()).path,
+                                 'volume')
+
+    def write(self, parts):
+        with open(self.path, 'wb') as f:
+            for part in parts:
+                if isinstance(part, int):
+                    f.truncate(f.seek(part, os.SEEK_CUR))
+                else:
+                    f.write(part)
+        fd = os.open(self.path, os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        return fd, os.path.getsize(self.path)
+
+    @ddt.data(
+        [b'A'], [b'A' * 511], [b'A' * 4096, b'B'], [1], [1 << 20],
+        [1 << 20, b'A' * 4096], [b'A' * 4096, 1 << 20],
+        [b'A' * 4096, 1 << 20, b'B' * 5000, 1 << 20, b'C'],
+        [b'AB' * 500000])
+    def test_content_and_holes_arrive(self, parts):
+        fd, length = self.write(parts)
+        destination = StubStream()
+        copy = self.copy(self._pump.File(fd, length), destination, length)
+        with open(self.path, 'rb') as f:
+            content = f.read()
+        self.assertEqual(content, destination.written)
+        self.assertEqual(self._pump.checksum([content], 0x1234567890abcdef),
+                         copy.checksum)
+        # What the file system keeps as holes travels as holes.
+        self.assertLessEqual(
+            copy.data, os.stat(self.path).st_blocks * 512)
+        self.assertEqual(length, copy.data + copy.holes)
+
+    def test_reads_alone(self):
+        fd, length = self.write([b'A' * 70000, 1 << 20])
+        self.assertEqual(
+            self._pump.checksum([b'A' * 70000, 1 << 20], 5),
+            self.copy(self._pump.File(fd, length), None, length,
+                      key=5).checksum)
+
+    @ddt.data([b'A' * 4096], [1 << 20], [b'A' * 4096, 1 << 20])
+    def test_truncated(self, parts):
+        fd, length = self.write(parts)
+        os.truncate(self.path, length // 2)
+        e = self.fails(self._pump.File(fd, length), StubStream(), length)
+        self.assertEqual(('source', 'short'), (e.side, e.reason))
+
+    def test_no_more_than_its_length(self):
+        fd, length = self.write([b'A' * 8192])
+        destination = StubStream()
+        self.copy(self._pump.File(fd, 4096), destination, 4096)
+        self.assertEqual(b'A' * 4096, destination.written)
+
+    def test_cannot_be_read(self):
+        fd = os.open(os.path.dirname(self.path), os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        e = self.fails(self._pump.File(fd, 10), StubStream(), 10)
+        self.assertEqual(('source', 'libvirt', 38),
+                         (e.side, e.reason, e.code))
+        self.assertIn('directory', e.message)
+
+    def test_cannot_be_written(self):
+        fd, length = self.write([b'A'])
+        e = self.fails(StubStream([b'A']), self._pump.File(fd, 1), 1)
+        self.assertEqual('destination', e.side)
 
 
 @ddt.ddt

@@ -120,7 +120,9 @@ class Pool:
         return self.name not in self.daemon.inactive
 
     def config(self):
-        return mock.Mock(type=self.daemon.types[self.name])
+        return mock.Mock(
+            type=self.daemon.types[self.name],
+            target_path='/%s/%s' % (self.daemon.name, self.name))
 
     def info(self):
         return PoolInfo(0, 0, 0, self.daemon.available)
@@ -196,6 +198,9 @@ class TwoHostsTestCase(test.NoDBTestCase):
         self.useFixture(fixtures.MonkeyPatch(
             'nova.virt.libvirt.storage.undo._delete_anew.retry.wait',
             tenacity.wait_none()))
+        # what a pool's file system has, if that isn't the default
+        self.free = {}
+        self.stub_out('nova.virt.libvirt.utils.get_fs_info', self.get_fs_info)
         self.source = Daemon('source')
         self.dest = Daemon('dest')
         self.host = FakeHost(self.source, self.dest)
@@ -260,6 +265,12 @@ class TwoHostsTestCase(test.NoDBTestCase):
             format=disk_format, size=length,
             state=fields.LibvirtDiskState.READY, host='source', pool=POOL,
             volume=self.volume_name(name)))
+
+    def get_fs_info(self, path):
+        free = self.free.get(path, 1 << 40)
+        if isinstance(free, Exception):
+            raise free
+        return {'free': free}
 
     @staticmethod
     def upload(volume, path):

@@ -354,6 +354,7 @@ class RunTestCase(OutgoingTestCase):
         self.assertTrue(self.dest.closed)
 
     def test_copy_fails(self):
+        self.flags(storage_migration_parallel_disks=1, group='libvirt')
         self.copy_error = exception.InternalError('pump')
         self.failed(self.copy_error)
         self.assertEqual([], self.ours(self.dest))
@@ -602,6 +603,17 @@ class EndTestCase(OutgoingTestCase):
                           self.migration, self.load())
         self.assertEqual(AT_SOURCE, self.places())
         self.assertEqual(3, len(self.instance.system_metadata))
+
+    def test_cross_cell_resize_is_reverted(self):
+        # It went by way of Glance: no offer, no copy, and the destination is
+        # in a cell that this host knows nothing of.
+        self.instance.system_metadata.clear()
+        self.migration.cross_cell_move = True
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual(AT_SOURCE, self.places())
+        self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
+        self.assertEqual([], self.host.uris)
 
     def test_nothing_to_abandon(self):
         migration.abandon(self.context, self.host, self.instance,

@@ -10,6 +10,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+import importlib.util
 import os
 import sys
 import textwrap
@@ -235,6 +236,56 @@ class PumpTestCase(test.NoDBTestCase):
         keys = {pump.new_key() for _ in range(100)}
         self.assertEqual(100, len(keys))
         self.assertTrue(all(0 < key < (1 << 61) - 1 for key in keys))
+
+
+@ddt.ddt
+class LocalFileTestCase(test.NoDBTestCase):
+    """When the worker reads a volume's file, and not through libvirt."""
+
+    def setUp(self):
+        super().setUp()
+        spec = importlib.util.spec_from_file_location('worker', pump._WORKER)
+        self.module = importlib.util.module_from_spec(spec)
+        self.libvirt = mock.Mock(libvirtError=ValueError)
+        with mock.patch.dict(sys.modules, libvirt=self.libvirt):
+            spec.loader.exec_module(self.module)
+        self.path = os.path.join(
+            self.useFixture(fixtures.TempDir()).path, 'volume')
+        with open(self.path, 'wb') as f:
+            f.write(b'12345')
+
+    def file(self, uri='qemu:///system', length=5, physical=5, path=None):
+        end = self.module.End('source', uri, 'pool', 'volume')
+        end.volume = mock.Mock()
+        end.volume.path.return_value = path or self.path
+        end.volume.infoFlags.return_value = [0, physical, physical]
+        end.volume.info.return_value = [0, physical, physical]
+        fd = end.file(length)
+        if fd is not None:
+            self.addCleanup(os.close, fd)
+        return fd
+
+    def test_local(self):
+        self.assertEqual(b'12345', os.read(self.file(), 10))
+
+    @ddt.data('qemu+tls://dest/system', 'qemu+unix:///system?socket=/run/x',
+              'qemu:///system?socket=/run/x', 'test://dest/default')
+    def test_another_host_or_another_file_system(self, uri):
+        self.assertIsNone(self.file(uri))
+
+    def test_sizes_differ(self):
+        self.assertIsNone(self.file(length=4))
+        self.assertIsNone(self.file(physical=4))
+
+    def test_what_is_no_plain_file(self):
+        self.assertIsNone(self.file(path=os.path.dirname(self.path)))
+        self.assertIsNone(self.file(path='/dev/null', length=0, physical=0))
+        os.symlink(self.path, self.path + '.link')
+        self.assertIsNone(self.file(path=self.path + '.link'))
+
+    def test_not_novas_to_read(self):
+        with mock.patch('os.open', side_effect=PermissionError):
+            self.assertIsNone(self.file())
 
 
 class ExtensionTestCase(test.NoDBTestCase):

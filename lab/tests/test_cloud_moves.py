@@ -85,6 +85,20 @@ class MovesCase(CloudTestCase):
     def assert_kept(self, said):
         self.assert_data(said, data=DATA, raw=EPHEMERAL)
 
+    def copy_image(self, name, **properties):
+        """An image of its own with the guest's content."""
+        content = self.cloud.conn.image.download_image(
+            self.cloud.image('guest')).content
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(content)
+            file.flush()
+            made = self.cloud.conn.create_image(
+                name, filename=file.name, disk_format='qcow2',
+                container_format='bare', wait=True, **properties)
+        self.addCleanup(self.cloud.conn.image.delete_image, made.id,
+                        ignore_missing=True)
+        return made
+
     # -- the middle of a move
 
     def begin(self, server, host='host-b'):
@@ -423,14 +437,7 @@ class TestKinds(MovesCase):
         self.assert_nothing_left(server, 'host-a')
 
     def test_base_image_that_glance_has_lost(self):
-        image = self.cloud.image('guest')
-        content = self.cloud.conn.image.download_image(image).content
-        with tempfile.NamedTemporaryFile() as file:
-            file.write(content)
-            file.flush()
-            own = self.cloud.conn.create_image(
-                'lost', filename=file.name, disk_format='qcow2',
-                container_format='bare', wait=True)
+        own = self.copy_image('lost')
         server, before = self.server(image='lost')
         self.cloud.conn.image.delete_image(own.id)
         server.migrate('host-b')
@@ -652,6 +659,34 @@ class TestBesideDisks(MovesCase):
         self.assertIsNone(self.state(self.a, server))
         self.assertTrue(self.state(self.b, server))
         self.assert_nothing_left(server, 'host-a')
+
+    def test_uefi_variables(self):
+        """The lab's image doesn't boot with UEFI: the firmware alone runs."""
+        self.copy_image('uefi', hw_firmware_type='uefi',
+                        hw_machine_type='q35', os_shutdown_timeout='1')
+        made = self.cloud.boot('uefi', flavor='lab.uefi', image='uefi',
+                               host='host-a', wait=False)
+        self.addCleanup(made.delete)
+        made.wait('ACTIVE')
+        with made.domain() as domain:
+            name = domain.name()
+        path = '/var/lib/libvirt/qemu/nvram/%s_VARS.fd' % name
+        self.wait_for(self.a.path(path).exists, what='variables')
+        made.stop()
+        # As if the guest had written to them.
+        with open(self.a.path(path), 'r+b') as f:
+            f.seek(200000)
+            f.write(b'written by the guest')
+        written = self.a.path(path).read_bytes()
+        made.migrate('host-b')
+        self.assertEqual(written, self.b.path(path).read_bytes())
+        made.revert()
+        self.assertEqual(written, self.a.path(path).read_bytes())
+        self.assertFalse(self.b.path(path).exists())
+        made.migrate('host-b')
+        made.confirm()
+        self.assertEqual(written, self.b.path(path).read_bytes())
+        self.assertFalse(self.a.path(path).exists())
 
     def test_console_log_of_a_server_that_is_off(self):
         server, _before = self.server()

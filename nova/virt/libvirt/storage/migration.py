@@ -148,11 +148,17 @@ def abandon(context, host, instance, migration, disks):
     before = dict(instance.system_metadata)
     _restore_swap(instance, disks)
     # After a revert the records are the source's again, unless the
-    # destination took its disks for shared because its directory is.
-    places = [(record.pool, record.volume)
-              for name, record in disks.items()
-              if moves.is_copied(name) and record.previous is not None and
-              record.previous.host == CONF.host]
+    # destination took its disks for shared because its directory is: on one
+    # and the same host, for example.
+    places = []
+    for name, record in disks.items():
+        previous = record.previous
+        if previous is None or previous.host != CONF.host:
+            continue
+        place = (record.pool, record.volume)
+        # One that is made anew may not have got its place yet.
+        if moves.is_copied(name) or place != (previous.pool, previous.volume):
+            places.append(place)
     if undo.names_left(instance):
         undo.delete_left(host.get_connection(), instance)
         places += [place for place in undo.left(

@@ -355,7 +355,7 @@ class _Transfer:
         return result
 
     def _died(self, worker):
-        if worker.returncode == -signal.SIGKILL:
+        if -worker.returncode in (signal.SIGKILL, signal.SIGTERM):
             # by the job tracker, when the server is deleted, or by a person
             return self.error(exception.StorageTransferCancelled)
         said = b''.join(self._stderr)[-500:].decode(errors='replace').strip()

@@ -564,6 +564,22 @@ class EndTestCase(OutgoingTestCase):
         self.assertEqual(AT_SOURCE, self.places())
         self.assertEqual([], self.ours(self.dest))
 
+    def test_revert_on_one_host(self):
+        # where Nova destroys no disk, for source and destination share it
+        self.migration.dest_compute = 'source'
+        self.move(same_host=True)
+        disks = self.load()
+        swap = disks.get('disk.swap')
+        swap.volume = self.volume_name('disk.swap.1')
+        disks.set('disk.swap', swap)
+        disks.save(self.context)
+        self.source.pools[POOL][swap.volume] = {
+            'length': 1, 'allocation': 1, 'content': ''}
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual(AT_SOURCE, self.places())
+        self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
+
     def test_kept_while_reverting(self):
         self.move()
         self.assertEqual(set(), migration.kept(self.load()))

@@ -178,9 +178,10 @@ class PumpTestCase(test.NoDBTestCase):
                 time.sleep(1)
             ''', cancelled=lambda: bool(self.progress))
 
-    def test_killed_by_the_job_tracker(self):
+    @ddt.data('SIGKILL', 'SIGTERM')
+    def test_killed_by_the_job_tracker_or_a_person(self, name):
         self.fails(exception.StorageTransferCancelled,
-                   'os.kill(os.getpid(), signal.SIGKILL)')
+                   'os.kill(os.getpid(), signal.%s)' % name)
 
     def test_crashed(self):
         e = self.fails(exception.StorageTransferError,

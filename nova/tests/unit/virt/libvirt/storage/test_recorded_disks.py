@@ -15,6 +15,7 @@ import itertools
 from unittest import mock
 
 import ddt
+import fixtures
 import oslo_messaging as messaging
 from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
@@ -42,7 +43,8 @@ class TestRecordedDisks(test.TestCase):
         self.useFixture(nova_fixtures.LibvirtFixture())
         self.backend = self.useFixture(
             nova_fixtures.LibvirtImageBackendFixture())
-        self.flags(host='here')
+        self.flags(host='here',
+                   instances_path=self.useFixture(fixtures.TempDir()).path)
         self.context = context.RequestContext('user', 'project')
         self.context.auth_token = 'token'
         self.instance = objects.Instance(

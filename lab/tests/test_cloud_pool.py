@@ -45,14 +45,22 @@ class TestHostile(test_cloud_hostile.Scenarios, CloudTestCase):
                 connection.close()
             Machine(host.name).restart('libvirtd')
             host.wait_ready()
+        # A compute that has lost its libvirt takes nothing until it has looked.
+        self.assert_soon(lambda: all(
+            service.status == 'enabled' for service in
+            self.cloud.conn.compute.services(binary='nova-compute')))
+
+    def assert_soon(self, condition, limit=90):
+        until = time.monotonic() + limit
+        while not condition():
+            self.assertLess(time.monotonic(), until)
+            time.sleep(1)
 
 
-class TestHostileTransition(test_cloud_hostile.Scenarios, CloudTestCase):
+class TestHostileTransition(TestHostile):
     """Raw legacy disks that become volumes."""
 
-    lab = SERIES
     images_type = 'flat'
-    options = {'use_cow_images': 'false'}
     later = ('libvirt-storage', {})
     pools = False
 
@@ -62,7 +70,7 @@ class TestHostileTransition(test_cloud_hostile.Scenarios, CloudTestCase):
 
     def settle(self, server):
         if self.pools:
-            TestHostile.settle(self, server)
+            super().settle(server)
 
 
 class TestPoolWithoutCow(test_cloud_servers.TestPool):

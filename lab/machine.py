@@ -221,17 +221,17 @@ class Machine:
         service.process.signal(signal.SIGTERM)
         service.process.signal(signal.SIGCONT)
         if not process.wait_gone([service.process], timeout):
+            members += service.members()  # some were forked meanwhile
             service.process.signal(signal.SIGKILL)
         for member in members:
             member.signal(signal.SIGTERM)
             member.signal(signal.SIGCONT)
         if not process.wait_gone(members, 2):
-            # Some were forked meanwhile.
             members += service.members()
             for member in members:
                 member.signal(signal.SIGKILL)
-            # Even this takes its time on a busy machine.
-            process.wait_gone(members, 60)
+        # Even this takes its time on a busy machine.
+        process.wait_gone([service.process, *members], 60)
         _collect()
 
     def forget(self, name: str) -> None:

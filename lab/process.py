@@ -164,11 +164,11 @@ class Service:
         return self.process.state == 'T'
 
     def members(self) -> list[Process]:
-        """The daemon and those of its children that are in its session."""
+        """The daemon and its children: some make a session of their own."""
         if not self.alive():
             # Its id may be another's by now; a session's members keep it.
             return [p for p in session(self.sid) if p.start >= self.start]
-        return session(self.sid)
+        return session(self.sid) + session(self.pid)
 
     def signal(self, number: int) -> None:
         for member in self.members():

@@ -75,6 +75,12 @@ WAYS = (
 )
 HERE = WAYS[-1]
 
+#: Ways from a host with legacy disks to one with pools.
+TO_POOLS = (
+    ('hard_reboot', 'migrate', 'revert', 'migrate', 'confirm', 'hard_reboot'),
+    ('resize', 'revert', 'resize', 'confirm', 'hard_reboot'),
+)
+
 
 class Traveller:
     """One server on its way."""
@@ -85,6 +91,7 @@ class Traveller:
         self.way = way
         self.size = GIB
         self.before = None
+        self.pooled = False
         self.last = server.testimony()
 
     def go(self):
@@ -106,7 +113,8 @@ class Traveller:
         self.case.assertEqual({'vdc': True}, self.last.swap)
         self.case.assertEqual(self.server.id, self.last.config['uuid'])
         here = self.server.host
-        self.case.assert_in_pool(self.server, here)
+        self.pooled = self.case.pooled_after(self, step, here)
+        self.case.assert_in_pool(self.server, here, self.pooled)
         if step in ('confirm', 'revert'):
             (other,) = {'host-a', 'host-b'} - {here}
             self.case.assert_nothing_left(self.server, other)
@@ -139,17 +147,56 @@ class Traveller:
         self.server.confirm()
 
 
-class TestMatrix(CloudTestCase):
-    """Its tests are made below."""
+class Cells:
+    """What the cells of all pairs of settings need."""
 
-    lab = cloud_case.SERIES
-    images_type = 'libvirt-storage'
     legacy = ('disk', 'disk.eph0', 'disk.swap', 'disk.config')
 
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
         _upload_vmdk(cls.cloud)
+
+    def travellers(self, kind, ways):
+        """Servers of a kind on legacy disks, one for each way."""
+        made_by, image = KINDS[kind]
+        self.cloud.set_images_type(**made_by)
+        servers = [self.boot('%s-%d' % (kind, number), image=image,
+                             flavor='lab.small.disks', script=WRITE)
+                   for number in range(len(ways))]
+        if kind == 'rescued_before':
+            for server in servers:
+                first = server.testimony()
+                server.rescue()
+                server.unrescue()
+                server.testimony(after=first)
+        return [Traveller(self, *pair) for pair in zip(servers, ways)]
+
+    def go(self, travellers):
+        """All at once, two at a time."""
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            list(threads.map(Traveller.go, travellers))
+
+    def assert_in_pool(self, server, host, pooled):
+        """All of its disks, or none."""
+        self.assertEqual([] if pooled else sorted(self.legacy), [
+            name for name in server.files_on(host) if name in self.legacy])
+        lies = self.lies(server, host)
+        for name in self.legacy:
+            self.assertEqual(pooled, any(
+                path.startswith('volume nova-disks-pool/ID_' + name)
+                for path in lies), (name, lies))
+
+
+class TestMatrix(Cells, CloudTestCase):
+    """Both hosts have pools. Its tests are made below."""
+
+    lab = cloud_case.SERIES
+    images_type = 'libvirt-storage'
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
         if cls.cloud.get('ctl', 'DEFAULT',
                          'allow_resize_to_same_host') != 'true':
             cls.cloud.set('ctl', 'DEFAULT',
@@ -157,36 +204,18 @@ class TestMatrix(CloudTestCase):
             for host in ('host-a', 'host-b'):
                 cls.cloud.restart(host, 'nova-compute')
 
-    def assert_in_pool(self, server, host):
-        self.assertEqual([], [name for name in server.files_on(host)
-                              if name in self.legacy])
-        lies = self.lies(server, host)
-        for name in self.legacy:
-            self.assertTrue(
-                [path for path in lies if path.startswith(
-                    'volume nova-disks-pool/ID_' + name)], (name, lies))
+    def pooled_after(self, _traveller, _step, _host):
+        return True
 
     def cell(self, kind, settings):
-        made_by, image = KINDS[kind]
-        self.cloud.set_images_type(**made_by)
-        servers = [self.boot('%s-%d' % (kind, number), image=image,
-                             flavor='lab.small.disks', script=WRITE)
-                   for number in range(len(WAYS))]
-        if kind == 'rescued_before':
-            for server in servers:
-                first = server.testimony()
-                server.rescue()
-                server.unrescue()
-                server.testimony(after=first)
-        travellers = [Traveller(self, *pair) for pair in zip(servers, WAYS)]
+        travellers = self.travellers(kind, WAYS)
         both, on_b = SETTINGS[settings]
         self.cloud.set_images_type('libvirt-storage', **both)
         if on_b:
             self.cloud.set_many('host-b', {
                 ('DEFAULT', key): value for key, value in on_b.items()})
         *first, last = travellers
-        with concurrent.futures.ThreadPoolExecutor(2) as threads:
-            list(threads.map(Traveller.go, first))
+        self.go(first)
         services = {service.host: service.id for service in
                     self.cloud.conn.compute.services(binary='nova-compute')}
         self.cloud.conn.compute.disable_service(services['host-b'])
@@ -202,6 +231,37 @@ class TestMatrix(CloudTestCase):
 for _kind, _settings in itertools.product(KINDS, SETTINGS):
     setattr(TestMatrix, 'test_%s_%s' % (_kind, _settings),
             functools.partialmethod(TestMatrix.cell, _kind, _settings))
+
+
+class TestTypesDiffer(Cells, CloudTestCase):
+    """host-a has legacy disks, over SSH they come to host-b, which has pools.
+
+    Its tests are made below.
+    """
+
+    lab = cloud_case.LEGACY
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(self.cloud.set_images_type, 'default')
+
+    def pooled_after(self, traveller, step, host):
+        """Once it is off on host-b with nothing to go back to."""
+        return host == 'host-b' and (
+            traveller.pooled or step == 'hard_reboot')
+
+    def cell(self, kind):
+        travellers = self.travellers(kind, TO_POOLS)
+        self.cloud.set_many('host-b', {
+            ('libvirt', 'images_type'): 'libvirt-storage',
+            **{('DEFAULT', key): self.cloud.get('host-a', 'DEFAULT', key)
+               for key in ('use_cow_images', 'force_raw_images')}})
+        self.go(travellers)
+
+
+for _kind in KINDS:
+    setattr(TestTypesDiffer, 'test_' + _kind,
+            functools.partialmethod(TestTypesDiffer.cell, _kind))
 
 
 class TestPoolsOnOneHost(CloudTestCase):

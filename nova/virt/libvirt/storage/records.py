@@ -65,6 +65,19 @@ def of_instance(instance, block_device_info) -> 'metadata.InstanceDisks':
         instance, block_device_info or {})
 
 
+def of_new_disks(context, instance, block_device_info):
+    """The records of an instance whose disks are going to be made.
+
+    A rebuild has taken the old disks off the record, but in a copy of the
+    mappings: what it brings along says still what it has destroyed.
+
+    :returns: the InstanceDisks
+    """
+    if _task_state(instance) == task_states.REBUILD_SPAWNING:
+        return metadata.InstanceDisks.load(context, instance)
+    return of_instance(instance, block_device_info)
+
+
 def local_disks(disk_mapping: dict) -> list[tuple[str, dict]]:
     """Name and disk_info mapping of the disks that Nova itself makes."""
     return [(name, mapping) for name, mapping in disk_mapping.items()
@@ -227,13 +240,13 @@ def destroyed(disks) -> None:
         own = [(name, record) for name, record in disks.items()
                if record.host == CONF.host]
     except exception.InvalidDiskMetadata as error:
-        if _task_state(disks) in DESTROYING:
+        if _task_state(disks.instance) in DESTROYING:
             disks.clear()
         else:
             LOG.warning('The records of destroyed disks are kept: %s', error,
                         instance=disks.instance)
         return
-    reverting = _task_state(disks) == task_states.RESIZE_REVERTING
+    reverting = _task_state(disks.instance) == task_states.RESIZE_REVERTING
     for name, record in own:
         if reverting and record.previous is not None:
             disks.set(name, record.previous)
@@ -241,9 +254,8 @@ def destroyed(disks) -> None:
             disks.clear(name)
 
 
-def _task_state(disks):
-    return disks.instance.task_state if 'task_state' in disks.instance else (
-        None)
+def _task_state(instance):
+    return instance.task_state if 'task_state' in instance else None
 
 
 def forget(context, disks) -> None:

@@ -157,6 +157,21 @@ class TestRecordedDisks(test.TestCase):
         self.assertEqual(ready, self.guest_started_with)
         self.assertEqual(2, self.saves.call_count)
 
+    def test_rebuild_begins_all_disks_anew(self):
+        # destroy() was given a copy of these mappings.
+        self.put_on_record(disk='ready', disk_swap='ready')
+        bdi = self.bdi()
+        disks = self.on_record()
+        disks.clear()
+        disks.save(self.context)
+        self.instance.task_state = task_states.REBUILD_SPAWNING
+        self.driver.spawn(self.context, self.instance,
+                          self.instance.image_meta, [], None, {}, [], bdi)
+        self.assertEqual([{'disk': 'building', 'disk.swap': 'building'}],
+                         self.at_work)
+        self.assertEqual({'disk': 'ready', 'disk.swap': 'ready'},
+                         self.guest_started_with)
+
     def test_spawn_and_no_conductor(self):
         self.saves.side_effect = messaging.MessagingTimeout
         self.assertRaises(messaging.MessagingTimeout, self.spawn)

@@ -10,9 +10,9 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+
 import argparse
 import pathlib
-import subprocess
 import sys
 
 from . import check
@@ -20,6 +20,7 @@ from . import compose
 from . import export
 from . import save
 from . import SeriesError
+from .git import Git
 from .project import locked
 from .project import Project
 
@@ -37,40 +38,28 @@ def main() -> int:
         with locked(project):
             if save.finish(project):
                 print('ended a save that was cut off')
-            return COMMANDS[arguments.command](project)
+            print(COMMANDS[arguments.command](project))
     except SeriesError as error:
         print('error:', error, file=sys.stderr)
         return 1
-
-
-def _say(text: str) -> int:
-    if text:
-        print(text)
     return 0
 
 
-def _check(project: Project) -> int:
+def _check(project: Project) -> str:
     faults = check.check(project)
-    for fault in faults:
-        print('error:', fault, file=sys.stderr)
-    unsaved = subprocess.run(
-        ['git', 'status', '--porcelain', '--', 'patches', *project.roots],
-        cwd=project.root, stdout=subprocess.PIPE, text=True).stdout
+    unsaved = Git(project.root).out(
+        'status', '--porcelain', '--', 'patches', *project.roots,
+        worktree=True, check=False)
     if unsaved:
-        print('note: not committed here yet:\n' + unsaved.rstrip())
-    if not faults:
-        print('%d patches: tree and repository agree' % len(
-            compose.patches(project)))
-    return 1 if faults else 0
+        print('note: not committed here yet:\n' + unsaved)
+    if faults:
+        raise SeriesError('\nerror: '.join(faults))
+    count = len(compose.patches(project))
+    return f'{count} patches: tree and repository agree'
 
 
-COMMANDS = {
-    'tree': lambda project: _say(compose.make_tree(project)),
-    'save': lambda project: _say(save.save(project)),
-    'check': _check,
-    'export': lambda project: _say(export.export(project)),
-    'version': lambda project: _say(export.version(project)),
-}
+COMMANDS = {'tree': compose.make_tree, 'save': save.save, 'check': _check,
+            'export': export.export, 'version': export.version}
 
 if __name__ == '__main__':
     sys.exit(main())

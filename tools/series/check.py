@@ -10,9 +10,10 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+
 """Whether repository and tree agree, and whether each commit is in form."""
 
-import os
+import itertools
 import pathlib
 import re
 import subprocess
@@ -20,206 +21,187 @@ import tempfile
 
 from . import compose
 from . import save
+from .git import EMPTY_BLOB
 from .git import Git
+from .git import run_tool
 from .mail import DIFF_TEXT
 from .mail import Patch
 from .project import Project
 
-EMPTY = 'e69de29bb2d1d6434b8b29ae775ad8c2e48c5391'  # the empty file's blob
 # What git am takes for a header where it stands first in a body.
 HEADER = re.compile(rb'\A\s*>?(From|Date|Subject)[ :]')
 
 
 def check(project: Project) -> list[str]:
     """All that is wrong, each with its place and how to mend it."""
-    with tempfile.TemporaryDirectory() as scratch, (
-            compose.workshop(project)) as git:
-        base = compose.ensure_base(git, project)
-        series = compose.patches(project)
-        owned = git.entries(base)
-        faults = [*_complete(project, series, owned), *_copies(project, owned),
-                  *(f for patch in series for f in _form(project, patch))]
-        if faults:
-            return faults
-        tip = compose.compose(git, project)
-        faults = _tree_agrees(project, git, tip)
-        faults += _round_trip(project, git, tip, pathlib.Path(scratch))
-        return faults + _gnu_patch(
-            project, git, base, tip, series, pathlib.Path(scratch))
+    git = compose.workshop(project)
+    base = compose.ensure_base(git, project)
+    series = compose.patches(project)
+    owned = git.files(base)
+    faults = [*_complete(project, series, owned), *_copies(project, owned),
+              *(fault for patch in series for fault in _form(project, patch))]
+    if faults:
+        return faults
+    tip = compose.compose(git, project)
+    return [*_tree_agrees(project, git, tip), *_round_trip(project, git, tip),
+            *_gnu_patch(project, git, base, tip, series)]
 
 
 def _complete(project, series, owned):
     """The set of files: nothing missing, nothing left over or twice."""
     adder = {}
-    for patch in series:
+    for number, patch in enumerate(series, 1):
+        if not patch.name.startswith(f'{number:04d}-'):
+            yield (f'patches/{patch.name}: number {number:04d} is missing; '
+                   'make save')
+        yield from compose.missing(project, patch)
         for path in patch.adds:
             if path in adder:
-                yield ('%s is added by patches/%s and by patches/%s; fold the '
-                       'two commits' % (path, adder[path], patch.name))
+                yield (f'{path} is added by patches/{adder[path]} and by '
+                       f'patches/{patch.name}; fold the two commits')
             adder[path] = patch.name
             if path in owned:
-                yield 'patches/%s adds %s, which the base owns' % (
-                    patch.name, path)
-            if not (project.root / path).is_file():
-                yield ('patches/%s adds %s, which is not in the repository; '
-                       'restore it or make save' % (patch.name, path))
-    expected = set(adder) | {'patches/' + patch.name for patch in series}
-    for path in sorted(save.own_files(project) - expected):
-        yield '%s: no patch adds it; remove it, or make save' % path
-    for number, patch in enumerate(series, 1):
-        if not patch.name.startswith('%04d-' % number):
-            yield 'patches/%s: number %04d is missing; make save' % (
-                patch.name, number)
+                yield (f'patches/{patch.name} adds {path}, which the base '
+                       'owns; make tree save')
+    expected = {*adder, *(f'patches/{patch.name}' for patch in series)}
+    for path in sorted(save.own_files(project, project.root) - expected):
+        yield f'{path}: no patch adds it; remove it, or make save'
 
 
 def _copies(project, owned):
     """No file of the base may lie here, wherever and whatever its name."""
-    blobs = {blob: path for path, (_mode, blob) in owned.items()}
-    tracked = Git(project.root).run('ls-files', '-s', '-z',
-                                    check=False).stdout
-    for line in filter(None, tracked.split(b'\0')):
-        meta, name = os.fsdecode(line).split('\t', 1)
-        blob = meta.split()[1]
-        if blob in blobs and blob != EMPTY and name != 'LICENSE':
-            yield "%s is the base's own file %s; git rm it" % (
-                name, blobs[blob])
+    if not (project.root / '.git').exists():
+        return
+    names = {file.blob: path for path, file in owned.items()}
+    for path, file in Git(project.root).tracked().items():
+        if file.blob in names and file.blob != EMPTY_BLOB and (
+                path != 'LICENSE'):
+            yield (f"{path} is the base's own file {names[file.blob]}; git rm "
+                   'it')
 
 
 def _form(project, patch: Patch):
-    place = 'patches/%s: ' % patch.name
+    place = f'patches/{patch.name}'
     if HEADER.search(patch.message):
-        yield place + ('git am would take the first line of the body for a '
-                       'header: reword')
+        yield (f'{place}: git am would take the first line of the body for a '
+               'header: reword')
     if len(patch.subject) > 72:
-        yield '%sits subject has %d characters, 72 are allowed: reword' % (
-            place, len(patch.subject))
+        yield (f'{place}: its subject has {len(patch.subject)} characters, 72 '
+               'are allowed: reword')
     if not patch.message.strip():
-        yield place + 'no body: say why (git commit --amend)'
-    found = DIFF_TEXT.search(patch.message)
+        yield f'{place}: no body: say why (git commit --amend)'
+    found = DIFF_TEXT.search(patch.head)
     if found:
-        line = patch.head[:len(patch.head) - len(patch.message) +
-                          found.start()].count(b'\n') + 1
-        yield ('%sline %d of the message reads like a diff (%r); GNU patch '
-               'would apply it: reword' % (
-                   place, line, found.group().decode(errors='replace')))
+        line = patch.head.count(b'\n', 0, found.start(1)) + 1
+        text = found.group().decode(errors='replace')
+        yield (f'{place}: line {line} of the message reads like a diff '
+               f'({text!r}); GNU patch would apply it: reword')
     if b'\nGIT binary patch\n' in patch.diff:
-        yield place + ('changes a binary file of the base, which GNU patch '
-                       'can not: add another file instead')
+        yield (f'{place}: changes a binary file of the base, which GNU patch '
+               'can not: add another file instead')
     yield from _context(project, place, patch)
     if not any(path.startswith(project.notes) for path in patch.adds):
-        for path, number, line in _new_lines(project, patch):
-            if re.search(project.note_pattern, line):
-                yield ('%s%s, line %d (%s): an operator sees this, and the '
-                       'commit adds no release note below %s: reno new' % (
-                           place, path, number, line.strip(), project.notes))
-                break
-
-
-def _new_lines(project, patch):
-    """File, number and text of each line that a patch brings."""
-    path, number = '', 0
-    for line in patch.diff.decode(errors='replace').split('\n'):
-        if line.startswith('diff --git '):
-            path = line.rpartition(' b/')[2]
-        elif line.startswith('@@ '):
-            number = int(re.search(r'\+(\d+)', line).group(1)) - 1
-        elif line.startswith(('+', ' ')) and not line.startswith('+++ '):
-            number += 1
-            if line[0] == '+' and 'tests' not in path.split('/'):
-                yield path, number, line[1:]
-    for path in patch.adds:
-        if path.endswith('.py') and 'tests' not in path.split('/') and (
-                project.root / path).is_file():
-            text = (project.root / path).read_text(errors='replace')
-            for number, line in enumerate(text.split('\n'), 1):
-                yield path, number, line
+        yield from itertools.islice(_options(project, place, patch), 1)
 
 
 def _context(project, place, patch):
     """At most so many lines of the base around and between our lines."""
-    run, path = 0, ''
-    start = patch.dump().count(b'\n') - patch.diff.count(b'\n')
-    for number, line in enumerate(patch.diff.split(b'\n'), start + 1):
-        if line.startswith(b'diff --git '):
-            path = line.rpartition(b' b/')[2].decode(errors='replace')
-        run = run + 1 if line.startswith(b' ') else 0
-        if run > 2 * project.context_lines:
-            yield ('%sline %d (%s): %d lines of context, %d allowed: make '
-                   'tree save' % (place, number, path, run,
-                                  2 * project.context_lines))
+    run, most = 0, 2 * project.context_lines
+    for number, path, _there, text in patch.lines():
+        run = run + 1 if text.startswith(' ') else 0
+        if run > most:
+            yield (f'{place}: line {number} ({path}): {run} lines of context, '
+                   f'{most} allowed: make tree save')
+
+
+def _options(project, place, patch):
+    """New lines of which an operator has to be told in a note."""
+    new = [(path, number, text[1:])
+           for _number, path, number, text in patch.lines()
+           if text.startswith('+')]
+    for path in patch.adds:
+        if path.endswith('.py') and (project.root / path).is_file():
+            text = (project.root / path).read_text(errors='replace')
+            new += [(path, number, line)
+                    for number, line in enumerate(text.split('\n'), 1)]
+    for path, number, line in new:
+        if 'tests' not in path.split('/') and (
+                re.search(project.note_pattern, line)):
+            yield (f'{place}: {path}, line {number} ({line.strip()}): an '
+                   'operator sees this, and the commit adds no release note '
+                   f'below {project.notes}: reno new')
 
 
 def _tree_agrees(project, git, tip):
     if not (project.tree / '.git').exists():
-        return []
-    faults = []
-    changed = git.out('status', '--porcelain', worktree=True).splitlines()
+        return
+    changed = compose.uncommitted(git)
     if changed:
-        faults.append('tree/ has changes that are in no commit; commit them '
-                      'there and make save:\n' + compose.shorten(changed))
-    for path, status in sorted(git.changes(tip, 'HEAD').items()):
-        faults.append('%s is not the same in tree/ and in the repository '
-                      '(%s); make save writes the tree here' % (path, status))
-    if not faults and not compose.same_series(git, tip, 'HEAD'):
-        faults.append('the commits of tree/ and of the repository come to the '
-                      'same files and differ in number, message or author; '
-                      'make save writes those of the tree here')
-    return faults
+        yield ('tree/ has changes that are in no commit; commit them there '
+               'and make save:\n' + changed)
+    different = git.changes(tip, 'HEAD')
+    for path, file in different.items():
+        yield (f'{path} is not the same in tree/ and in the repository '
+               f'({file.status}); make save writes the tree here')
+    if not different and not compose.same_series(git, tip, 'HEAD'):
+        yield ('the commits of tree/ and of the repository come to the same '
+               'files and differ in number, message or author; make save '
+               'writes those of the tree here')
 
 
-def _round_trip(project, git, tip, scratch):
+def _round_trip(project, git, tip):
     """What is here must be what a save would write, to the byte.
 
     A hunk that applies with an offset is written back with other numbers.
     """
-    fresh = scratch / 'fresh'
-    save.write(git, project, tip, fresh)
-    for path in sorted(p for p in fresh.rglob('*') if p.is_file()):
-        name = str(path.relative_to(fresh))
-        here = project.root / name
-        if not here.is_file():
-            yield '%s is missing; make save' % name
-            continue
-        old, new = (f.read_bytes().split(b'\n') for f in (here, path))
-        if old != new:
-            line = next((n for n, (a, b) in enumerate(zip(old, new), 1)
-                         if a != b), min(len(old), len(new)) + 1)
-            yield ('%s, line %d: a save would write it otherwise (a hunk with '
-                   'an offset, or an edit by hand); make tree save' % (
-                       name, line))
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh = pathlib.Path(scratch)
+        save.write(git, project, tip, fresh)
+        for name in sorted(save.own_files(project, fresh)):
+            here = project.root / name
+            if not here.is_file():
+                yield f'{name} is missing; make save'
+                continue
+            line = _difference(here.read_bytes(), (fresh / name).read_bytes())
+            if line:
+                yield (f'{name}, line {line}: a save would write it otherwise '
+                       '(a hunk with an offset, or an edit by hand); make '
+                       'tree save')
 
 
-def _gnu_patch(project, git, base, tip, series, scratch):
+def _difference(one: bytes, other: bytes) -> int:
+    """The number of the first line that differs, or 0."""
+    pairs = itertools.zip_longest(one.split(b'\n'), other.split(b'\n'))
+    return next((n for n, (a, b) in enumerate(pairs, 1) if a != b), 0)
+
+
+def _gnu_patch(project, git, base, tip, series):
     """GNU patch must build the same files, with no offset and no fuzz."""
-    work = scratch / 'work'
-    work.mkdir()
-    changes = git.changes(base, tip)
-    owned = git.entries(base)
-    for path in changes:
-        if path in owned:
-            save.write_file(git, work / path, *owned[path])
-    faults = []
-    for patch in series:
-        for path in patch.deletes:
-            (work / path).unlink()
-        if not patch.diff and not DIFF_TEXT.search(patch.message):
-            continue
-        done = subprocess.run(
-            ['patch', '-p1', '--fuzz=0', '--force', '--no-backup-if-mismatch',
-             '-i', project.patches / patch.name], cwd=work,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for line in done.stdout.splitlines():
-            if done.returncode or 'offset' in line or 'fuzz' in line:
-                faults.append('patches/%s: GNU patch says: %s' % (
-                    patch.name, line))
-    final = git.entries(tip)
-    for path in changes:
-        if path not in owned:
-            continue
-        here = work / path
-        blob = final.get(path, (None, None))[1]
-        if blob is None and here.exists() or blob and (
-                not here.exists() or
-                git.out('hash-object', '--no-filters', here) != blob):
-            faults.append('%s: git and GNU patch do not build the same' % path)
-    return faults
+    owned, final = git.files(base), git.files(tip)
+    touched = set(owned).intersection(git.out(
+        'log', '-z', '--format=', '--name-only', f'{base}..{tip}').split('\0'))
+    with tempfile.TemporaryDirectory() as scratch:
+        work = pathlib.Path(scratch)
+        for path in touched:
+            save.write_file(git, work / path, owned[path])
+        for patch in series:
+            yield from _gnu_patch_one(project, patch, work)
+        for path in sorted(touched):
+            built = git.out('hash-object', '--no-filters', work / path,
+                            check=False)  # nothing, where there is no file
+            if built != (final[path].blob if path in final else ''):
+                yield f'{path}: git and GNU patch do not build the same'
+
+
+def _gnu_patch_one(project, patch, work):
+    for path in patch.deletes:
+        (work / path).unlink(missing_ok=True)
+    if not patch.diff:
+        return
+    done = run_tool(
+        ['patch', '-p1', '--fuzz=0', '--force', '--no-backup-if-mismatch',
+         '-i', project.patches / patch.name],
+        cwd=work, stderr=subprocess.STDOUT, text=True)
+    for line in done.stdout.splitlines():
+        if done.returncode or 'offset' in line or 'fuzz' in line:
+            yield f'patches/{patch.name}: GNU patch says: {line}'

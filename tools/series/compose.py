@@ -10,12 +10,11 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+
 """From the repository to the tree: the base and one commit a patch."""
 
-from collections.abc import Iterator
-import contextlib
 import os
-import pathlib
+import re
 import shutil
 import tarfile
 import tempfile
@@ -23,23 +22,21 @@ import time
 
 from . import SeriesError
 from .git import Git
+from .git import identity
+from .git import NO_FILE
 from .mail import Patch
 from .project import Project
 
-BASE_IDENTITY = {
-    'GIT_AUTHOR_NAME': 'base', 'GIT_AUTHOR_EMAIL': 'base@localhost',
-    'GIT_COMMITTER_NAME': 'base', 'GIT_COMMITTER_EMAIL': 'base@localhost',
-    'GIT_AUTHOR_DATE': '2026-01-01T00:00:00Z',
-    'GIT_COMMITTER_DATE': '2026-01-01T00:00:00Z'}
+BASE_IDENTITY = identity('base', 'base@localhost', '2026-01-01T00:00:00Z')
 SAVED = 'refs/series/saved'        # HEAD of the tree at the last save
 COMPOSED = 'refs/series/composed'  # what the repository came to then
 MOVING = 'refs/series/moving'      # a checkout that was begun
+IN_PROGRESS = ('rebase-merge', 'rebase-apply', 'MERGE_HEAD',
+               'CHERRY_PICK_HEAD', 'REVERT_HEAD')
 
 
 def patches(project: Project) -> list[Patch]:
     """All patches of the repository, in order."""
-    if not project.patches.is_dir():
-        return []
     return [Patch.parse(path.name, path.read_bytes())
             for path in sorted(project.patches.glob('*.patch'))]
 
@@ -51,54 +48,47 @@ def ensure_base(git: Git, project: Project) -> str:
 
     :raises: SeriesError if the tag base stands for anything else
     """
-    cache = Git(project.cache / ('%s.git' % project.sha256[:12]), bare=True)
-    if not cache.dir.exists():
-        _make_base(cache, project)
+    cache = _cache(project)
     if not git.resolve('refs/tags/base'):
         git.run('fetch', '--quiet', '--no-tags', cache.dir,
                 'refs/tags/base:refs/tags/base')
     if git.resolve('base^{tree}') != cache.resolve('base^{tree}'):
         raise SeriesError(
-            'the tag base in %s is not %s %s as it was released; git tag -d '
-            'base there, and make tree' % (
-                git.path, project.name, project.version))
+            f'the tag base in {git.path} is not {project.release} as it was '
+            'released; git tag -d base there, and make tree')
     return git.resolve('base^{commit}')
 
 
-def _make_base(cache, project):
-    sdist = project.sdist()
+def _cache(project):
+    """The repository that has the base, made once for all."""
+    git = Git(project.cache / f'{project.sha256[:12]}.git', bare=True)
+    git.dir.mkdir(parents=True, exist_ok=True)
+    if not git.resolve('refs/tags/base'):
+        _make_base(git, project)
+    return git
+
+
+def _make_base(git, project):
+    """The tag comes last: whoever is killed or outrun has done no harm."""
     with tempfile.TemporaryDirectory(dir=project.cache) as scratch:
-        with tarfile.open(sdist) as archive:
+        with tarfile.open(project.sdist()) as archive:
             # Python 3.11.2 (Debian 12) has no filters; the sum is proven.
             archive.extraction_filter = getattr(tarfile, 'data_filter', None)
             archive.extractall(scratch)
-        source = pathlib.Path(scratch) / ('%s-%s' % (
-            project.name, project.version))
-        git = Git(source)
-        git.run('init', '--quiet', '-b', 'series', source)
-        git.run('add', '--all', '--force', worktree=True)
-        git.run('commit', '--quiet', '-m', '%s %s' % (
-            project.name, project.version), worktree=True, env=BASE_IDENTITY)
-        git.run('tag', 'base')
-        made = pathlib.Path(scratch) / 'made.git'
-        git.run('clone', '--quiet', '--bare', source, made)
-        try:
-            os.rename(made, cache.dir)
-        except OSError:  # somebody else has made the same one meanwhile
-            if not cache.dir.exists():
-                raise
+        env = {**BASE_IDENTITY,
+               'GIT_WORK_TREE': os.path.join(scratch, project.release),
+               'GIT_INDEX_FILE': os.path.join(scratch, 'index')}
+        git.run('init', '--quiet', '--bare', git.dir)
+        git.run('add', '--all', '--force', env=env)
+        commit = git.out('commit-tree', git.out('write-tree', env=env), '-m',
+                         f'{project.name} {project.version}', env=env)
+        git.run('update-ref', 'refs/tags/base', commit)
 
 
-@contextlib.contextmanager
-def workshop(project: Project) -> Iterator[Git]:
-    """A repository to compose in: the tree's, or one that goes again."""
-    if (project.tree / '.git').exists():
-        yield Git(project.tree)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        git = Git(pathlib.Path(scratch), bare=True)
-        git.run('init', '--quiet', '--bare', scratch)
-        yield git
+def workshop(project: Project) -> Git:
+    """A repository to compose in: the tree's, or that of the cache."""
+    git = Git(project.tree)
+    return git if git.dir.exists() else _cache(project)
 
 
 def compose(git: Git, project: Project) -> str:
@@ -112,82 +102,73 @@ def compose(git: Git, project: Project) -> str:
         index = {'GIT_INDEX_FILE': os.path.join(scratch, 'index')}
         git.run('read-tree', commit, env=index)
         for patch in patches(project):
-            commit = _commit(git, project, patch, commit, index, scratch)
+            _apply(git, project, patch, commit, index)
+            commit = git.out(
+                'commit-tree', git.out('write-tree', env=index),
+                '-p', commit, env=_author(git, patch),
+                stdin=_message(patch))
     return commit
 
 
-def _commit(git, project, patch, parent, index, scratch):
-    lines = []
-    for path, mode in patch.adds.items():
-        try:
-            blob = git.out('hash-object', '-w', '--no-filters',
-                           (project.root / path).absolute())
-        except SeriesError as error:
-            raise SeriesError('patches/%s adds %s, which is not there: git '
-                              'checkout -- %s, or make save\n%s' % (
-                                  patch.name, path, path, error)) from None
-        lines.append('%s %s\t%s' % (mode, blob, path))
-    lines += ['0 %s\t%s' % ('0' * 40, path) for path in patch.deletes]
-    if lines:
-        git.run('update-index', '-z', '--index-info', env=index,
-                stdin=('\0'.join(lines) + '\0').encode(
-                    errors='surrogateescape'))
+def missing(project: Project, patch: Patch) -> list[str]:
+    """What a patch adds and the repository doesn't have."""
+    return [f'patches/{patch.name} adds {path}, which is not in the '
+            f'repository: git checkout -- {path}, or make save'
+            for path in patch.adds if not (project.root / path).is_file()]
+
+
+def _apply(git, project, patch, parent, index):
+    """Bring an index from the parent commit to the patch's."""
+    faults = missing(project, patch)
+    if faults:
+        raise SeriesError('\n'.join(faults))
+    entries = ''
+    for path, mode in patch.files.items():
+        blob = '0' * 40 if mode == NO_FILE else git.out(
+            'hash-object', '-w', '--no-filters', project.root / path)
+        entries += f'{mode} {blob}\t{path}\0'
+    git.run('update-index', '-z', '--index-info', env=index,
+            stdin=os.fsencode(entries))
     if patch.diff:
         done = git.run('apply', '--cached', '--unidiff-zero', '--verbose',
                        '-', env=index, stdin=patch.diff, check=False)
         if done.returncode:
             raise SeriesError(_no_fit(git, patch, parent, done.stderr))
-    who = _author(git, patch, scratch)
-    return git.out(
-        'commit-tree', git.out('write-tree', env=index), '-p', parent,
-        env=who, stdin=_message(patch))
 
 
 def _no_fit(git, patch, parent, stderr):
     """Both sides of a hunk that doesn't apply."""
-    text = stderr.decode(errors='replace')
-    where = [line for line in text.splitlines() if line.startswith('error:')]
-    shown = []
-    for line in where:
-        name, _colon, number = line.rpartition(':')
-        path = name.removeprefix('error: patch failed: ')
-        if path != name and number.isdigit():
-            lines = git.out('show', '%s:%s' % (parent, path),
-                            check=False).splitlines()
-            start = int(number)
-            shown += ['%s, line %d, has:' % (path, start)]
-            shown += ['    ' + x for x in lines[start - 1:start + 6]]
-            mark = ('@@ -%d' % start).encode()
-            hunk = next((h for h in patch.diff.split(b'\n@@ ')
-                         if (b'@@ ' + h).startswith(mark)), b'')
-            shown += ['the patch expects:']
-            shown += ['    ' + x for x in hunk.decode(
-                errors='replace').splitlines()[1:12]]
-    return ('patches/%s does not apply:\n%s\n%s\nmend the patch, or take the '
-            'file from the last good commit' % (
-                patch.name, '\n'.join(where) or text, '\n'.join(shown)))
+    said = stderr.decode(errors='replace')
+    told = [f'patches/{patch.name} does not apply:']
+    for path, number in re.findall(
+            r'(?m)^error: patch failed: (.*):(\d+)$', said):
+        first = int(number)
+        lines = git.out('show', f'{parent}:{path}', check=False).split('\n')
+        told += [f'{path}, line {first} (hunk @@ -{first}), has:']
+        told += ['    ' + line for line in lines[first - 1:first + 6]]
+    told += ['git says, with what the patch expects:']
+    told += ['    ' + line for line in said.splitlines()
+             if not line.startswith('Checking patch ')]
+    return '\n'.join(
+        [*told, 'mend the patch, or take the file from the last good commit'])
 
 
-def _author(git, patch, scratch):
+def _author(git, patch):
     """Author and date; the committer is the author, so that names agree."""
-    done = git.run('mailinfo', '-k', '--no-inbody-headers', os.path.join(scratch, 'message'),
-                   os.path.join(scratch, 'diff'), stdin=patch.dump())
-    found = dict(line.split(': ', 1) for line in done.stdout.decode(
-        errors='surrogateescape').splitlines() if ': ' in line)
+    told = git.out('mailinfo', '-k', '--no-inbody-headers', os.devnull,
+                   os.devnull, stdin=patch.head + b'\n')
+    found = dict(line.split(': ', 1) for line in told.split('\n')
+                 if ': ' in line)
     try:
-        name, email, date = found['Author'], found['Email'], found['Date']
+        return identity(found['Author'], found['Email'], found['Date'])
     except KeyError as error:
-        raise SeriesError('patches/%s has no %s in its header' % (
-            patch.name, error)) from None
-    return {'GIT_AUTHOR_NAME': name, 'GIT_COMMITTER_NAME': name,
-            'GIT_AUTHOR_EMAIL': email, 'GIT_COMMITTER_EMAIL': email,
-            'GIT_AUTHOR_DATE': date, 'GIT_COMMITTER_DATE': date}
+        raise SeriesError(
+            f'patches/{patch.name} has no {error} in its header') from None
 
 
 def _message(patch):
-    subject = patch.subject.encode(errors='surrogateescape')
-    body = patch.message.strip(b'\n')
-    return subject + b'\n' + (b'\n' + body + b'\n' if body else b'')
+    parts = os.fsencode(patch.subject), patch.message.strip(b'\n')
+    return b'\n\n'.join(filter(None, parts)) + b'\n'
 
 
 def make_tree(project: Project, keep_work: bool = False) -> str:
@@ -205,47 +186,51 @@ def make_tree(project: Project, keep_work: bool = False) -> str:
         _end_checkout(git)
     head = git.resolve('HEAD')
     commit = compose(git, project)
-    work = _unsaved(git, head, commit)
-    if work and keep_work and commit == git.resolve(COMPOSED):
+    same = same_series(git, head, commit)
+    unchanged = commit == git.resolve(COMPOSED)
+    work = _unsaved(git, same or head == git.resolve(SAVED))
+    if work and keep_work and unchanged:
         return 'tree/ has work that is not saved, and is used as it is'
     if work:
         raise SeriesError(work)
-    if same_series(git, head, commit) or commit == git.resolve(COMPOSED):
+    if same or unchanged:
         mark(git, head, commit)
-        return 'tree/ is at %s' % head[:12]
+        return f'tree/ is at {head[:12]}'
     kept = _keep(git, head)
     _checkout(git, commit)
-    mark(git, commit, commit)
-    return 'tree/ is at %s now; what was there is %s' % (commit[:12], kept)
+    return f'tree/ is at {commit[:12]} now; what was there is {kept}'
 
 
-def _unsaved(git, head, commit):
+def _unsaved(git, head_is_saved):
     """What would be lost if tree/ moved on, and what to do; or nothing."""
     interrupted(git)
-    changed = git.out('status', '--porcelain', worktree=True).splitlines()
+    changed = uncommitted(git)
     if changed:
-        return ('tree/ has changes that are in no commit:\n%s\ncommit them '
-                'there (or git stash) and make save; to drop them: git -C '
-                'tree reset --hard, git -C tree clean -d' % shorten(changed))
-    if head != git.resolve(SAVED) and not same_series(git, head, commit):
+        return (f'tree/ has changes that are in no commit:\n{changed}\n'
+                'commit them there (or git stash) and make save; to drop '
+                'them: git -C tree reset --hard, git -C tree clean -d')
+    if not head_is_saved:
         return ('tree/ holds commits that are not in the repository; make '
                 'save writes them there; to drop them: git -C tree reset '
-                '--hard %s' % SAVED)
+                f'--hard {SAVED}')
 
 
 def interrupted(git: Git) -> None:
     """:raises: SeriesError in the midst of a rebase, am or merge"""
-    for name in ('rebase-merge', 'rebase-apply', 'MERGE_HEAD',
-                 'CHERRY_PICK_HEAD', 'REVERT_HEAD'):
+    for name in IN_PROGRESS:
         if (git.dir / name).exists():
             raise SeriesError(
-                'tree/ is in the midst of something (.git/%s): see git -C '
-                'tree status, and end it there' % name)
+                f'tree/ is in the midst of something (.git/{name}): see git '
+                '-C tree status, and end it there')
 
 
-def shorten(lines: list[str], most: int = 10) -> str:
-    more = ['    and %d more' % (len(lines) - most)] if len(lines) > most else []
-    return '\n'.join(['    ' + line for line in lines[:most]] + more)
+def uncommitted(git: Git, *options: str) -> str:
+    """The first changes of the work tree that are in no commit, if any."""
+    lines = git.out('status', '--porcelain', *options,
+                    worktree=True).splitlines()
+    if len(lines) > 10:
+        lines[10:] = [f'and {len(lines) - 10} more']
+    return '\n'.join('    ' + line for line in lines)
 
 
 def _new_tree(project):
@@ -259,13 +244,9 @@ def _new_tree(project):
     git.run('init', '--quiet', '-b', 'series', new)
     _exclude(git, project)
     commit = compose(git, project)
-    git.run('update-ref', 'refs/heads/series', commit)
-    git.run('reset', '--quiet', '--hard', commit, worktree=True)
-    mark(git, commit, commit)
-    if project.tree.exists():
-        project.tree.rmdir()
+    _checkout(git, commit)
     os.rename(new, project.tree)
-    return 'tree/ is new, at %s' % commit[:12]
+    return f'tree/ is new, at {commit[:12]}'
 
 
 def _exclude(git, project):
@@ -276,8 +257,8 @@ def _exclude(git, project):
 
 def _keep(git, commit):
     """Give what is about to be left a name, which is returned."""
-    name = 'refs/series/kept/%s-%s' % (
-        time.strftime('%Y%m%d-%H%M%S'), commit[:12])
+    now = time.strftime('%Y%m%d-%H%M%S')
+    name = f'refs/series/kept/{now}-{commit[:12]}'
     git.run('update-ref', name, commit)
     return name
 
@@ -298,8 +279,10 @@ def _end_checkout(git):
 
 
 def _checkout(git, commit):
+    """Bring a tree to what the repository comes to."""
     git.run('update-ref', MOVING, commit)
     git.run('reset', '--quiet', '--hard', commit, worktree=True)
+    mark(git, commit, commit)
     git.run('update-ref', '-d', MOVING)
 
 
@@ -312,7 +295,7 @@ def mark(git: Git, head: str, composed: str) -> None:
 def same_series(git: Git, one: str, other: str) -> bool:
     """Whether two series differ in nothing but names of commits."""
     def told(tip):
-        return git.out('log', '--reverse', '--format=%T%n%an%n%ae%n%ad%n%B',
-                       'base..%s' % tip)
-    return told(one) == told(other) and (
-        git.resolve(one + '^{tree}') == git.resolve(other + '^{tree}'))
+        commits = git.out('log', '--reverse', f'base..{tip}',
+                          '--format=%T%n%an%n%ae%n%ad%n%B')
+        return commits, git.resolve(tip + '^{tree}')
+    return told(one) == told(other)

@@ -10,40 +10,36 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+
 """The series as others take it: mails for git am, a quilt directory."""
 
+import pathlib
 import shutil
 
 from . import compose
+from .mail import MAIL
 from .project import Project
 
 
 def export(project: Project) -> str:
     """Write dist/series (git am) and dist/quilt (quilt push -a)."""
-    with compose.workshop(project) as git:
-        return _export(git, project)
-
-
-def _export(git, project):
-    tip = compose.compose(git, project)
     dist = project.root / 'dist'
     series, quilt = dist / 'series', dist / 'quilt' / 'patches'
+    git = compose.workshop(project)
+    tip = compose.compose(git, project)
     for folder in (series, dist / 'quilt'):
         shutil.rmtree(folder, ignore_errors=True)
-    series.mkdir(parents=True)
+    mails = git.out('format-patch', *MAIL, '--full-index', '--binary',
+                    '--output-directory', series, f'base..{tip}')
     quilt.mkdir(parents=True)
-    names = git.out(
-        'format-patch', '--zero-commit', '--no-signature', '--full-index',
-        '--binary', '--no-renames', '--keep-subject', '--output-directory',
-        series, 'base..%s' % tip).splitlines()
+    names = [pathlib.Path(mail).name for mail in mails.splitlines()]
     for name in names:
-        shutil.copy(name, quilt)
-    (quilt / 'series').write_text(''.join(
-        '%s\n' % name.rpartition('/')[2] for name in names))
-    return '%d patches in %s and %s' % (len(names), series, quilt)
+        shutil.copy(series / name, quilt)
+    (quilt / 'series').write_text(''.join(name + '\n' for name in names))
+    return f'{len(names)} patches in {series} and {quilt}'
 
 
 def version(project: Project) -> str:
     """The version of a package with the series applied (PEP 440)."""
-    return '%s+%s.%d' % (project.version, project.local_version,
-                         len(compose.patches(project)))
+    count = len(compose.patches(project))
+    return f'{project.version}+{project.local_version}.{count}'

@@ -10,99 +10,98 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+
 """One patch file: a commit's message, its hunks, the files that it adds.
 
 The form is git's mail format. Below the ``---`` line, where mail programs and
-patch tools read nothing, ``adds:``, ``adds executable:`` and ``deletes:`` lines
-name whole files.
+patch tools read nothing, lines ``adds:``, ``adds executable:`` and
+``deletes:`` name whole files.
 """
 
+from collections.abc import Iterator
 import dataclasses
+import os
 import re
 
 from . import SeriesError
 from .git import Git
+from .git import NO_FILE
 
-ADDS = {'adds': '100644', 'adds executable': '100755'}
+MODES = {'adds': '100644', 'adds executable': '100755', 'deletes': NO_FILE}
 SEPARATOR = b'\n---\n'
 # What would make GNU patch or git am take a line of the message for a diff.
 DIFF_TEXT = re.compile(
     rb'^\s*(diff --git |--- \S|\+\+\+ \S|@@ -\d|Index: |\*\*\* \S|---$)', re.M)
 HUNK = re.compile(rb'^(@@ -\S+ \+\S+ @@).*$', re.M)
 INDEX = re.compile(rb'^index [0-9a-f]{40}\.\.[0-9a-f]{40}(?: \d+)?\n', re.M)
+# Options of format-patch, for the same mail whatever is configured.
+MAIL = ('--zero-commit', '--keep-subject', '--no-signature', '--no-thread',
+        '--no-attach', '--no-base', '--no-renames')
 
 
 @dataclasses.dataclass
 class Patch:
-    """:ivar head: mail header and message
-    :ivar adds: path -> mode of the files that the commit adds
-    :ivar deletes: paths of the base's files that it takes away
+    """One commit of the series.
+
+    :ivar head: mail header and message
+    :ivar files: path -> mode of files that the commit adds, or NO_FILE for
+        those of the base that it takes away
     :ivar diff: hunks on the base's files
     """
     name: str
     head: bytes
-    adds: dict[str, str]
-    deletes: list[str]
+    files: dict[str, str]
     diff: bytes
-
-    def dump(self) -> bytes:
-        words = {mode: word for word, mode in ADDS.items()}
-        lines = ['%s: %s' % (words[mode], path)
-                 for path, mode in sorted(self.adds.items())]
-        lines += ['deletes: %s' % path for path in sorted(self.deletes)]
-        notes = ''.join(line + '\n' for line in lines)
-        return self.head + b'\n---\n' + _encode(notes) + b'\n' + self.diff
 
     @classmethod
     def parse(cls, name: str, data: bytes) -> 'Patch':
         head, separator, rest = data.partition(SEPARATOR)
         if not separator:
-            raise SeriesError(
-                'patches/%s: no line "---" after the message; run make save '
-                'to write it anew' % name)
-        notes, _blank, diff = rest.partition(b'\n')  # no notes: blank first
-        patch = cls(name, head, {}, [], b'')
-        while notes:
-            word, _colon, value = _decode(notes).partition(': ')
-            if word in ADDS:
-                patch.adds[value] = ADDS[word]
-            elif word == 'deletes':
-                patch.deletes.append(value)
-            else:
-                raise SeriesError('patches/%s: %r below the message is '
-                                  'no word of this format' % (name, word))
-            notes, _blank, diff = diff.partition(b'\n')
-        patch.diff = diff
-        return patch
+            raise SeriesError(f'patches/{name}: no line "---" after the '
+                              'message; run make save to write it anew')
+        notes, _blank, diff = (b'\n' + rest).partition(b'\n\n')
+        files = {}
+        for line in os.fsdecode(notes).split('\n')[1:]:
+            word, _colon, path = line.partition(': ')
+            if word not in MODES:
+                raise SeriesError(f'patches/{name}: {word!r} below the '
+                                  'message is no word of this format')
+            files[path] = MODES[word]
+        return cls(name, head, files, diff)
 
     @classmethod
-    def of_commit(cls, git: Git, commit: str, number: int, changes: dict,
-                  added: dict, context: int) -> 'Patch':
+    def of_commit(cls, git: Git, commit: str, name: str,
+                  files: dict[str, str], context: int) -> 'Patch':
         """Make the patch of a commit.
 
-        :param changes: path -> status, of the base's files alone
-        :param added: path -> mode, of files that the commit adds
+        :param files: as in the patch; of all other files, it has the hunks
         :param context: lines of the base around a hunk
         """
-        hunks = sorted(p for p, status in changes.items() if status != 'D')
-        mail = git.run(
-            'format-patch', '-1', '--stdout', '--always', '--zero-commit',
-            '--keep-subject', '--no-signature', '--no-encode-email-headers',
-            '--no-thread', '--no-attach', '--no-base', '--no-renames',
-            commit).stdout
-        if SEPARATOR in git.run('show', '-s', '--format=%B', commit).stdout:
-            raise SeriesError('%s: a line "---" would end the message there; '
-                              'reword' % commit[:12])
+        mail = git.run('format-patch', '-1', '--stdout', '--always',
+                       '--no-encode-email-headers', *MAIL, commit).stdout
         diff = git.run(
             'diff-tree', '-p', '-r', '--no-commit-id', '--no-renames',
             '--full-index', '--binary', '--no-ext-diff', '--no-textconv',
-            '--no-color', '--unified=%d' % context, commit, '--',
-            *(':(literal)' + path for path in hunks)).stdout if hunks else b''
-        subject = git.out('show', '-s', '--format=%f', commit)[:52].strip('-.')
-        return cls('%04d-%s.patch' % (number, subject),
-                   mail.partition(SEPARATOR)[0].rstrip(b'\n'),
-                   added, [p for p, status in changes.items() if status == 'D'],
+            '--no-color', f'--unified={context}', commit, '--',
+            *(':(exclude,literal)' + path for path in files)).stdout
+        return cls(name, mail.partition(SEPARATOR)[0].rstrip(b'\n'), files,
                    _stable(diff))
+
+    def dump(self) -> bytes:
+        words = {mode: word for word, mode in MODES.items()}
+        in_order = sorted(self.files, key=lambda path: (
+            self.files[path] == NO_FILE, path))
+        notes = ''.join(
+            f'{words[self.files[path]]}: {path}\n' for path in in_order)
+        return self.head + SEPARATOR + os.fsencode(notes) + b'\n' + self.diff
+
+    @property
+    def adds(self) -> list[str]:
+        return [p for p, mode in self.files.items() if mode != NO_FILE]
+
+    @property
+    def deletes(self) -> list[str]:
+        return [p for p, mode in self.files.items() if mode == NO_FILE]
 
     @property
     def message(self) -> bytes:
@@ -112,8 +111,22 @@ class Patch:
     @property
     def subject(self) -> str:
         found = re.search(rb'^Subject: (.*(?:\n .*)*)', self.head, re.M)
-        return _decode(found.group(1)).replace('\n ', ' ').strip() if (
-            found) else ''
+        subject = os.fsdecode(found.group(1)) if found else ''
+        return subject.replace('\n ', ' ').strip()
+
+    def lines(self) -> Iterator[tuple[int, str, int, str]]:
+        """Of each line of the diff: number, file, number there, and text."""
+        number = self.dump().count(b'\n') - self.diff.count(b'\n')
+        path, there = '', 0
+        for text in self.diff.decode(errors='replace').split('\n'):
+            number += 1
+            if text.startswith('diff --git '):
+                path = text.rpartition(' b/')[2]
+            elif text.startswith('@@ '):
+                there = int(re.search(r'\+(\d+)', text)[1]) - 1
+            elif text.startswith((' ', '+')):
+                there += 1
+            yield number, path, there, text
 
 
 def _stable(diff: bytes) -> bytes:
@@ -127,11 +140,3 @@ def _stable(diff: bytes) -> bytes:
         part if b'\nGIT binary patch\n' in part
         else HUNK.sub(rb'\1', INDEX.sub(b'', part))
         for part in files)
-
-
-def _encode(text: str) -> bytes:
-    return text.encode(errors='surrogateescape')
-
-
-def _decode(data: bytes) -> str:
-    return data.decode(errors='surrogateescape')

@@ -10,8 +10,10 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+
 """Where things lie, and the pinned base."""
 
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import fcntl
@@ -47,7 +49,7 @@ class Project:
     @classmethod
     def load(cls, root: pathlib.Path) -> 'Project':
         data = tomllib.loads((root / 'tools' / 'series.toml').read_text())
-        return cls(root=root, **data['base'], **data['series'])
+        return cls(root=root.absolute(), **data['base'], **data['series'])
 
     @property
     def patches(self) -> pathlib.Path:
@@ -63,53 +65,59 @@ class Project:
         return self.root / '.series-staging'
 
     @property
+    def release(self) -> str:
+        return f'{self.name}-{self.version}'
+
+    @property
     def sdist_name(self) -> str:
-        return '%s-%s.tar.gz' % (self.name, self.version)
+        return f'{self.release}.tar.gz'
 
     @property
     def cache(self) -> pathlib.Path:
-        top = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-        return pathlib.Path(top) / ('%s-series' % self.name)
+        top = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+        return pathlib.Path(top).expanduser() / f'{self.name}-series'
 
     def sdist(self) -> pathlib.Path:
         """The base's source distribution, fetched once.
 
-        pip finds it, so that whatever index, mirror or proxy pip is set up
-        with is used. It is put in the cache whole and proven, or not at all.
+        It is put in the cache whole and proven, or not at all.
 
         :raises: SeriesError if it can't be had or isn't the pinned one
         """
         path = self.cache / self.sdist_name
-        if path.exists():
-            self._prove(path)
-            return path
-        self.cache.mkdir(parents=True, exist_ok=True)
-        print('fetching', self.sdist_name, flush=True)
-        with tempfile.TemporaryDirectory(dir=self.cache) as scratch:
+        if not path.exists():
+            self._fetch(path)
+        self._prove(path)
+        return path
+
+    def _fetch(self, path):
+        """pip finds it, so that its index, mirror or proxy is used."""
+        print('fetching', path.name, flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             done = subprocess.run(
                 [_python_with_pip(scratch), '-m', 'pip', 'download',
                  '--no-deps', '--no-binary', self.name, '--dest', scratch,
-                 '%s==%s' % (self.name, self.version)],
+                 f'{self.name}=={self.version}'],
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            fresh = pathlib.Path(scratch) / self.sdist_name
+            fresh = pathlib.Path(scratch, path.name)
             if done.returncode or not fresh.exists():
                 raise SeriesError(
-                    'pip could not fetch %s:\n%s\nmend the connection or '
-                    "pip's settings, or put the file into %s by hand" % (
-                        self.sdist_name, done.stdout.rstrip(), self.cache))
+                    f'pip could not fetch {path.name}:\n'
+                    f"{done.stdout.rstrip()}\nmend the connection or pip's "
+                    f'settings, or put the file into {path.parent} by hand')
             self._prove(fresh)
             os.replace(fresh, path)
-        return path
 
     def _prove(self, path):
         with open(path, 'rb') as f:
             found = hashlib.file_digest(f, 'sha256').hexdigest()
         if found != self.sha256:
             raise SeriesError(
-                '%s is not the pinned one:\n  found    %s\n  expected %s\n'
-                'remove it if a download broke; if it comes so again, whoever '
-                'serves it has changed it: do not use it' % (
-                    path, found, self.sha256))
+                f'{path} is not the pinned one:\n  found    {found}\n'
+                f'  expected {self.sha256}\nremove it if a download broke; if '
+                'it comes so again, whoever serves it has changed it: do not '
+                'use it')
 
 
 def _python_with_pip(scratch):
@@ -120,13 +128,13 @@ def _python_with_pip(scratch):
     try:
         venv.create(scratch + '/venv', with_pip=True)
     except subprocess.CalledProcessError:
-        raise SeriesError('%s has neither pip nor ensurepip; install '
-                          'python3-venv' % sys.executable) from None
+        raise SeriesError(f'{sys.executable} has neither pip nor ensurepip; '
+                          'install python3-venv') from None
     return scratch + '/venv/bin/python'
 
 
 @contextlib.contextmanager
-def locked(project: Project):
+def locked(project: Project) -> Iterator[None]:
     """One command at a time in a repository.
 
     The lock goes with the process, however that ends.
@@ -136,8 +144,8 @@ def locked(project: Project):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print('another command works in %s, waiting for it' %
-                  project.root, flush=True)
+            print(f'another command works in {project.root}, waiting for it',
+                  flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:

@@ -10,6 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+
 """From the tree to the repository: our lines, and nothing else."""
 
 import os
@@ -18,18 +19,19 @@ import shutil
 
 from . import compose
 from . import SeriesError
+from .git import File
 from .git import Git
+from .git import NO_FILE
 from .mail import Patch
+from .mail import SEPARATOR
 from .project import Project
 
 READY = 'ready'  # the last file of a staging folder: all else is whole
 
 
-def write(git: Git, project: Project, tip: str,
-          target: pathlib.Path) -> list[Patch]:
+def write(git: Git, project: Project, tip: str, target: pathlib.Path) -> None:
     """Write the commits base..tip as patches and files below a folder.
 
-    :returns: the patches
     :raises: SeriesError naming the commit that doesn't fit the form
     """
     base = compose.ensure_base(git, project)
@@ -38,72 +40,66 @@ def write(git: Git, project: Project, tip: str,
         raise SeriesError('tree/ does not stand on the base: git -C tree '
                           'rebase --onto base <the commit below the first '
                           'of the series>')
-    owned = git.entries(base)
+    owned = git.files(base)
     adder: dict[str, str] = {}
-    written = []
     (target / 'patches').mkdir(parents=True)
-    commits = git.out('rev-list', '--reverse', '--topo-order', '--parents',
-                      '%s..%s' % (base, tip)).splitlines()
-    for number, line in enumerate(commits, 1):
-        commit, *parents = line.split()
-        subject = git.out('show', '-s', '--format=%s', commit)
-        title = '%s (%s)' % (commit[:12], subject)
-        if len(parents) != 1:
-            raise SeriesError('%s is a merge: rebase the series' % title)
+    commits = git.out('log', '-z', '--reverse', '--topo-order',
+                      '--format=%H%n%P%n%s%n%f%n%B', f'{base}..{tip}')
+    for number, told in enumerate(filter(None, commits.split('\0')), 1):
+        commit, parents, subject, slug, message = told.split('\n', 4)
+        title = f'{commit[:12]} ({subject})'
+        if len(parents.split()) != 1:
+            raise SeriesError(f'{title} is a merge: rebase the series')
         if subject.startswith(('fixup!', 'squash!', 'amend!')):
-            raise SeriesError('%s: fold it in first: git -C tree rebase -i '
-                              '--autosquash base' % title)
-        changes = git.changes(parents[0], commit)
-        entries = git.entries(commit, *changes) if changes else {}
-        ours = {path: entries.get(path) for path in changes
-                if path not in owned}
-        for path, entry in ours.items():
-            _addition(project, title, path, entry, adder)
+            raise SeriesError(f'{title}: fold it in first: git -C tree rebase '
+                              '-i --autosquash base')
+        if os.fsdecode(SEPARATOR) in message + '\n':
+            raise SeriesError(f'{title}: a line "---" would end the message '
+                              'there; reword')
+        changes = git.changes(parents, commit)
+        for path, file in changes.items():
+            if path not in owned:
+                _addition(project, title, path, file, adder)
+                write_file(git, target / path, file)
         patch = Patch.of_commit(
-            git, commit, number,
-            {p: s for p, s in changes.items() if p in owned},
-            {p: entry[0] for p, entry in ours.items()}, project.context_lines)
+            git, commit, f'{number:04d}-{slug[:52].strip("-.")}.patch',
+            {path: file.mode for path, file in changes.items()
+             if path not in owned or file.mode == NO_FILE},
+            project.context_lines)
         (target / 'patches' / patch.name).write_bytes(patch.dump())
-        for path, entry in ours.items():
-            write_file(git, target / path, *entry)
-        written.append(patch)
-    return written
 
 
-def _addition(project, title, path, entry, adder):
+def _addition(project, title, path, file, adder):
     """Hold a file of the series to the form."""
     if path in adder:
         raise SeriesError(
-            '%s changes %s, which %s adds: a file of ours belongs whole to '
-            'one commit; git commit --fixup and git rebase --autosquash' % (
-                title, path, adder[path]))
+            f'{title} changes {path}, which {adder[path]} adds: a file of '
+            'ours belongs whole to one commit; git commit --fixup and git '
+            'rebase --autosquash')
     if not path.startswith(tuple(root + '/' for root in project.roots)):
-        raise SeriesError('%s adds %s, outside of %s' % (
-            title, path, ', '.join(project.roots)))
+        raise SeriesError(f'{title} adds {path}, outside of '
+                          f'{", ".join(project.roots)}')
     if '\n' in path:
-        raise SeriesError('%s adds %r: no line break in a name' % (
-            title, path))
-    if entry[0] not in ('100644', '100755'):
-        raise SeriesError('%s adds %s, no plain file (mode %s)' % (
-            title, path, entry[0]))
+        raise SeriesError(f'{title} adds {path!r}: no line break in a name')
+    if file.mode not in ('100644', '100755'):
+        raise SeriesError(f'{title} adds {path}, no plain file (mode '
+                          f'{file.mode})')
     adder[path] = title
 
 
-def write_file(git: Git, path: pathlib.Path, mode: str, blob: str) -> None:
-    """Write what git keeps as this blob."""
+def write_file(git: Git, path: pathlib.Path, file: File) -> None:
+    """Write what git keeps as this file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(git.run('cat-file', 'blob', blob).stdout)
-    path.chmod(0o755 if mode == '100755' else 0o644)
+    path.write_bytes(git.run('cat-file', 'blob', file.blob).stdout)
+    path.chmod(0o755 if file.mode == '100755' else 0o644)
 
 
-def own_files(project: Project) -> set[str]:
-    """Files of the series that lie in the repository, patches included."""
-    found = set()
-    for root in (*project.roots, 'patches'):
-        for path in (project.root / root).rglob('*'):
-            if path.is_file() and '__pycache__' not in path.parts:
-                found.add(str(path.relative_to(project.root)))
-    return found
+def own_files(project: Project, top: pathlib.Path) -> set[str]:
+    """Files of the series that lie below a folder, patches included."""
+    return {str(path.relative_to(top))
+            for root in (*project.roots, 'patches')
+            for path in (top / root).rglob('*')
+            if path.is_file() and '__pycache__' not in path.parts}
 
 
 def save(project: Project) -> str:
@@ -116,37 +112,37 @@ def save(project: Project) -> str:
     if not git.dir.exists():
         raise SeriesError('there is no tree/: make tree')
     compose.interrupted(git)
-    changed = git.out('status', '--porcelain', worktree=True).splitlines()
-    if any(not line.startswith('??') for line in changed):
-        raise SeriesError('tree/ has changes that are in no commit; commit '
-                          'them first:\n' + compose.shorten(changed))
+    changed = compose.uncommitted(git, '--untracked-files=no')
     if changed:
-        print('note: not saved, as no commit has them:\n' +
-              compose.shorten(changed))
+        raise SeriesError('tree/ has changes that are in no commit; commit '
+                          'them first:\n' + changed)
+    untracked = compose.uncommitted(git)
+    if untracked:
+        print('note: not saved, as no commit has them:\n' + untracked)
     head = git.resolve('HEAD')
     before = git.resolve(compose.SAVED)
-    _stage(git, project, head)
-    finish(project)
-    compose.mark(git, head, compose.compose(git, project))
-    said = 'saved %s, %s commits' % (head[:12], git.out(
-        'rev-list', '--count', 'base..HEAD'))
-    if before in (None, head) or compose.same_series(git, before, head):
-        return said + ': nothing has changed'
-    base = git.resolve('base^{commit}')
-    if base in (before, head):  # range-diff takes no empty range
-        return git.out('log', '--format=%s %%h %%s' % (
-            '+' if before == base else '-'), '--reverse',
-            before, head, '^base') + '\n' + said
-    return git.out('range-diff', '--no-color', 'base..%s' % before,
-                   'base..%s' % head) + '\n' + said
-
-
-def _stage(git, project, head):
     shutil.rmtree(project.staging, ignore_errors=True)
     project.staging.mkdir()
     write(git, project, head, project.staging)
     (project.staging / READY).touch()
     os.sync()
+    finish(project)
+    compose.mark(git, head, compose.compose(git, project))
+    count = git.out('rev-list', '--count', 'base..HEAD')
+    said = f'saved {head[:12]}, {count} commits'
+    if before in (None, head) or compose.same_series(git, before, head):
+        return said + ': nothing has changed'
+    return _difference(git, before, head) + '\n' + said
+
+
+def _difference(git, before, head):
+    base = git.resolve('base^{commit}')
+    if base in (before, head):  # range-diff takes no empty range
+        sign = '+' if before == base else '-'
+        return git.out('log', f'--format={sign} %h %s', '--reverse', before,
+                       head, '^base')
+    return git.out('range-diff', '--no-color', f'base..{before}',
+                   f'base..{head}')
 
 
 def finish(project: Project) -> bool:
@@ -158,21 +154,19 @@ def finish(project: Project) -> bool:
     if not (staging / READY).exists():
         shutil.rmtree(staging, ignore_errors=True)
         return False
-    fresh = {str(path.relative_to(staging)): path
-             for path in staging.rglob('*')
-             if path.is_file() and path.name != READY}
-    for name in own_files(project) - set(fresh):
+    fresh = own_files(project, staging)
+    for name in own_files(project, project.root) - fresh:
         (project.root / name).unlink()
-    for name, path in fresh.items():
+    for name in fresh:
         target = project.root / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, str(target) + '.saving')
-        os.replace(str(target) + '.saving', target)
+        shutil.copy2(staging / name, f'{target}.saving')
+        os.replace(f'{target}.saving', target)
     for root in project.roots:
         top = project.root / root
-        for path in [*sorted(top.rglob('*'), reverse=True), top]:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+        for folder in [*sorted(top.rglob('*'), reverse=True), top]:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
     (staging / READY).unlink()
     shutil.rmtree(staging)
     return True

@@ -266,15 +266,15 @@ def _keep(git, commit):
 def _end_checkout(git):
     """End a checkout that was cut off: some files are old, others new.
 
-    Somebody may have worked on since: all is kept first.
+    Somebody may have worked on since: all is kept first, new files too.
     """
     # Left by the git that was killed; see project.locked.
     (git.dir / 'index.lock').unlink(missing_ok=True)
+    git.run('add', '--all', worktree=True)
     found = git.out('stash', 'create', worktree=True, check=False,
                     env=BASE_IDENTITY)
-    if found:
-        print('ending a checkout of tree/ that was cut off; the files as they '
-              'were are', _keep(git, found))
+    print('ending a checkout of tree/ that was cut off; the files as they '
+          'were are', _keep(git, found or git.resolve('HEAD')))
     _checkout(git, git.resolve(MOVING))
 
 

@@ -142,6 +142,25 @@ class TestKilled(base.ProjectTest):
         self.assertEqual('mine', git.out('show', kept + ':nova/b.py'))
         self.assertIsNone(git.resolve(compose.MOVING))
 
+    def test_work_committed_since_a_checkout_was_cut_off(self):
+        git = self.tree()
+        there = self.commit(git, {'nova/a.py': b'1\n'})
+        save.save(self.project)
+        git.run('update-ref', compose.MOVING, there)
+        head = self.commit(git, {'nova/a.py': b'2\n'})
+        for files in ({}, {'nova/new.py': b'mine\n'}):
+            with self.subTest(files), mock.patch('builtins.print') as said:
+                git.run('update-ref', compose.MOVING, there)
+                git.run('reset', '--quiet', '--hard', head, worktree=True)
+                for name, content in files.items():
+                    (git.path / name).write_bytes(content)
+                compose.make_tree(self.project)
+                kept = said.call_args.args[-1]
+                self.assertEqual('2', git.out('show', kept + ':nova/a.py'))
+                for name in files:
+                    self.assertEqual('mine', git.out('show', f'{kept}:{name}'))
+                self.assertEqual(there, git.resolve('HEAD'))
+
     def pull(self):
         """The repository changes as a pull would change it."""
         other = self.new_project('other')

@@ -41,8 +41,8 @@ unit:         ## Nova's unit tests that the series can affect, alone
 functional:   ## Nova's functional tests of the libvirt driver, and ours
 	@$(RUN) functional
 
-each:         ## test every commit of the series alone (ALL=1: all unit tests on each)
-	@$(RUN) each $(if $(ALL),--all)
+each:         ## test every commit of the series alone (ALL=1: all unit tests on each; FIRST=N: from the Nth on)
+	@$(RUN) each $(if $(ALL),--all) $(if $(FIRST),--first $(FIRST))
 
 lab:          ## bring up two libvirt hosts and a cloud on this machine
 	@lab/lab up

@@ -33,6 +33,8 @@ def main() -> int:
         'lab', 'each', 'wheel', 'dist'))
     parser.add_argument('--all', action='store_true',
                         help='each: all unit tests on every commit')
+    parser.add_argument('--first', type=int, default=1, metavar='N',
+                        help='each: begin with the Nth commit')
     arguments = parser.parse_args()
     try:
         if os.environ.get(INSIDE):
@@ -76,7 +78,7 @@ def _inside(arguments) -> int:
     tally = counting.Tally()
     stage = getattr(stages, arguments.command)
     if arguments.command == 'each':
-        stage(tally, arguments.all)
+        stage(tally, arguments.all, arguments.first)
     else:
         stage(tally)
     return tally.report()

@@ -116,15 +116,20 @@ def _no_lab():
         return 'this machine makes no namespaces (unshare fails)'
 
 
-def each(tally, everything):
-    """Test every commit alone, in order, in a checkout of its own."""
+def each(tally, everything, first=1):
+    """Test every commit alone, in order, in a checkout of its own.
+
+    :param everything: all unit tests, not just those of what it touches
+    :param first: the number of the commit to begin with
+    """
     work = ROOT / 'build' / 'each'
     _git('worktree', 'remove', '--force', work, check=False)
     shutil.rmtree(work, ignore_errors=True)
     _git('worktree', 'prune')
     _git('worktree', 'add', '--quiet', '--detach', work, 'base')
     try:
-        for commit in _git('rev-list', '--reverse', 'base..HEAD'):
+        commits = _git('rev-list', '--reverse', 'base..HEAD')
+        for commit in commits[first - 1:]:
             _git('checkout', '--quiet', '--force', commit, cwd=work)
             print(_git('log', '-1', '--format=-- %h %s', cwd=work)[0])
             _one_commit(tally, work, commit[:9] + ' ', everything)

@@ -10,7 +10,6 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-
 """Whether repository and tree agree, and whether each commit is in form."""
 
 import itertools

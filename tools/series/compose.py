@@ -10,7 +10,6 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-
 """From the repository to the tree: the base and one commit a patch."""
 
 import os

@@ -10,7 +10,6 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-
 """The series as others take it: mails for git am, a quilt directory."""
 
 import pathlib

@@ -10,7 +10,6 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-
 """Running git so that nobody's settings change what comes out."""
 
 import os

@@ -10,7 +10,6 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-
 """One patch file: a commit's message, its hunks, the files that it adds.
 
 The form is git's mail format. Below the ``---`` line, where mail programs and

@@ -10,7 +10,6 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-
 """Where things lie, and the pinned base."""
 
 from collections.abc import Iterator

@@ -10,7 +10,6 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-
 """From the tree to the repository: our lines, and nothing else."""
 
 import os

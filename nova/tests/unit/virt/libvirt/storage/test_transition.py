@@ -511,8 +511,8 @@ class DriverTestCase(test.NoDBTestCase):
     def setUp(self):
         super().setUp()
         self.useFixture(nova_fixtures.LibvirtFixture())
-        self.flags(images_type='libvirt-storage', group='libvirt')
         self.driver = libvirt_driver.LibvirtDriver(fake.FakeVirtAPI())
+        self.flags(images_type='libvirt-storage', group='libvirt')
         self.instance = objects.Instance(
             uuid=uuids.instance, image_ref=uuids.image, system_metadata={})
         self.disks = mock.Mock(has_mappings=True)

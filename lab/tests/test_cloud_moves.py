@@ -531,7 +531,7 @@ class TestKinds(MovesCase):
         mapping += [{'boot_index': -1, 'source_type': 'blank',
                      'destination_type': 'local', 'volume_size': 1}] * 17
         mapping += [{'boot_index': -1, 'source_type': 'blank',
-                     'destination_type': 'local', 'volume_size': 0,
+                     'destination_type': 'local', 'volume_size': 64,
                      'guest_format': 'swap'}]
         server, before = self.server(flavor='lab.many',
                                      block_device_mapping=mapping)

@@ -83,14 +83,14 @@ class Process:
             os.close(fd)
 
 
-def session(sid: int) -> list[Process]:
-    """All processes of a session."""
+def sessions(*sids: int) -> list[Process]:
+    """All processes of these sessions."""
     found = []
     for entry in os.scandir('/proc'):
         if entry.name.isdigit():
             with contextlib.suppress(OSError, ProcessLookupError):
                 fields = _stat(int(entry.name))
-                if int(fields[3]) == sid and fields[0] not in 'ZX':
+                if int(fields[3]) in sids and fields[0] not in 'ZX':
                     found.append(Process(int(entry.name), int(fields[19])))
     return found
 
@@ -167,8 +167,8 @@ class Service:
         """The daemon and its children: some make a session of their own."""
         if not self.alive():
             # Its id may be another's by now; a session's members keep it.
-            return [p for p in session(self.sid) if p.start >= self.start]
-        return session(self.sid) + session(self.pid)
+            return [p for p in sessions(self.sid) if p.start >= self.start]
+        return sessions(self.sid, self.pid)
 
     def signal(self, number: int) -> None:
         for member in self.members():

@@ -306,8 +306,7 @@ class TestWire(MovesCase):
         finally:
             self.b.free(POOL)
         self.assertEqual(before.boot_id, said.boot_id)
-        self.assertRegex(self.fault(server),
-                         'room|available')
+        self.assertRegex(self.fault(server), 'room|available')
         self.assert_goes(server, said)
 
     def test_pool_is_inactive(self):
@@ -474,8 +473,7 @@ class TestKinds(MovesCase):
             self.begin(server)
             said = self.assert_stayed(server, before, boots=False)
             self.assertEqual(before.boot_id, said.boot_id)
-            self.assertRegex(self.fault(server),
-                             'too old|no offer')
+            self.assertRegex(self.fault(server), 'too old|no offer')
         finally:
             self.b.stop('nova-compute')
             self.cloud.start_compute('host-b')

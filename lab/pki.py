@@ -34,7 +34,15 @@ from cryptography.x509.oid import NameOID
 from . import guide
 
 DAYS = 30
-VARIANTS = ('good', 'none', 'other-ca', 'wrong-name', 'expired', 'revoked')
+VARIANTS = ('good', 'none', 'other-ca', 'wrong-name', 'expired',
+            'not-yet-valid', 'revoked')
+
+_HOUR = datetime.timedelta(hours=1)
+_LONG = datetime.timedelta(days=DAYS)
+#: From when to when, as seen from now: by default, and of a variant.
+_PERIOD = (-_HOUR, _LONG)
+_PERIODS = {'expired': (-2 * 24 * _HOUR, -_HOUR),
+            'not-yet-valid': (_HOUR, _LONG)}
 
 
 def _pem_key(key) -> bytes:
@@ -72,8 +80,8 @@ class Authority:
             _name(self.common)).issuer_name(_name(self.common)).public_key(
             key.public_key()).serial_number(
             x509.random_serial_number()).not_valid_before(
-            now - datetime.timedelta(hours=1)).not_valid_after(
-            now + datetime.timedelta(days=DAYS)).add_extension(
+            now + _PERIOD[0]).not_valid_after(
+            now + _PERIOD[1]).add_extension(
             x509.BasicConstraints(ca=True, path_length=None), True
         ).add_extension(x509.KeyUsage(
             False, False, False, False, False, True, True, False, False), True
@@ -90,27 +98,23 @@ class Authority:
                 (self.folder / 'cakey.pem').read_bytes(), None))
 
     def issue(self, into: pathlib.Path, host: str, name: str, address: str,
-              expired: bool = False) -> None:
+              period=_PERIOD) -> None:
         """A certificate for a host, as server and as client.
 
         :param into: the folder for HOST.pem and HOST.key
 
         :param name: common name and DNS name
         :param address: IP address
-        :param expired: its time is over since an hour
+        :param period: when it begins and ends, timedeltas from now
         """
         authority, authority_key = self._load()
         key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.datetime.now(datetime.timezone.utc)
-        first, last = ((now - datetime.timedelta(days=2),
-                        now - datetime.timedelta(hours=1)) if expired else
-                       (now - datetime.timedelta(hours=1),
-                        now + datetime.timedelta(days=DAYS)))
         certificate = x509.CertificateBuilder().subject_name(
             _name(name)).issuer_name(authority.subject).public_key(
             key.public_key()).serial_number(
             x509.random_serial_number()).not_valid_before(
-            first).not_valid_after(last).add_extension(
+            now + period[0]).not_valid_after(now + period[1]).add_extension(
             x509.BasicConstraints(ca=False, path_length=None), True
         ).add_extension(x509.KeyUsage(
             True, False, True, False, False, False, False, False, False), True
@@ -154,7 +158,7 @@ class Hosts:
         """
         folder = self.folder / host.name
         folder.mkdir(exist_ok=True, mode=0o700)
-        if variant in ('other-ca', 'wrong-name', 'expired'):
+        if variant in ('other-ca', 'wrong-name', *_PERIODS):
             authority = Authority(self.folder)
             if variant == 'other-ca':
                 authority = Authority(self.folder / 'other')
@@ -162,7 +166,8 @@ class Hosts:
             wrong = variant == 'wrong-name'
             authority.issue(
                 folder, host.name, 'somebody-else' if wrong else host.name,
-                '192.0.2.1' if wrong else host.address, variant == 'expired')
+                '192.0.2.1' if wrong else host.address,
+                _PERIODS.get(variant, _PERIOD))
         else:
             guide.run(self.control, 'certificate', self.folder,
                       HOST=host.name, ADDRESS=host.address)

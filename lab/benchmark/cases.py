@@ -113,6 +113,8 @@ class Cases:
         name, case = 'random', '%g GiB random' % (size / GIB)
         length = self.bench.make(name, RANDOM % (size >> 20))
         ways, checksums = self._ways(name, length)
+        ways['virsh vol-upload'] = functools.partial(
+            self.bench.upload, name, length)
         costs = self.paired(name, length, ways)
         yield from rows(case, costs, {'rsync': 1.5, 'scp': 1.5,
                                       'nbdcopy -C 4': 1.0})
@@ -135,6 +137,12 @@ class Cases:
         yield less(case, 'verification seconds',
                    statistics.median(verified), 'our copy', ours, 0.4)
         yield from self._threads(case, name, length)
+        cancelled = []
+        for _ in range(self.runs):
+            self.bench.clear(name)
+            cancelled.append(self.bench.cancel(name, length, ours / 2))
+        yield less(case, 'seconds to cancel', statistics.median(cancelled),
+                   'limit', 0.1, 1.0)
         self.bench.forget(name)
 
     def _threads(self, case, name, length):
@@ -225,6 +233,12 @@ class Cases:
         length = self.bench.make(name, 'out.write(os.urandom(4096))')
         ways, _checksums = self._ways(name, length)
         yield from rows(case, self.paired(name, length, ways), {})
+        self.bench.clear(name)
+        _cost, answer = self.bench.pump([name], length)
+        yield less(case, 'seconds of a worker that reads it',
+                   statistics.median(self.bench.verify(
+                       name, length, answer['checksums'][0])
+                       for _ in range(self.runs)), 'limit', 0.15, 1.0)
         self.bench.forget(name)
 
     def slow(self, size=256 * MIB, rate='84mbit'):

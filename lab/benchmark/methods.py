@@ -166,10 +166,7 @@ class Bench:
         """The copy with all that a migration does for it."""
         services = self._services('libvirtd')
         before = measure.daemon_cpu(services)
-        with self.b.connect() as connection:
-            pool = connection.storagePoolLookupByName(POOL)
-            for name in names:
-                pool.createXML(VOLUME_XML % (name, length))
+        self._create(names, length)
         answer = self.runner(
             'copy', source='qemu:///system', destination=self.a.uri(self.b),
             volumes=[[POOL, name, POOL, name, length] for name in names],
@@ -177,6 +174,20 @@ class Bench:
         return measure.Cost(
             answer['wall'], answer['client'],
             measure.daemon_cpu(services) - before, answer['memory']), answer
+
+    def _create(self, names, length):
+        with self.b.connect() as connection:
+            pool = connection.storagePoolLookupByName(POOL)
+            for name in names:
+                pool.createXML(VOLUME_XML % (name, length))
+
+    def cancel(self, name: str, length: int, after: float) -> float:
+        """Seconds from a cancel in the middle to the copy's end."""
+        self._create([name], length)
+        return self.runner(
+            'cancel', source='qemu:///system', destination=self.a.uri(self.b),
+            **{'from': [POOL, name], 'to': [POOL, name]}, length=length,
+            after=after)['wall']
 
     def verify(self, name: str, length: int, checksum) -> float:
         """Seconds that it takes on host-b."""
@@ -208,6 +219,15 @@ class Bench:
                     '%s /dev/stdin' % (make, POOL, name, upload))
         return measure.command(self.a, ['sh', '-c', text],
                                self._services('libvirtd'))
+
+    def upload(self, name, length):
+        """libvirt's own client reads the file: it can't be much faster."""
+        uri = self.a.uri(self.b)
+        return measure.command(self.a, ['sh', '-c', (
+            'virsh -q -c %s vol-create-as %s %s %d --allocation 0 && '
+            'virsh -q -c %s vol-upload --pool %s %s %s/%s' % (
+                uri, POOL, name, length, uri, POOL, name, FOLDER, name))],
+            self._services('libvirtd'))
 
     def nbdcopy(self, name, length, connections=1):
         """Into a file that is there and empty, which it is told."""

@@ -100,6 +100,26 @@ def verify(pump, request):
     return {'wall': time.monotonic() - start}
 
 
+def cancel(pump, request):
+    """Cancel a copy in its middle, and see how long it takes to end."""
+    from nova import exception
+    asked = []
+
+    def cancelled():
+        if time.monotonic() - start > request['after'] and not asked:
+            asked.append(time.monotonic())
+        return bool(asked)
+
+    start = time.monotonic()
+    try:
+        pump.copy(pump.Volume(request['source'], *request['from']),
+                  pump.Volume(request['destination'], *request['to']),
+                  request['length'], cancelled=cancelled)
+    except exception.StorageTransferCancelled:
+        return {'wall': time.monotonic() - asked[0]}
+    raise RuntimeError('it was over before it could be cancelled')
+
+
 def spin(_pump, request):
     """How fast a thread is here; nothing else is done."""
     spinner = Spinner()
@@ -111,7 +131,8 @@ def spin(_pump, request):
 def main():
     answers = _silence()
     from nova.virt.libvirt.storage import pump
-    operations = {'copy': copy, 'verify': verify, 'spin': spin}
+    operations = {'copy': copy, 'verify': verify, 'cancel': cancel,
+                  'spin': spin}
     print(json.dumps({'ready': True}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)

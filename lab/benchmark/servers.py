@@ -28,7 +28,7 @@ OTHER = {'host-a': 'host-b', 'host-b': 'host-a'}
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """:ivar data: MiB of random data written to the root disk"""
+    """:ivar data: MiB of random data on a disk"""
 
     case: str
     data: int
@@ -69,8 +69,8 @@ def measure(runs, progress, loads=LOADS):
 
 def _seconds(cloud, load, runs, way, tell) -> float:
     flavor = cloud.conn.compute.create_flavor(
-        name='bench-%d' % load.data, ram=128, vcpus=1, ephemeral=0, swap=0,
-        disk=1 + -(-load.data // 1024))
+        name='bench-%d' % load.data, ram=128, vcpus=1, swap=0, disk=1,
+        ephemeral=load.data and 1 + -(-load.data // 1024))
     # The first boot on a host, and the first migration, do more.
     server = cloud.boot('bench', flavor=flavor.name, host='host-a')
     took = []
@@ -79,7 +79,10 @@ def _seconds(cloud, load, runs, way, tell) -> float:
             server.stop()
             _write(server, load.data)
             server.start()
+        seen = None
         for number in range(1 + runs):
+            # A guest that isn't up yet doesn't see the power button.
+            seen = server.testimony(after=seen)
             start = time.monotonic()
             server.migrate(OTHER[server.host])
             seconds = time.monotonic() - start
@@ -95,25 +98,28 @@ def _seconds(cloud, load, runs, way, tell) -> float:
 
 
 def _write(server, size) -> None:
-    """Write random data into a stopped server's root disk.
+    """Write random data into a stopped server's ephemeral disk.
+
+    The guest makes no use of that.
 
     :param size: MiB
     """
     host = Host(server.host)
     with server.domain() as domain:
-        path = host.run(['virsh', 'domblklist', domain.name()]
-                        ).stdout.splitlines()[2].split(maxsplit=1)[1].strip()
+        names = [line.split(maxsplit=1)[1].strip() for line in host.run(
+            ['virsh', 'domblklist', domain.name()]).stdout.splitlines()[2:]
+            if line.strip()]
+    path = next(name for name in names if name.endswith('disk.eph0'))
     if not path.startswith('/'):
         # "domblklist" shows a volume's name alone.
         path = host.run(['sh', '-c', 'for p in $(virsh pool-list --name); do '
                          'virsh vol-path --pool $p %s 2>/dev/null; done' %
                          path]).stdout.strip()
-    # Behind the image's own partition.
     host.run(['sh', '-ec', '''
 head -c $((64 << 20)) /dev/urandom >/tmp/random
 n=0
 while [ $((n * 64)) -lt %d ]; do
-    echo "write -q -s /tmp/random $((128 + n * 64))M 64M"
+    echo "write -q -s /tmp/random $((n * 64))M 64M"
     n=$((n + 1))
 done | qemu-io -f qcow2 %s
 rm /tmp/random''' % (size, path)])

@@ -50,8 +50,11 @@ class Host:
     """As much of nova.virt.libvirt.host.Host as a move takes."""
 
     def __init__(self, libvirt):
+        from nova.virt.libvirt import host
         self._libvirt = libvirt
         self._connection = None
+        libvirt.registerErrorHandler(host.Host._libvirt_error_handler, None)
+        self._host = host.Host('qemu:///system')
 
     def get_connection(self):
         if self._connection is None or not self._connection.isAlive():
@@ -60,7 +63,7 @@ class Host:
         return self._connection
 
     def connect_to_peer(self, uri):
-        return self._libvirt.open(uri)
+        return self._host.connect_to_peer(uri)
 
     def get_guest(self, instance):
         from nova import exception
@@ -89,7 +92,6 @@ class Compute:
         from nova import objects
         from nova.privsep import sys_admin_pctxt
         from nova.virt.libvirt import host
-        libvirt.registerErrorHandler(lambda _context, _error: None, None)
         libvirt.virEventRegisterDefaultImpl()
         threading.Thread(target=self._events, args=(libvirt,),
                          daemon=True).start()
@@ -202,8 +204,9 @@ class Compute:
     def accept(self):
         from nova.virt.libvirt.storage import arrival
         instance = self.instance
+        # No disk here has a base image.
         arrival.accept(self.context, instance, self.disks(instance),
-                       self.host.get_connection(), 'qemu:///system')
+                       self.host.get_connection(), 'qemu:///system', None)
 
     def revert(self):
         """What the destination does of it: destroy()."""

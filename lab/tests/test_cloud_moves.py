@@ -25,9 +25,11 @@ import unittest
 
 import openstack.exceptions
 
+from lab.cloud import config as cloud_config
 from lab.cloud import database
 from lab import config
 from lab.host import Host
+from lab.machine import Machine
 from lab.tests.cloud_case import CloudTestCase
 from lab.tests.cloud_case import MIB
 from lab.tests.cloud_case import SERIES
@@ -246,6 +248,43 @@ class TestKills(MovesCase):
         self.assert_nothing_left(server, 'host-b')
         self.assert_goes(server, said)
 
+    def test_network_is_away_after_the_copy(self):
+        """Nova fails on the source with all copied, and nothing sent."""
+        server, before = self.server()
+        self.begin(server)
+        self.wait_middle(server, 50)
+        control = Machine('ctl')
+        control.kill('network')
+        try:
+            found = self.settled(server)
+        finally:
+            control.restart('network')
+            control.wait_port(cloud_config.PORTS['network'], 60, 'network')
+        self.assertEqual(('ERROR', 'host-a'),
+                         (found.status, found.compute_host))
+        # What an operator does anyway.
+        server.hard_reboot()
+        said = server.testimony(after=before)
+        self.assert_kept(said)
+        self.wait_for(lambda: not server.left_on('host-b'), 20,
+                      'a clean host-b: %s' % server.left_on('host-b'))
+        self.assert_goes(server, said)
+
+    def test_conductor_is_away(self):
+        """A copy needs neither conductor nor database."""
+        server, before = self.server()
+        self.begin(server)
+        self.wait_middle(server, 20)
+        with Machine('ctl').paused('nova-conductor'):
+            self.wait_for(lambda: 'progress could not be saved' in
+                          self.service_log('host-a'), 120, 'a warning')
+        found = self.settled(server, 240)
+        self.assertEqual(('VERIFY_RESIZE', 'host-b'),
+                         (found.status, found.compute_host))
+        self.assert_kept(server.testimony(after=before))
+        server.confirm()
+        self.assert_nothing_left(server, 'host-a')
+
     def test_operator_cancels(self):
         """The documented way: end the worker; the server stays."""
         server, before = self.server()
@@ -353,18 +392,29 @@ class TestTrust(MovesCase):
 
     rate = None
 
-    def _refused(self, kind):
+    def _refused(self, kind, host=None, reason="can't be reached"):
+        host = host or self.a
         server, before = self.server()
-        self.a.certificate(kind)
+        host.certificate(kind)
         try:
+            self.wait_for(lambda: self.takes('host-b'), what='host-b')
             self.begin(server)
             said = self.assert_stayed(server, before, boots=False)
             self.assertEqual(before.boot_id, said.boot_id)
-            self.assertRegex(self.fault(server),
-                             "can't be reached|certificate")
+            self.assertRegex(self.fault(server), reason)
         finally:
-            self.a.certificate('good')
+            host.certificate('good')
+        self.wait_for(lambda: self.takes('host-b'), what='host-b')
         self.assert_goes(server, said)
+
+    def takes(self, host):
+        """Whether the scheduler sends servers there.
+
+        A compute whose libvirt restarts is disabled until it is back.
+        """
+        return any((service.host, service.state, service.status) == (
+            host, 'up', 'enabled') and service.binary == 'nova-compute'
+            for service in self.cloud.conn.compute.services())
 
     def test_none(self):
         self._refused('none')
@@ -380,6 +430,34 @@ class TestTrust(MovesCase):
 
     def test_revoked(self):
         self._refused('revoked')
+
+    def test_destination_has_a_wrong_name(self):
+        self._refused('wrong-name', self.b,
+                      "can't be reached: .*match the hostname")
+
+
+class TestProgress(MovesCase):
+    """What a user sees of a move while it is under way."""
+
+    def test_progress_moves_with_the_bytes(self):
+        server, said = self.server()
+        server.command('fill', 'more', 24, 'gamma')
+        seen = []
+
+        def watch(found):
+            if found.task_state == 'resize_migrating':
+                seen.append(found.progress)
+
+        server.watch = watch
+        server.migrate('host-b')
+        self.assertEqual(sorted(seen), seen)
+        self.assertTrue([value for value in seen if 0 < value < 100], seen)
+        # There is more than one report.
+        self.assertGreater(len(set(seen)), 2, seen)
+        there = server.testimony(after=said)
+        self.assert_data(there, data=DATA, raw=EPHEMERAL, more=('gamma', 24))
+        server.confirm()
+        self.assert_nothing_left(server, 'host-a')
 
 
 class TestKinds(MovesCase):
@@ -422,6 +500,30 @@ class TestKinds(MovesCase):
         with self.assertRaises(openstack.exceptions.ConflictException):
             server.api.confirm_server_resize(server.id)
         self.assert_nothing_left(server, 'host-a')
+
+    def test_name_is_taken_by_a_foreign_volume(self):
+        server, before = self.server()
+        foreign = self.b.path('%s/%s_disk' % (DISKS, server.id))
+        foreign.write_bytes(b'foreign')
+        was_there = server.left_on('host-b')
+        self.assertIn('volume %s/%s_disk' % (POOL, server.id), was_there)
+        server.migrate('host-b')
+        there = server.testimony(after=before)
+        self.assert_kept(there)
+        self.assertIn('volume %s/%s_disk.1' % (POOL, server.id),
+                      server.left_on('host-b'))
+        server.revert()
+        back = server.testimony(after=there)
+        self.assert_kept(back)
+        self.assertEqual(was_there, server.left_on('host-b'))
+        self.assertEqual(b'foreign', foreign.read_bytes())
+        server.migrate('host-b')
+        there = server.testimony(after=back)
+        server.confirm()
+        self.assert_nothing_left(server, 'host-a')
+        server.hard_reboot()
+        self.assert_kept(server.testimony(after=there))
+        self.assertEqual(b'foreign', foreign.read_bytes())
 
     def test_resize_that_takes_the_swap_away(self):
         flavor = self.cloud.conn.compute.create_flavor(

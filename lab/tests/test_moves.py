@@ -22,6 +22,8 @@ import json
 import os
 import pathlib
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,18 +34,20 @@ import ddt
 import libvirt
 
 import lab
-from lab import config
 from lab.benchmark import methods
+from lab import config
+from lab import process
 from lab.tests import mover
 
 MIB = 1 << 20
 FOLDER = '/var/lib/nova/instances'
 POOLS = {mover.DISKS: FOLDER + '/disks', mover.BASES: FOLDER + '/_base'}
 WORKER = '_pump_worker.py'
-#: Of each: bytes of data, a hole, bytes of data.
+#: Of each: bytes of data, of a hole, of data, and so on in turn.
 SIZES = {'disk': (6 * MIB, 40 * MIB, 2 * MIB + 7),
          'disk.eph0': (0, 8 * MIB, 1), 'disk.config': (400000, 0, 0)}
 RATE = 2   # MiB a second while somebody must be in time
+LARGE = {'disk': (200 * MIB,)}   # takes a while even on one host
 
 libvirt.registerErrorHandler(lambda _context, _error: None, None)
 
@@ -142,6 +146,7 @@ class MovesTest(unittest.TestCase):
 
     def setUp(self):
         super().setUp()
+        self.foreign = {}
         self.make(SIZES)
         self.addCleanup(self.clear)
 
@@ -160,12 +165,13 @@ class MovesTest(unittest.TestCase):
         """Make an instance's disks on host-a."""
         self.clear()
         folder = self.directory(self.a)
-        for name, (head, hole, tail) in sizes.items():
+        for name, lengths in sizes.items():
             with open(folder / ('%s_%s' % (mover.UUID, name)), 'wb') as f:
-                f.write(random.randbytes(head))
-                f.truncate(head + hole)
-                f.seek(head + hole)
-                f.write(random.randbytes(tail))
+                for number, length in enumerate(lengths):
+                    if number % 2:
+                        f.truncate(f.seek(length, os.SEEK_CUR))
+                    else:
+                        f.write(random.randbytes(length))
         self.refresh()
         disks = [name for name in sizes if name != 'disk.config']
         self.database.write_text(json.dumps({
@@ -187,6 +193,21 @@ class MovesTest(unittest.TestCase):
             with contextlib.closing(host.connect()) as connection:
                 connection.storagePoolLookupByName(mover.DISKS).refresh()
 
+    def put_foreign(self, name):
+        """A volume on host-b that is none of ours has a disk's name."""
+        path = self.directory(self.b) / ('%s_%s' % (mover.UUID, name))
+        path.write_bytes(b'foreign')
+        self.refresh()
+        self.foreign[name] = hashlib.sha256(b'foreign').hexdigest()
+
+    def name_there(self, name):
+        return name + '.1' if name in self.foreign else name
+
+    def path_there(self):
+        """Where the copy of the root disk is made."""
+        return self.directory(self.b) / ('%s_%s' % (
+            mover.UUID, self.name_there('disk')))
+
     @contextlib.contextmanager
     def pool(self, host, name=mover.DISKS):
         with contextlib.closing(host.connect()) as connection:
@@ -204,13 +225,16 @@ class MovesTest(unittest.TestCase):
 
     def wait(self, condition, what, limit=60):
         until = time.monotonic() + limit
-        while not condition():
+        while not (found := condition()):
             if time.monotonic() > until:
                 self.fail('no %s in %d s' % (what, limit))
             time.sleep(.01)
+        return found
 
     def wait_percent(self, percent):
-        path = self.directory(self.b) / ('%s_disk' % mover.UUID)
+        """Wait until somebody copies and so much of the root disk is there."""
+        self.wait(lambda: self.workers(self.a), 'worker')
+        path = self.path_there()
         data = SIZES['disk'][0] + SIZES['disk'][2]
 
         def arrived():
@@ -220,38 +244,91 @@ class MovesTest(unittest.TestCase):
         self.wait(arrived, '%d %% of the disk' % percent)
 
     def workers(self, host):
-        return [line.split()[0] for line in host.run(
-            ['ps', '-eo', 'pid,args']).stdout.splitlines()
-            if WORKER in line]
+        """The processes, as process.Process, which copy or verify there."""
+        space = os.readlink('/proc/%d/ns/pid' % host.pid)
+        found = []
+        for path in pathlib.Path('/proc').glob('[0-9]*'):
+            with contextlib.suppress(OSError):
+                if WORKER in (path / 'cmdline').read_text() and (
+                        os.readlink(path / 'ns/pid') == space):
+                    found.append(process.Process.of(int(path.name)))
+        return found
 
-    def end(self):
-        """See a move end that a daemon's death may have come too late for.
+    def kill_workers(self):
+        hit = [worker.signal(signal.SIGKILL) for worker in self.workers(
+            self.a)]
+        self.assertIn(True, hit, 'nobody was there to be killed')
+
+    @contextlib.contextmanager
+    def held_verification(self):
+        """The worker on host-b that reads the root disk, and stands still.
+
+        What it gets meanwhile, by a signal or as an end of its input, it
+        notices afterwards.
+        """
+        wanted = self.path_there().name
+
+        def reads(worker):
+            with contextlib.suppress(OSError):
+                return any(os.readlink(fd).endswith(wanted) for fd in
+                           pathlib.Path('/proc/%d/fd' % worker.pid).iterdir())
+
+        def found():
+            return [worker for worker in self.workers(self.b)
+                    if reads(worker) and worker.signal(signal.SIGSTOP)]
+
+        workers = self.wait(found, 'verification')
+        try:
+            yield workers[0]
+        finally:
+            for worker in workers:
+                worker.signal(signal.SIGCONT)
+
+    def end(self, late=False):
+        """See a move fail.
 
         Where the peer was not there to delete from, its next offer does it.
+
+        :param late: the fault may have come too late for that
         """
         try:
             self.source.answer()
         except StepFailed:
-            if self.files(self.b):
+            if self.files(self.b) != self.foreign:
                 self.dest('offer')
                 self.source('abandon')
         else:
-            self.dest('accept')
-            self.dest('revert')
-            self.source('abandon')
+            self.assertTrue(late, 'the move went on as if nothing had been')
+            self.take_and_revert()
+
+    def take_and_revert(self):
+        """The destination takes over what has come, and gives it back."""
+        self.dest('accept')
+        self.assert_there()
+        self.dest('revert')
+        self.source('abandon')
 
     # -- afterwards
 
+    def assert_there(self):
+        """The destination has all that was sent, and what it had."""
+        self.assertEqual(
+            {**self.foreign, **{self.name_there(name): content
+                                for name, content in self.made.items()}},
+            self.files(self.b))
+
     def assert_back(self):
-        """The source is as it was, the destination has nothing."""
+        """The source is as it was, the destination has nothing of it."""
         self.assertEqual(self.made, self.files(self.a))
         self.assertEqual(self.home, self.source('records'))
         self.assertEqual({}, json.loads(
             self.database.read_text())['system_metadata'])
-        self.assertEqual({}, self.files(self.b))
+        self.assertEqual(self.foreign, self.files(self.b))
         self.refresh()
         with self.pool(self.b) as pool:
-            self.assertEqual([], pool.listVolumes())
+            self.assertEqual(
+                sorted('%s_%s' % (mover.UUID, name) for name in self.foreign),
+                sorted(pool.listVolumes()))
         self.wait(lambda: not self.workers(self.a), 'end of the worker', 5)
 
     def assert_goes(self):
@@ -259,7 +336,7 @@ class MovesTest(unittest.TestCase):
         self.dest('offer')
         self.source('move')
         self.dest('accept')
-        self.assertEqual(self.made, self.files(self.b))
+        self.assert_there()
         self.assertEqual(self.made, self.files(self.a))
         self.dest('revert')
         self.source('abandon')
@@ -270,7 +347,7 @@ class MovesTest(unittest.TestCase):
         self.source('confirm')
         self.source('confirm')
         self.assertEqual({}, self.files(self.a))
-        self.assertEqual(self.made, self.files(self.b))
+        self.assert_there()
         self.assertEqual({}, json.loads(
             self.database.read_text())['system_metadata'])
         self.assertEqual([], [attempt for host in (self.a, self.b)
@@ -280,34 +357,76 @@ class MovesTest(unittest.TestCase):
 @ddt.ddt
 class TestKills(MovesTest):
 
+    def revive(self, host):
+        host.kill('libvirtd')
+        host.restart('libvirtd')
+        host.wait_ready()
+
     @ddt.data(*((name, percent) for name in ('host-a', 'host-b')
                 for percent in (0, 1, 50, 99)))
     @ddt.unpack
     def test_libvirtd(self, name, percent):
-        host = lab.Host(name)
         self.begin()
         self.wait_percent(percent)
-        host.kill('libvirtd')
-        host.restart('libvirtd')
-        host.wait_ready()
-        self.end()
+        self.revive(lab.Host(name))
+        self.end(late=percent == 99)
+        self.assert_back()
+        self.assert_goes()
+
+    @ddt.data('host-a', 'host-b')
+    def test_libvirtd_when_all_is_copied(self, name):
+        self.dest('offer')
+        self.source('move')
+        self.revive(lab.Host(name))
+        self.take_and_revert()
         self.assert_back()
         self.assert_goes()
 
     @ddt.data(0, 1, 50, 99)
     def test_worker(self, percent):
-        self.begin()
+        # Slower, so that the last percent takes long enough.
+        self.begin(1 if percent == 99 else RATE)
         self.wait_percent(percent)
-        self.a.run(['kill', '-9', *self.workers(self.a)], check=False)
+        self.kill_workers()
+        self.end(late=percent == 99)
+        self.assert_back()
+        self.assert_goes()
+
+    def test_worker_beside_a_foreign_volume(self):
+        self.put_foreign('disk')
+        self.begin()
+        self.wait_percent(50)
+        self.kill_workers()
         self.end()
         self.assert_back()
         self.assert_goes()
+
+    def test_worker_that_verifies(self):
+        self.make(LARGE)
+        self.dest('offer')
+        self.source('move')
+        self.dest.begin('accept')
+        with self.held_verification() as worker:
+            self.assertTrue(worker.signal(signal.SIGKILL))
+        with self.assertRaises(StepFailed):
+            self.dest.answer()
+        self.take_and_revert()
+        self.assert_back()
+        self.assert_goes()
+
+    def moved(self):
+        """Whether the source has come to the end of a move."""
+        return 'libvirt_storage_moved' in json.loads(
+            self.database.read_text())['system_metadata']
 
     @ddt.data(0, 1, 50, 99)
     def test_source_compute(self, percent):
         self.begin()
         self.wait_percent(percent)
         self.source.kill()
+        if percent < 99:
+            self.assertFalse(self.moved())
+        self.assertNotEqual(self.home, self.source('records'))
         self.wait(lambda: not self.workers(self.a), 'end of the worker', 5)
         self.source('abandon')
         self.assert_back()
@@ -324,34 +443,39 @@ class TestKills(MovesTest):
     def test_source_compute_when_all_is_copied(self):
         self.dest('offer')
         self.source('move')
+        self.assertTrue(self.moved())
         self.source.kill()
         self.source('abandon')
         self.assert_back()
         self.assert_goes()
 
     def test_destination_compute_while_it_verifies(self):
+        self.make(LARGE)
         self.dest('offer')
         self.source('move')
         self.dest.begin('accept')
-        self.dest.kill()
-        self.dest('accept')
-        self.assertEqual(self.made, self.files(self.b))
-        self.dest('revert')
-        self.source('abandon')
+        with self.held_verification():
+            self.dest.kill()
+        self.wait(lambda: not self.workers(self.b), 'end of the worker', 5)
+        self.assertTrue(self.moved())
+        self.take_and_revert()
         self.assert_back()
         self.assert_goes()
 
     def test_destination_libvirtd_while_it_verifies(self):
+        self.make(LARGE)
         self.dest('offer')
         self.source('move')
-        self.b.kill('libvirtd')
-        with self.assertRaises(StepFailed):
-            self.dest('accept')
-        self.b.restart('libvirtd')
-        self.b.wait_ready()
-        self.dest('accept')
-        self.dest('revert')
-        self.source('abandon')
+        self.dest.begin('accept')
+        with self.held_verification():
+            self.b.kill('libvirtd')
+        try:
+            with self.assertRaises(StepFailed):
+                self.dest.answer()
+        finally:
+            self.b.restart('libvirtd')
+            self.b.wait_ready()
+        self.take_and_revert()
         self.assert_back()
         self.assert_goes()
 
@@ -377,8 +501,32 @@ class TestWire(MovesTest):
     def test_link_is_cut(self):
         self._lost(self.b.link.as_cut())
 
+    def test_link_is_cut_beside_a_foreign_volume(self):
+        self.put_foreign('disk')
+        self._lost(self.b.link.as_cut())
+
     def test_libvirtd_stops_answering(self):
         self._lost(self.b.paused('libvirtd'))
+
+    def _late(self, fault):
+        """Of the 5 s which the deadline allows, 2 pass."""
+        self.begin()
+        self.wait_percent(40)
+        with fault:
+            time.sleep(.5)   # what is on its way comes in
+            before = self.path_there().stat().st_blocks
+            time.sleep(1.5)
+            self.assertEqual(before, self.path_there().stat().st_blocks)
+        self.source.answer()
+        self.take_and_revert()
+        self.assert_back()
+        self.assert_goes()
+
+    def test_link_is_cut_for_a_moment(self):
+        self._late(self.b.link.as_cut())
+
+    def test_libvirtd_stops_answering_for_a_moment(self):
+        self._late(self.b.paused('libvirtd'))
 
 
 @ddt.ddt
@@ -404,10 +552,9 @@ class TestRoom(MovesTest):
         self.begin()
         self.wait_percent(75)
         # Less than what is still to come, so that all but the end fits in.
-        path = self.directory(self.b) / ('%s_disk' % mover.UUID)
         data = SIZES['disk'][0] + SIZES['disk'][2]
         self.b.fill(mover.DISKS, leave=(
-            data - path.stat().st_blocks * 512) // 4)
+            data - self.path_there().stat().st_blocks * 512) // 4)
         self.addCleanup(self.b.free, mover.DISKS)
         with self.assertRaises(StepFailed):
             self.source.answer()
@@ -451,19 +598,8 @@ class TestRoom(MovesTest):
 
     @ddt.data('disk', 'disk.eph0')
     def test_name_is_taken(self, name):
-        foreign = self.directory(self.b) / ('%s_%s' % (mover.UUID, name))
-        foreign.write_bytes(b'foreign')
-        with self.pool(self.b) as pool:
-            pool.refresh()
-        self.dest('offer')
-        self.source('move')
-        self.dest('accept')
-        self.assertEqual(b'foreign', foreign.read_bytes())
-        self.assertEqual(
-            self.made[name], self.files(self.b)[name + '.1'])
-        self.source('confirm')
-        self.assertEqual({}, self.files(self.a))
-        self.assertEqual(b'foreign', foreign.read_bytes())
+        self.put_foreign(name)
+        self.assert_goes()
 
     def test_file_that_libvirt_does_not_know_of(self):
         """It was put there behind libvirt's back: nobody overwrites it."""
@@ -517,27 +653,110 @@ class TestRoom(MovesTest):
         self.assert_back()
         self.assert_goes()
 
-
-@ddt.ddt
-class TestTrust(MovesTest):
-
-    @ddt.data('none', 'other-ca', 'wrong-name', 'expired', 'revoked')
-    def test_bad_certificate(self, kind):
-        self.addCleanup(self.a.certificate, 'good')
-        self.dest('offer')
-        self.a.certificate(kind)
-        with self.assertRaisesRegex(
-                StepFailed, 'InstanceFaultRollback.*qemu.tls://host-b/system '
-                "can't be reached.*certificate"):
-            self.source('move')
-        self.a.certificate('good')
-        if kind == 'revoked':
-            self.b.restart('libvirtd')
-            self.b.wait_ready()
+    @ddt.data(False, True)
+    def test_pool_is_deleted_during_the_copy(self, comes_back_empty):
+        self.begin()
+        self.wait_percent(20)
+        folder = self.directory(self.b)
+        away = folder.with_name('away')
+        with self.pool(self.b) as pool:
+            xml = pool.XMLDesc()
+            pool.destroy()
+            pool.undefine()
+        folder.rename(away)
+        try:
+            with self.assertRaisesRegex(StepFailed, mover.DISKS):
+                self.source.answer()
+            self.assertEqual(self.made, self.files(self.a))
+            self.assertEqual(self.home, self.source('records'))
+        finally:
+            if comes_back_empty:
+                shutil.rmtree(away)
+                folder.mkdir()
+            else:
+                away.rename(folder)
+            with contextlib.closing(self.b.connect()) as connection:
+                connection.storagePoolDefineXML(xml).create()
         self.dest('offer')
         self.source('abandon')
         self.assert_back()
         self.assert_goes()
+
+
+@ddt.ddt
+class TestTrust(MovesTest):
+    """A certificate that is no good, on either host.
+
+    The client says what it finds wrong with its own certificate; what the
+    server finds wrong stands in the server's log alone.
+    """
+
+    @contextlib.contextmanager
+    def bad(self, host, kind):
+        host.certificate(kind)
+        try:
+            yield
+        finally:
+            host.certificate('good')
+
+    def refusal(self):
+        """See a move refused; return libvirt's reason, without our advice."""
+        with self.assertRaisesRegex(
+                StepFailed, 'InstanceFaultRollback.*qemu.tls://host-b/system '
+                "can't be reached") as caught:
+            self.source('move')
+        return str(caught.exception).partition('. Why it')[0]
+
+    def go_on(self):
+        self.dest('offer')
+        self.source('abandon')
+        self.assert_back()
+        self.assert_goes()
+
+    @ddt.data(('other-ca', "hasn't got a known issuer"),
+              ('expired', 'has expired'),
+              ('not-yet-valid', 'is not yet active'))
+    @ddt.unpack
+    def test_source_knows_its_own_is_bad(self, kind, reason):
+        self.dest('offer')
+        with self.bad(self.a, kind):
+            self.assertRegex(self.refusal(), 'clientcert.pem.*' + reason)
+        self.go_on()
+
+    @ddt.data(('none', 'No certificate was found'),
+              ('wrong-name', 'not on the list of allowed clients'),
+              ('revoked', 'revoked'))
+    @ddt.unpack
+    def test_destination_refuses_the_source(self, kind, logged):
+        log = pathlib.Path(self.b.service('libvirtd').log)
+        self.dest('offer')
+        with self.bad(self.a, kind):
+            before = log.stat().st_size
+            self.refusal()
+            self.assertIn(logged, log.read_text()[before:])
+        self.go_on()
+
+    # libvirt has no words of its own for validity; GnuTLS tells.
+    @ddt.data(('other-ca', 'known issuer', 'issuer is unknown'),
+              ('wrong-name', 'match the hostname host-b',
+               'does not match the expected'),
+              ('expired', 'Invalid certificate', 'uses expired certificate'),
+              ('not-yet-valid', 'Invalid certificate',
+               'uses not yet valid certificate'),
+              ('revoked', 'revoked', 'is revoked'))
+    @ddt.unpack
+    def test_source_refuses_the_destination(self, kind, reason, gnutls):
+        self.dest('offer')
+        with self.bad(self.b, kind):
+            refusal = self.refusal()
+            self.assertIn("Failed to verify peer's certificate", refusal)
+            self.assertIn(reason, refusal)
+            self.assertIn(gnutls, self.a.run([
+                'gnutls-cli', '--port=%d' % config.TLS_PORT,
+                '--x509cafile=/etc/pki/CA/cacert.pem',
+                '--x509crlfile=/etc/pki/CA/cacrl.pem', 'host-b'],
+                check=False, input='', timeout=20).stdout)
+        self.go_on()
 
 
 class TestSizes(MovesTest):
@@ -553,6 +772,26 @@ class TestSizes(MovesTest):
         self.make({'disk': (MIB, MIB, 5), 'disk.config': (4096, 0, 0), **{
             'disk.eph%d' % n: (n * 1000, MIB, n) for n in range(18)}})
         self.assert_goes()
+
+    def test_holes_stay_holes(self):
+        islands = 100
+        self.make({'disk': [
+            random.randrange(*limits) for _island in range(islands)
+            for limits in ((1, 50000), (MIB // 16, MIB))]})
+
+        def taken(path):
+            return path.stat().st_blocks * 512
+
+        self.dest('offer')
+        self.source('move')
+        here = self.directory(self.a) / self.path_there().name
+        self.assertLess(taken(here), here.stat().st_size / 4)
+        self.assertEqual(here.stat().st_size, self.path_there().stat().st_size)
+        self.assertLessEqual(
+            taken(self.path_there()),
+            taken(here) * 1.02 + islands * here.stat().st_blksize)
+        self.take_and_revert()
+        self.assert_back()
 
 
 class TestSharedPool(MovesTest):
@@ -594,7 +833,8 @@ FAST = {
                   'test_libvirtd_7___host_b___50_', 'test_source_compute_3_50',
                   'test_destination_compute_while_it_verifies'),
     'TestRoom': ('test_full_in_the_middle', 'test_name_is_taken_1_disk'),
-    'TestSizes': ('test_odd_sizes', 'test_twenty_disks'),
+    'TestSizes': ('test_odd_sizes', 'test_twenty_disks',
+                  'test_holes_stay_holes'),
     'TestSharedPool': ('test_revert_and_confirm',)}
 
 

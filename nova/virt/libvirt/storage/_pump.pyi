@@ -28,7 +28,8 @@ class PumpError(Exception):
 
 
 class File:
-    def __init__(self, fd: int, length: int) -> None: ...
+    def __init__(self, fd: int, length: int, *,
+                 sync: bool = ...) -> None: ...
 
 
 class Copy:

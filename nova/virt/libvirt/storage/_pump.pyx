@@ -28,6 +28,7 @@ from cpython.pycapsule cimport PyCapsule_IsValid
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport uint32_t
 from libc.stdint cimport uint64_t
+from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc
 from libc.stdlib cimport free
 from libc.stdlib cimport malloc
@@ -127,6 +128,7 @@ cdef extern from *:
     """
     #define _FILE_OFFSET_BITS 64
     #include <errno.h>
+    #include <fcntl.h>
     #include <string.h>
     #include <sys/types.h>
     #include <unistd.h>
@@ -141,6 +143,16 @@ cdef extern from *:
     { return lseek(fd, 0, SEEK_END); }
     static int pump_read(int fd, char *data, size_t nbytes, long long offset)
     { return pread(fd, data, nbytes, offset); }
+    static int pump_sync_range(int fd, long long offset, long long nbytes)
+    {
+        if (sync_file_range(fd, offset, nbytes, SYNC_FILE_RANGE_WAIT_BEFORE |
+                            SYNC_FILE_RANGE_WRITE |
+                            SYNC_FILE_RANGE_WAIT_AFTER) == 0)
+            return 0;
+        /* It can't do that there; fsync() follows. */
+        return (errno == EINVAL || errno == ESPIPE || errno == ENOSYS) ? 0
+                                                                       : -1;
+    }
     static const char *pump_message(int number) { return strerror(number); }
     """
     int pump_errno() nogil
@@ -150,6 +162,8 @@ cdef extern from *:
     long long pump_seek_hole(int fd, long long offset) nogil
     long long pump_size(int fd) nogil
     int pump_read(int fd, char *data, size_t nbytes, long long offset) nogil
+    int pump_sync_range(int fd, long long offset, long long nbytes) nogil
+    int fsync(int fd) nogil
     const char *pump_message(int number) nogil
 
 # VIR_ERR_SYSTEM_ERROR and VIR_FROM_STORAGE: what libvirt's own error would be
@@ -157,19 +171,27 @@ cdef enum:
     SYSTEM_ERROR = 38
     FROM_STORAGE = 18
 
+# How much is read between two waits for the disk. A single fsync() of a huge
+# file would show no progress for minutes.
+cdef long long SYNC_STEP = 8 * 1024 * 1024
+
 cdef struct file_t:
     int fd
+    bint sync           # have on disk what is read
+    long long synced    # up to here it is
     long long length    # how much of it is read
     long long offset
     long long data_end  # there is data from offset up to here
 
-# The reading thread's last failure.
+# The last failure, of the reading thread or of finish after its end.
 cdef int _file_errno = 0
+cdef bint _file_unsynced = False
 
 
-cdef int _file_failed() noexcept nogil:
-    global _file_errno
+cdef int _file_failed(bint unsynced=False) noexcept nogil:
+    global _file_errno, _file_unsynced
     _file_errno = pump_errno()
+    _file_unsynced = unsynced
     return -1
 
 
@@ -187,6 +209,11 @@ cdef int _file_recv(void *stream, char *data, size_t nbytes,
     cdef file_t *self = <file_t *>stream
     cdef long long start
     cdef int n
+    if self.sync and self.offset - self.synced >= SYNC_STEP:
+        if pump_sync_range(self.fd, self.synced,
+                           self.offset - self.synced) < 0:
+            return _file_failed(True)
+        self.synced = self.offset
     if self.offset >= self.data_end:
         start = _next_data(self)
         if start < 0:
@@ -231,15 +258,24 @@ cdef int _file_send_hole(void *stream, long long length,
     return -1
 
 
-cdef int _file_close(void *stream) noexcept nogil:
+cdef int _file_finish(void *stream) noexcept nogil:
+    # Reports as well what could not be written before it was opened here.
+    cdef file_t *self = <file_t *>stream
+    if self.sync and fsync(self.fd) < 0:
+        return _file_failed(True)
+    return 0
+
+
+cdef int _file_abort(void *stream) noexcept nogil:
     return 0
 
 
 cdef void _file_last_error(error_t *error) noexcept nogil:
     error.code = SYSTEM_ERROR
     error.domain = FROM_STORAGE
-    strncpy(error.message, pump_message(_file_errno),
-            sizeof(error.message) - 1)
+    snprintf(error.message, sizeof(error.message), b"%s%s",
+             b"not on disk: " if _file_unsynced else b"",
+             pump_message(_file_errno))
 
 
 cdef class File:
@@ -250,22 +286,25 @@ cdef class File:
 
     :param fd: open for reading; the caller closes it after the copy
     :param length: bytes of it that are read
+    :param sync: have on disk, too, what was read, whoever has written it; a
+        failure of that is one of the copy
     """
 
     cdef file_t _file
     cdef end_t _end
     cdef readonly object _o
 
-    def __cinit__(self, int fd, long long length):
+    def __cinit__(self, int fd, long long length, *, bint sync=False):
         self._file.fd = fd
         self._file.length = length
+        self._file.sync = sync
         self._end.stream = &self._file
         self._end.recv = _file_recv
         self._end.recv_hole = _file_recv_hole
         self._end.send = _file_send
         self._end.send_hole = _file_send_hole
-        self._end.finish = _file_close
-        self._end.abort = _file_close
+        self._end.finish = _file_finish
+        self._end.abort = _file_abort
         self._end.last_error = _file_last_error
         self._o = PyCapsule_New(&self._end, b"nova.pump.end", NULL)
 

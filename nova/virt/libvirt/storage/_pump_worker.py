@@ -207,8 +207,9 @@ class Job:
         request = self.request
         length = request['length']
         fd = source.file(length)
+        # A volume that is verified may be the only copy soon.
         download = (source.download(length) if fd is None else
-                    pump.File(fd, length))
+                    pump.File(fd, length, sync=destination is None))
         upload = None
         if destination:
             upload = destination.upload(length, request['sparse'])

@@ -20,6 +20,7 @@ import time
 
 from oslo_log import log as logging
 from oslo_serialization import jsonutils
+from oslo_utils import units
 
 import nova.conf
 from nova import exception
@@ -33,6 +34,7 @@ from nova.virt.libvirt.storage import base as storage_base
 from nova.virt.libvirt.storage import files
 from nova.virt.libvirt.storage import metadata
 from nova.virt.libvirt.storage import moves
+from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import pump
 from nova.virt.libvirt.storage import undo
@@ -47,15 +49,15 @@ def offer(connection, instance, migration, disks):
 
     The offer goes with the instance to the source: the migration's id ('m'),
     who is to own the volumes ('o': user and group id), which kinds of disks
-    go to which pool ('p'), and the bytes that are free in each of these
-    pools, in that order ('f'). Nothing is left here if the source makes no
-    use of it.
+    go to which pool ('p'), and in the order of these pools the bytes that are
+    free ('f') and the file system that it is in, as a number ('d'). Nothing
+    is left here if the source makes no use of it.
 
     :param connection: this host's libvirt
     :param disks: the instance's InstanceDisks
     :raises: MigrationPreCheckError, with which another host is tried
     """
-    undo.delete_left(connection, instance)
+    undo.delete_left(connection, instance, disks)
     pools = {}
     for kind in _kinds_that_may_come(disks):
         pools.setdefault(storage_pool.pool_name_for(kind), []).append(kind)
@@ -77,9 +79,11 @@ def offer(connection, instance, migration, disks):
                 'directory': CONF.instances_path, 'host': CONF.host})
     pools.setdefault(CONF.libvirt.storage_base_images_pool, []).append(
         storage_base.NAME)
+    free, file_systems = zip(*[_file_system(connection, name, number)
+                               for number, name in enumerate(pools)])
     value = jsonutils.dumps(
         {'m': migration.id, 'o': [os.geteuid(), os.getegid()], 'p': pools,
-         'f': [_free(connection, name) for name in pools]},
+         'f': free, 'd': [file_systems.index(f) for f in file_systems]},
         separators=(',', ':'))
     if len(value) > moves.MAX_VALUE:
         raise exception.MigrationPreCheckError(reason=_(
@@ -89,18 +93,26 @@ def offer(connection, instance, migration, disks):
     instance.save()
 
 
-def _free(connection, pool_name):
-    """How much room a pool's file system has, in bytes.
+def _file_system(connection, pool_name, number):
+    """Say how much room a pool's file system has, and which one it is.
 
     libvirt says what it was when it last looked, at the pool's refresh.
 
-    :returns: None if it is known to libvirt alone
+    :param number: of the pool among those that are asked for
+    :returns: bytes, None if libvirt alone knows; a value that pools in one
+        file system share
     """
     pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
     try:
-        return libvirt_utils.get_fs_info(pool.config().target_path)['free']
+        path = pool.config().target_path
+        return (libvirt_utils.get_fs_info(path)['free'],
+                ('device', _device_of(path)))
     except (exception.StoragePoolError, OSError, TypeError):
-        return None
+        return None, number
+
+
+def _device_of(path):
+    return os.stat(path).st_dev
 
 
 def _kinds_that_may_come(disks):
@@ -121,7 +133,7 @@ def _kinds_that_may_come(disks):
                    if record.backend in travel})
 
 
-def accept(context, instance, disks, connection, local_uri):
+def accept(context, instance, disks, connection, local_uri, cache_base):
     """Compare the volumes that came with what was sent, and take them over.
 
     Does nothing for disks that are taken over already, so that a hard reboot
@@ -130,28 +142,29 @@ def accept(context, instance, disks, connection, local_uri):
     :param disks: the instance's InstanceDisks
     :param connection: this host's libvirt
     :param local_uri: its URI
+    :param cache_base: makes sure that the base image of an overlay is in this
+        host's image cache, and returns its path
     :returns: whether the instance has volumes
-    :raises: StorageTransferMismatch and others; the source has its copy
+    :raises: StorageTransferMismatch and others; the source has its copy, and
+        calling this again tries it again
     """
     came = []
     if moves.COPY + storage_base.NAME in instance.system_metadata:
-        pool = storage_base.pool(connection)
-        name = storage_base.name_on_the_way(instance)
-        _verify(instance, storage_base.NAME, local_uri, pool.name, name)
-        storage_base.take(instance, pool.volume(name))
-        del instance.system_metadata[moves.COPY + storage_base.NAME]
-        instance.save()
+        _take_base(instance, connection, local_uri)
     if moves.COPY + files.NAME in instance.system_metadata:
-        _take_files(instance, connection, local_uri)
+        _take_files(instance, disks, connection, local_uri)
     for name, record in disks.items():
         if (record.previous is None or record.host != CONF.host or
                 not record.is_building or not moves.is_copied(name)):
             continue
-        _verify(instance, name, local_uri, record.pool, record.volume)
+        try:
+            _verify(instance, name, local_uri, record.pool, record.volume)
+        except exception.StorageTransferMismatch as e:
+            _copy_again(instance, name, record, connection, local_uri, e)
         if record.format == fields.LibvirtDiskFormat.QCOW2:
             volume = storage_pool.StoragePool(
                 connection, record.pool, CONF.host).volume(record.volume)
-            _adopt_base(volume, instance)
+            _adopt_base(volume, instance, cache_base)
         came.append(name)
     if came:
         disks.mark(fields.LibvirtDiskState.READY, came)
@@ -172,7 +185,21 @@ def is_due(instance, disks):
         moves.COPY + files.NAME in instance.system_metadata)
 
 
-def _take_files(instance, connection, local_uri):
+def _take_base(instance, connection, local_uri):
+    pool = storage_base.pool(connection)
+    name = storage_base.name_on_the_way(instance)
+    if storage_base.is_cached(instance):
+        # An earlier call has put it there, or somebody was faster.
+        undo.note_left(instance, CONF.host, undo.delete_volumes(
+            connection, CONF.host, [(pool.name, name)], instance))
+    else:
+        _verify(instance, storage_base.NAME, local_uri, pool.name, name)
+        storage_base.take(instance, pool.volume(name))
+    del instance.system_metadata[moves.COPY + storage_base.NAME]
+    instance.save()
+
+
+def _take_files(instance, disks, connection, local_uri):
     key = moves.COPY + files.NAME
     pool_name, name = jsonutils.loads(instance.system_metadata[key])['at']
     _verify(instance, files.NAME, local_uri, pool_name, name)
@@ -182,7 +209,7 @@ def _take_files(instance, connection, local_uri):
     del instance.system_metadata[key]
     undo.note_left(instance, CONF.host, [(pool_name, name)])
     instance.save()
-    undo.delete_left(connection, instance)
+    undo.delete_left(connection, instance, disks)
     instance.save()
 
 
@@ -203,15 +230,60 @@ def _verify(instance, name, local_uri, pool_name, volume_name):
                     'seconds': time.monotonic() - start}, instance=instance)
 
 
-def _adopt_base(volume, instance):
+def _copy_again(instance, name, record, connection, local_uri, mismatch):
+    """Fetch a disk that is not what was sent from the source once more.
+
+    The source keeps it until a confirm, and a server which is here already
+    can't be sent back.
+
+    :param record: the disk's record
+    :param mismatch: what was found
+    :raises: StorageTransferMismatch
+    """
+    expected = instance.system_metadata.get(moves.COPY + name)
+    if not expected:
+        raise mismatch
+    LOG.warning('%s It is copied again.', mismatch, instance=instance)
+    before = record.previous
+    length = jsonutils.loads(expected)['length']
+    _migration, address = jsonutils.loads(
+        instance.system_metadata[moves.MOVED])
+    pool = storage_pool.StoragePool(connection, record.pool, CONF.host)
+    try:
+        undo.delete_volumes(connection, CONF.host,
+                            [(record.pool, record.volume)], instance)
+        moves.create_volume(pool, record.volume, length,
+                            (os.geteuid(), os.getegid()))
+        pump.copy(
+            pump.Volume(local_uri if before.host == CONF.host else
+                        peer.uri_of(address), before.pool, before.volume),
+            pump.Volume(local_uri, record.pool, record.volume), length,
+            sparse=moves.check_pool(pool) in moves.FILE_POOLS,
+            bandwidth=CONF.libvirt.storage_migration_bandwidth * units.Mi,
+            stall_timeout=CONF.libvirt.storage_migration_stall_timeout)
+        _verify(instance, name, local_uri, record.pool, record.volume)
+    except exception.NovaException as e:
+        raise exception.StorageTransferMismatch(
+            volume=record.volume, where=CONF.host,
+            reason=_("%(first)s; it could not be copied again from volume "
+                     "%(volume)s in storage pool %(pool)s of host %(host)s: "
+                     "%(again)s When the cause is removed, a hard reboot of "
+                     "the server tries it once more") % {
+                         'first': mismatch.kwargs['reason'],
+                         'volume': before.volume,
+                         'pool': before.pool, 'host': before.host,
+                         'again': e})
+
+
+def _adopt_base(volume, instance, cache_base):
     """Make an overlay's header name its base in this host's image cache.
 
-    Only the name is rewritten; the base itself is made sure when the disk is
-    looked for. Two caches have one content under one name, though the format
-    may differ.
+    Two caches have one content under one name; the directory may differ, and
+    with force_raw_images the format. Under another format's name the guest
+    would get the bytes of the file for those of the image.
 
     :raises: InvalidDiskInfo if the header names something which isn't in an
-        image cache
+        image cache, or this host can't have the base
     """
     info = images.privileged_qemu_img_info(
         volume.path, format=fields.LibvirtDiskFormat.QCOW2)
@@ -225,11 +297,31 @@ def _adopt_base(volume, instance):
             "image %(wanted)s in an image cache") % {
                 'volume': volume.name, 'file': info.backing_file,
                 'wanted': wanted})
-    base = os.path.join(imagecache.ImageCacheManager().cache_dir, name)
-    if base != info.backing_file:
-        LOG.info('Base image of volume %(volume)s: %(base)s instead of '
-                 '%(old)s', {'volume': volume.name, 'base': base,
-                             'old': info.backing_file}, instance=instance)
-        nova.privsep.qemu.rewrite_backing_file(
-            volume.path, fields.LibvirtDiskFormat.QCOW2, base,
-            imagebackend._get_base_format(base))
+    try:
+        base = cache_base()
+    except Exception as e:
+        raise exception.InvalidDiskInfo(reason=_(
+            "volume %(volume)s depends on image %(image)s, which is not in "
+            "the image cache of host %(host)s and could not be fetched: "
+            "%(error)s When the cause is removed, a hard reboot of the "
+            "server tries it once more") % {
+                'volume': volume.name, 'image': instance.image_ref,
+                'host': CONF.host, 'error': e}) from e
+    base_format = imagebackend._get_base_format(base)
+    if (base, base_format) == (info.backing_file, info.backing_file_format):
+        return
+    LOG.info('Base image of volume %(volume)s: %(base)s (%(format)s) instead '
+             'of %(old)s (%(old_format)s)',
+             {'volume': volume.name, 'base': base, 'format': base_format,
+              'old': info.backing_file,
+              'old_format': info.backing_file_format}, instance=instance)
+    nova.privsep.qemu.rewrite_backing_file(
+        volume.path, fields.LibvirtDiskFormat.QCOW2, base, base_format)
+    try:
+        # Which base images are in use, the image cache is told by libvirt.
+        volume.pool.refresh()
+    except exception.NovaException as e:
+        LOG.warning('Storage pool %(pool)s could not be refreshed after the '
+                    'base image of volume %(volume)s was renamed: %(error)s',
+                    {'pool': volume.pool.name, 'volume': volume.name,
+                     'error': e}, instance=instance)

@@ -29,6 +29,7 @@ from oslo_utils import fileutils
 from oslo_utils.imageutils import format_inspector
 from oslo_utils import strutils
 
+from nova.compute import utils as compute_utils
 import nova.conf
 from nova import exception
 from nova.i18n import _
@@ -42,6 +43,7 @@ from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import config as storage_config
 from nova.virt.libvirt.storage import metadata
 from nova.virt.libvirt.storage import pool as storage_pool
+from nova.virt.libvirt.storage import undo
 from nova.virt.libvirt.storage import upload
 from nova.virt.libvirt import utils as libvirt_utils
 
@@ -186,7 +188,8 @@ class LibvirtStorage(imagebackend.Image):
         # While a resize is not confirmed, or in a pool which hosts share,
         # there is another disk of that name.
         volume_name = self._get_pool(pool_name).free_name(
-            '%s_%s' % (self.instance.uuid, self.disk_name))
+            '%s_%s' % (self.instance.uuid, self.disk_name),
+            undo.names_left(self.instance))
         return metadata.LibvirtDiskMetadata(
             backend=fields.LibvirtDiskBackend.LIBVIRT_STORAGE,
             format=self._get_new_format(), size=size,
@@ -208,8 +211,10 @@ class LibvirtStorage(imagebackend.Image):
     def create_from_image(self, context, image_id, size, trusted_certs=None,
                           fallback_from_host=None, convert=True):
         if self.exists():
-            if self.driver_format == QCOW2:
-                # Its backing file may not have come along with it.
+            backing_file = self.get_backing_file()
+            if backing_file and os.path.basename(backing_file) == (
+                    imagecache.get_cache_fname(image_id)):
+                # It may not have come along with the disk.
                 self.ensure_image_cached(context, image_id, trusted_certs,
                                          fallback_from_host, convert)
             self._grow(size)
@@ -462,6 +467,15 @@ class LibvirtStorage(imagebackend.Image):
             except processutils.ProcessExecutionError as e:
                 LOG.debug('Resizing the file system with resize2fs has '
                           'failed with error: %s', e, instance=self.instance)
+
+    def flatten(self):
+        """Make the disk independent of its base image.
+
+        That of a disk which is made from a temporary snapshot is gone soon.
+        """
+        if self.get_backing_file():
+            with compute_utils.disk_ops_semaphore:
+                nova.privsep.qemu.flatten_image(self.path, self.driver_format)
 
     def snapshot_extract(self, target, out_format):
         volume = self._get_volume()

@@ -23,7 +23,6 @@ from oslo_log import log as logging
 
 import nova.conf
 from nova import exception
-from nova.objects import fields
 from nova import utils
 from nova.virt import images
 from nova.virt.libvirt import imagecache
@@ -45,18 +44,25 @@ def name_on_the_way(instance):
                       instance.uuid)
 
 
-def find(context, instance, disks, here, there):
+def is_kept(instance, disk_name, backing_file):
+    """Whether an overlay goes to another host as an overlay.
+
+    The destination can have the server's image alone. What is generated for
+    ephemeral and swap disks, it would generate anew, with another UUID; and
+    the snapshot that a server was unshelved from is gone from Glance.
+    """
+    return disk_name == 'disk' and os.path.basename(backing_file) == (
+        imagecache.get_cache_fname(instance.image_ref))
+
+
+def find(context, instance, here, there):
     """Look for the base image that has to be sent.
 
-    :param disks: the instance's InstanceDisks
     :param here: StoragePool over this host's image cache
     :param there: StoragePool over the destination's
     :returns: its StorageVolume, or None if the destination gets it otherwise
     :raises: StorageVolumeNotFound if it is nowhere to be had
     """
-    record = disks.get('disk')
-    if record is None or record.format != fields.LibvirtDiskFormat.QCOW2:
-        return None
     try:
         images.get_info(context, instance.image_ref)
         return None
@@ -80,14 +86,24 @@ def _volume(pool, name):
     return None
 
 
+def _cached_path(instance):
+    return os.path.join(imagecache.ImageCacheManager().cache_dir,
+                        imagecache.get_cache_fname(instance.image_ref))
+
+
+def is_cached(instance):
+    """Whether the base image is in this host's image cache."""
+    return os.path.exists(_cached_path(instance))
+
+
 def take(instance, volume):
     """Put a base image that has come, and is whole, into the image cache.
 
     :param volume: its StorageVolume
     """
-    name = imagecache.get_cache_fname(instance.image_ref)
+    target = _cached_path(instance)
+    name = os.path.basename(target)
     cache = imagecache.ImageCacheManager()
-    target = os.path.join(cache.cache_dir, name)
 
     @utils.synchronized(name, external=True, lock_path=cache.lock_path)
     def rename():
@@ -97,7 +113,14 @@ def take(instance, volume):
             os.rename(volume.path, target)
 
     rename()
-    volume.pool.refresh()
+    try:
+        volume.pool.refresh()
+    except exception.NovaException as e:
+        # Who needs the image as a volume looks again.
+        LOG.warning('The storage pool over the image cache could not be '
+                    'refreshed after base image %(name)s was put there: '
+                    '%(error)s', {'name': name, 'error': e},
+                    instance=instance)
     LOG.info('Base image %s has come with the disks', name,
              instance=instance)
 

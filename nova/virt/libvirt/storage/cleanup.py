@@ -45,18 +45,20 @@ def has_pools(connection):
                for name in storage_usage.pool_names())
 
 
-def has_volumes(connection, instance_uuid):
+def has_volumes(connection, instance_uuid, ignored=()):
     """Whether an instance has volumes here, whoever has made them.
 
     :param connection: Connection to the host's libvirt.
     :param instance_uuid: UUID of the instance.
+    :param ignored: (pool name, volume name) of those which don't count.
     """
     for name in storage_usage.pool_names():
         pool = storage_pool.StoragePool(connection, name, CONF.host)
         if pool.exists():
             # libvirt knows only files which it has made or looked for.
             pool.refresh()
-    return any(True for _volume in get_volumes(connection, instance_uuid))
+    return any((volume.pool.name, volume.name) not in ignored
+               for volume in get_volumes(connection, instance_uuid))
 
 
 def get_volumes(connection, instance_uuid, rescue=False):

@@ -29,6 +29,7 @@ from nova import exception
 from nova.i18n import _
 from nova import objects
 from nova.objects import fields
+from nova.virt import images
 from nova.virt.libvirt import host as libvirt_host
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import base as storage_base
@@ -83,7 +84,9 @@ class Departure:
         self.items = []
         self._offered = {}
         self._free = {}
+        self._file_system = {}
         self._shared = {}
+        self._needs_image = False
 
     def check(self, stack):
         """Check all that can be known before the guest is powered off.
@@ -100,9 +103,12 @@ class Departure:
             self._look_at_disks()
             self._look_at_base()
             self._check_room()
-        except exception.NovaException as e:
-            if isinstance(e, exception.InstanceFaultRollback):
-                raise
+            self._check_room_here()
+        except exception.InstanceFaultRollback:
+            raise
+        except Exception as e:
+            if not isinstance(e, exception.NovaException):
+                LOG.exception('Unexpected error', instance=self.instance)
             raise exception.InstanceFaultRollback(e)
 
     def pool_of_files(self):
@@ -147,6 +153,7 @@ class Departure:
         self._offered = {kind: pool for pool, kinds in offered['p'].items()
                          for kind in kinds}
         self._free = dict(zip(offered['p'], offered['f']))
+        self._file_system = dict(zip(offered['p'], offered['d']))
 
     def _there(self, kind):
         """The destination's pool for a kind of disk."""
@@ -184,24 +191,46 @@ class Departure:
             here = storage_pool.StoragePool(local, record.pool, CONF.host)
             there = self._there(moves.kind_of(name))
             pool_type = moves.check_pool(there)
-            volume = None
+            volume, growth = None, 0
             if moves.is_copied(name):
                 volume = here.volume(record.volume)
                 _check_type(volume)
                 if record.format == fields.LibvirtDiskFormat.QCOW2:
-                    _check_base(volume)
+                    growth = self._look_at_overlay(name, volume)
             self.items.append(moves.Item(
                 name, record, volume, there,
-                sparse=pool_type in moves.FILE_POOLS))
+                sparse=pool_type in moves.FILE_POOLS, growth=growth))
             self._probe(here, there)
         moves.check_pool(self._there(files.NAME))
 
+    def _look_at_overlay(self, name, volume):
+        """Check the base image that an overlay's header names.
+
+        libvirt tells what it was when it looked last.
+
+        :returns: bytes by which the volume grows when it is flattened
+        """
+        info = images.privileged_qemu_img_info(
+            volume.path, format=fields.LibvirtDiskFormat.QCOW2)
+        if not info.backing_file:
+            return 0
+        _check_base(volume, info.backing_file)
+        if storage_base.is_kept(self.instance, name, info.backing_file):
+            self._needs_image = True
+            return 0
+        base_format = info.backing_file_format or fields.LibvirtDiskFormat.RAW
+        base = images.privileged_qemu_img_info(
+            info.backing_file, format=base_format)
+        # What is compressed in the base isn't any more in the overlay.
+        return (base.disk_size if base_format == fields.LibvirtDiskFormat.RAW
+                else base.virtual_size)
+
     def _look_at_base(self):
-        if self.same_host:
+        if self.same_host or not self._needs_image:
             return
         there = self._there(storage_base.NAME)
         volume = storage_base.find(
-            self.context, self.instance, self.disks,
+            self.context, self.instance,
             storage_base.pool(self.host.get_connection()), there)
         if volume is not None:
             moves.check_pool(there)
@@ -223,7 +252,9 @@ class Departure:
             self._shared[key] = here.name == there.name
             return
         config = storage_config.LibvirtConfigStorageVolume()
-        config.name = 'nova-probe-' + uuidutils.generate_uuid()
+        # What is left of it goes with the instance.
+        config.name = '%s_probe.%s' % (
+            self.instance.uuid, uuidutils.generate_uuid(dashed=False))
         config.capacity = units.Mi
         config.allocation = 0
         config.target_format = fields.LibvirtDiskFormat.RAW
@@ -247,29 +278,67 @@ class Departure:
                    'same': self._shared[key]}, instance=self.instance)
 
     def _check_room(self):
+        """Compare what is to come with what each file system there has."""
         needed = {}
         for item in self.items:
-            pool, total = needed.get(item.pool.name, (item.pool, 0))
+            key = self._file_system[item.pool.name]
+            pools, total = needed.get(key, ({}, 0))
             # What isn't sparse there takes up its whole length.
             total += item.allocation if item.sparse else item.length
-            needed[item.pool.name] = (pool, total)
-        for pool, total in needed.values():
-            available = pool.info().available
-            if total > available:
-                # libvirt measures at a refresh; since then somebody may have
-                # made room.
-                pool.refresh()
-                available = pool.info().available
-            if self._free.get(pool.name) is not None:
-                # Or taken it.
-                available = min(available, self._free[pool.name])
+            total += item.growth
+            if self.same_host or self.is_shared(item):
+                total += item.growth  # the source's volume grows there, too
+            pools[item.pool.name] = item.pool
+            needed[key] = (pools, total)
+        for pools, total in needed.values():
+            available = min(self._available(pool, total)
+                            for pool in pools.values())
             if total > available:
                 raise _refused(
                     _("storage pool %(pool)s of host %(host)s has "
                       "%(available)d bytes available and %(total)d are "
                       "needed; make room there or choose another host") % {
-                          'pool': pool.name, 'host': pool.host,
+                          'pool': ', '.join(sorted(pools)),
+                          'host': self.migration.dest_compute,
                           'available': available, 'total': total})
+
+    def _check_room_here(self):
+        """Compare what flattening volumes takes with what their pools have."""
+        needed = {}
+        for item in self.items:
+            if item.growth:
+                pool, total = needed.get(
+                    item.source.pool.name, (item.source.pool, 0))
+                needed[pool.name] = (pool, total + item.growth)
+        for pool, total in needed.values():
+            available = _measured(pool, total)
+            if total > available:
+                raise _refused(
+                    _("storage pool %(pool)s of host %(host)s has "
+                      "%(available)d bytes available and %(total)d are "
+                      "needed to make volumes independent of base images "
+                      "that host %(dest)s can't have; make room there") % {
+                          'pool': pool.name, 'host': CONF.host,
+                          'dest': self.migration.dest_compute,
+                          'available': available, 'total': total})
+
+    def _available(self, pool, wanted):
+        """How many bytes a pool of the destination has room for."""
+        available = _measured(pool, wanted)
+        free = self._free[pool.name]
+        # Or taken it.
+        return available if free is None else min(available, free)
+
+
+def _measured(pool, wanted):
+    """How many bytes libvirt takes a pool to have room for."""
+    available = pool.info().available
+    if wanted > available:
+        # libvirt measures at a refresh; since then somebody may have made
+        # room.
+        pool.refresh()
+        available = pool.info().available
+    return available
 
 
 def _check_type(volume):
@@ -285,14 +354,12 @@ def _check_type(volume):
                   'volume': volume.name, 'pool': volume.pool.name})
 
 
-def _check_base(volume):
+def _check_base(volume, backing_file):
     """Refuse an overlay over something that Nova hasn't put there."""
-    backing_store = volume.config().backing_store
     cache_dir = imagecache.ImageCacheManager().cache_dir
-    if (backing_store is not None and
-            os.path.dirname(backing_store.path) != cache_dir):
+    if os.path.dirname(backing_file) != cache_dir:
         raise _refused(
             _("volume %(volume)s depends on %(file)s, which is not in the "
               "image cache %(cache)s") % {
-                  'volume': volume.name, 'file': backing_store.path,
+                  'volume': volume.name, 'file': backing_file,
                   'cache': cache_dir})

@@ -331,7 +331,7 @@ class InstanceDisks:
 
         :raises: exception.BDMNotFound if a mapping is gone; nothing is saved
         """
-        if not self._changed:
+        if not self._changed and not self._is_unsaved():
             return
         unmapped = {name: record for name, record in self._records.items()
                     if name not in self._mappings}
@@ -352,6 +352,20 @@ class InstanceDisks:
         objects.BlockDeviceMappingList(
             context, objects=list(mappings.values())).save_driver_info()
         self._changed = False
+
+    def _is_unsaved(self):
+        """Whether an earlier try to save these mappings has failed."""
+        places = [*self._mappings.values(), self._root]
+        if not any(bdm.driver_info and
+                   'driver_info' in bdm.obj_what_changed()
+                   for bdm in places if bdm is not None):
+            return False
+        try:
+            self._load()
+            return True
+        except exception.InvalidDiskMetadata:
+            # What is broken is none of ours.
+            return False
 
     @staticmethod
     def _with_unmapped(record, unmapped):

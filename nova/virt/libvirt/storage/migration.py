@@ -34,6 +34,7 @@ import contextlib
 from oslo_log import log as logging
 from oslo_serialization import jsonutils
 
+from nova.compute import vm_states
 import nova.conf
 from nova import objects
 from nova.objects import fields
@@ -150,24 +151,80 @@ def abandon(context, host, instance, migration, disks):
     # After a revert the records are the source's again, unless the
     # destination took its disks for shared because its directory is: on one
     # and the same host, for example.
-    places = []
+    places = _extras(instance, migration)
     for name, record in disks.items():
-        previous = record.previous
-        if previous is None or previous.host != CONF.host:
+        if not undo.is_of(instance, migration, record) or (
+                record.backend != fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
             continue
-        place = (record.pool, record.volume)
+        place, previous = (record.pool, record.volume), record.previous
         # One that is made anew may not have got its place yet.
         if moves.is_copied(name) or place != (previous.pool, previous.volume):
             places.append(place)
+    undo.restore(disks, instance, migration)
     if undo.names_left(instance):
-        undo.delete_left(host.get_connection(), instance)
+        undo.delete_left(host.get_connection(), instance, disks)
         places += [place for place in undo.left(
             instance, migration.dest_compute) if place not in places]
     undo.delete_at_peer(None, host, instance, migration, places)
-    undo.restore(disks, instance)
     disks.save(context)
     if instance.system_metadata != before:
         instance.save()
+
+
+def _extras(instance, migration):
+    """Return where what came beside the disks is on the destination."""
+    moved_by = moves.moved_by(instance)
+    if moved_by is None or moved_by != migration.id:
+        return []
+    expected = [jsonutils.loads(value)
+                for key, value in instance.system_metadata.items()
+                if key.startswith(moves.COPY)]
+    return [tuple(e['at']) for e in expected if 'at' in e]
+
+
+def settle(context, instance, disks):
+    """Let the disks be where they are: there is no way back any longer.
+
+    An instance whose resize has failed on its destination runs on there after
+    a hard reboot, and can't be reverted or confirmed. The copies that were
+    kept for that must never be taken for its disks again.
+
+    :param disks: the instance's InstanceDisks
+    """
+    moved = moves.moved_by(instance)
+    kept = [(name, record) for name, record in disks.items()
+            if record.previous is not None and not record.is_building]
+    if (moved is None and not kept) or (
+            # Started with its host: it may be reverted yet.
+            instance.vm_state == vm_states.RESIZED):
+        return
+    for name, record in kept:
+        before, record.previous = record.previous, None
+        disks.set(name, record)
+        if before.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE:
+            undo.note_left(instance, before.host,
+                           [(before.pool, before.volume)])
+    for key in (moves.MOVED, moves.SWAP):
+        instance.system_metadata.pop(key, None)
+    instance.save()
+    disks.save(context)
+
+
+def unfinished(context, instance):
+    """Return the Migration that has copied an instance's disks from here.
+
+    An instance that is still on this host then is one for which Nova has
+    failed between the copy and the destination's part.
+
+    :returns: a Migration, or None
+    """
+    migration_id = moves.moved_by(instance)
+    if migration_id is None:
+        return None
+    migration = objects.Migration.get_by_id(context, migration_id)
+    is_from_here = (migration.source_compute == CONF.host and
+                    migration.dest_compute != CONF.host)
+    return migration if is_from_here else None
 
 
 def _restore_swap(instance, disks):
@@ -208,9 +265,11 @@ def confirm(context, connection, instance):
         # Whatever becomes of the volume: it is the disk no longer.
         record.previous = None
         disks.set(name, record)
+    # Noted before nothing else names them: this compute may be killed.
+    undo.note_left(instance, CONF.host, done_with)
+    instance.save()
     disks.save(context)
-    undo.note_left(instance, CONF.host, undo.delete_volumes(
-        connection, CONF.host, done_with, instance))
+    undo.delete_left(connection, instance, disks)
     instance.save()
 
 

@@ -19,14 +19,19 @@ at most 255 characters.
 import dataclasses
 import typing as ty
 
+from oslo_serialization import jsonutils
+
 from nova import exception
 from nova.i18n import _
+from nova.objects import fields
+from nova.virt.libvirt.storage import config as storage_config
 
 # Keys of instance.system_metadata. The destination's offer:
 OFFER = 'libvirt_storage_offer'
 # what a disk's copy must be found to be, by the disk's name;
 COPY = 'libvirt_storage_copy_'
-# that there are volumes which wait for confirm or revert;
+# that there are volumes which wait for confirm or revert: the migration's id,
+# and the address of the source's libvirt;
 MOVED = 'libvirt_storage_moved'
 # the source's swap volume, whose mapping a resize may do away with;
 SWAP = 'libvirt_storage_swap'
@@ -55,6 +60,7 @@ class Item:
     :ivar sparse: whether the destination may leave holes
     :ivar length: bytes of the source (physical, not virtual)
     :ivar allocation: bytes which that takes up
+    :ivar growth: bytes that come in addition when it is flattened
     :ivar done: bytes copied
     :ivar result: the pump's Result
     """
@@ -66,6 +72,7 @@ class Item:
     sparse: bool = True
     length: int = 0
     allocation: int = 0
+    growth: int = 0
     done: int = 0
     result: ty.Any = None
 
@@ -78,9 +85,38 @@ class Item:
         self.allocation = min(self.source.info().allocation, self.length)
 
 
+def moved_by(instance):
+    """Return the id of the Migration that has copied an instance's volumes.
+
+    :returns: None if there is none that waits for its end
+    """
+    value = instance.system_metadata.get(MOVED)
+    return jsonutils.loads(value)[0] if value else None
+
+
 def is_copied(disk_name):
     """Whether a disk is copied, rather than made anew."""
     return disk_name != 'disk.swap'
+
+
+def create_volume(pool, name, length, owner, mode=0o644):
+    """Make the volume on the destination that the bytes go to.
+
+    :param pool: StoragePool there
+    :param length: bytes of the file, whatever its format is
+    :param owner: user and group id of Nova there: the user may have another
+        number than on the source
+    :returns: StorageVolume
+    """
+    config = storage_config.LibvirtConfigStorageVolume()
+    config.name = name
+    config.capacity = length
+    config.allocation = 0
+    config.target_format = fields.LibvirtDiskFormat.RAW
+    config.permissions = storage_config.LibvirtConfigStoragePermissions()
+    config.permissions.mode = mode
+    config.permissions.owner, config.permissions.group = owner
+    return pool.create(config)
 
 
 def kind_of(disk_name):

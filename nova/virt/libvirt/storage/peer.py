@@ -35,6 +35,11 @@ _CONNECT_TIMEOUT = 30
 # A peer that doesn't answer is given up after (count + 1) * interval seconds.
 _KEEPALIVE = (5, 3)
 
+# The URIs at which an attempt still waits that was given up: more of them
+# would take all threads.
+_hanging: set[str] = set()
+_lock = threading.Lock()
+
 _HOST_NAME = re.compile(r'[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?'
                         r'(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*')
 
@@ -56,6 +61,15 @@ def uri_of(address):
     return CONF.libvirt.storage_migration_uri % address
 
 
+def own_address(host):
+    """Return the address under which peers reach this host's libvirt.
+
+    :param host: the nova.virt.libvirt.host.Host of this compute
+    """
+    address = CONF.libvirt.migration_inbound_addr
+    return address % host.get_hostname() if '%s' in address else address
+
+
 @contextlib.contextmanager
 def connected(host, uri):
     """Connect to a peer's libvirt for the time of a with statement.
@@ -64,32 +78,74 @@ def connected(host, uri):
     :param uri: URI as uri_of() returns
     :raises: MigrationPreCheckError
     """
-    done = threading.Event()
-    result = {}
-
-    def connect():
-        # libvirt has no timeout for this.
-        try:
-            result['connection'] = host.connect_to_peer(uri)
-        except Exception as e:
-            result['error'] = e
-        done.set()
-
-    thread_pool_factory.spawn(connect)
-    if not done.wait(_CONNECT_TIMEOUT):
-        result['error'] = _('no answer within %d seconds') % _CONNECT_TIMEOUT
-    if 'connection' not in result:
-        raise exception.MigrationPreCheckError(reason=_(
-            "libvirt at %(uri)s can't be reached: %(error)s. Check that it "
-            "listens there, that its certificate names this address and that "
-            "it accepts this host's certificate; why it refused is in its "
-            "own log alone") % {'uri': uri, 'error': result['error']})
-    connection = result['connection']
     try:
-        connection.setKeepAlive(*_KEEPALIVE)
+        connection = _connect(host, uri)
+    except Exception as e:
+        raise exception.MigrationPreCheckError(reason=_(
+            "libvirt at %(uri)s can't be reached: %(error)s. Why it refused "
+            "is in its own log alone; check that it listens there, that its "
+            "certificate names this address and that it accepts this host's "
+            "certificate") % {'uri': uri, 'error': e})
+    try:
         yield connection
     finally:
+        _close(connection, uri)
+
+
+def _connect(host, uri):
+    if uri in _hanging:
+        raise TimeoutError(_('an earlier attempt is still unanswered'))
+    attempt = _Attempt(host, uri)
+    thread_pool_factory.spawn_on(
+        thread_pool_factory.ExecutorType.STORAGE_MIGRATION, attempt.run)
+    return attempt.wait(_CONNECT_TIMEOUT)
+
+
+class _Attempt:
+    """A connection that is waited for, but not for ever.
+
+    libvirt has no timeout for this: the thread of an attempt that isn't
+    answered is lost until the peer's host ends it.
+    """
+
+    def __init__(self, host, uri):
+        self.host = host
+        self.uri = uri
+        self._done = threading.Event()
+        self._given_up = False
+        self._connection = self._error = None
+
+    def run(self):
         try:
-            connection.close()
+            self._connection = self.host.connect_to_peer(self.uri)
+            self._connection.setKeepAlive(*_KEEPALIVE)
         except Exception as e:
-            LOG.debug('Closing %(uri)s: %(error)s', {'uri': uri, 'error': e})
+            self._error = e
+        with _lock:
+            self._done.set()
+            if not self._given_up:
+                return
+            _hanging.discard(self.uri)
+        if self._connection is not None:
+            _close(self._connection, self.uri)
+
+    def wait(self, timeout):
+        self._done.wait(timeout)
+        with _lock:
+            if not self._done.is_set():
+                self._given_up = True
+                _hanging.add(self.uri)
+                self._error = TimeoutError(
+                    _('no answer within %d seconds') % timeout)
+        if self._error is None:
+            return self._connection
+        if self._connection is not None and not self._given_up:
+            _close(self._connection, self.uri)
+        raise self._error
+
+
+def _close(connection, uri):
+    try:
+        connection.close()
+    except Exception as e:
+        LOG.debug('Closing %(uri)s: %(error)s', {'uri': uri, 'error': e})

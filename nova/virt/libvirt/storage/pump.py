@@ -34,6 +34,7 @@ import subprocess
 import sys
 import time
 import typing as ty
+import urllib.parse
 
 from oslo_log import log as logging
 from oslo_serialization import jsonutils
@@ -75,6 +76,9 @@ _ADVICE = {
     55: _("start the storage pool on that host"),
     88: _("let this host's certificate use the storage pool there"),
 }
+
+# VIR_ERR_NO_STORAGE_VOL
+_NO_STORAGE_VOL = 50
 
 _REASONS = {
     'short': _("the volume ended before its length; it was truncated"),
@@ -150,8 +154,8 @@ def copy(source: Volume, destination: Volume, length: int, *,
     that comes through the daemon costs both it and us.
 
     Nothing is removed on failure: the caller made the destination's volume.
-    A clean end says that libvirt has taken all bytes and that the volume has
-    its size; whether its content is right is for verify() to say.
+    A clean end says that libvirt has taken all bytes and has room for them;
+    whether the volume's content is right is for verify() to say.
 
     :param length: bytes; the source's *physical* size. A source that is
         shorter or longer is an error.
@@ -174,12 +178,21 @@ def copy(source: Volume, destination: Volume, length: int, *,
                          stall_timeout, progress, cancelled, key)
     result = transfer.run(on_start, on_end)
     if result.physical < length:
-        # A full file system at the last write can go unreported by
-        # virStreamFinish.
         raise transfer.error(
             exception.StorageTransferMismatch,
             reason=_("it has %(physical)d bytes of %(length)d") % {
                 'physical': result.physical, 'length': length})
+    if result.allocation < result.data:
+        # libvirt writes what it has taken later, and virStreamFinish reports
+        # no error of that (virFDStreamCloseInt): the file system may be full.
+        # Or it compresses, which only the content can tell.
+        LOG.info('Volume %(volume)s takes up %(allocation)d bytes and '
+                 '%(data)d were sent; it is read back',
+                 {'volume': destination, 'allocation': result.allocation,
+                  'data': result.data})
+        verify(destination, length, result.checksum, key=result.key,
+               stall_timeout=stall_timeout, on_start=on_start, on_end=on_end,
+               cancelled=cancelled)
     return result
 
 
@@ -189,7 +202,11 @@ def read(volume: Volume, length: int, *, key: int,
          on_start: ty.Callable[[int], ty.Any] | None = None,
          on_end: ty.Callable[[int], ty.Any] | None = None,
          cancelled: ty.Callable[[], bool] | None = None) -> Result:
-    """Read a volume through libvirt for its checksum; parameters as copy()'s.
+    """Read a volume for its checksum; parameters as copy()'s.
+
+    What is read is on disk afterwards, if the volume is one of this host
+    whose file this process may open. Of a volume that libvirt alone can read
+    nothing can be synced: it is what the page cache of its host says.
 
     :returns: Result
     :raises: as copy()
@@ -202,18 +219,27 @@ def verify(volume: Volume, length: int, checksum: int, **kwargs) -> Result:
     """Compare what stands in a volume with what was sent; keywords as read().
 
     Cheapest on the host that has the volume: over its local socket this takes
-    about a third of the time of the copy over TLS.
+    about a third of the time of the copy over TLS. There alone the volume is
+    known to be on disk, too (see read()); before, the source must stay.
 
     :param length: bytes
     :param checksum: Result.checksum of the copy, under the same key
-    :raises: StorageTransferMismatch, else as copy()
+    :raises: StorageTransferMismatch, also if there is no such volume or it
+        has another length; else as copy()
     """
-    result = read(volume, length, **kwargs)
+    try:
+        result = read(volume, length, **kwargs)
+    except exception.StorageTransferError as e:
+        if e.kind not in ('short', 'long') and e.code != _NO_STORAGE_VOL:
+            raise
+        raise exception.StorageTransferMismatch(
+            volume=volume.name, where=str(volume), reason=e)
     if result.checksum != checksum:
         raise exception.StorageTransferMismatch(
             volume=volume.name, where=str(volume),
-            reason=_("its checksum is %(is)016x instead of %(sent)016x") % {
-                'is': result.checksum, 'sent': checksum})
+            reason=_("its checksum is %(is)016x instead of %(sent)016x; check "
+                     "that the pool has room, and its file system for errors"
+                     ) % {'is': result.checksum, 'sent': checksum})
     return result
 
 
@@ -262,6 +288,7 @@ class _Transfer:
                 transferred=self.transferred, **kwargs)
         e.side = kwargs.get('side')
         e.transferred = self.transferred
+        e.kind = None
         e.code = e.domain = 0
         return e
 
@@ -365,6 +392,11 @@ class _Transfer:
                      "%(said)s") % {'status': worker.returncode,
                                     'said': said})
 
+    def _advice_to_connect(self, side):
+        uri = getattr(self, side).uri
+        return (_ADVICE_CONNECT if urllib.parse.urlsplit(uri).netloc
+                else _("check that libvirt runs on this host"))
+
     def _failed(self, report):
         self.transferred = report['transferred'] or self.transferred
         if report['reason'] == 'cancelled':
@@ -378,10 +410,11 @@ class _Transfer:
                         ) % report
             advice = _ADVICE.get(report['code'])
             if report['operation'] == 'connect':
-                advice = _ADVICE_CONNECT
+                advice = self._advice_to_connect(report['side'])
             if advice:
                 reason += '; ' + advice
         e = self.error(exception.StorageTransferError, reason=reason,
                        side=report['side'], operation=report['operation'])
+        e.kind = report['reason']
         e.code, e.domain = report['code'], report['domain']
         return e

@@ -131,7 +131,7 @@ def _is_outdated(record):
 
 
 def begin(disks, disk_mapping, guest_config, image_of, configured,
-          block_device_info, suffix='') -> None:
+          block_device_info, suffix='', stale=()) -> None:
     """Record the disks that are going to be made, as ``building``.
 
     A disk on record as ready, and there, stays what it is. One that was
@@ -139,6 +139,8 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
 
     :param image_of: gives the Image of a disk's name and disk_info mapping
     :param suffix: ``.rescue`` if only the disks of a rescue are made
+    :param stale: (pool, volume) of old copies on this host. One that has the
+        name of another host's disk is not that disk.
     """
     take_up(disks, disk_mapping, guest_config, configured, block_device_info)
     for name, mapping in local_disks(disk_mapping):
@@ -147,7 +149,9 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
         record = disks.get(name)
         if record is not None:
             image = image_of(name, {**mapping, 'metadata': record})
-            if record.state == READY and image.exists():
+            is_old = record.host != CONF.host and (
+                record.pool, record.volume) in stale
+            if record.state == READY and not is_old and image.exists():
                 if record.host != CONF.host:
                     # Evacuated, and on storage that both hosts see.
                     record.host = CONF.host
@@ -317,9 +321,11 @@ def went_back(disks) -> None:
     """Note that the disks are again what they were on this host."""
     for name, record in disks.items():
         before = record.previous
+        if record.host == CONF.host:
+            continue
         if before is not None and before.host == CONF.host:
             disks.set(name, before)
-        elif record.host != CONF.host:
+        else:
             # Made on the other host: not here.
             disks.clear(name)
     _note_root_size(disks)

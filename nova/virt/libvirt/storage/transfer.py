@@ -20,14 +20,17 @@ from oslo_log import log as logging
 from oslo_serialization import jsonutils
 from oslo_utils import units
 
+from nova.compute import utils as compute_utils
 import nova.conf
+from nova import exception
 from nova.objects import fields
 import nova.privsep.qemu
 from nova import thread_pool_factory
 from nova.virt import images
-from nova.virt.libvirt.storage import config as storage_config
+from nova.virt.libvirt.storage import base as storage_base
 from nova.virt.libvirt.storage import files
 from nova.virt.libvirt.storage import moves
+from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import pump
 from nova.virt.libvirt.storage import undo
 from nova.virt.libvirt.storage import upload
@@ -37,6 +40,8 @@ LOG = logging.getLogger(__name__)
 
 # Seconds between two reports of progress.
 _REPORT_INTERVAL = 5
+# How many names are tried for a volume, where files are in the way.
+_NAMES_TRIED = 4
 
 
 class Transfer:
@@ -67,14 +72,14 @@ class Transfer:
         :param directory: the instance's directory on this host
         :raises: StorageTransferError and others
         """
-        self._flatten_generated()
-        taken = undo.names_left(self.instance)
+        self._measure()
+        self._taken = undo.names_left(self.instance)
         with contextlib.ExitStack() as stack:
             # Pushed first, so done last: until the volumes are gone the
             # records say where they are.
             stack.callback(self._restore)
             self._pack_files(stack, directory)
-            self._choose_names(taken)
+            self._choose_names()
             self._note_extras()
             self._save_building()
             created = []
@@ -88,8 +93,9 @@ class Transfer:
             stack.pop_all()
 
     def _restore(self):
-        undo.restore(self.disks, self.instance)
+        undo.restore(self.disks, self.instance, self.migration)
         self.disks.save(self.context)
+        self.instance.progress = 0
         self.instance.save()
 
     def _pack_files(self, stack, directory):
@@ -100,20 +106,13 @@ class Transfer:
         if path is None:
             return
         here, there = departure.pool_of_files()
-        config = storage_config.LibvirtConfigStorageVolume()
-        config.name = here.free_name(
-            '%s_%s' % (self.instance.uuid, files.NAME))
-        config.capacity = os.path.getsize(path)
-        config.allocation = 0
-        config.target_format = fields.LibvirtDiskFormat.RAW
-        config.permissions = storage_config.LibvirtConfigStoragePermissions()
-        config.permissions.mode = 0o600
-        config.permissions.owner = os.geteuid()
-        config.permissions.group = os.getegid()
+        name = here.free_name('%s_%s' % (self.instance.uuid, files.NAME))
         # Known by name before it is there: this compute may be killed.
-        undo.note_left(self.instance, CONF.host, [(here.name, config.name)])
+        undo.note_left(self.instance, CONF.host, [(here.name, name)])
         self.instance.save()
-        volume = here.create(config)
+        volume = moves.create_volume(
+            here, name, os.path.getsize(path), (os.geteuid(), os.getegid()),
+            0o600)
         item = moves.Item(files.NAME, None, volume, there)
         stack.callback(self._delete_packed, item)
         upload.upload_file(volume, path)
@@ -141,26 +140,38 @@ class Transfer:
         undo.forget_left(self.instance, self.migration.dest_compute,
                          self._extras())
 
-    def _flatten_generated(self):
-        """Let overlays go that are over anything but the server's image.
+    def _measure(self):
+        """Let the disks' files be what travels, and take their sizes.
 
-        A legacy ephemeral or swap disk is an overlay over a file system that
-        this host has generated. The destination would generate another one,
-        with another UUID.
+        The guest has written until it was off: what the check has seen may
+        have grown.
         """
         for item in self.items:
-            if (not item.record or not item.source or item.name == 'disk' or
-                    item.record.format != fields.LibvirtDiskFormat.QCOW2):
+            if not item.source:
                 continue
-            path = item.source.path
-            info = images.privileged_qemu_img_info(
-                path, format=fields.LibvirtDiskFormat.QCOW2)
-            if info.backing_file:
-                nova.privsep.qemu.flatten_image(
-                    path, fields.LibvirtDiskFormat.QCOW2)
-                item.measure()
+            if item.record and (
+                    item.record.format == fields.LibvirtDiskFormat.QCOW2):
+                self._flatten(item)
+            item.measure()
 
-    def _choose_names(self, taken):
+    def _flatten(self, item):
+        """Let an overlay go that is over anything but the server's image."""
+        path = item.source.path
+        info = images.privileged_qemu_img_info(
+            path, format=fields.LibvirtDiskFormat.QCOW2)
+        if not info.backing_file or storage_base.is_kept(
+                self.instance, item.name, info.backing_file):
+            return
+        LOG.info('Volume %(volume)s takes over what it has of %(base)s, which '
+                 'host %(host)s can not have',
+                 {'volume': item.source.name, 'base': info.backing_file,
+                  'host': self.migration.dest_compute},
+                 instance=self.instance)
+        with compute_utils.disk_ops_semaphore:
+            nova.privsep.qemu.flatten_image(
+                path, fields.LibvirtDiskFormat.QCOW2)
+
+    def _choose_names(self):
         """Choose names that nothing has: what is there is never touched."""
         refreshed = set()
         for item in self.items:
@@ -171,8 +182,11 @@ class Transfer:
                 # It doesn't know what this host has made there.
                 item.pool.refresh()
                 refreshed.add(item.pool.name)
-            item.target = item.pool.free_name(
-                '%s_%s' % (self.instance.uuid, item.name), taken)
+            item.target = self._free_name(item)
+
+    def _free_name(self, item):
+        return item.pool.free_name(
+            '%s_%s' % (self.instance.uuid, item.name), self._taken)
 
     def _save_building(self):
         for item in self.items:
@@ -188,18 +202,37 @@ class Transfer:
         self.disks.save(self.context)
 
     def _create(self, item):
-        config = storage_config.LibvirtConfigStorageVolume()
-        config.name = item.target
-        # The bytes of a file, whatever its format is.
-        config.capacity = item.length
-        config.allocation = 0
-        config.target_format = fields.LibvirtDiskFormat.RAW
-        # Nova's user there may be another number than here.
-        config.permissions = storage_config.LibvirtConfigStoragePermissions()
-        config.permissions.mode = 0o600 if item.name == files.NAME else 0o644
-        config.permissions.owner, config.permissions.group = (
-            self.departure.owner)
-        return item.pool.create(config)
+        """Make a volume on the destination.
+
+        libvirt knows nothing of a file that was put into a pool since its
+        last refresh, and refuses to make another one: that stays, too.
+        """
+        mode = 0o600 if item.name == files.NAME else 0o644
+        for tries_left in reversed(range(_NAMES_TRIED)):
+            try:
+                return moves.create_volume(item.pool, item.target, item.length,
+                                           self.departure.owner, mode)
+            except exception.InsufficientStoragePoolSpace:
+                raise
+            except exception.StorageVolumeError as e:
+                if not tries_left or item.name == storage_base.NAME:
+                    raise
+                LOG.warning('Trying another name: %s', e,
+                            instance=self.instance)
+            self._rename(item)
+
+    def _rename(self, item):
+        if not item.record:
+            self._forget_extras()
+        self._taken.add(item.target)
+        item.target = self._free_name(item)
+        if not item.record:
+            self._note_extras()
+            return
+        record = self.disks.get(item.name)
+        record.volume = item.target
+        self.disks.set(item.name, record)
+        self.disks.save(self.context)
 
     def _delete_created(self, created):
         undo.delete_at_peer(self.departure.peer, self.departure.host,
@@ -231,11 +264,14 @@ class Transfer:
         self._cancelled = lambda: bool(errors)
         parallel = min(CONF.libvirt.storage_migration_parallel_disks,
                        len(waiting))
-        futures = [thread_pool_factory.spawn(work)
-                   for _n in range(parallel - 1)]
+        futures = [thread_pool_factory.spawn_on(
+            thread_pool_factory.ExecutorType.STORAGE_MIGRATION, work)
+            for _n in range(parallel - 1)]
         work()
         for future in futures:
-            future.result()
+            # One that no thread was free for has nothing left to do.
+            if not future.cancel():
+                future.result()
         if errors:
             raise errors[0]
         self._report(total, start, last=True)
@@ -244,6 +280,12 @@ class Transfer:
         def progress(done):
             item.done = done
             self._tick()
+
+        def started(pid):
+            LOG.info('Process %(pid)d copies volume %(volume)s',
+                     {'pid': pid, 'volume': item.source.name},
+                     instance=self.instance)
+            self.job_tracker.add_job(self.instance, pid)
 
         LOG.info('Copying volume %(volume)s (%(length)d bytes, %(allocation)d '
                  'allocated) to pool %(pool)s at %(uri)s as %(target)s',
@@ -259,7 +301,7 @@ class Transfer:
             bandwidth=CONF.libvirt.storage_migration_bandwidth * units.Mi,
             stall_timeout=CONF.libvirt.storage_migration_stall_timeout,
             progress=progress, cancelled=self._cancelled,
-            on_start=lambda pid: self.job_tracker.add_job(self.instance, pid),
+            on_start=started,
             on_end=lambda pid: self.job_tracker.remove_job(self.instance, pid))
         progress(item.length)
         LOG.info('Copied volume %(volume)s: %(data)d bytes of data in '
@@ -284,11 +326,18 @@ class Transfer:
                  {'done': done, 'total': total, 'rate': rate},
                  instance=self.instance)
         self.instance.progress = round(done * 100 / total) if total else 100
-        self.instance.save()
         self.migration.disk_total = total
         self.migration.disk_processed = done
         self.migration.disk_remaining = total - done
-        self.migration.save()
+        try:
+            self.instance.save()
+            self.migration.save()
+        except exception.InstanceNotFound:
+            raise
+        except Exception as e:
+            # The copy needs neither conductor nor database.
+            LOG.warning('The progress could not be saved: %s', e,
+                        instance=self.instance)
 
     def _save_expectations(self):
         """Let the destination know what it must find."""
@@ -300,7 +349,7 @@ class Transfer:
                 expected = {'length': item.length,
                             'checksum': item.result.checksum,
                             'key': item.result.key}
-                if item.name == files.NAME:
+                if not item.record:
                     expected['at'] = [item.pool.name, item.target]
                 self.instance.system_metadata[moves.COPY + item.name] = (
                     jsonutils.dumps(expected))
@@ -308,7 +357,8 @@ class Transfer:
                 self._note_swap(item.record)
         self._forget_extras()
         self.instance.system_metadata.pop(moves.OFFER, None)
-        self.instance.system_metadata[moves.MOVED] = str(self.migration.id)
+        self.instance.system_metadata[moves.MOVED] = jsonutils.dumps(
+            [self.migration.id, peer.own_address(self.departure.host)])
         self.instance.save()
 
     def _note_swap(self, record):

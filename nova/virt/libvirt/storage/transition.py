@@ -46,6 +46,7 @@ from nova.virt import images
 from nova.virt.libvirt.storage import config as storage_config
 from nova.virt.libvirt.storage import metadata
 from nova.virt.libvirt.storage import pool as storage_pool
+from nova.virt.libvirt.storage import undo
 
 LOG = logging.getLogger(__name__)
 
@@ -153,12 +154,12 @@ class Transition:
         """
         if not is_due(self._disks):
             return False
-        self._moving = self._plan()
-        LOG.info('Moving %(count)d disks into storage pools: %(disks)s',
-                 {'count': len(self._moving),
-                  'disks': ', '.join(d.name for d in self._moving)},
-                 instance=self._instance)
         try:
+            self._moving = self._plan()
+            LOG.info('Moving %(count)d disks into storage pools: %(disks)s',
+                     {'count': len(self._moving),
+                      'disks': ', '.join(d.name for d in self._moving)},
+                     instance=self._instance)
             for step in self.STEPS:
                 getattr(self, step)()
         # A call to the conductor that got no answer isn't in this list: what
@@ -166,6 +167,8 @@ class Transition:
         except (exception.NovaException, OSError, ValueError,
                 processutils.ProcessExecutionError) as error:
             self._undo()
+            if isinstance(error, exception.DiskTransitionFailed):
+                raise
             raise exception.DiskTransitionFailed(
                 instance=self._instance.uuid, reason=str(error)) from error
         return True
@@ -234,7 +237,8 @@ class Transition:
         for disk in self._moving:
             if disk.volume is None:
                 disk.volume = disk.pool.free_name(
-                    '%s_%s' % (self._instance.uuid, disk.name))
+                    '%s_%s' % (self._instance.uuid, disk.name),
+                    undo.names_left(self._instance))
             disk.record.pool = disk.pool.name
             disk.record.volume = disk.volume
             self._disks.set(disk.name, disk.record)

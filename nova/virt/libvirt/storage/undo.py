@@ -16,6 +16,7 @@ from oslo_serialization import jsonutils
 from oslo_utils import uuidutils
 import tenacity
 
+from nova.compute import task_states
 import nova.conf
 from nova import exception
 from nova.virt.libvirt.storage import moves
@@ -112,29 +113,125 @@ def forget_left(instance, host, places):
             del instance.system_metadata[key]
 
 
-def delete_left(connection, instance):
+def delete_left(connection, instance, disks):
     """Delete what an earlier try has left on this host and couldn't undo.
 
     Only what is noted by name: what else is here is never touched.
 
     :param connection: this host's libvirt
+    :param disks: the instance's InstanceDisks: what has become one of them
+        since it was noted is no longer left
     """
-    places = left(instance, CONF.host)
-    still = delete_volumes(connection, CONF.host, places, instance)
-    forget_left(instance, CONF.host, set(places) - set(still))
+    places = set(left(instance, CONF.host))
+    in_use = {(record.pool, record.volume) for _name, known in disks.items()
+              for record in (known, known.previous)
+              if record is not None and record.host == CONF.host}
+    still = delete_volumes(connection, CONF.host, places - in_use, instance)
+    forget_left(instance, CONF.host, places - set(still))
 
 
-def restore(disks, instance):
+def is_of(instance, migration, record):
+    """Whether a disk's ``previous`` is where a migration has taken it from.
+
+    It may be of an earlier one, which was never confirmed nor reverted; what
+    has been written since would be lost.
+    """
+    return record.previous is not None and (
+        record.previous.host == CONF.host) and (
+        record.is_building or moves.moved_by(instance) == migration.id)
+
+
+def restore(disks, instance, migration):
     """Make the source's copies the disks again; the caller saves both.
 
     :param disks: the instance's InstanceDisks
+    :param migration: the Migration which is undone
     """
     for name, record in disks.items():
-        if record.previous is not None and record.previous.host == CONF.host:
+        if is_of(instance, migration, record):
             disks.set(name, record.previous)
+    _forget_move(instance)
+
+
+def _forget_move(instance):
     for key in list(instance.system_metadata):
         if key.startswith((moves.OFFER, moves.COPY, moves.MOVED, moves.SWAP)):
             del instance.system_metadata[key]
+
+
+def _is_half_copied(name, record):
+    """Whether a disk is still what it was before a move.
+
+    What is building was never booted from.
+    """
+    return (record.is_building and record.previous is not None and
+            moves.is_copied(name))
+
+
+def old_copies(instance, disks):
+    """Return what is on this host of an instance and is none of its disks.
+
+    That a volume has the name of a disk which another host has on record
+    doesn't make it that disk. A host keeps the volume of a move which was
+    not confirmed (a record's previous), or which couldn't be deleted (a
+    note). Where the hosts have distinct pools, the disk has the same name on
+    the other host. In a pool which both see, no two copies have one name:
+    there a name that is returned here is never the disk's.
+
+    :param disks: the instance's InstanceDisks
+    :returns: set of (pool, volume)
+    """
+    places = set(left(instance, CONF.host))
+    for name, record in disks.items():
+        previous = record.previous
+        if record.host == CONF.host:
+            if record.is_building:
+                places.add((record.pool, record.volume))
+        elif (previous is not None and previous.host == CONF.host and
+                not _is_half_copied(name, record)):
+            places.add((previous.pool, previous.volume))
+    return {place for place in places if place[1] is not None}
+
+
+def after_evacuation(instance, disks):
+    """On the destination of an evacuation: end moves that nobody ends now.
+
+    The caller saves the records. Old copies are noted as left.
+
+    :param disks: the instance's InstanceDisks
+    :returns: old_copies(); none unless it is evacuated
+    """
+    if instance.task_state != task_states.REBUILD_SPAWNING or all(
+            record.host == CONF.host and record.previous is None
+            for _name, record in disks.items()):
+        return set()
+    places = old_copies(instance, disks)
+    for name, record in disks.items():
+        previous = record.previous
+        if _is_half_copied(name, record):
+            LOG.warning('The copy of disk %(name)s on host %(copy)s was not '
+                        'found whole; the disk is volume %(volume)s in '
+                        'storage pool %(pool)s of host %(host)s',
+                        {'name': name, 'copy': record.host,
+                         'volume': previous.volume, 'pool': previous.pool,
+                         'host': previous.host}, instance=instance)
+            disks.set(name, previous)
+        elif (record.host != CONF.host and previous is not None and
+                previous.host == CONF.host):
+            # Else a later failure would bring it back.
+            record.previous = None
+            disks.set(name, record)
+    unknown = places - set(left(instance, CONF.host))
+    for pool_name, name in sorted(unknown):
+        LOG.warning('Volume %(volume)s in storage pool %(pool)s is an old '
+                    'copy of the disk or half of one, and is not used; it '
+                    'goes when this server is sent to this host again, or is '
+                    'deleted. Save it before, if its content is needed',
+                    {'volume': name, 'pool': pool_name}, instance=instance)
+    note_left(instance, CONF.host, unknown)
+    _forget_move(instance)
+    instance.save()
+    return places
 
 
 def delete_at_peer(connection, host, instance, migration, places):

@@ -17,6 +17,7 @@ import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
 from oslo_utils import units
 
+from nova.compute import task_states
 import nova.conf
 from nova import exception
 from nova import objects
@@ -25,10 +26,14 @@ from nova import test
 from nova.tests.unit.virt.libvirt import test_imagebackend
 from nova.virt import images
 from nova.virt.libvirt import config as vconfig
+from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import backend
 from nova.virt.libvirt.storage import cleanup
 from nova.virt.libvirt.storage import config as storage_config
+from nova.virt.libvirt.storage import metadata
 from nova.virt.libvirt.storage import pool
+from nova.virt.libvirt.storage import records
+from nova.virt.libvirt.storage import undo
 from nova.virt.libvirt.storage import upload
 from nova.virt.libvirt import utils as libvirt_utils
 
@@ -194,7 +199,8 @@ class LibvirtStorageTestCase(test.NoDBTestCase):
         self.base_pool = self.storage.pools[BASE]
         self.connection = mock.Mock()
         self.image_class = backend.LibvirtStorage.bound_to(self.connection)
-        self.instance = objects.Instance(uuid=uuids.instance)
+        self.instance = objects.Instance(
+            uuid=uuids.instance, system_metadata={})
         self.fetch = self.useFixture(fixtures.MockPatchObject(
             libvirt_utils, 'fetch_image', side_effect=self._fetch)).mock
         self.upload = self.useFixture(fixtures.MockPatchObject(
@@ -252,6 +258,13 @@ class LibvirtStorageTestCase(test.NoDBTestCase):
         self.assertEqual(CONF.host, record.host)
         self.assertEqual(DISKS, record.pool)
         self.assertEqual('%s_%s' % (uuids.instance, name), record.volume)
+
+    def test_metadata_name_of_what_is_left(self):
+        # Gone, and still on the list of what is to be deleted
+        undo.note_left(self.instance, 'here', [
+            (DISKS, '%s_disk' % uuids.instance)])
+        self.assertEqual('%s_disk.1' % uuids.instance,
+                         self._image().metadata(self.SIZE).volume)
 
     def test_metadata_mapped_pool(self):
         self.flags(group='libvirt', storage_pool_mapping={'swap': 'fast'})
@@ -396,15 +409,60 @@ class LibvirtStorageTestCase(test.NoDBTestCase):
     def test_create_from_image_exists(self):
         image = self._made()
         self.fetch.reset_mock()
-        os.unlink(image._get_cached_path(os.listdir(
-            os.path.join(CONF.instances_path, '_base'))[0]))
-        image.create_from_image(
-            mock.sentinel.context, uuids.image, 2 * self.SIZE)
+        base = image._get_cached_path(imagecache.get_cache_fname(uuids.image))
+        os.unlink(base)
+        with self._over(base):
+            image.create_from_image(
+                mock.sentinel.context, uuids.image, 2 * self.SIZE)
         # Its backing file and its size, but no second disk
         self.fetch.assert_called_once()
         self.assertEqual(1, len(self.disks.created))
         self.assertEqual([(2 * self.SIZE, False)],
                          self.disks.volume(image.volume_name).resized)
+
+    @ddt.data('another', None)
+    def test_create_from_image_exists_without_that_base(self, name):
+        # It was unshelved: its image may be gone from Glance by now.
+        image = self._made()
+        self.fetch.reset_mock()
+        with self._over(name and image._get_cached_path(name)):
+            image.create_from_image(
+                mock.sentinel.context, uuids.other_image, 2 * self.SIZE)
+        self.fetch.assert_not_called()
+        self.assertEqual([(2 * self.SIZE, False)],
+                         self.disks.volume(image.volume_name).resized)
+
+    def _over(self, base):
+        return mock.patch.object(
+            images, 'privileged_qemu_img_info',
+            return_value=mock.Mock(backing_file=base))
+
+    @mock.patch('nova.privsep.qemu.flatten_image')
+    def test_flatten(self, mock_flatten):
+        self.flags(use_cow_images=True)
+        image = self._made()
+        with self._over(image._get_cached_path('snapshot')):
+            image.flatten()
+        mock_flatten.assert_called_once_with(image.path, 'qcow2')
+
+    @mock.patch('nova.privsep.qemu.flatten_image')
+    def test_flatten_what_is_flat(self, mock_flatten):
+        self.flags(use_cow_images=False)
+        self._made().flatten()
+        self.flags(use_cow_images=True)
+        image = self._new('disk.rescue')
+        image.create_from_image(mock.sentinel.context, uuids.image, self.SIZE)
+        with self._over(None):
+            image.flatten()
+        mock_flatten.assert_not_called()
+
+    @mock.patch('nova.privsep.qemu.flatten_image')
+    def test_flatten_over_something_foreign(self, mock_flatten):
+        self.flags(use_cow_images=True)
+        image = self._made()
+        with self._over('/etc/shadow'):
+            self.assertRaises(exception.InvalidDiskInfo, image.flatten)
+        mock_flatten.assert_not_called()
 
     def _generate(self, target):
         self.generated = target
@@ -519,7 +577,8 @@ class CleanupTestCase(test.NoDBTestCase):
         self.flags(instances_path=self.useFixture(fixtures.TempDir()).path)
         self.storage = self.useFixture(StorageFixture())
         self.disks = self.storage.pools[DISKS]
-        self.instance = objects.Instance(uuid=uuids.instance)
+        self.instance = objects.Instance(
+            uuid=uuids.instance, system_metadata={})
         self.flags(group='libvirt', storage_pool_mapping={'swap': 'fast'})
         for name in ('disk', 'disk.1', 'disk.rescue', 'disk.config.rescue.1'):
             self.disks.add('%s_%s' % (uuids.instance, name), 'raw')
@@ -575,6 +634,14 @@ class CleanupTestCase(test.NoDBTestCase):
                 self.disks.path, '%s_disk' % uuids.third), 'w'):
             self.assertTrue(cleanup.has_volumes(None, uuids.third))
 
+    def test_has_volumes_ignored(self):
+        os.makedirs(self.disks.path)
+        here = {(v.pool.name, v.name) for v in cleanup.get_volumes(
+            None, uuids.instance)}
+        self.assertFalse(cleanup.has_volumes(None, uuids.instance, here))
+        here.remove((DISKS, '%s_disk.1' % uuids.instance))
+        self.assertTrue(cleanup.has_volumes(None, uuids.instance, here))
+
     def test_probes(self):
         os.makedirs(self.disks.path)
         probes = cleanup.make_probes(None, uuids.instance)
@@ -597,6 +664,101 @@ class CleanupTestCase(test.NoDBTestCase):
         cleanup.remove_probes(None, probes)
         self.assertNotIn('probe', str(self._left()))
         cleanup.remove_probes(None, probes)
+
+
+@ddt.ddt
+class EvacuationTestCase(test.NoDBTestCase):
+    """This host has had the instance before: 'here', then 'there'."""
+
+    def setUp(self):
+        super().setUp()
+        self.flags(host='here',
+                   instances_path=self.useFixture(fixtures.TempDir()).path)
+        self.flags(images_type='libvirt-storage', group='libvirt')
+        self.storage = self.useFixture(StorageFixture())
+        self.disks = self.storage.pools[DISKS]
+        os.makedirs(self.disks.path)
+        self.image_class = backend.LibvirtStorage.bound_to(mock.Mock())
+        self.old = '%s_disk' % uuids.instance
+        self.disks.add(self.old, 'raw')
+        self.instance = objects.Instance(
+            uuid=uuids.instance, system_metadata={},
+            task_state=task_states.REBUILD_SPAWNING,
+            flavor=objects.Flavor(root_gb=1, ephemeral_gb=0, swap=0))
+        self.instance.save = mock.Mock()
+        self.records = metadata.InstanceDisks.from_bdms(self.instance, [
+            objects.BlockDeviceMapping(
+                id=1, uuid=uuids.root, instance_uuid=uuids.instance,
+                source_type='image', destination_type='local', boot_index=0,
+                driver_info=None)])
+
+    def _move(self, volume, kept, state='ready'):
+        """Record a disk on the other host.
+
+        :param kept: Why the old one is still here.
+        """
+        record = metadata.LibvirtDiskMetadata(
+            backend='libvirt-storage', format='raw', size=units.Gi,
+            state=state, host='there', pool=DISKS, volume=volume)
+        if kept == 'not confirmed':
+            record.previous = record.obj_clone()
+            record.previous.host, record.previous.volume = 'here', self.old
+            record.previous.state = 'ready'
+        else:
+            undo.note_left(self.instance, 'here', [(DISKS, self.old)])
+        self.records.set('disk', record)
+
+    def _has_volumes(self):
+        return cleanup.has_volumes(
+            None, uuids.instance, undo.old_copies(self.instance, self.records))
+
+    def _begin(self):
+        """Evacuate to this host.
+
+        :return: The record of the disk.
+        """
+        stale = undo.after_evacuation(self.instance, self.records)
+        records.begin(
+            self.records, {'disk': {}}, None,
+            lambda name, mapping: self.image_class(
+                self.instance, name, disk_info_mapping=mapping),
+            'libvirt-storage', {}, stale=stale)
+        self.assertIsNone(self.records.get('disk').previous)
+        return self.records.get('disk')
+
+    @ddt.data('not confirmed', 'not deleted')
+    def test_distinct_pools(self, kept):
+        self._move(self.old, kept)
+        self.assertFalse(self._has_volumes())
+        record = self._begin()
+        # Made anew, beside what is kept
+        self.assertEqual(('building', 'here', self.old + '.1'),
+                         (record.state, record.host, record.volume))
+        self.assertIn(self.old, self.disks.volumes_by_name)
+        self.assertEqual([(DISKS, self.old)],
+                         undo.left(self.instance, 'here'))
+
+    @ddt.data('not confirmed', 'not deleted')
+    def test_shared_pool(self, kept):
+        new = self.old + '.1'
+        open(os.path.join(self.disks.path, new), 'w').close()
+        self._move(new, kept)
+        self.assertTrue(self._has_volumes())
+        record = self._begin()
+        self.assertEqual(('ready', 'here', new),
+                         (record.state, record.host, record.volume))
+        self.assertEqual([(DISKS, self.old)],
+                         undo.left(self.instance, 'here'))
+
+    @ddt.data('', '.1')
+    def test_never_arrived(self, suffix):
+        # The other host hasn't found it whole, so this is still the disk.
+        self._move(self.old + suffix, 'not confirmed', 'building')
+        self.assertTrue(self._has_volumes())
+        record = self._begin()
+        self.assertEqual(('ready', 'here', self.old),
+                         (record.state, record.host, record.volume))
+        self.assertEqual([], undo.left(self.instance, 'here'))
 
 
 class UploadTestCase(test.NoDBTestCase):

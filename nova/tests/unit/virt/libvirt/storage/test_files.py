@@ -67,7 +67,7 @@ class FilesTestCase(test_migration.OutgoingTestCase):
         self.flags(host='dest')
         with mock.patch.object(files, 'NVRAM_DIR', self.nvram_there):
             arrival.accept(self.context, self.instance, self.load(),
-                           self.dest, 'dest:///')
+                           self.dest, 'dest:///', mock.Mock())
         self.flags(host='source')
 
     def left(self):

@@ -12,22 +12,28 @@
 
 import os
 import threading
+import time
 from unittest import mock
 
 import ddt
 import fixtures
+import futurist
+import oslo_messaging as messaging
 from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
 import tenacity
 
 import nova.conf
 from nova import exception
+from nova import objects
+from nova.objects import fields
 from nova.tests.unit.virt.libvirt.storage import two_hosts
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import arrival
 from nova.virt.libvirt.storage import files
 from nova.virt.libvirt.storage import migration
 from nova.virt.libvirt.storage import moves
+from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import undo
 
 CONF = nova.conf.CONF
@@ -111,7 +117,7 @@ class CheckTestCase(OutgoingTestCase):
     def test_kind_of_disk_that_wasnt_offered(self):
         self.instance.system_metadata[moves.OFFER] = jsonutils.dumps(
             {'m': 7, 'o': [1, 2], 'p': {POOL: ['disk', 'disk.eph', 'files']},
-             'f': [None]})
+             'f': [None], 'd': [0]})
         self.assertIn('disk.config', self.refused())
 
     def test_peer_refuses(self):
@@ -125,8 +131,39 @@ class CheckTestCase(OutgoingTestCase):
         self.stub_out('nova.virt.libvirt.storage.peer._CONNECT_TIMEOUT', 0.1)
         answer = threading.Event()
         self.addCleanup(answer.set)
-        self.host.connect_to_peer = lambda uri: answer.wait()
+        attempts = []
+
+        def connect(uri):
+            attempts.append(uri)
+            answer.wait()
+            return self.dest
+
+        self.host.connect_to_peer = connect
         self.assertIn('no answer', self.refused())
+        # No thread is given to a second one.
+        self.assertIn('still unanswered', self.refused())
+        self.assertEqual(1, len(attempts))
+        # Nobody waits for the first any longer, so it is closed.
+        answer.set()
+        for _n in range(1000):
+            if self.dest.closed and not peer._hanging:
+                break
+            time.sleep(0.01)
+        self.assertTrue(self.dest.closed)
+        with self.outgoing() as outgoing:
+            outgoing.check()
+        self.assertEqual(2, len(attempts))
+
+    def test_peer_goes_at_once(self):
+        self.dest.setKeepAlive = mock.Mock(side_effect=ValueError('reset'))
+        self.assertIn('reset', self.refused())
+        self.assertTrue(self.dest.closed)
+
+    def test_unexpected_error(self):
+        self.stub_out('nova.virt.images.get_info', mock.Mock(
+            side_effect=ValueError('no Keystone')))
+        self.lay_over('disk', imagecache.get_cache_fname(uuids.image))
+        self.assertIn('no Keystone', self.refused())
 
     @ddt.data('192.0.2.2/system?pkipath=/tmp', 'a b', '', 'x' * 254, 'h\n',
               '-a', 'a@b', '[::1', 'ssh+x://a', 'a%b', '..', 'a:1')
@@ -172,6 +209,18 @@ class CheckTestCase(OutgoingTestCase):
         self.make_offer()
         self.assertIn('849 bytes available and 850', self.refused())
 
+    def test_room_of_two_pools_in_one_file_system(self):
+        self.lay_over('disk', imagecache.get_cache_fname(uuids.image), 500)
+        self.image_error = exception.ImageNotFound(image_id=uuids.image)
+        for pool in (POOL, two_hosts.BASES):
+            self.devices['/dest/' + pool] = 5
+        self.make_offer()
+        # each of them fits in, at 850 and 500 bytes
+        self.dest.available = 1349
+        text = self.refused()
+        self.assertIn('1349 bytes available and 1350', text)
+        self.assertIn('%s, %s' % (two_hosts.BASES, POOL), text)
+
     def test_room_that_libvirt_alone_knows(self):
         self.free['/dest/' + POOL] = OSError('no such directory')
         self.make_offer()
@@ -188,6 +237,51 @@ class CheckTestCase(OutgoingTestCase):
         self.dest.types[POOL] = 'logical'
         self.dest.available = 1699
         self.assertIn('1699 bytes available and 1700', self.refused())
+
+    @ddt.data(('raw', 300), ('qcow2', 500))
+    @ddt.unpack
+    def test_room_of_what_is_flattened(self, base_format, growth):
+        # What is compressed in the base image isn't any more afterwards.
+        self.lay_over('disk', 'snapshot', 300, length=500)
+        self.source.pools[POOL][self.volume_name('disk')]['base_format'] = (
+            base_format)
+        self.dest.available = 849 + growth
+        self.assertIn('%d bytes available and %d' % (
+            849 + growth, 850 + growth), self.refused())
+        self.dest.available += 1
+        with self.outgoing() as outgoing:
+            outgoing.check()
+
+    def test_no_room_to_flatten(self):
+        self.lay_over('disk', 'snapshot', 200)
+        self.lay_over('disk.eph0', 'ephemeral_1', 100)
+        self.source.available = 299
+        text = self.refused()
+        self.assertIn('host source has 299 bytes available and 300', text)
+        self.assertIn(POOL, text)
+        self.source.available = 300
+        with self.outgoing() as outgoing:
+            outgoing.check()
+
+    def test_room_to_flatten_and_copy_in_one_pool(self):
+        self.lay_over('disk', 'snapshot', 300)
+        self.dest.pools = self.source.pools
+        self.dest.available = 850 + 2 * 300 - 1
+        self.assertIn('and %d are' % (850 + 2 * 300), self.refused())
+
+    def test_base_image_is_gone(self):
+        self.lay_over('disk', 'snapshot')
+        del self.source.pools[two_hosts.BASES]['snapshot']
+        self.assertIn('snapshot', self.refused())
+
+    def test_base_image_that_libvirt_does_not_know_yet(self):
+        # It says what it saw when it last looked.
+        self.lay_over('disk', imagecache.get_cache_fname(uuids.image))
+        config = mock.Mock(backing_store=mock.Mock(path='/there/_base/old'))
+        with mock.patch.object(two_hosts.Volume, 'config',
+                               return_value=config), (
+                self.outgoing()) as outgoing:
+            outgoing.check()
 
     @ddt.data({'state': 'building'}, {'host': 'other'}, {'backend': 'flat'})
     def test_disk_that_isnt_in_order(self, change):
@@ -253,6 +347,17 @@ class RunTestCase(OutgoingTestCase):
                                            self.migration.disk_processed,
                                            self.migration.disk_remaining))
 
+    def test_disk_that_has_grown_since_the_check(self):
+        outgoing = self.outgoing()
+        outgoing.check()
+        self.source.pools[POOL][self.volume_name('disk')].update(
+            length=1234, allocation=1200)
+        with outgoing:
+            outgoing.run(self.directory)
+        self.assertEqual(1234, self.copies[0][2])
+        self.assertEqual(1234, self.dest.pools[POOL][
+            self.volume_name('disk')]['length'])
+
     def test_records_are_saved_once_and_before_the_first_byte(self):
         self.stub_out(
             'nova.virt.libvirt.storage.pump.copy', mock.Mock(
@@ -266,21 +371,32 @@ class RunTestCase(OutgoingTestCase):
     @ddt.data(True, False)
     def test_overlay_over_a_generated_file_system(self, is_overlay):
         # Its base on the destination would have another UUID.
-        record = self.disks.get('disk.eph0').obj_clone()
-        record.format = 'qcow2'
-        self.disks.set('disk.eph0', record)
-        volume = self.source.pools[POOL][self.volume_name('disk.eph0')]
-        info = mock.Mock(backing_file='/_base/ephemeral_1' if is_overlay
-                         else None)
-        with mock.patch(
-                'nova.virt.images.privileged_qemu_img_info',
-                return_value=info) as look, mock.patch(
-                'nova.privsep.qemu.flatten_image') as flatten:
-            self.move()
-        self.assertEqual('qcow2', look.call_args.kwargs['format'])
-        self.assertEqual(int(is_overlay), flatten.call_count)
-        self.assertIn(COPIED[-1], self.ours(self.dest))
-        self.assertIsNotNone(volume)
+        self.lay_over('disk.eph0', 'ephemeral_1', 300)
+        volume = self.volume_name('disk.eph0')
+        if not is_overlay:
+            del self.source.pools[POOL][volume]['base']
+        self.move()
+        self.assertEqual([volume] if is_overlay else [], self.flattened)
+        self.assertIn('disk.eph0', self.ours(self.dest))
+
+    @ddt.data(True, False)
+    def test_root_over_another_image(self, same_host):
+        # It was unshelved: its snapshot is gone from Glance.
+        self.lay_over('disk', imagecache.get_cache_fname(uuids.snapshot), 300)
+        self.image_error = exception.ImageNotFound(image_id=uuids.image)
+        if same_host:
+            self.migration.dest_compute = 'source'
+        self.move(same_host)
+        self.assertEqual([self.volume_name('disk')], self.flattened)
+        self.assertEqual(3, len(self.copies))
+        if not same_host:
+            self.assertNotIn('base', self.dest.pools[POOL][
+                self.volume_name('disk')])
+
+    def test_root_over_its_image(self):
+        self.lay_over('disk', imagecache.get_cache_fname(uuids.image), 300)
+        self.move()
+        self.assertEqual([], self.flattened)
 
     def test_how_the_pump_is_called(self):
         self.flags(storage_migration_bandwidth=3,
@@ -310,6 +426,36 @@ class RunTestCase(OutgoingTestCase):
         self.assertEqual(foreign, self.dest.pools[POOL][
             self.volume_name('disk')])
         self.assertEqual('disk.1', self.places()['disk'][2])
+
+    def hide(self, *names):
+        """Have files on the destination that its libvirt knows nothing of."""
+        hidden = {self.volume_name(name) for name in names}
+        create = two_hosts.Pool.create
+
+        def create_or_fail(pool, config):
+            if pool.daemon is self.dest and config.name in hidden:
+                raise exception.StorageVolumeError(
+                    volume=config.name, pool=pool.name, host=pool.host,
+                    reason='File exists', code=38)
+            return create(pool, config)
+
+        self.stub_out(
+            'nova.tests.unit.virt.libvirt.storage.two_hosts.Pool.create',
+            create_or_fail)
+
+    def test_file_that_libvirt_doesnt_know_of(self):
+        self.hide('disk', 'disk.1')
+        self.move()
+        self.assertEqual(dict(ON_THE_WAY, disk=(
+            'building', 'dest', 'disk.2', 'source')), self.places())
+        self.assertEqual({'disk.2', *COPIED[1:]}, set(self.ours(self.dest)))
+
+    def test_files_everywhere(self):
+        self.hide('disk', *('disk.%d' % n for n in range(1, 9)))
+        e = self.assertRaises(exception.StorageVolumeError, self.move)
+        self.assertIn('File exists', str(e))
+        self.assertEqual(AT_SOURCE, self.places())
+        self.assertEqual([], self.ours(self.dest))
 
     def test_name_of_what_is_left(self):
         # On the third host of a shared pool it would be deleted as such.
@@ -353,6 +499,42 @@ class RunTestCase(OutgoingTestCase):
         self.assertNotIn(moves.MOVED, self.instance.system_metadata)
         self.assertTrue(self.dest.closed)
 
+    def test_progress_that_cant_be_saved(self):
+        self.stub_out(
+            'nova.virt.libvirt.storage.transfer._REPORT_INTERVAL', 0)
+        self.migration.save.side_effect = messaging.MessagingTimeout
+        self.move()
+        self.assertEqual(ON_THE_WAY, self.places())
+        self.assertIn('progress could not be saved',
+                      self.stdlog.logger.output)
+
+    def test_server_that_is_gone(self):
+        self.stub_out(
+            'nova.virt.libvirt.storage.transfer._REPORT_INTERVAL', 0)
+        error = exception.InstanceNotFound(instance_id=uuids.instance)
+        self.migration.save.side_effect = error
+        self.failed(error)
+
+    def test_no_thread_is_free(self):
+        queued = []
+
+        def spawn_on(executor_type, work):
+            queued.append(futurist.Future())
+            return queued[-1]
+
+        self.stub_out('nova.thread_pool_factory.spawn_on', spawn_on)
+        self.stub_out('nova.virt.libvirt.storage.peer._connect',
+                      lambda host, uri: self.dest)
+        self.move()
+        self.assertEqual(3, len(self.copies))
+        self.assertEqual([True], [future.cancelled() for future in queued])
+
+    def test_progress_after_a_failure(self):
+        self.instance.progress = 50
+        self.copy_error = exception.InternalError('pump')
+        self.failed(self.copy_error)
+        self.assertEqual(0, self.instance.progress)
+
     def test_copy_fails(self):
         self.flags(storage_migration_parallel_disks=1, group='libvirt')
         self.copy_error = exception.InternalError('pump')
@@ -382,6 +564,19 @@ class RunTestCase(OutgoingTestCase):
                       staticmethod(lambda c, i, infos: save()))
         self.failed(error)
         self.assertEqual([], self.ours(self.dest))
+
+    def test_restored_records_that_cant_be_saved_at_once(self):
+        self.copy_error = exception.InternalError('pump')
+        save = mock.Mock(side_effect=[
+            None, messaging.MessagingTimeout, None])
+        self.stub_out('nova.objects.BlockDeviceMappingList._save_driver_info',
+                      staticmethod(lambda c, i, infos: save(infos)))
+        self.assertRaises(messaging.MessagingTimeout, self.move)
+        # The driver goes on with the same mappings.
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual(3, save.call_count)
+        self.assertEqual(save.mock_calls[1], save.mock_calls[2])
 
     def test_volumes_cant_be_deleted_after_a_failure(self):
         self.copy_error = exception.InternalError('pump')
@@ -418,13 +613,14 @@ class EndTestCase(OutgoingTestCase):
         self.stub_out(
             'nova.virt.libvirt.storage.metadata.InstanceDisks.load',
             lambda *args: self.load())
+        self.cache_base = mock.Mock()
 
     def accept(self):
         self.flags(host='dest')
         disks = self.load()
         try:
             arrival.accept(self.context, self.instance, disks, self.dest,
-                           'dest:///')
+                           'dest:///', self.cache_base)
         finally:
             self.flags(host='source')
 
@@ -439,6 +635,14 @@ class EndTestCase(OutgoingTestCase):
         self.assertEqual({moves.MOVED, moves.SWAP},
                          set(self.instance.system_metadata))
 
+    def test_accept_what_was_flattened(self):
+        self.lay_over('disk', imagecache.get_cache_fname(uuids.snapshot), 300)
+        self.move()
+        self.accept()
+        self.assertEqual('ready', self.places()['disk'][0])
+        # There need be no base image.
+        self.cache_base.assert_not_called()
+
     def test_accept_twice_verifies_once(self):
         self.move()
         self.accept()
@@ -448,8 +652,44 @@ class EndTestCase(OutgoingTestCase):
     def test_accept_what_was_changed_on_the_way(self):
         self.move()
         self.dest.pools[POOL][self.volume_name('disk.eph0')]['content'] = ''
-        self.assertRaises(exception.StorageTransferMismatch, self.accept)
-        self.assertEqual(ON_THE_WAY, self.places())
+        self.accept()
+        # from the source, which has it still
+        self.assertEqual(
+            [('qemu+tls://192.0.2.1/system', POOL,
+              self.volume_name('disk.eph0')),
+             ('dest:///', POOL, self.volume_name('disk.eph0')), 600],
+            list(self.copies[-1][:3]))
+        self.assertEqual('content of disk.eph0', self.dest.pools[POOL][
+            self.volume_name('disk.eph0')]['content'])
+        self.assertEqual('ready', self.places()['disk.eph0'][0])
+
+    def test_accept_what_cant_be_copied_again(self):
+        self.move()
+        volume = self.volume_name('disk.eph0')
+        self.dest.pools[POOL][volume]['content'] = ''
+        self.copy_error = exception.InternalError('no route')
+        e = self.assertRaises(exception.StorageTransferMismatch, self.accept)
+        for part in ('no route', 'it differs', 'hard reboot', 'host source',
+                     volume):
+            self.assertIn(part, str(e))
+        self.assertEqual(ON_THE_WAY['disk.eph0'], self.places()['disk.eph0'])
+        self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
+        # as the hard reboot does
+        self.copy_error = None
+        self.accept()
+        self.assertEqual('ready', self.places()['disk.eph0'][0])
+
+    def test_accept_on_one_host_what_was_changed(self):
+        self.migration.dest_compute = 'source'
+        self.move(same_host=True)
+        self.source.pools[POOL][self.volume_name('disk.1')]['content'] = ''
+        arrival.accept(self.context, self.instance, self.load(), self.source,
+                       'qemu:///system', self.cache_base)
+        self.assertEqual(
+            (('qemu:///system', POOL, self.volume_name('disk')),
+             ('qemu:///system', POOL, self.volume_name('disk.1'))),
+            self.copies[-1][:2])
+        self.assertEqual('ready', self.places()['disk'][0])
 
     def test_accept_without_a_checksum(self):
         self.move()
@@ -484,7 +724,7 @@ class EndTestCase(OutgoingTestCase):
         self.assertEqual({'dest'}, {r.host for _n, r in self.load().items()})
         # The next time it is sent here, it goes.
         self.source.fail.clear()
-        undo.delete_left(self.source, self.instance)
+        undo.delete_left(self.source, self.instance, self.load())
         self.assertEqual([], self.ours(self.source))
         self.assertEqual({}, self.instance.system_metadata)
 
@@ -598,6 +838,118 @@ class EndTestCase(OutgoingTestCase):
         self.assertEqual(AT_SOURCE, self.places())
         self.assertEqual([], self.ours(self.dest))
 
+    def not_confirmed(self):
+        """A resize on one host that failed at its end; the server runs on."""
+        self.migration.dest_compute = 'source'
+        self.move(same_host=True)
+        arrival.accept(self.context, self.instance, self.load(), self.source,
+                       'qemu:///system', self.cache_base)
+        disks = self.load()
+        disks.mark('ready')
+        disks.save(self.context)
+        self.saves.clear()
+        self.migration = objects.Migration(
+            self.context, id=8, source_compute='source', dest_compute='dest',
+            dest_host='192.0.2.2')
+
+    @ddt.data('source', 'dest')
+    def test_abandon_what_an_earlier_migration_has_left(self, dest):
+        self.not_confirmed()
+        self.migration.dest_compute = dest
+        places, volumes = self.places(), self.ours(self.source)
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual(places, self.places())
+        self.assertEqual(volumes, self.ours(self.source))
+
+    def test_settle(self):
+        self.not_confirmed()
+        self.instance.vm_state = 'error'
+        migration.settle(self.context, self.instance, self.load())
+        self.assertEqual(
+            {'disk': ('ready', 'source', 'disk.1', None),
+             'disk.config': ('ready', 'source', 'disk.config.1', None),
+             'disk.eph0': ('ready', 'source', 'disk.eph0.1', None),
+             'disk.swap': ('ready', 'source', 'disk.swap.1', None)},
+            self.places())
+        self.assertNotIn(moves.MOVED, self.instance.system_metadata)
+        self.assertNotIn(moves.SWAP, self.instance.system_metadata)
+        # It goes at the next chance, and what is in use does not.
+        undo.delete_left(self.source, self.instance, self.load())
+        self.assertEqual(['disk.1', 'disk.config.1', 'disk.eph0.1'],
+                         self.ours(self.source))
+        self.assertEqual({}, self.instance.system_metadata)
+
+    def test_settle_what_may_be_reverted_yet(self):
+        self.not_confirmed()
+        self.instance.vm_state = 'resized'
+        places = self.places()
+        migration.settle(self.context, self.instance, self.load())
+        self.assertEqual(places, self.places())
+
+    def test_nothing_to_settle(self):
+        migration.settle(self.context, self.instance, self.load())
+        self.assertEqual([], self.saves)
+        self.instance.save.assert_called_once_with()    # by the offer
+
+    def test_what_is_left_has_become_a_disk_again(self):
+        place = (POOL, self.volume_name('disk'))
+        undo.note_left(self.instance, 'source', [place])
+        undo.delete_left(self.source, self.instance, self.load())
+        self.assertIn('disk', self.ours(self.source))
+        self.assertEqual([], undo.left(self.instance, 'source'))
+
+    def test_unfinished(self):
+        with mock.patch('nova.objects.Migration.get_by_id',
+                        return_value=self.migration) as get:
+            self.assertIsNone(migration.unfinished(
+                self.context, self.instance))
+            get.assert_not_called()
+            self.move()
+            self.assertIs(self.migration, migration.unfinished(
+                self.context, self.instance))
+            get.assert_called_once_with(self.context, 7)
+            self.flags(host='dest')
+            self.assertIsNone(migration.unfinished(
+                self.context, self.instance))
+            self.flags(host='source')
+            self.migration.dest_compute = 'source'
+            self.assertIsNone(migration.unfinished(
+                self.context, self.instance))
+
+    def test_source_is_killed_when_all_is_copied(self):
+        with open(os.path.join(self.directory, 'console.log'), 'w') as f:
+            f.write('Welcome')
+        self.move()
+        self.assertIn('files', self.ours(self.dest))
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual([], self.ours(self.dest))
+        self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
+        self.assertEqual({}, self.instance.system_metadata)
+
+    def test_source_is_killed_while_it_confirms(self):
+        self.move()
+        self.accept()
+        self.source.fail['delete'] = KeyboardInterrupt()
+        self.assertRaises(KeyboardInterrupt, migration.confirm, self.context,
+                          self.source, self.instance)
+        self.assertEqual(
+            {(POOL, self.volume_name(name)) for name in AT_SOURCE},
+            set(undo.left(self.instance, 'source')))
+
+    def test_disks_of_another_kind_are_none_of_the_peer(self):
+        # Brought by SSH, or shared: reverted without libvirt's help.
+        disks = self.load()
+        for name, record in disks.items():
+            record.backend = fields.LibvirtDiskBackend.RBD
+            record.previous = record.obj_clone()
+            record.host, record.state = 'dest', 'building'
+            disks.set(name, record)
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, disks)
+        self.assertEqual([], self.host.uris)
+
     def test_peer_is_started_again(self):
         self.move()
         connect = self.host.connect_to_peer
@@ -647,7 +999,7 @@ class OfferTestCase(two_hosts.TwoHostsTestCase):
              'p': {POOL: ['disk', 'disk.config', 'disk.eph', 'disk.swap',
                           'files'],
                    two_hosts.BASES: ['base']},
-             'f': [1 << 40, 1 << 40]},
+             'f': [1 << 40, 1 << 40], 'd': [0, 1]},
             jsonutils.loads(self.instance.system_metadata[moves.OFFER]))
         self.instance.save.assert_called_once_with()
 
@@ -735,17 +1087,12 @@ class BaseImageTestCase(OutgoingTestCase):
     def setUp(self):
         super().setUp()
         self.make_offer()
-        record = self.disks.get('disk')
-        record.format = 'qcow2'
-        self.disks.set('disk', record)
-        self.disks.save(self.context)
         self.fname = imagecache.get_cache_fname(uuids.image)
         self.way = '%s.%s' % (self.fname, uuids.instance)
-        self.source.pools[two_hosts.BASES][self.fname] = {
-            'length': 50, 'allocation': 50, 'content': 'the base'}
+        self.lay_over('disk', self.fname, 50)
         self.image_error = exception.ImageNotFound(image_id=uuids.image)
         self.stub_out('nova.virt.libvirt.storage.arrival._adopt_base',
-                      lambda volume, instance: None)
+                      lambda volume, instance, cache_base: None)
 
     def bases(self):
         return sorted(self.dest.pools[two_hosts.BASES])
@@ -753,7 +1100,13 @@ class BaseImageTestCase(OutgoingTestCase):
     def accept(self):
         self.flags(host='dest')
         return arrival.accept(self.context, self.instance, self.load(),
-                              self.dest, 'dest:///')
+                              self.dest, 'dest:///', mock.Mock())
+
+    def rename(self, old, new):
+        self.dest.pools[two_hosts.BASES].pop(os.path.basename(old))
+        os.makedirs(os.path.dirname(new))
+        with open(new, 'w'):
+            pass
 
     def test_travels_under_another_name_until_verified(self):
         self.move()
@@ -766,6 +1119,45 @@ class BaseImageTestCase(OutgoingTestCase):
         self.assertTrue(self.accept())
         self.assertEqual({moves.MOVED, moves.SWAP},
                          set(self.instance.system_metadata))
+
+    @ddt.data(True, False)
+    def test_accept_again(self, is_known):
+        # A crash after it was put into the cache.
+        self.move()
+        key = moves.COPY + 'base'
+        expected = self.instance.system_metadata[key]
+        self.stub_out('os.rename', self.rename)
+        self.instance.save.side_effect = exception.InternalError('killed')
+        self.assertRaises(exception.InternalError, self.accept)
+        self.assertEqual([], self.bases())
+        if is_known:
+            # libvirt has not looked since
+            self.dest.pools[two_hosts.BASES][self.way] = {
+                'length': 50, 'content': None}
+        self.instance.system_metadata[key] = expected
+        self.instance.save.side_effect = None
+        self.assertTrue(self.accept())
+        self.assertEqual([], self.bases())
+        self.assertEqual({moves.MOVED, moves.SWAP},
+                         set(self.instance.system_metadata))
+
+    def test_refresh_fails(self):
+        self.move()
+        self.stub_out('os.rename', self.rename)
+        with mock.patch.object(two_hosts.Pool, 'refresh', side_effect=(
+                exception.InternalError('asynchronous jobs'))):
+            self.assertTrue(self.accept())
+        self.assertIn('asynchronous jobs', self.stdlog.logger.output)
+        self.assertEqual({moves.MOVED, moves.SWAP},
+                         set(self.instance.system_metadata))
+
+    def test_what_nobody_needs_cant_be_deleted(self):
+        self.move()
+        self.stub_out('os.path.exists', lambda path: True)
+        self.dest.fail['delete'] = exception.InternalError('busy')
+        self.assertTrue(self.accept())
+        self.assertEqual([(two_hosts.BASES, self.way)],
+                         undo.left(self.instance, 'dest'))
 
     def test_broken_on_the_way(self):
         self.move()
@@ -794,6 +1186,16 @@ class BaseImageTestCase(OutgoingTestCase):
         self.move()
         self.assertEqual([], self.bases())
 
+    @ddt.data('another image', None)
+    def test_disk_that_does_not_need_it(self, base):
+        if base is None:
+            del self.source.pools[POOL][self.volume_name('disk')]['base']
+        else:
+            self.lay_over('disk', base, 50)
+        self.source.pools[two_hosts.BASES].pop(self.fname)
+        self.move()
+        self.assertEqual([], self.bases())
+
     def test_nowhere_to_be_had(self):
         self.source.pools[two_hosts.BASES].clear()
         e = self.assertRaises(exception.InstanceFaultRollback,
@@ -813,15 +1215,24 @@ class AdoptBaseTestCase(two_hosts.TwoHostsTestCase):
         self.flags(instances_path='/here')
         self.rewrite = self.useFixture(fixtures.MockPatch(
             'nova.privsep.qemu.rewrite_backing_file')).mock
+        self.base_format = 'raw'
         self.stub_out('nova.virt.libvirt.imagebackend._get_base_format',
-                      lambda path: 'raw')
+                      self.get_base_format)
+        self.cache_base = mock.Mock(return_value=self.base('/here/_base'))
 
-    def adopt(self, backing_file):
-        inspect = mock.Mock(return_value=mock.Mock(backing_file=backing_file))
+    def get_base_format(self, path):
+        self.assertEqual(self.base('/here/_base'), path)
+        # It wasn't there before.
+        self.cache_base.assert_called_once_with()
+        return self.base_format
+
+    def adopt(self, backing_file, backing_format='raw'):
+        inspect = mock.Mock(return_value=mock.Mock(
+            backing_file=backing_file, backing_file_format=backing_format))
         self.stub_out('nova.virt.images.privileged_qemu_img_info', inspect)
         pool = two_hosts.Pool(self.source, POOL, 'source')
         arrival._adopt_base(pool.volume(self.volume_name('disk')),
-                            self.instance)
+                            self.instance, self.cache_base)
         inspect.assert_called_once_with(
             '/disks/' + self.volume_name('disk'), format='qcow2')
 
@@ -832,16 +1243,48 @@ class AdoptBaseTestCase(two_hosts.TwoHostsTestCase):
     def test_no_base(self):
         self.adopt(None)
         self.rewrite.assert_not_called()
+        self.cache_base.assert_not_called()
 
     def test_same_path(self):
         self.adopt(self.base('/here/_base'))
         self.rewrite.assert_not_called()
+        self.assertEqual(0, self.source.refreshes)
+
+    def rewritten(self):
+        self.rewrite.assert_called_once_with(
+            '/disks/' + self.volume_name('disk'), 'qcow2',
+            self.base('/here/_base'), self.base_format)
+        # libvirt tells the image cache what it has seen
+        self.assertEqual(1, self.source.refreshes)
 
     def test_other_path(self):
         self.adopt(self.base('/there/_base'))
-        self.rewrite.assert_called_once_with(
-            '/disks/' + self.volume_name('disk'), 'qcow2',
-            self.base('/here/_base'), 'raw')
+        self.rewritten()
+
+    @ddt.data(('qcow2', 'raw'), ('raw', 'qcow2'), (None, 'raw'))
+    @ddt.unpack
+    def test_other_format(self, in_header, in_cache):
+        # force_raw_images isn't what it is, or was, on the source.
+        self.base_format = in_cache
+        self.adopt(self.base('/here/_base'), in_header)
+        self.rewritten()
+
+    @ddt.data(exception.ImageNotFound(image_id=uuids.image),
+              OSError('No space left'))
+    def test_base_is_not_to_be_had(self, error):
+        self.cache_base.side_effect = error
+        e = self.assertRaises(exception.InvalidDiskInfo, self.adopt,
+                              self.base('/there/_base'))
+        for part in (str(error), uuids.image, CONF.host, 'hard reboot',
+                     self.volume_name('disk')):
+            self.assertIn(part, str(e))
+        self.rewrite.assert_not_called()
+
+    def test_refresh_fails(self):
+        with mock.patch.object(two_hosts.Pool, 'refresh', side_effect=(
+                exception.InternalError('asynchronous jobs'))):
+            self.adopt(self.base('/there/_base'))
+        self.assertIn('asynchronous jobs', self.stdlog.logger.output)
 
     @ddt.data('/etc/passwd', '/here/_base/other', 'json:{}', 'nbd://x')
     def test_foreign(self, path):

@@ -128,6 +128,12 @@ class PumpTestCase(test.NoDBTestCase):
                        'message="Unable to read TLS confirmation")')
         self.assertIn('log has the reason', str(e))
 
+    def test_libvirt_of_this_host_is_away(self):
+        e = self.fails(exception.StorageTransferError,
+                       'error(code=38, operation="connect", side="source", '
+                       'message="Failed to connect socket")')
+        self.assertIn('runs on this host', str(e))
+
     @ddt.data(('short', 'truncated'), ('long', 'grown'), ('stuck', 'neither'))
     @ddt.unpack
     def test_other_errors_say_what_happened(self, reason, text):
@@ -139,6 +145,33 @@ class PumpTestCase(test.NoDBTestCase):
         e = self.fails(exception.StorageTransferMismatch,
                        'result(physical=99)')
         self.assertIn('99 bytes of 100', str(e))
+
+    def read_back(self, checksum):
+        # half of the data has no room
+        return '''
+            if request['destination']:
+                result(allocation=30)
+            else:
+                with open(%r, 'w') as f:
+                    json.dump(request, f)
+                result(checksum=%d)
+            ''' % (self.read_path, checksum)
+
+    def test_less_is_allocated_than_was_sent(self):
+        self.read_path = self.temp_path()
+        self.assertEqual(77, self.copy(self.read_back(77), key=5).checksum)
+        self.assertEqual(2, len(set(self.pids)))
+        with open(self.read_path, 'rb') as f:
+            request = jsonutils.load(f)
+        self.assertEqual(
+            (list(DESTINATION), None, 100, 5),
+            (request['source'], request['destination'], request['length'],
+             request['key']))
+
+    def test_full_though_libvirt_says_nothing(self):
+        self.read_path = self.temp_path()
+        e = self.fails(exception.StorageTransferMismatch, self.read_back(78))
+        self.assertIn('has room', str(e))
 
     def test_stalled_without_a_word(self):
         e = self.fails(exception.StorageTransferStalled, 'time.sleep(600)',
@@ -157,11 +190,11 @@ class PumpTestCase(test.NoDBTestCase):
 
     def test_slow_but_moving_isnt_stalled(self):
         self.copy('''
-            for i in range(8):
+            for i in range(1, 21):
                 say(transferred=i)
                 time.sleep(0.2)
             result()
-            ''', stall_timeout=1)
+            ''', stall_timeout=3)
 
     def test_cancelled(self):
         e = self.fails(exception.StorageTransferCancelled, '''
@@ -233,6 +266,19 @@ class PumpTestCase(test.NoDBTestCase):
         self.assertIn('uuid_disk', str(e))
         self.assertIn('000000000000000b', str(e))
 
+    @ddt.data("reason='short'", "reason='long'", 'code=50')
+    def test_verify_what_is_not_there_or_of_another_length(self, error):
+        self.worker('error(side="source", %s)' % error)
+        self.assertRaises(exception.StorageTransferMismatch, pump.verify,
+                          DESTINATION, 100, 10, key=5)
+
+    @ddt.data("reason='stuck'", 'code=38')
+    def test_verify_what_cant_be_read(self, error):
+        self.worker('error(side="source", %s)' % error)
+        e = self.assertRaises(exception.StorageTransferError, pump.verify,
+                              DESTINATION, 100, 10, key=5)
+        self.assertNotIsInstance(e, exception.StorageTransferMismatch)
+
     def test_keys_differ_and_are_in_range(self):
         keys = {pump.new_key() for _ in range(100)}
         self.assertEqual(100, len(keys))
@@ -283,6 +329,20 @@ class LocalFileTestCase(test.NoDBTestCase):
         self.assertIsNone(self.file(path='/dev/null', length=0, physical=0))
         os.symlink(self.path, self.path + '.link')
         self.assertIsNone(self.file(path=self.path + '.link'))
+
+    @ddt.data(({}, True), ({'destination': ['uri', 'pool', 'v']}, False))
+    @ddt.unpack
+    def test_synced_where_it_is_verified(self, request, sync):
+        job = self.module.Job({
+            'length': 5, 'destination': None, 'sparse': True, 'bandwidth': 0,
+            'key': 7, 'interval': 1, **request})
+        source = mock.Mock()
+        source.file.return_value = 3
+        extension = mock.Mock(PumpError=ValueError)
+        with mock.patch.object(job, 'start'):
+            job.run_copy(extension, source,
+                         mock.Mock() if request else None)
+        extension.File.assert_called_once_with(3, 5, sync=sync)
 
     def test_not_novas_to_read(self):
         with mock.patch('os.open', side_effect=PermissionError):

@@ -11,8 +11,12 @@
 # under the License.
 
 import ctypes
+import errno
 import importlib
 import os
+import platform
+import subprocess
+import sys
 import time
 
 import ddt
@@ -131,6 +135,40 @@ class StubStream:
         error[0].code = 38
         error[0].domain = 18
         error[0].message = b'No space left'
+
+
+# System calls by machine.
+SYSCALLS = {'sync_file_range': {'x86_64': 277, 'aarch64': 84},
+            'fsync': {'x86_64': 74, 'aarch64': 82}}
+
+# A process of its own, as a filter of system calls is for life.
+REFUSED = """
+import ctypes, importlib.machinery, importlib.util, struct, sys
+extension, path, length, number, error = sys.argv[1:]
+loader = importlib.machinery.ExtensionFileLoader('_pump', extension)
+spec = importlib.util.spec_from_file_location(
+    '_pump', extension, loader=loader)
+_pump = importlib.util.module_from_spec(spec)
+loader.exec_module(_pump)
+# load the number; if it is ours, go on, else skip one; errno; allow
+code = b''.join(struct.pack('HBBI', *instruction) for instruction in (
+    (0x20, 0, 0, 0), (0x15, 0, 1, int(number)),
+    (0x06, 0, 0, 0x00050000 | int(error)), (0x06, 0, 0, 0x7fff0000)))
+class Program(ctypes.Structure):
+    _fields_ = [('length', ctypes.c_ushort), ('code', ctypes.c_char_p)]
+# PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP with SECCOMP_MODE_FILTER
+prctl = ctypes.CDLL(None).prctl
+if prctl(38, 1, 0, 0, 0) or prctl(
+        22, 2, ctypes.byref(Program(4, code)), 0, 0):
+    sys.exit(77)
+with open(path) as f:
+    try:
+        _pump.Copy(_pump.File(f.fileno(), int(length), sync=True), None,
+                   int(length)).run()
+        print('done')
+    except _pump.PumpError as e:
+        print(e.side, e.operation, e.message, e.transferred, sep=', ')
+"""
 
 
 def content_of(parts):
@@ -414,6 +452,72 @@ class FileTestCase(PumpExtensionTestCase):
         self.assertEqual(('source', 'libvirt', 38),
                          (e.side, e.reason, e.code))
         self.assertIn('directory', e.message)
+
+    def spoil(self, fd):
+        """Return a stream that makes fd one which fsync() refuses.
+
+        What it is sent has been read to the end by then.
+        """
+        pipe = os.pipe()
+        for end in pipe:
+            self.addCleanup(os.close, end)
+        return StubStream(wait=lambda call: os.dup2(pipe[0], fd))
+
+    def test_sync(self):
+        fd, length = self.write([b'A' * 100, 1 << 20, b'B' * (20 << 20), 9])
+        copy = self.copy(self._pump.File(fd, length, sync=True), None, length)
+        with open(self.path, 'rb') as f:
+            self.assertEqual(
+                self._pump.checksum([f.read()], 0x1234567890abcdef),
+                copy.checksum)
+
+    def test_sync_fails(self):
+        fd, length = self.write([b'A' * 100])
+        destination = self.spoil(fd)
+        e = self.fails(self._pump.File(fd, length, sync=True), destination,
+                       length)
+        self.assertEqual(('source', 'finish', 'libvirt', 38),
+                         (e.side, e.operation, e.reason, e.code))
+        self.assertEqual('not on disk: Invalid argument', e.message)
+        self.assertEqual('abort', destination.log[-1])
+
+    def test_nothing_is_synced_unless_asked_for(self):
+        fd, length = self.write([b'A' * 100])
+        self.copy(self._pump.File(fd, length), self.spoil(fd), length)
+
+    def refused(self, syscall, error):
+        """Copy in a process to which a system call is refused.
+
+        :returns: what it says; None if it was not refused the call
+        """
+        number = SYSCALLS[syscall].get(platform.machine())
+        if number is None:
+            self.skipTest('the number of %s is unknown here' % syscall)
+        _fd, length = self.write([b'A' * (20 << 20)])
+        result = subprocess.run(
+            [sys.executable, '-c', REFUSED, self._pump.__file__, self.path,
+             str(length), str(number), str(error)],
+            stdout=subprocess.PIPE, text=True)
+        if result.returncode == 77:
+            self.skipTest('system calls can not be refused here')
+        self.assertEqual(0, result.returncode)
+        return result.stdout.strip()
+
+    @ddt.data(errno.EIO, errno.ENOSPC, errno.EDQUOT)
+    def test_range_cannot_be_written(self, error):
+        self.assertEqual(
+            'source, receive, not on disk: %s, 8388608' % os.strerror(error),
+            self.refused('sync_file_range', error))
+
+    @ddt.data(errno.EINVAL, errno.ESPIPE, errno.ENOSYS)
+    def test_file_system_without_ranges(self, error):
+        self.assertEqual('done', self.refused('sync_file_range', error))
+
+    @ddt.data(errno.EIO, errno.EDQUOT)
+    def test_rest_cannot_be_written(self, error):
+        self.assertEqual(
+            'source, finish, not on disk: %s, 20971520' % os.strerror(error),
+            self.refused('fsync', error))
 
     def test_cannot_be_written(self):
         fd, length = self.write([b'A'])

@@ -315,6 +315,24 @@ class TestBegin(RecordsTestCase):
             disks.get('disk').host, disks.get('disk').state))
         self.assertTrue(os.path.exists(path))
 
+    @ddt.data(('here', 'ready'), ('other', 'building'))
+    @ddt.unpack
+    def test_old_copy_is_not_the_other_hosts_disk(self, host, state):
+        path = self.write('disk')
+        disks = self.disks(self.record(host=host, pool='p', volume='v'))
+        self.begin(disks, stale={('p', 'v')})
+        self.assertEqual(('here', state), (
+            disks.get('disk').host, disks.get('disk').state))
+        self.assertTrue(os.path.exists(path))
+
+    def test_old_copy_beside_the_disk_on_shared_storage(self):
+        self.write('disk')
+        disks = self.disks(self.record(host='other', pool='p', volume='v.1'))
+        self.begin(disks, stale={('p', 'v')})
+        self.assertEqual(('here', 'ready', 'v.1'), (
+            disks.get('disk').host, disks.get('disk').state,
+            disks.get('disk').volume))
+
     def test_rescue_makes_its_own_disks_alone(self):
         self.write('disk')
         self.mapping = {'disk': {}, 'disk.rescue': {},
@@ -523,6 +541,12 @@ class TestMoves(RecordsTestCase):
         self.assertEqual(
             [('disk', 'flat', 'raw', 9), ('disk.eph0', 'qcow2', 'qcow2', 8)],
             [(n, r.backend, r.format, r.size) for n, r in disks.items()])
+
+    def test_back_from_a_move_that_an_earlier_one_went_before(self):
+        disks = self.disks(self.record(previous=self.record(
+            format='qcow2', backend='qcow2')))
+        records.went_back(disks)
+        self.assertEqual('raw', disks.get('disk').format)
 
     def test_destroyed_disks_of_this_host(self):
         disks = self.disks(self.record(), self.record(host='other'))

@@ -122,7 +122,8 @@ class TransitionTestCase(test.NoDBTestCase):
         for path in (self.instance_dir, self.base_dir, pool_dir):
             os.mkdir(path)
         self.pool = DirectoryPool('nova-disks-pool', pool_dir)
-        self.instance = objects.Instance(uuid=uuids.instance)
+        self.instance = objects.Instance(
+            uuid=uuids.instance, system_metadata={})
         self.database = {}
         self.content = {}
 
@@ -304,6 +305,34 @@ class TestTransition(TransitionTestCase):
                               self.transition().run)
         self.assertIn('disk.eph0', str(e))
         self.assertEqual([], self.pool.made)
+
+    @ddt.data(exception.InvalidDiskInfo(reason='no answer'),
+              exception.DiskNotFound(location='no answer'),
+              processutils.ProcessExecutionError('no answer'))
+    def test_disk_that_cannot_be_inspected(self, error):
+        with self._qcow2(None) as info:
+            info.side_effect = error
+            e = self.assertRaises(exception.DiskTransitionFailed,
+                                  self.transition().run)
+        self.assertIn('no answer', str(e))
+        self.assertIn(uuids.instance, str(e))
+        self.assertEqual([], self.pool.made)
+        self.assertEqual('qcow2', self.database['disk'].backend)
+
+    def test_refusal_is_told_once(self):
+        self.legacy('disk', state='building')
+        e = self.assertRaises(exception.DiskTransitionFailed,
+                              self.transition().run)
+        self.assertEqual(1, str(e).count(uuids.instance))
+
+    def test_name_of_what_is_left_is_not_taken(self):
+        self.instance.system_metadata = {
+            'libvirt_storage_left_1': '["here", "nova-disks-pool", "%s_disk"]'
+            % uuids.instance}
+        self.legacy('disk')
+        self.transition().run()
+        self.assertEqual('%s_disk.1' % uuids.instance,
+                         self.database['disk'].volume)
 
     def test_symbolic_link_is_not_followed(self):
         self.legacy('disk')

@@ -13,12 +13,14 @@
 """Two hosts' pools in memory, for the tests of moves between them."""
 
 import collections
+import os
 from unittest import mock
 
 import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
 import tenacity
 
+import nova.conf
 from nova import context
 from nova import exception
 from nova import objects
@@ -30,6 +32,8 @@ from nova.virt.libvirt.storage import arrival
 from nova.virt.libvirt.storage import metadata
 from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import pump
+
+CONF = nova.conf.CONF
 
 PoolInfo = collections.namedtuple('PoolInfo',
                                   'state capacity allocation available')
@@ -181,7 +185,8 @@ class TwoHostsTestCase(test.NoDBTestCase):
         super().setUp()
         self.flags(host='source', instances_path=self.useFixture(
             fixtures.TempDir()).path)
-        self.flags(images_type='libvirt-storage', group='libvirt')
+        self.flags(images_type='libvirt-storage',
+                   migration_inbound_addr='192.0.2.1', group='libvirt')
         self.useFixture(fixtures.MonkeyPatch(
             'nova.virt.libvirt.host.libvirt', fakelibvirt))
         self.useFixture(nova_fixtures.PrivsepFixture())
@@ -201,6 +206,10 @@ class TwoHostsTestCase(test.NoDBTestCase):
         # what a pool's file system has, if that isn't the default
         self.free = {}
         self.stub_out('nova.virt.libvirt.utils.get_fs_info', self.get_fs_info)
+        # which file system a pool is in, if that isn't one of its own
+        self.devices = {}
+        self.stub_out('nova.virt.libvirt.storage.arrival._device_of',
+                      lambda path: self.devices.get(path, path))
         self.source = Daemon('source')
         self.dest = Daemon('dest')
         self.host = FakeHost(self.source, self.dest)
@@ -219,6 +228,10 @@ class TwoHostsTestCase(test.NoDBTestCase):
             staticmethod(lambda c, i, infos: self.saves.append(infos)))
         self.image_error = None
         self.stub_out('nova.virt.images.get_info', self.get_image)
+        self.stub_out('nova.virt.images.privileged_qemu_img_info',
+                      self.qemu_img_info)
+        self.flattened = []
+        self.stub_out('nova.privsep.qemu.flatten_image', self.flatten_image)
         self.copies = []
         self.copy_error = None
         self.instance = objects.Instance(
@@ -286,8 +299,8 @@ class TwoHostsTestCase(test.NoDBTestCase):
 
     def pump_copy(self, source, destination, length, **kwargs):
         self.copies.append((source, destination, length, kwargs))
-        kwargs['on_start'](1234)
-        kwargs['progress'](length // 2)
+        kwargs.setdefault('on_start', mock.Mock())(1234)
+        kwargs.setdefault('progress', mock.Mock())(length // 2)
         try:
             if self.copy_error:
                 raise self.copy_error
@@ -296,7 +309,7 @@ class TwoHostsTestCase(test.NoDBTestCase):
                       self.dest).pools[destination.pool][destination.name]
             target.update(content)
         finally:
-            kwargs['on_end'](1234)
+            kwargs.setdefault('on_end', mock.Mock())(1234)
         return pump.Result(
             data=length, holes=0, checksum=hash(content['content']), key=5,
             physical=length, allocation=length, seconds=1)
@@ -304,7 +317,7 @@ class TwoHostsTestCase(test.NoDBTestCase):
     def pump_verify(self, volume, length, checksum, **kwargs):
         daemon = self.dest if volume.uri == 'dest:///' else self.source
         content = daemon.pools[volume.pool][volume.name]
-        if (hash(content['content']) != checksum or
+        if (hash(content.get('content')) != checksum or
                 content['length'] != length):
             raise exception.StorageTransferMismatch(
                 volume=volume.name, where='dest', reason='it differs')
@@ -312,6 +325,39 @@ class TwoHostsTestCase(test.NoDBTestCase):
     def get_image(self, context, image_id):
         if self.image_error:
             raise self.image_error
+
+    def content_at(self, path):
+        """What is in a volume of this host."""
+        daemon = self.dest if CONF.host == 'dest' else self.source
+        for volumes in daemon.pools.values():
+            if os.path.basename(path) in volumes:
+                return volumes[os.path.basename(path)]
+        raise exception.DiskNotFound(location=path)
+
+    def qemu_img_info(self, path, format=None):
+        content = self.content_at(path)
+        return mock.Mock(
+            backing_file=content.get('base'),
+            backing_file_format=content.get('base_format', 'raw'),
+            disk_size=content['allocation'], virtual_size=content['length'])
+
+    def flatten_image(self, path, image_format):
+        self.assertEqual('qcow2', image_format)
+        self.flattened.append(os.path.basename(path))
+        del self.content_at(path)['base']
+
+    def lay_over(self, disk_name, base_name, allocation=0, **base):
+        """Make a disk an overlay over an image in the image cache."""
+        record = self.disks.get(disk_name).obj_clone()
+        record.format = 'qcow2'
+        self.disks.set(disk_name, record)
+        self.disks.save(self.context)
+        self.saves.clear()
+        self.source.pools[POOL][self.volume_name(disk_name)]['base'] = (
+            os.path.join(CONF.instances_path, '_base', base_name))
+        self.source.pools[BASES][base_name] = dict(
+            {'length': allocation, 'allocation': allocation,
+             'content': 'image ' + base_name}, **base)
 
     def make_offer(self):
         self.flags(host='dest')

@@ -13,6 +13,7 @@
 """A compute host: a machine with libvirtd over TLS."""
 
 import os
+import pathlib
 import pwd
 import shutil
 import subprocess
@@ -66,7 +67,9 @@ class Host(Machine):
 
     # -- making one ----------------------------------------------------------
 
-    def prepare(self, with_ssh: bool = False) -> None:
+    def prepare(self, with_ssh: bool = False,
+                disk: pathlib.Path | None = None) -> None:
+        """:param disk: the folder for its disk, if that isn't its own"""
         super().prepare()
         for path in OWN:
             (self.folder / path.lstrip('/')).mkdir(parents=True, exist_ok=True)
@@ -76,7 +79,7 @@ class Host(Machine):
             os.chown(self.folder / path, qemu.pw_uid, qemu.pw_gid)
         self._uuid = uuid.uuid4()
         self._with_ssh = with_ssh
-        self.image = self.folder / 'nova.img'
+        self.image = (disk or self.folder) / ('%s.img' % self.name)
         if not self.image.exists():
             with open(self.image, 'wb') as out:
                 out.truncate(config.DISK_BYTES)

@@ -36,6 +36,8 @@ from . import ui
 from .errors import LabError
 from .machine import Machine
 
+MEMORY = config.STATE / 'memory'
+
 
 def prepare(options, progress: ui.Steps) -> None:
     """Install what is missing."""
@@ -71,9 +73,10 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
         jobs = [pool.submit(network.create, options.network == 'ovs')]
         if options.ssh:
             jobs.append(pool.submit(ssh.make_keys, config.STATE / 'ssh'))
-        jobs += [pool.submit(
-            m.prepare, *([options.ssh] if isinstance(m, host.Host) else []))
-            for m in machines]
+        disk = _memory() if options.memory else None
+        jobs.append(pool.submit(machines[0].prepare))
+        jobs += [pool.submit(m.prepare, options.ssh, disk)
+                 for m in machines[1:]]
         for job in jobs:
             job.result()
         starting = [(m, m.begin()) for m in machines]
@@ -105,6 +108,14 @@ def _certificates(control, *computes) -> None:
         list(pool.map(one, computes))
 
 
+def _memory() -> pathlib.Path:
+    """Make room for the hosts' disks in memory."""
+    MEMORY.mkdir()
+    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=80%,mode=700', 'lab',
+                    MEMORY], check=True)
+    return MEMORY
+
+
 def down(progress: ui.Steps | None = None) -> bool:
     """Remove whatever is there of this lab; its logs stay.
 
@@ -124,6 +135,8 @@ def down(progress: ui.Steps | None = None) -> bool:
             _end_processes()
             network.delete()
             _free_loops()
+            if MEMORY.is_mount():
+                subprocess.run(['umount', MEMORY], check=True)
     with progress.step('files'):
         keep = {config.LOGS.name, 'state.json'}
         for entry in config.STATE.iterdir():

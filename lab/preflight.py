@@ -65,7 +65,8 @@ def check(options, leftover: bool) -> None:
         raise LabError('the network namespace %s is in use%s; end that, or '
                        'choose another name with LAB_NAME' % (
                            config.netns(taken[0]), _user_of(taken[0])))
-    need = config.NEEDED_MEMORY[options.level]
+    need = config.NEEDED_MEMORY[options.level] + (
+        options.memory and config.DISKS_IN_MEMORY)
     have = available_memory()
     if have < need:
         raise LabError('level %s takes %d MiB of memory, %d MiB are '

@@ -23,7 +23,10 @@ from .errors import LabError
 
 @dataclasses.dataclass
 class Options:
-    """What `up` was asked for."""
+    """What `up` was asked for.
+
+    :ivar memory: the hosts' disks lie in memory, so that none is measured
+    """
 
     level: str = 'hosts'
     nova: str = 'tree'
@@ -31,6 +34,7 @@ class Options:
     images_type: str = 'default'
     network: str = 'none'
     threading: str = 'native'
+    memory: bool = False
 
 
 def boot_id() -> str:

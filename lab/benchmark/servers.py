@@ -15,6 +15,7 @@
 import dataclasses
 import statistics
 import time
+from xml.etree import ElementTree
 
 from . import cases
 from .. import hosts
@@ -38,8 +39,9 @@ class Load:
 LOADS = (Load('server migration, small image', 0, 1.0),
          Load('server migration, 4 GiB random', 4096, 0.7))
 WAYS = {'series': state.Options(level='cloud', nova='tree',
-                                images_type='libvirt-storage'),
-        'stock over SSH': state.Options(level='cloud', nova='base', ssh=True)}
+                                images_type='libvirt-storage', memory=True),
+        'stock over SSH': state.Options(level='cloud', nova='base', ssh=True,
+                                        memory=True)}
 
 
 def measure(runs, progress, loads=LOADS):
@@ -106,20 +108,20 @@ def _write(server, size) -> None:
     """
     host = Host(server.host)
     with server.domain() as domain:
-        names = [line.split(maxsplit=1)[1].strip() for line in host.run(
-            ['virsh', 'domblklist', domain.name()]).stdout.splitlines()[2:]
-            if line.strip()]
-    path = next(name for name in names if name.endswith('disk.eph0'))
-    if not path.startswith('/'):
-        # "domblklist" shows a volume's name alone.
-        path = host.run(['sh', '-c', 'for p in $(virsh pool-list --name); do '
-                         'virsh vol-path --pool $p %s 2>/dev/null; done' %
-                         path]).stdout.strip()
+        xml = ElementTree.fromstring(domain.XMLDesc())
+        for disk in xml.iter('disk'):
+            source = disk.find('source')
+            path = source.get('file') or source.get('volume')
+            if path.endswith('disk.eph0'):
+                break
+        if source.get('volume'):
+            path = domain.connect().storagePoolLookupByName(
+                source.get('pool')).storageVolLookupByName(path).path()
     host.run(['sh', '-ec', '''
 head -c $((64 << 20)) /dev/urandom >/tmp/random
 n=0
 while [ $((n * 64)) -lt %d ]; do
     echo "write -q -s /tmp/random $((n * 64))M 64M"
     n=$((n + 1))
-done | qemu-io -f qcow2 %s
-rm /tmp/random''' % (size, path)])
+done | qemu-io -f %s %s
+rm /tmp/random''' % (size, disk.find('driver').get('type'), path)])

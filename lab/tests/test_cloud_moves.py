@@ -492,6 +492,20 @@ class TestKinds(MovesCase):
         finally:
             self.cloud.set_images_type(self.images_type)
 
+    def test_unshelved(self):
+        """It was made from a snapshot, which is gone since."""
+        server, before = self.server()
+        server.shelve()
+        server.unshelve()
+        said = server.testimony(after=before)
+        home = server.host
+        server.migrate('host-b' if home == 'host-a' else 'host-a')
+        there = server.testimony(after=said)
+        # a shelved ephemeral disk is new
+        self.assert_data(there, data=DATA)
+        server.confirm()
+        self.assert_nothing_left(server, home)
+
     def test_confirm_twice(self):
         server, before = self.server()
         server.migrate('host-b')

@@ -78,6 +78,8 @@ def prepare(virt_driver, context, instance, block_device_info):
         instance, block_device_info or {})
     if not is_pool_backed(disks, block_device_info):
         return None
+    # Of a migration that was neither confirmed nor reverted.
+    settle(context, instance, disks)
     migration = objects.Migration.get_by_id_and_instance(
         context, instance.migration_context.migration_id, instance.uuid)
     outgoing = Outgoing(

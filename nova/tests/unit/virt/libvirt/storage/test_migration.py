@@ -50,6 +50,7 @@ class OutgoingTestCase(two_hosts.TwoHostsTestCase):
     def setUp(self):
         super().setUp()
         self.jobs = mock.Mock()
+        self.cache_base = mock.Mock()
         self.version = 75
         self.stub_out(
             'nova.objects.Service.get_by_host_and_binary',
@@ -65,6 +66,20 @@ class OutgoingTestCase(two_hosts.TwoHostsTestCase):
         outgoing.check()
         with outgoing:
             return outgoing.run(self.directory)
+
+    def not_confirmed(self):
+        """A resize on one host that failed at its end; the server runs on."""
+        self.migration.dest_compute = 'source'
+        self.move(same_host=True)
+        arrival.accept(self.context, self.instance, self.load(), self.source,
+                       'qemu:///system', self.cache_base)
+        disks = self.load()
+        disks.mark('ready')
+        disks.save(self.context)
+        self.saves.clear()
+        self.migration = objects.Migration(
+            self.context, id=8, source_compute='source', dest_compute='dest',
+            dest_host='192.0.2.2')
 
     def refused(self):
         """Check that the check refuses and leaves everything as it is."""
@@ -324,6 +339,49 @@ class CheckTestCase(OutgoingTestCase):
     def test_probe_that_the_destination_refuses_for_another_reason(self):
         self.dest.fail['create'] = exception.InternalError('read-only')
         self.assertIn('read-only', self.refused())
+
+
+class PrepareTestCase(OutgoingTestCase):
+    def prepare(self):
+        driver = mock.Mock(_host=self.host, job_tracker=self.jobs)
+        driver._uri.return_value = 'qemu:///system'
+        self.instance.migration_context = objects.MigrationContext(
+            migration_id=self.migration.id)
+        self.stub_out(
+            'nova.virt.libvirt.storage.metadata.InstanceDisks.'
+            'from_block_device_info',
+            classmethod(lambda cls, instance, info: self.load()))
+        with mock.patch('nova.objects.Migration.get_by_id_and_instance',
+                        return_value=self.migration) as get:
+            outgoing = migration.prepare(
+                driver, self.context, self.instance, None)
+        if outgoing is not None:
+            get.assert_called_once_with(
+                self.context, self.migration.id, uuids.instance)
+        return outgoing
+
+    def test_prepare(self):
+        self.make_offer()
+        with self.prepare() as outgoing:
+            self.assertEqual(4, len(outgoing.departure.items))
+        self.assertEqual(AT_SOURCE, self.places())
+
+    def test_disks_outside_of_pools(self):
+        for name, record in self.disks.items():
+            record.backend = fields.LibvirtDiskBackend.FLAT
+            self.disks.set(name, record)
+        self.disks.save(self.context)
+        self.assertIsNone(self.prepare())
+
+    def test_what_an_earlier_migration_has_left(self):
+        self.make_offer()
+        self.not_confirmed()
+        self.instance.vm_state = 'active'
+        self.make_offer()
+        with self.prepare():
+            pass
+        self.assertEqual({None}, {p[3] for p in self.places().values()})
+        self.assertEqual(4, len(undo.left(self.instance, 'source')))
 
 
 @ddt.ddt
@@ -613,7 +671,6 @@ class EndTestCase(OutgoingTestCase):
         self.stub_out(
             'nova.virt.libvirt.storage.metadata.InstanceDisks.load',
             lambda *args: self.load())
-        self.cache_base = mock.Mock()
 
     def accept(self):
         self.flags(host='dest')
@@ -837,20 +894,6 @@ class EndTestCase(OutgoingTestCase):
                           self.migration, self.load())
         self.assertEqual(AT_SOURCE, self.places())
         self.assertEqual([], self.ours(self.dest))
-
-    def not_confirmed(self):
-        """A resize on one host that failed at its end; the server runs on."""
-        self.migration.dest_compute = 'source'
-        self.move(same_host=True)
-        arrival.accept(self.context, self.instance, self.load(), self.source,
-                       'qemu:///system', self.cache_base)
-        disks = self.load()
-        disks.mark('ready')
-        disks.save(self.context)
-        self.saves.clear()
-        self.migration = objects.Migration(
-            self.context, id=8, source_compute='source', dest_compute='dest',
-            dest_host='192.0.2.2')
 
     @ddt.data('source', 'dest')
     def test_abandon_what_an_earlier_migration_has_left(self, dest):

@@ -53,6 +53,7 @@ class Host:
         from nova.virt.libvirt import host
         self._libvirt = libvirt
         self._connection = None
+        # As in initialize(): what is logged beside is to be seen, as there.
         libvirt.registerErrorHandler(host.Host._libvirt_error_handler, None)
         self._host = host.Host('qemu:///system')
 

@@ -82,8 +82,9 @@ def connected(host, uri):
         connection = _connect(host, uri)
     except Exception as e:
         raise exception.MigrationPreCheckError(reason=_(
-            "libvirt at %(uri)s can't be reached: %(error)s. Why it refused "
-            "is in its own log alone; check that it listens there, that its "
+            "libvirt at %(uri)s can't be reached: %(error)s. Why this host "
+            "refused it is in nova-compute's standard error, why it refused "
+            "this host in its own log. Check that it listens there, that its "
             "certificate names this address and that it accepts this host's "
             "certificate") % {'uri': uri, 'error': e})
     try:

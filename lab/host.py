@@ -68,8 +68,8 @@ class Host(Machine):
     # -- making one ----------------------------------------------------------
 
     def prepare(self, with_ssh: bool = False,
-                disk: pathlib.Path | None = None) -> None:
-        """:param disk: the folder for its disk, if that isn't its own"""
+                memory: pathlib.Path | None = None) -> None:
+        """:param memory: where /var/lib/nova lies in place of a disk"""
         super().prepare()
         for path in OWN:
             (self.folder / path.lstrip('/')).mkdir(parents=True, exist_ok=True)
@@ -79,8 +79,11 @@ class Host(Machine):
             os.chown(self.folder / path, qemu.pw_uid, qemu.pw_gid)
         self._uuid = uuid.uuid4()
         self._with_ssh = with_ssh
-        self.image = (disk or self.folder) / ('%s.img' % self.name)
-        if not self.image.exists():
+        self._in_memory = memory and memory / self.name
+        self.image = self.folder / 'nova.img'
+        if memory:
+            self._in_memory.mkdir()
+        elif not self.image.exists():
             with open(self.image, 'wb') as out:
                 out.truncate(config.DISK_BYTES)
             # No journal: what is on it does not outlive the lab.
@@ -101,7 +104,10 @@ class Host(Machine):
             closed.touch()
             closed.chmod(0)
             spec['binds'].append([str(closed), KVM])
-        spec['loops'] += [[str(self.image), '/var/lib/nova']]
+        if self._in_memory:
+            spec['binds'].append([str(self._in_memory), '/var/lib/nova'])
+        else:
+            spec['loops'].append([str(self.image), '/var/lib/nova'])
         spec['files']['/etc/machine-id'] = [0o444, self._uuid.hex + '\n']
         spec['folders'].update({
             '/run/libvirt': 0o755, '/run/sshd': 0o755,

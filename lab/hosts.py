@@ -73,9 +73,9 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
         jobs = [pool.submit(network.create, options.network == 'ovs')]
         if options.ssh:
             jobs.append(pool.submit(ssh.make_keys, config.STATE / 'ssh'))
-        disk = _memory() if options.memory else None
+        memory = _memory() if options.memory else None
         jobs.append(pool.submit(machines[0].prepare))
-        jobs += [pool.submit(m.prepare, options.ssh, disk)
+        jobs += [pool.submit(m.prepare, options.ssh, memory)
                  for m in machines[1:]]
         for job in jobs:
             job.result()
@@ -109,9 +109,9 @@ def _certificates(control, *computes) -> None:
 
 
 def _memory() -> pathlib.Path:
-    """Make room for the hosts' disks in memory."""
+    """Make room in memory for what the hosts have on their disks."""
     MEMORY.mkdir()
-    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=80%,mode=700', 'lab',
+    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=80%,mode=711', 'lab',
                     MEMORY], check=True)
     return MEMORY
 

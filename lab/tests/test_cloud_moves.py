@@ -253,13 +253,17 @@ class TestKills(MovesCase):
         server, before = self.server()
         self.begin(server)
         self.wait_middle(server, 50)
+        before_it = len(self.service_log('host-a'))
         control = Machine('ctl')
         control.kill('network')
         try:
-            found = self.settled(server)
+            # The API needs it, too.
+            self.wait_for(lambda: 'vm_state to ERROR' in self.service_log(
+                'host-a')[before_it:], 120, 'an error')
         finally:
             control.restart('network')
             control.wait_port(cloud_config.PORTS['network'], 60, 'network')
+        found = self.settled(server)
         self.assertEqual(('ERROR', 'host-a'),
                          (found.status, found.compute_host))
         # What an operator does anyway.

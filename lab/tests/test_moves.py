@@ -193,11 +193,15 @@ class MovesTest(unittest.TestCase):
             with contextlib.closing(host.connect()) as connection:
                 connection.storagePoolLookupByName(mover.DISKS).refresh()
 
-    def put_foreign(self, name):
-        """A volume on host-b that is none of ours has a disk's name."""
+    def put_foreign(self, name, known=True):
+        """A volume on host-b that is none of ours has a disk's name.
+
+        :param known: to libvirt
+        """
         path = self.directory(self.b) / ('%s_%s' % (mover.UUID, name))
         path.write_bytes(b'foreign')
-        self.refresh()
+        if known:
+            self.refresh()
         self.foreign[name] = hashlib.sha256(b'foreign').hexdigest()
 
     def name_there(self, name):
@@ -603,16 +607,7 @@ class TestRoom(MovesTest):
 
     def test_file_that_libvirt_does_not_know_of(self):
         """It was put there behind libvirt's back: nobody overwrites it."""
-        foreign = self.directory(self.b) / ('%s_disk' % mover.UUID)
-        foreign.write_bytes(b'foreign')
-        self.dest('offer')
-        with self.assertRaises(StepFailed):
-            self.source('move')
-        self.assertEqual(b'foreign', foreign.read_bytes())
-        self.assertEqual(self.made, self.files(self.a))
-        foreign.unlink()
-        self.refresh()
-        self.assert_back()
+        self.put_foreign('disk', known=False)
         self.assert_goes()
 
     def test_pool_is_inactive(self):

@@ -267,7 +267,9 @@ class TestKills(MovesCase):
         self.assertEqual(('ERROR', 'host-a'),
                          (found.status, found.compute_host))
         # What an operator does anyway.
-        server.hard_reboot()
+        server.api.reboot_server(server.id, 'HARD')
+        self.wait_for(lambda: server.get().status == 'ACTIVE', 120,
+                      'an active server')
         said = server.testimony(after=before)
         self.assert_kept(said)
         self.wait_for(lambda: not server.left_on('host-b'), 20,

@@ -15,6 +15,7 @@ Of a peer's libvirt the storage API alone is used, so that a URI which reaches
 no more than that is enough.
 """
 
+import collections
 import contextlib
 import re
 import threading
@@ -35,9 +36,10 @@ _CONNECT_TIMEOUT = 30
 # A peer that doesn't answer is given up after (count + 1) * interval seconds.
 _KEEPALIVE = (5, 3)
 
-# The URIs at which an attempt still waits that was given up: more of them
-# would take all threads.
-_hanging: set[str] = set()
+# How many attempts still wait at a URI that were given up. A few more may
+# find a link that is whole again; many would take all threads.
+_hanging: collections.Counter[str] = collections.Counter()
+_MOST_HANGING = 4
 _lock = threading.Lock()
 
 _HOST_NAME = re.compile(r'[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?'
@@ -94,8 +96,8 @@ def connected(host, uri):
 
 
 def _connect(host, uri):
-    if uri in _hanging:
-        raise TimeoutError(_('an earlier attempt is still unanswered'))
+    if _hanging[uri] >= _MOST_HANGING:
+        raise TimeoutError(_('earlier attempts are still unanswered'))
     attempt = _Attempt(host, uri)
     thread_pool_factory.spawn_on(
         thread_pool_factory.ExecutorType.STORAGE_MIGRATION, attempt.run)
@@ -126,7 +128,7 @@ class _Attempt:
             self._done.set()
             if not self._given_up:
                 return
-            _hanging.discard(self.uri)
+            _hanging[self.uri] -= 1
         if self._connection is not None:
             _close(self._connection, self.uri)
 
@@ -135,7 +137,7 @@ class _Attempt:
         with _lock:
             if not self._done.is_set():
                 self._given_up = True
-                _hanging.add(self.uri)
+                _hanging[self.uri] += 1
                 self._error = TimeoutError(
                     _('no answer within %d seconds') % timeout)
         if self._error is None:

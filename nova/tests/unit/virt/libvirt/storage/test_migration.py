@@ -154,20 +154,21 @@ class CheckTestCase(OutgoingTestCase):
             return self.dest
 
         self.host.connect_to_peer = connect
-        self.assertIn('no answer', self.refused())
-        # No thread is given to a second one.
+        for _n in range(4):
+            self.assertIn('no answer', self.refused())
+        # No thread is given to a fifth one.
         self.assertIn('still unanswered', self.refused())
-        self.assertEqual(1, len(attempts))
-        # Nobody waits for the first any longer, so it is closed.
+        self.assertEqual(4, len(attempts))
+        # Nobody waits for them any longer, so they are closed.
         answer.set()
         for _n in range(1000):
-            if self.dest.closed and not peer._hanging:
+            if self.dest.closed and not peer._hanging.total():
                 break
             time.sleep(0.01)
         self.assertTrue(self.dest.closed)
         with self.outgoing() as outgoing:
             outgoing.check()
-        self.assertEqual(2, len(attempts))
+        self.assertEqual(5, len(attempts))
 
     def test_peer_goes_at_once(self):
         self.dest.setKeepAlive = mock.Mock(side_effect=ValueError('reset'))

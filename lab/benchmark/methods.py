@@ -208,25 +208,25 @@ class Bench:
 
     def virsh(self, name, length, sparse=False):
         """A sparse download can't go through a pipe: it seeks."""
+        if sparse:
+            return self.upload(name, length, sparse=True)
+        return self._virsh(
+            name, length, 'virsh -q vol-download --pool %s %s /dev/stdout | '
+            '{} /dev/stdin' % (POOL, name))
+
+    def upload(self, name, length, sparse=False):
+        """libvirt's own client reads the file: it can't be much faster."""
+        return self._virsh(name, length, '{} %s %s/%s' % (
+            '--sparse' if sparse else '', FOLDER, name))
+
+    def _virsh(self, name, length, text):
+        """:param text: what is run once the volume is there, {} the upload"""
         uri = self.a.uri(self.b)
         make = 'virsh -q -c %s vol-create-as %s %s %d --allocation 0' % (
             uri, POOL, name, length)
         upload = 'virsh -q -c %s vol-upload --pool %s %s' % (uri, POOL, name)
-        if sparse:
-            text = '%s && %s --sparse %s/%s' % (make, upload, FOLDER, name)
-        else:
-            text = ('%s && virsh -q vol-download --pool %s %s /dev/stdout | '
-                    '%s /dev/stdin' % (make, POOL, name, upload))
-        return measure.command(self.a, ['sh', '-c', text],
-                               self._services('libvirtd'))
-
-    def upload(self, name, length):
-        """libvirt's own client reads the file: it can't be much faster."""
-        uri = self.a.uri(self.b)
-        return measure.command(self.a, ['sh', '-c', (
-            'virsh -q -c %s vol-create-as %s %s %d --allocation 0 && '
-            'virsh -q -c %s vol-upload --pool %s %s %s/%s' % (
-                uri, POOL, name, length, uri, POOL, name, FOLDER, name))],
+        return measure.command(
+            self.a, ['sh', '-c', '%s && %s' % (make, text.format(upload))],
             self._services('libvirtd'))
 
     def nbdcopy(self, name, length, connections=1):

@@ -193,7 +193,8 @@ class Compute:
         instance = self.instance
         outgoing = migration.Outgoing(
             self.context, self.host, Jobs(), instance, self.migration,
-            self.disks(instance), 'qemu:///system', False)
+            self.disks(instance), 'qemu:///system', False,
+            self.conf.libvirt.migration_inbound_addr)
         outgoing.check()
         with outgoing:
             if checked:

@@ -63,6 +63,7 @@ class Departure:
     :param disks: the instance's InstanceDisks
     :param local_uri: URI of this host's libvirt
     :param same_host: whether destination and source are one compute
+    :param address: under which the destination reaches this host's libvirt
     :ivar uri: URI of the destination's libvirt
     :ivar peer: connection to that
     :ivar owner: user and group id of Nova there
@@ -70,7 +71,7 @@ class Departure:
     """
 
     def __init__(self, context, host, instance, migration, disks, local_uri,
-                 same_host):
+                 same_host, address):
         self.context = context
         self.host = host
         self.instance = instance
@@ -78,6 +79,7 @@ class Departure:
         self.disks = disks
         self.local_uri = local_uri
         self.same_host = same_host
+        self.address = address
         self.uri = None
         self.peer = None
         self.owner = None

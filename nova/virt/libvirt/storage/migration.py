@@ -85,7 +85,7 @@ def prepare(virt_driver, context, instance, block_device_info):
     outgoing = Outgoing(
         context, virt_driver._host, virt_driver.job_tracker, instance,
         migration, disks, virt_driver._uri(),
-        migration.dest_compute == CONF.host)
+        migration.dest_compute == CONF.host, virt_driver.get_host_ip_addr())
     outgoing.check()
     return outgoing
 
@@ -99,14 +99,16 @@ class Outgoing:
     :param disks: the instance's InstanceDisks
     :param local_uri: URI of this host's libvirt
     :param same_host: whether destination and source are one compute
+    :param address: under which the destination reaches this host's libvirt
     """
 
     def __init__(self, context, host, job_tracker, instance, migration, disks,
-                 local_uri, same_host):
+                 local_uri, same_host, address):
         self.migration = migration
         self.job_tracker = job_tracker
         self.departure = departure.Departure(
-            context, host, instance, migration, disks, local_uri, same_host)
+            context, host, instance, migration, disks, local_uri, same_host,
+            address)
         self._exit = contextlib.ExitStack()
 
     def __enter__(self):

@@ -63,15 +63,6 @@ def uri_of(address):
     return CONF.libvirt.storage_migration_uri % address
 
 
-def own_address(host):
-    """Return the address under which peers reach this host's libvirt.
-
-    :param host: the nova.virt.libvirt.host.Host of this compute
-    """
-    address = CONF.libvirt.migration_inbound_addr
-    return address % host.get_hostname() if '%s' in address else address
-
-
 @contextlib.contextmanager
 def connected(host, uri):
     """Connect to a peer's libvirt for the time of a with statement.

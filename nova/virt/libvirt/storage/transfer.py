@@ -30,7 +30,6 @@ from nova.virt import images
 from nova.virt.libvirt.storage import base as storage_base
 from nova.virt.libvirt.storage import files
 from nova.virt.libvirt.storage import moves
-from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import pump
 from nova.virt.libvirt.storage import undo
 from nova.virt.libvirt.storage import upload
@@ -358,7 +357,7 @@ class Transfer:
         self._forget_extras()
         self.instance.system_metadata.pop(moves.OFFER, None)
         self.instance.system_metadata[moves.MOVED] = jsonutils.dumps(
-            [self.migration.id, peer.own_address(self.departure.host)])
+            [self.migration.id, self.departure.address])
         self.instance.save()
 
     def _note_swap(self, record):

@@ -59,7 +59,8 @@ class OutgoingTestCase(two_hosts.TwoHostsTestCase):
     def outgoing(self, same_host=False):
         return migration.Outgoing(
             self.context, self.host, self.jobs, self.instance,
-            self.migration, self.disks, 'qemu:///system', same_host)
+            self.migration, self.disks, 'qemu:///system', same_host,
+            '192.0.2.1')
 
     def move(self, same_host=False):
         outgoing = self.outgoing(same_host)
@@ -346,6 +347,7 @@ class PrepareTestCase(OutgoingTestCase):
     def prepare(self):
         driver = mock.Mock(_host=self.host, job_tracker=self.jobs)
         driver._uri.return_value = 'qemu:///system'
+        driver.get_host_ip_addr.return_value = '192.0.2.1'
         self.instance.migration_context = objects.MigrationContext(
             migration_id=self.migration.id)
         self.stub_out(
@@ -365,6 +367,7 @@ class PrepareTestCase(OutgoingTestCase):
         self.make_offer()
         with self.prepare() as outgoing:
             self.assertEqual(4, len(outgoing.departure.items))
+            self.assertEqual('192.0.2.1', outgoing.departure.address)
         self.assertEqual(AT_SOURCE, self.places())
 
     def test_disks_outside_of_pools(self):

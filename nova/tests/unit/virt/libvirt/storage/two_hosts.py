@@ -185,8 +185,7 @@ class TwoHostsTestCase(test.NoDBTestCase):
         super().setUp()
         self.flags(host='source', instances_path=self.useFixture(
             fixtures.TempDir()).path)
-        self.flags(images_type='libvirt-storage',
-                   migration_inbound_addr='192.0.2.1', group='libvirt')
+        self.flags(images_type='libvirt-storage', group='libvirt')
         self.useFixture(fixtures.MonkeyPatch(
             'nova.virt.libvirt.host.libvirt', fakelibvirt))
         self.useFixture(nova_fixtures.PrivsepFixture())

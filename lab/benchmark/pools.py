@@ -41,7 +41,7 @@ nova.conf.CONF.set_override('images_type', 'libvirt-storage', 'libvirt')
 nova.conf.CONF.set_override('storage_disks_pool', %(pool)r, 'libvirt')
 from nova.virt.libvirt import host, utils
 host.libvirt = libvirt
-from nova.virt.libvirt.storage import base_images
+from nova.virt.libvirt.storage import image_cache as base_images
 connection = libvirt.open('qemu:///system')
 start = time.monotonic()
 found = base_images.in_use(connection, 'host', %(cache)r)

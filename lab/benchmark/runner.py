@@ -130,7 +130,7 @@ def spin(_pump, request):
 
 def main():
     answers = _silence()
-    from nova.virt.libvirt.storage import pump
+    from nova.virt.libvirt.storage.pump import transfer as pump
     operations = {'copy': copy, 'verify': verify, 'cancel': cancel,
                   'spin': spin}
     print(json.dumps({'ready': True}), file=answers, flush=True)

@@ -167,4 +167,4 @@ class CloudTestCase(unittest.TestCase):
 def _has_pools():
     tree = lab_cloud.cloud.find_tree('tree')
     return pathlib.Path(
-        tree, 'nova/virt/libvirt/storage/backend.py').exists()
+        tree, 'nova/virt/libvirt/storage/image.py').exists()

@@ -161,7 +161,7 @@ class Compute:
             dest_compute='host-b', dest_host=self.peer)
 
     def disks(self, instance):
-        from nova.virt.libvirt.storage import metadata
+        from nova.virt.libvirt.storage.records import metadata
         return metadata.InstanceDisks.from_bdms(instance, self.bdms())
 
     # -- the steps
@@ -169,7 +169,7 @@ class Compute:
     def adopt(self):
         """Have the volumes of this host on record."""
         from nova.objects import fields
-        from nova.virt.libvirt.storage import metadata
+        from nova.virt.libvirt.storage.records import metadata
         disks = self.disks(self.instance)
         for name, length in self.database.load()['disks'].items():
             disks.set(name, metadata.LibvirtDiskMetadata(
@@ -180,14 +180,14 @@ class Compute:
         disks.save(self.context)
 
     def offer(self):
-        from nova.virt.libvirt.storage import arrival
+        from nova.virt.libvirt.storage.move import destination as arrival
         instance = self.instance
         arrival.offer(self.host.get_connection(), instance, self.migration,
                       self.disks(instance))
 
     def move(self, bandwidth=0, checked=None):
         """:param checked: a file that is made when the checks are over"""
-        from nova.virt.libvirt.storage import migration
+        from nova.virt.libvirt.storage.move import source as migration
         self.conf.set_override('storage_migration_bandwidth', bandwidth,
                                'libvirt')
         instance = self.instance
@@ -204,7 +204,7 @@ class Compute:
             outgoing.run(directory)
 
     def accept(self):
-        from nova.virt.libvirt.storage import arrival
+        from nova.virt.libvirt.storage.move import destination as arrival
         instance = self.instance
         # No disk here has a base image.
         arrival.accept(self.context, instance, self.disks(instance),
@@ -212,8 +212,8 @@ class Compute:
 
     def revert(self):
         """What the destination does of it: destroy()."""
-        from nova.virt.libvirt.storage import cleanup
-        from nova.virt.libvirt.storage import migration
+        from nova.virt.libvirt.storage.pool import ownership as cleanup
+        from nova.virt.libvirt.storage.move import source as migration
         instance = self.instance
         if not cleanup.delete_volumes(
                 self.host.get_connection(), instance,
@@ -222,13 +222,13 @@ class Compute:
 
     def abandon(self):
         """On the source, after a revert or a crash."""
-        from nova.virt.libvirt.storage import migration
+        from nova.virt.libvirt.storage.move import source as migration
         instance = self.instance
         migration.abandon(self.context, self.host, instance, self.migration,
                           self.disks(instance))
 
     def confirm(self):
-        from nova.virt.libvirt.storage import migration
+        from nova.virt.libvirt.storage.move import source as migration
         migration.confirm(self.context, self.host.get_connection(),
                           self.instance)
 
@@ -243,8 +243,8 @@ def main():
     name, path, peer = sys.argv[1:]
     compute = Compute(name, Database(path), peer)
     # The first import of all this takes seconds.
-    import nova.virt.libvirt.storage.cleanup
-    import nova.virt.libvirt.storage.migration  # noqa: F401
+    import nova.virt.libvirt.storage.pool.ownership
+    import nova.virt.libvirt.storage.move.source  # noqa: F401
     print(json.dumps(None), file=answers, flush=True)
     for line in sys.stdin:
         step, arguments = json.loads(line)

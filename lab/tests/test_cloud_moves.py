@@ -40,7 +40,7 @@ WRITE = ('boot 1: fill data 12 alpha\n'
          'boot 1: fill raw 4 beta vdb 64\n')
 POOL = 'nova-disks-pool'
 DISKS = '/var/lib/nova/instances/disks'
-WORKER = '_pump_worker.py'
+WORKER = 'pump/worker.py'
 
 
 class MovesCase(CloudTestCase):

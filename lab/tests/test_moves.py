@@ -42,7 +42,7 @@ from lab.tests import mover
 MIB = 1 << 20
 FOLDER = '/var/lib/nova/instances'
 POOLS = {mover.DISKS: FOLDER + '/disks', mover.BASES: FOLDER + '/_base'}
-WORKER = '_pump_worker.py'
+WORKER = 'pump/worker.py'
 #: Of each: bytes of data, of a hole, of data, and so on in turn.
 SIZES = {'disk': (6 * MIB, 40 * MIB, 2 * MIB + 7),
          'disk.eph0': (0, 8 * MIB, 1), 'disk.config': (400000, 0, 0)}

@@ -14,7 +14,7 @@
 from nova import context as nova_context
 from nova import objects
 from nova.tests.functional.libvirt import base
-from nova.virt.libvirt.storage import metadata
+from nova.virt.libvirt.storage.records import metadata
 
 
 class TestDiskRecords(base.ServersTestBase):

@@ -27,7 +27,7 @@ from nova import context as nova_context
 from nova import exception
 from nova import objects
 from nova.objects import fields
-from nova.virt.libvirt.storage import metadata
+from nova.virt.libvirt.storage.records import metadata
 
 LOG = logging.getLogger(__name__)
 

@@ -43,10 +43,10 @@ from nova import objects
 from nova.objects import fields
 import nova.privsep.storage
 from nova.virt import images
-from nova.virt.libvirt.storage import config as storage_config
-from nova.virt.libvirt.storage import metadata
-from nova.virt.libvirt.storage import pool as storage_pool
-from nova.virt.libvirt.storage import undo
+from nova.virt.libvirt.storage.move import undo
+from nova.virt.libvirt.storage.pool import config as storage_config
+from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.records import metadata
 
 LOG = logging.getLogger(__name__)
 

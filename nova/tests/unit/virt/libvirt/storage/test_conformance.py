@@ -30,10 +30,10 @@ from nova import test
 from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt import config as guest_config
-from nova.virt.libvirt.storage import base_images
-from nova.virt.libvirt.storage import config
-from nova.virt.libvirt.storage import pool as storage_pool
-from nova.virt.libvirt.storage import usage
+from nova.virt.libvirt.storage import image_cache as base_images
+from nova.virt.libvirt.storage.pool import config
+from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import usage
 
 URI = os.environ.get('NOVA_TEST_LIBVIRT_URI')
 DIRECTORY = os.environ.get('NOVA_TEST_LIBVIRT_DIR')

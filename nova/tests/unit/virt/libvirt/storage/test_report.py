@@ -17,7 +17,7 @@ from nova import context
 from nova import exception
 from nova import objects
 from nova import test
-from nova.virt.libvirt.storage import metadata
+from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt.storage import report
 
 

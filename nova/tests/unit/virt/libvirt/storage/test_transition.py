@@ -27,8 +27,8 @@ from nova import test
 from nova.tests import fixtures as nova_fixtures
 from nova.virt import fake
 from nova.virt.libvirt import driver as libvirt_driver
-from nova.virt.libvirt.storage import metadata
-from nova.virt.libvirt.storage import pool as storage_pool
+from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt.storage import transition
 
 
@@ -595,7 +595,7 @@ class DriverTestCase(test.NoDBTestCase):
         with test.nested(
             mock.patch('nova.virt.libvirt.blockinfo.get_disk_info',
                        return_value={'mapping': {}}),
-            mock.patch('nova.virt.libvirt.storage.migration.abandon'),
+            mock.patch('nova.virt.libvirt.storage.move.source.abandon'),
             mock.patch.object(self.driver, '_image_of'),
             mock.patch.object(self.driver, '_take_back_disks',
                               return_value=self.disks),

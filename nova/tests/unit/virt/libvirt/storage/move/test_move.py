@@ -1,0 +1,1346 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+import os
+import threading
+import time
+from unittest import mock
+
+import ddt
+import fixtures
+import futurist
+import oslo_messaging as messaging
+from oslo_serialization import jsonutils
+from oslo_utils.fixture import uuidsentinel as uuids
+import tenacity
+
+import nova.conf
+from nova import exception
+from nova import objects
+from nova.objects import fields
+from nova.tests.unit.virt.libvirt.storage.move import two_hosts
+from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage.move import destination as arrival
+from nova.virt.libvirt.storage.move import guest_files as files
+from nova.virt.libvirt.storage.move import peer
+from nova.virt.libvirt.storage.move import source as migration
+from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.move import undo
+
+CONF = nova.conf.CONF
+
+POOL = two_hosts.POOL
+AT_SOURCE = {name: ('ready', 'source', name, None)
+             for name in ('disk', 'disk.config', 'disk.eph0', 'disk.swap')}
+ON_THE_WAY = {name: ('building', 'dest', name, 'source')
+              for name in AT_SOURCE}
+COPIED = ['disk', 'disk.config', 'disk.eph0']
+
+
+class OutgoingTestCase(two_hosts.TwoHostsTestCase):
+    def setUp(self):
+        super().setUp()
+        self.jobs = mock.Mock()
+        self.cache_base = mock.Mock()
+        self.version = 75
+        self.stub_out(
+            'nova.objects.Service.get_by_host_and_binary',
+            lambda *args: mock.Mock(version=self.version))
+
+    def outgoing(self, same_host=False):
+        return migration.Outgoing(
+            self.context, self.host, self.jobs, self.instance,
+            self.migration, self.disks, 'qemu:///system', same_host,
+            '192.0.2.1')
+
+    def move(self, same_host=False):
+        outgoing = self.outgoing(same_host)
+        outgoing.check()
+        with outgoing:
+            return outgoing.run(self.directory)
+
+    def not_confirmed(self):
+        """A resize on one host that failed at its end; the server runs on."""
+        self.migration.dest_compute = 'source'
+        self.move(same_host=True)
+        arrival.accept(self.context, self.instance, self.load(), self.source,
+                       'qemu:///system', self.cache_base)
+        disks = self.load()
+        disks.mark('ready')
+        disks.save(self.context)
+        self.saves.clear()
+        self.migration = objects.Migration(
+            self.context, id=8, source_compute='source', dest_compute='dest',
+            dest_host='192.0.2.2')
+
+    def refused(self):
+        """Check that the check refuses and leaves everything as it is."""
+        before = [sorted(self.source.pools[POOL]),
+                  sorted(self.dest.pools.get(POOL, ()))]
+        e = self.assertRaises(exception.InstanceFaultRollback,
+                              self.outgoing().check)
+        self.assertEqual(before, [sorted(self.source.pools[POOL]),
+                                  sorted(self.dest.pools.get(POOL, ()))])
+        self.assertEqual(AT_SOURCE, self.places())
+        self.assertEqual([], self.saves)
+        self.assertEqual([], self.copies)
+        return str(e)
+
+
+@ddt.ddt
+class CheckTestCase(OutgoingTestCase):
+    def setUp(self):
+        super().setUp()
+        self.make_offer()
+
+    def test_leaves_the_connection_open_until_the_end(self):
+        outgoing = self.outgoing()
+        outgoing.check()
+        self.assertEqual(['qemu+tls://192.0.2.2/system'], self.host.uris)
+        self.assertEqual((5, 3), self.dest.keepalive)
+        self.assertFalse(self.dest.closed)
+        with outgoing:
+            pass
+        self.assertTrue(self.dest.closed)
+
+    def test_connection_is_closed_when_refused(self):
+        self.dest.inactive.add(POOL)
+        self.refused()
+        self.assertTrue(self.dest.closed)
+
+    def test_old_destination(self):
+        self.version = 74
+        self.assertIn('too old', self.refused())
+        self.assertEqual([], self.host.uris)
+
+    def test_no_offer(self):
+        del self.instance.system_metadata[moves.OFFER]
+        self.assertIn('no offer', self.refused())
+
+    def test_offer_of_an_earlier_migration(self):
+        self.migration.id = 8
+        self.assertIn('no offer', self.refused())
+
+    def test_kind_of_disk_that_wasnt_offered(self):
+        self.instance.system_metadata[moves.OFFER] = jsonutils.dumps(
+            {'m': 7, 'o': [1, 2], 'p': {POOL: ['disk', 'disk.eph', 'files']},
+             'f': [None], 'd': [0]})
+        self.assertIn('disk.config', self.refused())
+
+    def test_peer_refuses(self):
+        self.host.peer = ValueError('Unable to read TLS confirmation')
+        text = self.refused()
+        for part in ('qemu+tls://192.0.2.2/system', 'TLS confirmation',
+                     'certificate', 'log'):
+            self.assertIn(part, text)
+
+    def test_peer_doesnt_answer(self):
+        self.stub_out('nova.virt.libvirt.storage.'
+                      'move.peer._CONNECT_TIMEOUT', 0.1)
+        answer = threading.Event()
+        self.addCleanup(answer.set)
+        attempts = []
+
+        def connect(uri):
+            attempts.append(uri)
+            answer.wait()
+            return self.dest
+
+        self.host.connect_to_peer = connect
+        for _n in range(4):
+            self.assertIn('no answer', self.refused())
+        # No thread is given to a fifth one.
+        self.assertIn('still unanswered', self.refused())
+        self.assertEqual(4, len(attempts))
+        # Nobody waits for them any longer, so they are closed.
+        answer.set()
+        for _n in range(1000):
+            if self.dest.closed and not peer._hanging.total():
+                break
+            time.sleep(0.01)
+        self.assertTrue(self.dest.closed)
+        with self.outgoing() as outgoing:
+            outgoing.check()
+        self.assertEqual(5, len(attempts))
+
+    def test_peer_goes_at_once(self):
+        self.dest.setKeepAlive = mock.Mock(side_effect=ValueError('reset'))
+        self.assertIn('reset', self.refused())
+        self.assertTrue(self.dest.closed)
+
+    def test_unexpected_error(self):
+        self.stub_out('nova.virt.images.get_info', mock.Mock(
+            side_effect=ValueError('no Keystone')))
+        self.lay_over('disk', imagecache.get_cache_fname(uuids.image))
+        self.assertIn('no Keystone', self.refused())
+
+    @ddt.data('192.0.2.2/system?pkipath=/tmp', 'a b', '', 'x' * 254, 'h\n',
+              '-a', 'a@b', '[::1', 'ssh+x://a', 'a%b', '..', 'a:1')
+    def test_address_that_is_none(self, address):
+        self.migration.dest_host = address
+        self.assertIn('neither an IP address', self.refused())
+        self.assertEqual([], self.host.uris)
+
+    @ddt.data(('compute-2.example.org', 'compute-2.example.org'),
+              ('2001:db8::2', '[2001:db8::2]'), ('198.51.100.7',) * 2)
+    @ddt.unpack
+    def test_address(self, address, in_uri):
+        self.migration.dest_host = address
+        with self.outgoing() as outgoing:
+            outgoing.check()
+        self.assertEqual(['qemu+tls://%s/system' % in_uri], self.host.uris)
+
+    def test_pool_inactive(self):
+        self.dest.inactive.add(POOL)
+        text = self.refused()
+        self.assertIn('inactive', text)
+        self.assertIn('host dest', text)
+
+    def test_pool_gone(self):
+        del self.dest.pools[POOL]
+        self.assertIn("doesn't exist", self.refused())
+
+    def test_pool_of_a_type_without_streams(self):
+        self.dest.types[POOL] = 'rbd'
+        text = self.refused()
+        self.assertIn('rbd', text)
+        self.assertIn('dir, fs, netfs', text)
+
+    def test_too_little_room_counts_what_is_allocated(self):
+        # half of 1000, 600 and 100 bytes; swap doesn't travel
+        self.dest.available = 849
+        text = self.refused()
+        self.assertIn('849 bytes available and 850', text)
+        self.assertEqual(1, self.dest.refreshes)
+
+    def test_room_that_libvirt_does_not_know_is_taken(self):
+        self.free['/dest/' + POOL] = 849
+        self.make_offer()
+        self.assertIn('849 bytes available and 850', self.refused())
+
+    def test_room_of_two_pools_in_one_file_system(self):
+        self.lay_over('disk', imagecache.get_cache_fname(uuids.image), 500)
+        self.image_error = exception.ImageNotFound(image_id=uuids.image)
+        for pool in (POOL, two_hosts.BASES):
+            self.devices['/dest/' + pool] = 5
+        self.make_offer()
+        # each of them fits in, at 850 and 500 bytes
+        self.dest.available = 1349
+        text = self.refused()
+        self.assertIn('1349 bytes available and 1350', text)
+        self.assertIn('%s, %s' % (two_hosts.BASES, POOL), text)
+
+    def test_room_that_libvirt_alone_knows(self):
+        self.free['/dest/' + POOL] = OSError('no such directory')
+        self.make_offer()
+        self.dest.available = 849
+        self.assertIn('849 bytes available and 850', self.refused())
+
+    def test_just_enough_room(self):
+        self.dest.available = 850
+        with self.outgoing() as outgoing:
+            outgoing.check()
+        self.assertEqual(0, self.dest.refreshes)
+
+    def test_room_on_a_block_device_is_the_whole_length(self):
+        self.dest.types[POOL] = 'logical'
+        self.dest.available = 1699
+        self.assertIn('1699 bytes available and 1700', self.refused())
+
+    @ddt.data(('raw', 300), ('qcow2', 500))
+    @ddt.unpack
+    def test_room_of_what_is_flattened(self, base_format, growth):
+        # What is compressed in the base image isn't any more afterwards.
+        self.lay_over('disk', 'snapshot', 300, length=500)
+        self.source.pools[POOL][self.volume_name('disk')]['base_format'] = (
+            base_format)
+        self.dest.available = 849 + growth
+        self.assertIn('%d bytes available and %d' % (
+            849 + growth, 850 + growth), self.refused())
+        self.dest.available += 1
+        with self.outgoing() as outgoing:
+            outgoing.check()
+
+    def test_no_room_to_flatten(self):
+        self.lay_over('disk', 'snapshot', 200)
+        self.lay_over('disk.eph0', 'ephemeral_1', 100)
+        self.source.available = 299
+        text = self.refused()
+        self.assertIn('host source has 299 bytes available and 300', text)
+        self.assertIn(POOL, text)
+        self.source.available = 300
+        with self.outgoing() as outgoing:
+            outgoing.check()
+
+    def test_room_to_flatten_and_copy_in_one_pool(self):
+        self.lay_over('disk', 'snapshot', 300)
+        self.dest.pools = self.source.pools
+        self.dest.available = 850 + 2 * 300 - 1
+        self.assertIn('and %d are' % (850 + 2 * 300), self.refused())
+
+    def test_base_image_is_gone(self):
+        self.lay_over('disk', 'snapshot')
+        del self.source.pools[two_hosts.BASES]['snapshot']
+        self.assertIn('snapshot', self.refused())
+
+    def test_base_image_that_libvirt_does_not_know_yet(self):
+        # It says what it saw when it last looked.
+        self.lay_over('disk', imagecache.get_cache_fname(uuids.image))
+        config = mock.Mock(backing_store=mock.Mock(path='/there/_base/old'))
+        with mock.patch.object(two_hosts.Volume, 'config',
+                               return_value=config), (
+                self.outgoing()) as outgoing:
+            outgoing.check()
+
+    @ddt.data({'state': 'building'}, {'host': 'other'}, {'backend': 'flat'})
+    def test_disk_that_isnt_in_order(self, change):
+        record = self.disks.get('disk.eph0')
+        for name, value in change.items():
+            setattr(record, name, value)
+        e = self.assertRaises(exception.InstanceFaultRollback,
+                              self.outgoing().check)
+        self.assertIn('disk.eph0', str(e))
+
+    def test_disk_with_a_ploop_header(self):
+        self.source.pools[POOL][self.volume_name('disk.eph0')]['type'] = 5
+        self.assertIn('ploop', self.refused())
+
+    def test_overlay_over_something_foreign(self):
+        self.disks.get('disk').format = 'qcow2'
+        self.source.pools[POOL][self.volume_name('disk')]['base'] = (
+            '/etc/shadow')
+        e = self.assertRaises(exception.InstanceFaultRollback,
+                              self.outgoing().check)
+        self.assertIn('/etc/shadow', str(e))
+
+    def probe(self):
+        with self.outgoing() as outgoing:
+            outgoing.check()
+        for daemon in (self.source, self.dest):
+            self.assertEqual([], [name for name in daemon.pools[POOL]
+                                  if 'probe' in name])
+        return outgoing.departure._shared[POOL, POOL]
+
+    def test_probe_of_distinct_pools(self):
+        self.assertFalse(self.probe())
+        # one probe, though four disks are in that pool
+        self.assertEqual(2, len(self.source.log))
+
+    def test_probe_of_a_shared_pool(self):
+        self.dest.pools = self.source.pools
+        self.assertTrue(self.probe())
+
+    def test_probe_that_the_destination_refuses_for_another_reason(self):
+        self.dest.fail['create'] = exception.InternalError('read-only')
+        self.assertIn('read-only', self.refused())
+
+
+class PrepareTestCase(OutgoingTestCase):
+    def prepare(self):
+        driver = mock.Mock(_host=self.host, job_tracker=self.jobs)
+        driver._uri.return_value = 'qemu:///system'
+        driver.get_host_ip_addr.return_value = '192.0.2.1'
+        self.instance.migration_context = objects.MigrationContext(
+            migration_id=self.migration.id)
+        self.stub_out(
+            'nova.virt.libvirt.storage.records.metadata.InstanceDisks.'
+            'from_block_device_info',
+            classmethod(lambda cls, instance, info: self.load()))
+        with mock.patch('nova.objects.Migration.get_by_id_and_instance',
+                        return_value=self.migration) as get:
+            outgoing = migration.prepare(
+                driver, self.context, self.instance, None)
+        if outgoing is not None:
+            get.assert_called_once_with(
+                self.context, self.migration.id, uuids.instance)
+        return outgoing
+
+    def test_prepare(self):
+        self.make_offer()
+        with self.prepare() as outgoing:
+            self.assertEqual(4, len(outgoing.departure.items))
+            self.assertEqual('192.0.2.1', outgoing.departure.address)
+        self.assertEqual(AT_SOURCE, self.places())
+
+    def test_disks_outside_of_pools(self):
+        for name, record in self.disks.items():
+            record.backend = fields.LibvirtDiskBackend.FLAT
+            self.disks.set(name, record)
+        self.disks.save(self.context)
+        self.assertIsNone(self.prepare())
+
+    def test_what_an_earlier_migration_has_left(self):
+        self.make_offer()
+        self.not_confirmed()
+        self.instance.vm_state = 'active'
+        self.make_offer()
+        with self.prepare():
+            pass
+        self.assertEqual({None}, {p[3] for p in self.places().values()})
+        self.assertEqual(4, len(undo.left(self.instance, 'source')))
+
+
+@ddt.ddt
+class RunTestCase(OutgoingTestCase):
+    def setUp(self):
+        super().setUp()
+        self.make_offer()
+
+    def test_moves(self):
+        self.assertEqual('[]', self.move())
+        self.assertEqual(ON_THE_WAY, self.places())
+        self.assertEqual(COPIED, self.ours(self.dest))
+        for name in COPIED:
+            self.assertEqual(
+                'content of ' + name, self.dest.pools[POOL][
+                    self.volume_name(name)]['content'])
+        # the source still has all of it
+        self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
+        self.assertEqual(100, self.instance.progress)
+        self.assertEqual((1700, 1700, 0), (self.migration.disk_total,
+                                           self.migration.disk_processed,
+                                           self.migration.disk_remaining))
+
+    def test_disk_that_has_grown_since_the_check(self):
+        outgoing = self.outgoing()
+        outgoing.check()
+        self.source.pools[POOL][self.volume_name('disk')].update(
+            length=1234, allocation=1200)
+        with outgoing:
+            outgoing.run(self.directory)
+        self.assertEqual(1234, self.copies[0][2])
+        self.assertEqual(1234, self.dest.pools[POOL][
+            self.volume_name('disk')]['length'])
+
+    def test_records_are_saved_once_and_before_the_first_byte(self):
+        self.stub_out(
+            'nova.virt.libvirt.storage.pump.copy', mock.Mock(
+                side_effect=lambda *a, **k: (
+                    self.assertEqual(1, len(self.saves)),
+                    self.assertEqual(ON_THE_WAY, self.places())) and
+                self.pump_copy(*a, **k)))
+        self.move()
+        self.assertEqual(1, len(self.saves))
+
+    @ddt.data(True, False)
+    def test_overlay_over_a_generated_file_system(self, is_overlay):
+        # Its base on the destination would have another UUID.
+        self.lay_over('disk.eph0', 'ephemeral_1', 300)
+        volume = self.volume_name('disk.eph0')
+        if not is_overlay:
+            del self.source.pools[POOL][volume]['base']
+        self.move()
+        self.assertEqual([volume] if is_overlay else [], self.flattened)
+        self.assertIn('disk.eph0', self.ours(self.dest))
+
+    @ddt.data(True, False)
+    def test_root_over_another_image(self, same_host):
+        # It was unshelved: its snapshot is gone from Glance.
+        self.lay_over('disk', imagecache.get_cache_fname(uuids.snapshot), 300)
+        self.image_error = exception.ImageNotFound(image_id=uuids.image)
+        if same_host:
+            self.migration.dest_compute = 'source'
+        self.move(same_host)
+        self.assertEqual([self.volume_name('disk')], self.flattened)
+        self.assertEqual(3, len(self.copies))
+        if not same_host:
+            self.assertNotIn('base', self.dest.pools[POOL][
+                self.volume_name('disk')])
+
+    def test_root_over_its_image(self):
+        self.lay_over('disk', imagecache.get_cache_fname(uuids.image), 300)
+        self.move()
+        self.assertEqual([], self.flattened)
+
+    def test_how_the_pump_is_called(self):
+        self.flags(storage_migration_bandwidth=3,
+                   storage_migration_stall_timeout=17, group='libvirt')
+        self.move()
+        source, destination, length, kwargs = self.copies[0]
+        self.assertEqual(('qemu:///system', POOL, self.volume_name('disk')),
+                         source)
+        self.assertEqual(('qemu+tls://192.0.2.2/system', POOL,
+                          self.volume_name('disk')), destination)
+        self.assertEqual(1000, length)
+        self.assertEqual((3 << 20, 17, True),
+                         (kwargs['bandwidth'], kwargs['stall_timeout'],
+                          kwargs['sparse']))
+        self.jobs.add_job.assert_called_with(self.instance, 1234)
+        self.jobs.remove_job.assert_called_with(self.instance, 1234)
+
+    def test_no_holes_on_a_block_device(self):
+        self.dest.types[POOL] = 'logical'
+        self.move()
+        self.assertEqual([False] * 3, [c[3]['sparse'] for c in self.copies])
+
+    def test_what_exists_on_the_destination_is_left_alone(self):
+        foreign = {'length': 5, 'allocation': 5, 'content': 'foreign'}
+        self.dest.pools[POOL][self.volume_name('disk')] = dict(foreign)
+        self.move()
+        self.assertEqual(foreign, self.dest.pools[POOL][
+            self.volume_name('disk')])
+        self.assertEqual('disk.1', self.places()['disk'][2])
+
+    def hide(self, *names):
+        """Have files on the destination that its libvirt knows nothing of."""
+        hidden = {self.volume_name(name) for name in names}
+        create = two_hosts.Pool.create
+
+        def create_or_fail(pool, config):
+            if pool.daemon is self.dest and config.name in hidden:
+                raise exception.StorageVolumeError(
+                    volume=config.name, pool=pool.name, host=pool.host,
+                    reason='File exists', code=38)
+            return create(pool, config)
+
+        self.stub_out(
+            'nova.tests.unit.virt.libvirt.storage.move.two_hosts.Pool.create',
+            create_or_fail)
+
+    def test_file_that_libvirt_doesnt_know_of(self):
+        self.hide('disk', 'disk.1')
+        self.move()
+        self.assertEqual(dict(ON_THE_WAY, disk=(
+            'building', 'dest', 'disk.2', 'source')), self.places())
+        self.assertEqual({'disk.2', *COPIED[1:]}, set(self.ours(self.dest)))
+
+    def test_files_everywhere(self):
+        self.hide('disk', *('disk.%d' % n for n in range(1, 9)))
+        e = self.assertRaises(exception.StorageVolumeError, self.move)
+        self.assertIn('File exists', str(e))
+        self.assertEqual(AT_SOURCE, self.places())
+        self.assertEqual([], self.ours(self.dest))
+
+    def test_name_of_what_is_left(self):
+        # On the third host of a shared pool it would be deleted as such.
+        undo.note_left(self.instance, 'other',
+                       [(POOL, self.volume_name('disk'))])
+        self.move()
+        self.assertEqual('disk.1', self.places()['disk'][2])
+
+    def test_shared_pool_is_looked_at_anew(self):
+        # What one host makes, the other's libvirt doesn't know of.
+        self.dest.pools = self.source.pools
+        self.move()
+        self.assertEqual(1, self.dest.refreshes)
+        self.assertEqual('disk.swap.1', self.places()['disk.swap'][2])
+
+    @ddt.data(True, False)
+    def test_shared_pool_and_same_host(self, same_host):
+        if same_host:
+            self.migration.dest_compute = 'source'
+        else:
+            self.dest.pools = self.source.pools
+        self.move(same_host)
+        self.assertEqual(
+            sorted(AT_SOURCE) + ['disk.1', 'disk.config.1', 'disk.eph0.1'],
+            sorted(AT_SOURCE) + [name for name in self.ours(self.source)
+                                 if name not in AT_SOURCE])
+        self.assertEqual('disk.1', self.places()['disk'][2])
+
+    @ddt.data(1, 2, 5)
+    def test_disks_at_once(self, parallel):
+        self.flags(storage_migration_parallel_disks=parallel,
+                   group='libvirt')
+        self.move()
+        self.assertEqual(3, len(self.copies))
+
+    def failed(self, error):
+        e = self.assertRaises(type(error), self.move)
+        self.assertIs(error, e)
+        self.assertEqual(AT_SOURCE, self.places())
+        self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
+        self.assertNotIn(moves.MOVED, self.instance.system_metadata)
+        self.assertTrue(self.dest.closed)
+
+    def test_progress_that_cant_be_saved(self):
+        self.stub_out(
+            'nova.virt.libvirt.storage.move.copy._REPORT_INTERVAL', 0)
+        self.migration.save.side_effect = messaging.MessagingTimeout
+        self.move()
+        self.assertEqual(ON_THE_WAY, self.places())
+        self.assertIn('progress could not be saved',
+                      self.stdlog.logger.output)
+
+    def test_server_that_is_gone(self):
+        self.stub_out(
+            'nova.virt.libvirt.storage.move.copy._REPORT_INTERVAL', 0)
+        error = exception.InstanceNotFound(instance_id=uuids.instance)
+        self.migration.save.side_effect = error
+        self.failed(error)
+
+    def test_no_thread_is_free(self):
+        queued = []
+
+        def spawn_on(executor_type, work):
+            queued.append(futurist.Future())
+            return queued[-1]
+
+        self.stub_out('nova.thread_pool_factory.spawn_on', spawn_on)
+        self.stub_out('nova.virt.libvirt.storage.move.peer._connect',
+                      lambda host, uri: self.dest)
+        self.move()
+        self.assertEqual(3, len(self.copies))
+        self.assertEqual([True], [future.cancelled() for future in queued])
+
+    def test_progress_after_a_failure(self):
+        self.instance.progress = 50
+        self.copy_error = exception.InternalError('pump')
+        self.failed(self.copy_error)
+        self.assertEqual(0, self.instance.progress)
+
+    def test_copy_fails(self):
+        self.flags(storage_migration_parallel_disks=1, group='libvirt')
+        self.copy_error = exception.InternalError('pump')
+        self.failed(self.copy_error)
+        self.assertEqual([], self.ours(self.dest))
+        self.assertEqual(1, len(self.copies))
+
+    def test_second_volume_cant_be_created(self):
+        error = exception.InternalError('full')
+        create = two_hosts.Pool.create
+
+        def fail_at_second(pool, config):
+            if config.name.endswith('disk.config'):
+                raise error
+            return create(pool, config)
+
+        self.stub_out(
+            'nova.tests.unit.virt.libvirt.storage.move.two_hosts.Pool.create',
+            fail_at_second)
+        self.failed(error)
+        self.assertEqual([], self.ours(self.dest))
+
+    def test_records_cant_be_saved(self):
+        error = exception.InternalError('no conductor')
+        save = mock.Mock(side_effect=[error, None])
+        self.stub_out('nova.objects.BlockDeviceMappingList._save_driver_info',
+                      staticmethod(lambda c, i, infos: save()))
+        self.failed(error)
+        self.assertEqual([], self.ours(self.dest))
+
+    def test_restored_records_that_cant_be_saved_at_once(self):
+        self.copy_error = exception.InternalError('pump')
+        save = mock.Mock(side_effect=[
+            None, messaging.MessagingTimeout, None])
+        self.stub_out('nova.objects.BlockDeviceMappingList._save_driver_info',
+                      staticmethod(lambda c, i, infos: save(infos)))
+        self.assertRaises(messaging.MessagingTimeout, self.move)
+        # The driver goes on with the same mappings.
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual(3, save.call_count)
+        self.assertEqual(save.mock_calls[1], save.mock_calls[2])
+
+    def test_volumes_cant_be_deleted_after_a_failure(self):
+        self.copy_error = exception.InternalError('pump')
+        self.dest.fail['delete'] = exception.InternalError('gone')
+        # the probe's volume, too, stays
+        self.stub_out('nova.virt.libvirt.storage.'
+                      'move.precheck.Departure._probe',
+                      lambda departure, here, there: None)
+        self.failed(self.copy_error)
+        self.assertEqual(COPIED, self.ours(self.dest))
+        left = sorted(jsonutils.loads(value) for key, value
+                      in self.instance.system_metadata.items()
+                      if key.startswith(moves.LEFT))
+        self.assertEqual([['dest', POOL, self.volume_name(name)]
+                          for name in COPIED], left)
+        # the destination's next offer removes them, and nothing else
+        self.dest.fail.clear()
+        self.dest.pools[POOL]['foreign'] = {}
+        self.make_offer()
+        self.assertEqual(['foreign'], self.ours(self.dest))
+        self.assertEqual([], [key for key in self.instance.system_metadata
+                              if key.startswith(moves.LEFT)])
+        # and the next try succeeds
+        self.copy_error = None
+        self.dest.closed = False
+        self.move()
+        self.assertEqual(ON_THE_WAY, self.places())
+
+
+@ddt.ddt
+class EndTestCase(OutgoingTestCase):
+    def setUp(self):
+        super().setUp()
+        self.make_offer()
+        self.stub_out(
+            'nova.virt.libvirt.storage.records.metadata.InstanceDisks.load',
+            lambda *args: self.load())
+
+    def accept(self):
+        self.flags(host='dest')
+        disks = self.load()
+        try:
+            arrival.accept(self.context, self.instance, disks, self.dest,
+                           'dest:///', self.cache_base)
+        finally:
+            self.flags(host='source')
+
+    def test_accept(self):
+        self.move()
+        self.saves.clear()
+        self.accept()
+        self.assertEqual(
+            dict(ON_THE_WAY, **{n: ('ready', 'dest', n, 'source')
+                                for n in COPIED}), self.places())
+        self.assertEqual(1, len(self.saves))
+        self.assertEqual({moves.MOVED, moves.SWAP},
+                         set(self.instance.system_metadata))
+
+    def test_accept_what_was_flattened(self):
+        self.lay_over('disk', imagecache.get_cache_fname(uuids.snapshot), 300)
+        self.move()
+        self.accept()
+        self.assertEqual('ready', self.places()['disk'][0])
+        # There need be no base image.
+        self.cache_base.assert_not_called()
+
+    def test_accept_twice_verifies_once(self):
+        self.move()
+        self.accept()
+        self.stub_out('nova.virt.libvirt.storage.pump.transfer.verify', None)
+        self.accept()
+
+    def test_accept_what_was_changed_on_the_way(self):
+        self.move()
+        self.dest.pools[POOL][self.volume_name('disk.eph0')]['content'] = ''
+        self.accept()
+        # from the source, which has it still
+        self.assertEqual(
+            [('qemu+tls://192.0.2.1/system', POOL,
+              self.volume_name('disk.eph0')),
+             ('dest:///', POOL, self.volume_name('disk.eph0')), 600],
+            list(self.copies[-1][:3]))
+        self.assertEqual('content of disk.eph0', self.dest.pools[POOL][
+            self.volume_name('disk.eph0')]['content'])
+        self.assertEqual('ready', self.places()['disk.eph0'][0])
+
+    def test_accept_what_cant_be_copied_again(self):
+        self.move()
+        volume = self.volume_name('disk.eph0')
+        self.dest.pools[POOL][volume]['content'] = ''
+        self.copy_error = exception.InternalError('no route')
+        e = self.assertRaises(exception.StorageTransferMismatch, self.accept)
+        for part in ('no route', 'it differs', 'hard reboot', 'host source',
+                     volume):
+            self.assertIn(part, str(e))
+        self.assertEqual(ON_THE_WAY['disk.eph0'], self.places()['disk.eph0'])
+        self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
+        # as the hard reboot does
+        self.copy_error = None
+        self.accept()
+        self.assertEqual('ready', self.places()['disk.eph0'][0])
+
+    def test_accept_on_one_host_what_was_changed(self):
+        self.migration.dest_compute = 'source'
+        self.move(same_host=True)
+        self.source.pools[POOL][self.volume_name('disk.1')]['content'] = ''
+        arrival.accept(self.context, self.instance, self.load(), self.source,
+                       'qemu:///system', self.cache_base)
+        self.assertEqual(
+            (('qemu:///system', POOL, self.volume_name('disk')),
+             ('qemu:///system', POOL, self.volume_name('disk.1'))),
+            self.copies[-1][:2])
+        self.assertEqual('ready', self.places()['disk'][0])
+
+    def test_accept_without_a_checksum(self):
+        self.move()
+        del self.instance.system_metadata[moves.COPY + 'disk']
+        self.assertRaises(exception.StorageTransferMismatch, self.accept)
+
+    def test_confirm(self):
+        self.move()
+        self.accept()
+        migration.confirm(self.context, self.source, self.instance)
+        self.assertEqual([], self.ours(self.source))
+        self.assertEqual(COPIED, self.ours(self.dest))
+        self.assertEqual({None}, {p[3] for p in self.places().values()})
+        self.assertEqual({}, self.instance.system_metadata)
+
+    def test_confirm_twice(self):
+        self.test_confirm()
+        self.saves.clear()
+        migration.confirm(self.context, self.source, self.instance)
+        self.assertEqual([], self.saves)
+
+    def test_confirm_when_a_volume_cant_be_deleted(self):
+        self.move()
+        self.accept()
+        self.source.fail['delete'] = exception.InternalError('busy')
+        migration.confirm(self.context, self.source, self.instance)
+        # It is no disk any longer: nothing may put it back.
+        self.assertEqual({None}, {p[3] for p in self.places().values()})
+        self.assertEqual(
+            {(POOL, self.volume_name(name)) for name in AT_SOURCE},
+            set(undo.left(self.instance, 'source')))
+        self.assertEqual({'dest'}, {r.host for _n, r in self.load().items()})
+        # The next time it is sent here, it goes.
+        self.source.fail.clear()
+        undo.delete_left(self.source, self.instance, self.load())
+        self.assertEqual([], self.ours(self.source))
+        self.assertEqual({}, self.instance.system_metadata)
+
+    def forget_swap(self):
+        """As a resize to a flavor without swap: its mapping is deleted."""
+        disks = self.load()
+        disks.clear('disk.swap')
+        disks.save(self.context)
+
+    def test_confirm_when_the_swap_is_gone(self):
+        self.move()
+        self.accept()
+        self.forget_swap()
+        migration.confirm(self.context, self.source, self.instance)
+        self.assertEqual([], self.ours(self.source))
+        self.assertEqual({}, self.instance.system_metadata)
+
+    def test_revert_when_the_swap_is_gone(self):
+        self.move()
+        self.accept()
+        self.forget_swap()
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual(AT_SOURCE, self.places())
+        self.assertEqual({}, self.instance.system_metadata)
+
+    def test_kept_swap_while_reverting_on_one_host(self):
+        self.migration.dest_compute = 'source'
+        self.move(same_host=True)
+        self.forget_swap()
+        self.assertIn((POOL, self.volume_name('disk.swap')),
+                      migration.kept(self.load()))
+
+    def test_confirm_keeps_what_wasnt_verified(self):
+        self.move()
+        migration.confirm(self.context, self.source, self.instance)
+        self.assertEqual(COPIED, self.ours(self.source))
+
+    def test_confirm_on_one_host(self):
+        self.migration.dest_compute = 'source'
+        self.move(same_host=True)
+        disks = self.load()
+        disks.mark('ready', COPIED)
+        disks.save(self.context)
+        migration.confirm(self.context, self.source, self.instance)
+        self.assertEqual(['disk.1', 'disk.config.1', 'disk.eph0.1'],
+                         self.ours(self.source))
+
+    def test_nothing_to_confirm(self):
+        self.stub_out(
+            'nova.virt.libvirt.storage.'
+            'records.metadata.InstanceDisks.load', None)
+        migration.confirm(self.context, self.source, self.instance)
+
+    def test_revert(self):
+        self.move()
+        self.accept()
+        # by destroy() there
+        self.dest.pools[POOL].clear()
+        disks = self.load()
+        for name, record in disks.items():
+            disks.set(name, record.previous)
+        disks.save(self.context)
+        uris = len(self.host.uris)
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual(AT_SOURCE, self.places())
+        self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
+        self.assertEqual(uris, len(self.host.uris))
+        self.assertEqual({}, self.instance.system_metadata)
+
+    def test_revert_where_the_destination_keeps_its_disks(self):
+        # its instance directory is shared, so it was told not to
+        self.move()
+        self.accept()
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual(AT_SOURCE, self.places())
+        self.assertEqual([], self.ours(self.dest))
+
+    def test_revert_on_one_host(self):
+        # where Nova destroys no disk, for source and destination share it
+        self.migration.dest_compute = 'source'
+        self.move(same_host=True)
+        disks = self.load()
+        swap = disks.get('disk.swap')
+        swap.volume = self.volume_name('disk.swap.1')
+        disks.set('disk.swap', swap)
+        disks.save(self.context)
+        self.source.pools[POOL][swap.volume] = {
+            'length': 1, 'allocation': 1, 'content': ''}
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual(AT_SOURCE, self.places())
+        self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
+
+    def test_kept_while_reverting(self):
+        self.move()
+        self.assertEqual(set(), migration.kept(self.load()))
+
+    def test_kept_while_reverting_on_one_host(self):
+        self.migration.dest_compute = 'source'
+        self.move(same_host=True)
+        self.assertEqual({(POOL, self.volume_name(name))
+                          for name in AT_SOURCE},
+                         migration.kept(self.load()))
+
+    def test_restart_of_the_source_in_the_midst_of_copying(self):
+        self.move()         # as far as it was, no accept
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual(AT_SOURCE, self.places())
+        self.assertEqual([], self.ours(self.dest))
+
+    @ddt.data('source', 'dest')
+    def test_abandon_what_an_earlier_migration_has_left(self, dest):
+        self.not_confirmed()
+        self.migration.dest_compute = dest
+        places, volumes = self.places(), self.ours(self.source)
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual(places, self.places())
+        self.assertEqual(volumes, self.ours(self.source))
+
+    def test_settle(self):
+        self.not_confirmed()
+        self.instance.vm_state = 'error'
+        migration.settle(self.context, self.instance, self.load())
+        self.assertEqual(
+            {'disk': ('ready', 'source', 'disk.1', None),
+             'disk.config': ('ready', 'source', 'disk.config.1', None),
+             'disk.eph0': ('ready', 'source', 'disk.eph0.1', None),
+             'disk.swap': ('ready', 'source', 'disk.swap.1', None)},
+            self.places())
+        self.assertNotIn(moves.MOVED, self.instance.system_metadata)
+        self.assertNotIn(moves.SWAP, self.instance.system_metadata)
+        # It goes at the next chance, and what is in use does not.
+        undo.delete_left(self.source, self.instance, self.load())
+        self.assertEqual(['disk.1', 'disk.config.1', 'disk.eph0.1'],
+                         self.ours(self.source))
+        self.assertEqual({}, self.instance.system_metadata)
+
+    def test_settle_what_may_be_reverted_yet(self):
+        self.not_confirmed()
+        self.instance.vm_state = 'resized'
+        places = self.places()
+        migration.settle(self.context, self.instance, self.load())
+        self.assertEqual(places, self.places())
+
+    def test_nothing_to_settle(self):
+        migration.settle(self.context, self.instance, self.load())
+        self.assertEqual([], self.saves)
+        self.instance.save.assert_called_once_with()    # by the offer
+
+    def test_what_is_left_has_become_a_disk_again(self):
+        place = (POOL, self.volume_name('disk'))
+        undo.note_left(self.instance, 'source', [place])
+        undo.delete_left(self.source, self.instance, self.load())
+        self.assertIn('disk', self.ours(self.source))
+        self.assertEqual([], undo.left(self.instance, 'source'))
+
+    def test_unfinished(self):
+        with mock.patch('nova.objects.Migration.get_by_id',
+                        return_value=self.migration) as get:
+            self.assertIsNone(migration.unfinished(
+                self.context, self.instance))
+            get.assert_not_called()
+            self.move()
+            self.assertIs(self.migration, migration.unfinished(
+                self.context, self.instance))
+            get.assert_called_once_with(self.context, 7)
+            self.flags(host='dest')
+            self.assertIsNone(migration.unfinished(
+                self.context, self.instance))
+            self.flags(host='source')
+            self.migration.dest_compute = 'source'
+            self.assertIsNone(migration.unfinished(
+                self.context, self.instance))
+
+    def test_source_is_killed_when_all_is_copied(self):
+        with open(os.path.join(self.directory, 'console.log'), 'w') as f:
+            f.write('Welcome')
+        self.move()
+        self.assertIn('files', self.ours(self.dest))
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual([], self.ours(self.dest))
+        self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
+        self.assertEqual({}, self.instance.system_metadata)
+
+    def test_source_is_killed_while_it_confirms(self):
+        self.move()
+        self.accept()
+        self.source.fail['delete'] = KeyboardInterrupt()
+        self.assertRaises(KeyboardInterrupt, migration.confirm, self.context,
+                          self.source, self.instance)
+        self.assertEqual(
+            {(POOL, self.volume_name(name)) for name in AT_SOURCE},
+            set(undo.left(self.instance, 'source')))
+
+    def test_disks_of_another_kind_are_none_of_the_peer(self):
+        # Brought by SSH, or shared: reverted without libvirt's help.
+        disks = self.load()
+        for name, record in disks.items():
+            record.backend = fields.LibvirtDiskBackend.RBD
+            record.previous = record.obj_clone()
+            record.host, record.state = 'dest', 'building'
+            disks.set(name, record)
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, disks)
+        self.assertEqual([], self.host.uris)
+
+    def test_peer_is_started_again(self):
+        self.move()
+        connect = self.host.connect_to_peer
+        self.host.connect_to_peer = mock.Mock(
+            side_effect=[ValueError('refused'), ValueError('refused'),
+                         connect('')])
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual([], self.ours(self.dest))
+        self.assertEqual({}, self.instance.system_metadata)
+
+    def test_restart_of_the_source_while_the_peer_is_gone(self):
+        self.move()
+        self.host.peer = ValueError('no route')
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.move.undo._delete_anew.retry.stop',
+            tenacity.stop_after_attempt(2)))
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual(AT_SOURCE, self.places())
+        self.assertEqual(3, len(self.instance.system_metadata))
+
+    def test_cross_cell_resize_is_reverted(self):
+        # It went by way of Glance: no offer, no copy, and the destination is
+        # in a cell that this host knows nothing of.
+        self.instance.system_metadata.clear()
+        self.migration.cross_cell_move = True
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual(AT_SOURCE, self.places())
+        self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
+        self.assertEqual([], self.host.uris)
+
+    def test_nothing_to_abandon(self):
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual([], self.saves)
+        self.assertEqual([], self.host.uris)
+
+
+@ddt.ddt
+class OfferTestCase(two_hosts.TwoHostsTestCase):
+    def test_offer(self):
+        self.make_offer()
+        self.assertEqual(
+            {'m': 7, 'o': [os.geteuid(), os.getegid()],
+             'p': {POOL: ['disk', 'disk.config', 'disk.eph', 'disk.swap',
+                          'files'],
+                   two_hosts.BASES: ['base']},
+             'f': [1 << 40, 1 << 40], 'd': [0, 1]},
+            jsonutils.loads(self.instance.system_metadata[moves.OFFER]))
+        self.instance.save.assert_called_once_with()
+
+    def test_many_ephemeral_disks_fit_in(self):
+        for n in range(1, 30):
+            self.add_disk('disk.eph%d' % n, 10)
+        self.make_offer()
+        self.assertLessEqual(
+            len(self.instance.system_metadata[moves.OFFER]), 255)
+
+    def refused(self):
+        e = self.assertRaises(exception.MigrationPreCheckError,
+                              self.make_offer)
+        self.assertNotIn(moves.OFFER, self.instance.system_metadata)
+        return str(e)
+
+    def test_inactive_pool(self):
+        self.dest.inactive.add(POOL)
+        self.assertIn('inactive', self.refused())
+
+    def test_missing_pool_is_made(self):
+        self.dest.pools.clear()
+        self.make_offer()
+        self.assertIn(POOL, self.dest.pools)
+
+    def test_missing_pool_isnt_made_on_a_host_with_another_backend(self):
+        self.flags(images_type='qcow2', group='libvirt')
+        self.dest.pools.clear()
+        self.assertIn("doesn't exist", self.refused())
+
+    def test_directory_not_writable(self):
+        self.stub_out('os.access', lambda path, mode: False)
+        self.assertIn("isn't writable", self.refused())
+
+    def test_names_too_long(self):
+        self.stub_out('nova.virt.libvirt.storage.pool.pool.pool_name_for',
+                      lambda name: name + 'x' * 100)
+        for kind in (*moves.KINDS, files.NAME):
+            self.dest.pools[kind + 'x' * 100] = {}
+        self.assertIn('too long', self.refused())
+
+    def set_backend(self, backend):
+        for name, record in self.disks.items():
+            record.backend = backend
+            self.disks.set(name, record)
+        self.disks.save(self.context)
+
+    def offered(self):
+        self.make_offer()
+        return jsonutils.loads(
+            self.instance.system_metadata[moves.OFFER])['p']
+
+    @ddt.data('flat', 'qcow2')
+    def test_legacy_disks_that_become_volumes_on_the_source(self, backend):
+        self.set_backend(backend)
+        self.assertEqual(
+            ['disk', 'disk.config', 'disk.eph', 'disk.swap', 'files'],
+            self.offered()[POOL])
+
+    def test_disks_that_are_not_on_record(self):
+        for name, _record in self.disks.items():
+            self.disks.clear(name)
+        self.disks.save(self.context)
+        self.assertEqual([*moves.KINDS, files.NAME], self.offered()[POOL])
+
+    def refuses_nothing(self):
+        self.dest.pools.clear()
+        self.make_offer()
+        self.assertEqual({}, self.instance.system_metadata)
+        self.instance.save.assert_not_called()
+
+    @ddt.data('lvm', 'rbd', 'ploop')
+    def test_disks_that_stay_legacy_need_no_pool(self, backend):
+        self.set_backend(backend)
+        self.refuses_nothing()
+
+    def test_legacy_disks_need_no_pool_on_a_legacy_host(self):
+        self.set_backend('qcow2')
+        self.flags(images_type='qcow2', group='libvirt')
+        self.refuses_nothing()
+
+
+@ddt.ddt
+class BaseImageTestCase(OutgoingTestCase):
+    def setUp(self):
+        super().setUp()
+        self.make_offer()
+        self.fname = imagecache.get_cache_fname(uuids.image)
+        self.way = '%s.%s' % (self.fname, uuids.instance)
+        self.lay_over('disk', self.fname, 50)
+        self.image_error = exception.ImageNotFound(image_id=uuids.image)
+        self.stub_out('nova.virt.libvirt.storage.move.destination._adopt_base',
+                      lambda volume, instance, cache_base: None)
+
+    def bases(self):
+        return sorted(self.dest.pools[two_hosts.BASES])
+
+    def accept(self):
+        self.flags(host='dest')
+        return arrival.accept(self.context, self.instance, self.load(),
+                              self.dest, 'dest:///', mock.Mock())
+
+    def rename(self, old, new):
+        self.dest.pools[two_hosts.BASES].pop(os.path.basename(old))
+        os.makedirs(os.path.dirname(new))
+        with open(new, 'w'):
+            pass
+
+    def test_travels_under_another_name_until_verified(self):
+        self.move()
+        self.assertEqual([self.way], self.bases())
+        self.assertEqual(4, len(self.copies))
+        self.stub_out('os.rename', lambda old, new: (
+            self.assertEqual('/disks/' + self.way, old),
+            self.assertEqual(os.path.join(
+                CONF.instances_path, '_base', self.fname), new)))
+        self.assertTrue(self.accept())
+        self.assertEqual({moves.MOVED, moves.SWAP},
+                         set(self.instance.system_metadata))
+
+    @ddt.data(True, False)
+    def test_accept_again(self, is_known):
+        # A crash after it was put into the cache.
+        self.move()
+        key = moves.COPY + 'base'
+        expected = self.instance.system_metadata[key]
+        self.stub_out('os.rename', self.rename)
+        self.instance.save.side_effect = exception.InternalError('killed')
+        self.assertRaises(exception.InternalError, self.accept)
+        self.assertEqual([], self.bases())
+        if is_known:
+            # libvirt has not looked since
+            self.dest.pools[two_hosts.BASES][self.way] = {
+                'length': 50, 'content': None}
+        self.instance.system_metadata[key] = expected
+        self.instance.save.side_effect = None
+        self.assertTrue(self.accept())
+        self.assertEqual([], self.bases())
+        self.assertEqual({moves.MOVED, moves.SWAP},
+                         set(self.instance.system_metadata))
+
+    def test_refresh_fails(self):
+        self.move()
+        self.stub_out('os.rename', self.rename)
+        with mock.patch.object(two_hosts.Pool, 'refresh', side_effect=(
+                exception.InternalError('asynchronous jobs'))):
+            self.assertTrue(self.accept())
+        self.assertIn('asynchronous jobs', self.stdlog.logger.output)
+        self.assertEqual({moves.MOVED, moves.SWAP},
+                         set(self.instance.system_metadata))
+
+    def test_what_nobody_needs_cant_be_deleted(self):
+        self.move()
+        self.stub_out('os.path.exists', lambda path: True)
+        self.dest.fail['delete'] = exception.InternalError('busy')
+        self.assertTrue(self.accept())
+        self.assertEqual([(two_hosts.BASES, self.way)],
+                         undo.left(self.instance, 'dest'))
+
+    def test_broken_on_the_way(self):
+        self.move()
+        self.dest.pools[two_hosts.BASES][self.way]['content'] = 'another'
+        self.assertRaises(exception.StorageTransferMismatch, self.accept)
+        self.assertEqual(ON_THE_WAY, self.places())
+
+    def test_somebody_else_was_faster(self):
+        self.move()
+        self.stub_out('os.path.exists', lambda path: True)
+        self.accept()
+        self.assertEqual([], self.bases())
+
+    def test_glance_has_it(self):
+        self.image_error = None
+        self.move()
+        self.assertEqual([], self.bases())
+
+    def test_destination_has_it(self):
+        self.dest.pools[two_hosts.BASES][self.fname] = {}
+        self.move()
+        self.assertEqual([self.fname], self.bases())
+
+    def test_raw_disk_needs_none(self):
+        self.disks.get('disk').format = 'raw'
+        self.move()
+        self.assertEqual([], self.bases())
+
+    @ddt.data('another image', None)
+    def test_disk_that_does_not_need_it(self, base):
+        if base is None:
+            del self.source.pools[POOL][self.volume_name('disk')]['base']
+        else:
+            self.lay_over('disk', base, 50)
+        self.source.pools[two_hosts.BASES].pop(self.fname)
+        self.move()
+        self.assertEqual([], self.bases())
+
+    def test_nowhere_to_be_had(self):
+        self.source.pools[two_hosts.BASES].clear()
+        e = self.assertRaises(exception.InstanceFaultRollback,
+                              self.outgoing().check)
+        self.assertIn(self.fname, str(e))
+
+    def test_removed_when_a_copy_fails(self):
+        self.copy_error = exception.InternalError('pump')
+        self.assertRaises(exception.InternalError, self.move)
+        self.assertEqual([], self.bases())
+
+
+@ddt.ddt
+class AdoptBaseTestCase(two_hosts.TwoHostsTestCase):
+    def setUp(self):
+        super().setUp()
+        self.flags(instances_path='/here')
+        self.rewrite = self.useFixture(fixtures.MockPatch(
+            'nova.privsep.qemu.rewrite_backing_file')).mock
+        self.base_format = 'raw'
+        self.stub_out('nova.virt.libvirt.imagebackend._get_base_format',
+                      self.get_base_format)
+        self.cache_base = mock.Mock(return_value=self.base('/here/_base'))
+
+    def get_base_format(self, path):
+        self.assertEqual(self.base('/here/_base'), path)
+        # It wasn't there before.
+        self.cache_base.assert_called_once_with()
+        return self.base_format
+
+    def adopt(self, backing_file, backing_format='raw'):
+        inspect = mock.Mock(return_value=mock.Mock(
+            backing_file=backing_file, backing_file_format=backing_format))
+        self.stub_out('nova.virt.images.privileged_qemu_img_info', inspect)
+        pool = two_hosts.Pool(self.source, POOL, 'source')
+        arrival._adopt_base(pool.volume(self.volume_name('disk')),
+                            self.instance, self.cache_base)
+        inspect.assert_called_once_with(
+            '/disks/' + self.volume_name('disk'), format='qcow2')
+
+    def base(self, directory):
+        return os.path.join(
+            directory, imagecache.get_cache_fname(uuids.image))
+
+    def test_no_base(self):
+        self.adopt(None)
+        self.rewrite.assert_not_called()
+        self.cache_base.assert_not_called()
+
+    def test_same_path(self):
+        self.adopt(self.base('/here/_base'))
+        self.rewrite.assert_not_called()
+        self.assertEqual(0, self.source.refreshes)
+
+    def rewritten(self):
+        self.rewrite.assert_called_once_with(
+            '/disks/' + self.volume_name('disk'), 'qcow2',
+            self.base('/here/_base'), self.base_format)
+        # libvirt tells the image cache what it has seen
+        self.assertEqual(1, self.source.refreshes)
+
+    def test_other_path(self):
+        self.adopt(self.base('/there/_base'))
+        self.rewritten()
+
+    @ddt.data(('qcow2', 'raw'), ('raw', 'qcow2'), (None, 'raw'))
+    @ddt.unpack
+    def test_other_format(self, in_header, in_cache):
+        # force_raw_images isn't what it is, or was, on the source.
+        self.base_format = in_cache
+        self.adopt(self.base('/here/_base'), in_header)
+        self.rewritten()
+
+    @ddt.data(exception.ImageNotFound(image_id=uuids.image),
+              OSError('No space left'))
+    def test_base_is_not_to_be_had(self, error):
+        self.cache_base.side_effect = error
+        e = self.assertRaises(exception.InvalidDiskInfo, self.adopt,
+                              self.base('/there/_base'))
+        for part in (str(error), uuids.image, CONF.host, 'hard reboot',
+                     self.volume_name('disk')):
+            self.assertIn(part, str(e))
+        self.rewrite.assert_not_called()
+
+    def test_refresh_fails(self):
+        with mock.patch.object(two_hosts.Pool, 'refresh', side_effect=(
+                exception.InternalError('asynchronous jobs'))):
+            self.adopt(self.base('/there/_base'))
+        self.assertIn('asynchronous jobs', self.stdlog.logger.output)
+
+    @ddt.data('/etc/passwd', '/here/_base/other', 'json:{}', 'nbd://x')
+    def test_foreign(self, path):
+        self.assertRaises(exception.InvalidDiskInfo, self.adopt, path)
+        self.rewrite.assert_not_called()
+
+    def test_relative(self):
+        self.assertRaises(exception.InvalidDiskInfo, self.adopt,
+                          self.base(''))

@@ -1,0 +1,421 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+import errno
+import os
+import threading
+from unittest import mock
+
+import ddt
+import fixtures
+from oslo_utils import units
+
+import nova.conf
+from nova import exception
+from nova import test
+from nova.tests.fixtures import libvirt as fakelibvirt
+from nova.virt.libvirt.storage.pool import config
+from nova.virt.libvirt.storage.pool import pool
+
+CONF = nova.conf.CONF
+
+
+def error(code, message='libvirt says no', int1=0):
+    return fakelibvirt.make_libvirtError(
+        fakelibvirt.libvirtError, message, error_code=code,
+        error_message=message, int1=int1)
+
+
+class Daemon:
+    """As much of a virConnect as pools take; several threads may use it."""
+
+    def __init__(self):
+        self.pools = {}
+        self.lock = threading.Lock()
+        self.at_define = lambda: None
+
+    def storagePoolLookupByName(self, name):
+        if name not in self.pools:
+            raise error(fakelibvirt.VIR_ERR_NO_STORAGE_POOL)
+        return self.pools[name]
+
+    def listAllStoragePools(self, flags):
+        return list(self.pools.values())
+
+    def storagePoolDefineXML(self, xml, flags):
+        self.at_define()
+        defined = config.LibvirtConfigStoragePool.from_xml(xml)
+        with self.lock:
+            if defined.name in self.pools:
+                raise error(9, 'operation failed: pool already exists')
+            self.pools[defined.name] = Pool(xml)
+        return self.pools[defined.name]
+
+
+class Pool:
+    def __init__(self, xml, capacity=units.Ti):
+        self.xml = xml
+        self.capacity = capacity
+        self.built = self.active = self.autostart = False
+        self.starts = 0
+        self.refresh = mock.Mock()
+        self.createXML = mock.Mock()
+        self.createXMLFrom = mock.Mock()
+        self.storageVolLookupByName = mock.Mock()
+        self.listAllVolumes = mock.Mock()
+
+    def XMLDesc(self, flags):
+        return self.xml
+
+    def build(self, flags):
+        self.built = True
+
+    def setAutostart(self, on):
+        self.autostart = bool(on)
+
+    def isActive(self):
+        return self.active
+
+    def create(self, flags):
+        if not self.built:
+            raise error(fakelibvirt.VIR_ERR_SYSTEM_ERROR,
+                        'cannot open directory', errno.ENOENT)
+        if self.active:
+            raise error(fakelibvirt.VIR_ERR_OPERATION_INVALID,
+                        'pool is already active')
+        self.active = True
+        self.starts += 1
+
+    def name(self):
+        return config.LibvirtConfigStoragePool.from_xml(self.xml).name
+
+    def info(self):
+        return [2, self.capacity, 7, self.capacity - 7]
+
+
+class PoolTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.host.libvirt', fakelibvirt))
+        for name in ('START_TIMEOUT', 'REFRESH_TIMEOUT'):
+            self.useFixture(fixtures.MonkeyPatch(
+                'nova.virt.libvirt.storage.pool.pool.' + name, 0))
+        self.flags(instances_path='/i')
+        self.daemon = Daemon()
+
+    def define(self, name='nova-disks-pool', path='/i/disks', kind='dir',
+               **kwargs):
+        made = config.LibvirtConfigStoragePool()
+        made.type, made.name, made.target_path = kind, name, path
+        self.daemon.pools[name] = Pool(made.to_xml(), **kwargs)
+        self.daemon.pools[name].built = True
+        return self.daemon.pools[name]
+
+    def ensure(self):
+        return pool.StoragePool.ensure(
+            self.daemon, pool.disks_pool_config(), 'host-a')
+
+
+class ListPoolsTestCase(PoolTestCase):
+
+    def test_list(self):
+        self.define('a')
+        self.define('b', path='/b')
+        found = pool.list_pools(self.daemon, 'host-a')
+        self.assertEqual(['a', 'b'], sorted(p.name for p in found))
+        self.assertEqual({'host-a'}, {p.host for p in found})
+
+    def test_no_storage_driver(self):
+        with mock.patch.object(self.daemon, 'listAllStoragePools',
+                               side_effect=error(3)):
+            self.assertRaises(exception.StoragePoolError, pool.list_pools,
+                              self.daemon, 'host-a')
+
+
+@ddt.ddt
+class TestEnsure(PoolTestCase):
+
+    def test_made(self):
+        made = self.ensure()
+        raw = self.daemon.pools['nova-disks-pool']
+        self.assertTrue(raw.built and raw.active and raw.autostart)
+        self.assertEqual('/i/disks', made.config().target_path)
+        self.assertEqual(os.geteuid(), made.config().permissions.owner)
+
+    def test_started_by_another_service_before_it_is_built(self):
+        def build(flags):
+            raw = self.daemon.pools['nova-disks-pool']
+            raw.built = raw.active = True
+            raise error(fakelibvirt.VIR_ERR_OPERATION_INVALID,
+                        'pool is already active')
+
+        with mock.patch.object(Pool, 'build', side_effect=build):
+            self.ensure()
+        self.assertTrue(self.daemon.pools['nova-disks-pool'].autostart)
+
+    def test_can_not_be_built(self):
+        with mock.patch.object(Pool, 'build', side_effect=error(38)):
+            self.assertRaises(exception.StoragePoolError, self.ensure)
+
+    def test_second_time_nothing_is_made(self):
+        self.ensure()
+        self.ensure()
+        self.assertEqual(1, self.daemon.pools['nova-disks-pool'].starts)
+
+    @ddt.data('dir', 'fs', 'netfs')
+    def test_operators_pool_is_used_as_it_is(self, kind):
+        raw = self.define(path='/somewhere', kind=kind)
+        self.assertEqual('/somewhere', self.ensure().config().target_path)
+        self.assertEqual((True, False, 1),
+                         (raw.active, raw.autostart, raw.starts))
+
+    @ddt.data('iscsi', 'scsi', 'disk', 'mpath', 'gluster', 'logical', 'rbd')
+    def test_type_that_can_not_serve(self, kind):
+        raw = self.define(kind=kind)
+        e = self.assertRaises(exception.StoragePoolUnsupported, self.ensure)
+        for part in ('nova-disks-pool', 'host-a', kind, 'dir, fs, netfs'):
+            self.assertIn(part, str(e))
+        self.assertFalse(raw.active)
+
+    def test_too_small(self):
+        self.define(capacity=units.Mi)
+        e = self.assertRaises(exception.StoragePoolTooSmall, self.ensure)
+        self.assertIn('mounted?', str(e))
+
+    def test_directory_of_another_pool(self):
+        self.define(name='mine', path='/i/./disks/')
+        e = self.assertRaises(exception.StoragePoolConflict, self.ensure)
+        self.assertIn('that of storage pool mine', str(e))
+        self.assertNotIn('nova-disks-pool', self.daemon.pools)
+
+    def test_many_at_once(self):
+        barrier = threading.Barrier(8)
+        self.daemon.at_define = barrier.wait
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.pool.pool._start',
+            pool._start.retry_with(
+                stop=pool.tenacity.stop_after_delay(10),
+                wait=pool.tenacity.wait_fixed(0.01))))
+        failures = []
+
+        def ensure():
+            try:
+                self.ensure()
+            except Exception as e:
+                failures.append(e)
+
+        threads = [threading.Thread(target=ensure) for _n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual([], failures)
+        self.assertTrue(self.daemon.pools['nova-disks-pool'].active)
+
+    def test_base_images_pool_has_to_be_over_the_image_cache(self):
+        self.define('nova-base-images-pool', path='/somewhere')
+        e = self.assertRaises(exception.StoragePoolMisplaced,
+                              pool.ensure_pools, self.daemon, 'host-a')
+        for word in ('nova-base-images-pool', 'host-a', '/somewhere',
+                     '/i/_base'):
+            self.assertIn(word, str(e))
+        # by whatever path
+        self.daemon.pools.clear()
+        self.define('nova-base-images-pool', path='/i/../i/_base')
+        pool.ensure_pools(self.daemon, 'host-a')
+
+    def test_all_pools_of_a_host(self):
+        self.flags(storage_pool_mapping={'swap': 'fast'}, group='libvirt')
+        fast = self.define(name='fast', path='/fast')
+        pool.ensure_pools(self.daemon, 'host-a')
+        self.assertEqual({'nova-disks-pool', 'nova-base-images-pool', 'fast'},
+                         set(self.daemon.pools))
+        self.assertTrue(fast.active)
+
+    def test_mapped_pool_has_to_be_there(self):
+        self.flags(storage_pool_mapping={'swap': 'fast'}, group='libvirt')
+        e = self.assertRaises(exception.StoragePoolNotFound,
+                              pool.ensure_pools, self.daemon, 'host-a')
+        self.assertIn('no storage pool fast on host host-a', str(e))
+
+
+@ddt.ddt
+class TestPool(PoolTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.raw = self.define()
+        self.pool = pool.StoragePool(self.daemon, 'nova-disks-pool', 'host-a')
+
+    def test_names_of_pools(self):
+        self.flags(storage_pool_mapping={
+            'root': 'r', 'ephemeral': 'e', 'swap': 's', 'config': 'c'},
+            group='libvirt')
+        self.assertEqual('reescc', ''.join(map(pool.pool_name_for, (
+            'disk', 'disk.local', 'disk.eph1', 'disk.swap', 'disk.config',
+            'disk.config.rescue'))))
+        self.flags(storage_pool_mapping={}, group='libvirt')
+        self.assertEqual('nova-disks-pool', pool.pool_name_for('disk.rescue'))
+
+    def test_info(self):
+        self.assertEqual(
+            pool.PoolInfo(2, units.Ti, 7, units.Ti - 7), self.pool.info())
+
+    def test_not_there(self):
+        other = pool.StoragePool(self.daemon, 'other', 'host-a')
+        self.assertFalse(other.exists())
+        for call in (other.info, other.config, other.refresh, other.volumes,
+                     other.is_active, lambda: other.volume('v')):
+            e = self.assertRaises(exception.StoragePoolNotFound, call)
+            self.assertIn('other', str(e))
+
+    def test_refresh_waits_for_jobs(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.pool.pool._refresh',
+            pool._refresh.retry_with(
+                stop=pool.tenacity.stop_after_attempt(3),
+                wait=pool.tenacity.wait_none())))
+        busy = error(1, "internal error: pool 'p' has asynchronous jobs "
+                        "running.")
+        self.raw.refresh.side_effect = [busy, busy, None]
+        self.pool.refresh()
+        self.raw.refresh.side_effect = [busy] * 3
+        self.assertRaises(exception.StoragePoolError, self.pool.refresh)
+        self.raw.refresh.side_effect = [error(1, 'other'), None]
+        self.assertRaises(exception.StoragePoolError, self.pool.refresh)
+        self.assertEqual(7, self.raw.refresh.call_count)
+
+    def test_volumes_in_one_call(self):
+        raw = [mock.Mock(), mock.Mock()]
+        for volume, name in zip(raw, 'ab'):
+            volume.name.return_value = name
+        self.raw.listAllVolumes.return_value = raw
+        self.assertEqual(['a', 'b'], [v.name for v in self.pool.volumes()])
+        self.raw.listAllVolumes.assert_called_once_with(0)
+
+    @ddt.data(
+        (fakelibvirt.VIR_ERR_NO_STORAGE_VOL, 'x', 0,
+         exception.StorageVolumeNotFound),
+        (fakelibvirt.VIR_ERR_STORAGE_VOL_EXIST, 'x', 0,
+         exception.StorageVolumeExists),
+        (fakelibvirt.VIR_ERR_SYSTEM_ERROR, 'x', errno.ENOSPC,
+         exception.InsufficientStoragePoolSpace),
+        (1, 'qemu-img: No space left on device', 0,
+         exception.InsufficientStoragePoolSpace),
+        (fakelibvirt.VIR_ERR_OPERATION_INVALID,
+         "storage pool 'p' is not active", 0, exception.StoragePoolInactive),
+        (fakelibvirt.VIR_ERR_SYSTEM_ERROR, 'x', errno.EIO,
+         exception.StorageVolumeError))
+    @ddt.unpack
+    def test_errors(self, code, message, int1, expected):
+        self.raw.createXML.side_effect = error(code, message, int1)
+        wanted = config.LibvirtConfigStorageVolume()
+        wanted.name, wanted.capacity = 'v', 1
+        e = self.assertRaises(expected, self.pool.create, wanted)
+        self.assertIs(expected, type(e))
+        self.assertIn('nova-disks-pool', str(e))
+        self.assertIn('host-a', str(e))
+
+    def test_free_name(self):
+        taken = {'v', 'v.1'}
+
+        def look_up(name):
+            if name not in taken:
+                raise error(fakelibvirt.VIR_ERR_NO_STORAGE_VOL)
+
+        self.raw.storageVolLookupByName.side_effect = look_up
+        self.assertEqual('w', self.pool.free_name('w'))
+        self.assertEqual('v.2', self.pool.free_name('v'))
+        self.raw.storageVolLookupByName.side_effect = error(38, 'gone')
+        self.assertRaises(exception.StorageVolumeError, self.pool.free_name,
+                          'v')
+
+    def test_volume_is_novas_to_write(self):
+        wanted = config.LibvirtConfigStorageVolume()
+        wanted.name, wanted.capacity = 'v', 1
+        self.pool.create(wanted)
+        xml, flags = self.raw.createXML.call_args.args
+        made = config.LibvirtConfigStorageVolume.from_xml(xml)
+        self.assertEqual((os.geteuid(), 0o644, 0), (
+            made.permissions.owner, made.permissions.mode, flags))
+        source = mock.Mock()
+        self.pool.create_from(wanted, source)
+        self.assertIs(source.raw, self.raw.createXMLFrom.call_args.args[1])
+
+
+class TestVolume(PoolTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.define()
+        self.raw = mock.Mock()
+        self.raw.name.return_value = 'v'
+        self.volume = pool.StorageVolume(pool.StoragePool(
+            self.daemon, 'nova-disks-pool', 'host-a'), self.raw)
+
+    def test_sizes(self):
+        self.raw.info.return_value = [0, 9, 3]
+        self.raw.infoFlags.return_value = [0, 9, 5]
+        self.assertEqual(pool.VolumeInfo(0, 9, 3), self.volume.info())
+        self.assertEqual(5, self.volume.physical())
+        self.raw.infoFlags.assert_called_once_with(
+            fakelibvirt.VIR_STORAGE_VOL_GET_PHYSICAL)
+
+    def test_resize(self):
+        self.volume.resize(8)
+        self.volume.resize(9, allocate=True)
+        self.assertEqual([mock.call(8, 0), mock.call(9, 1)],
+                         self.raw.resize.mock_calls)
+
+    def test_delete(self):
+        self.volume.delete()
+        self.raw.delete.side_effect = error(
+            fakelibvirt.VIR_ERR_NO_STORAGE_VOL)
+        self.volume.delete()
+        self.raw.delete.side_effect = error(
+            fakelibvirt.VIR_ERR_OPERATION_INVALID, 'in use')
+        e = self.assertRaises(exception.StorageVolumeError,
+                              self.volume.delete)
+        self.assertIn('in use (error code 55)', str(e))
+
+    def delete_ploop(self, **remove):
+        # libvirt takes such a file for a directory
+        self.raw.info.return_value = [fakelibvirt.VIR_STORAGE_VOL_PLOOP, 9, 9]
+        self.raw.path.return_value = '/i/disks/v'
+        self.raw.delete.side_effect = error(
+            fakelibvirt.VIR_ERR_SYSTEM_ERROR, 'Not a directory')
+        with mock.patch('nova.privsep.storage.remove', **remove) as removed:
+            try:
+                self.volume.delete()
+            finally:
+                self.removed = removed.mock_calls
+
+    def test_delete_with_a_ploop_header(self):
+        self.flags(host='host-a')
+        self.delete_ploop()
+        self.assertEqual([mock.call('/i/disks/v')], self.removed)
+        self.daemon.pools['nova-disks-pool'].refresh.assert_called_once_with(0)
+
+    def test_delete_with_a_ploop_header_fails(self):
+        self.flags(host='host-a')
+        e = self.assertRaises(
+            exception.StorageVolumeError, self.delete_ploop,
+            side_effect=OSError(errno.EROFS, 'Read-only file system'))
+        self.assertIn('Read-only', str(e))
+
+    def test_delete_with_a_ploop_header_on_another_host(self):
+        self.flags(host='host-b')
+        e = self.assertRaises(
+            exception.StorageVolumeError, self.delete_ploop)
+        self.assertIn('Not a directory', str(e))
+        self.assertEqual([], self.removed)

@@ -1,0 +1,323 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+import os
+from unittest import mock
+
+import fixtures
+from oslo_utils.fixture import uuidsentinel as uuids
+from oslo_utils import units
+
+from nova import exception
+from nova import objects
+from nova import test
+from nova.tests.fixtures import libvirt as fakelibvirt
+from nova.virt import fake
+from nova.virt.libvirt import config as guest_config
+from nova.virt.libvirt import driver as libvirt_driver
+from nova.virt.libvirt import guest as libvirt_guest
+from nova.virt.libvirt.storage.pool import usage
+
+CAPTURES = os.path.join(os.path.dirname(__file__), 'captures')
+OVERLAY = '5c9c2d23-9be7-4b6a-8f5f-52f0a4a2c001_disk'
+DISGUISED = 'volume-raw-guest-wrote-qcow2-header.xml'
+
+
+def capture(name):
+    with open(os.path.join(CAPTURES, name), encoding='utf-8') as f:
+        return f.read()
+
+
+def disk(volume, fmt, dev='vda', pool='nova-disks-pool'):
+    conf = guest_config.LibvirtConfigGuestDisk()
+    conf.source_type = 'volume'
+    conf.source_pool, conf.source_volume = pool, volume
+    conf.driver_format, conf.target_dev, conf.target_bus = fmt, dev, 'virtio'
+    return conf
+
+
+class Pool:
+    """A virStoragePool with captured volumes."""
+
+    def __init__(self, captures, state=2, path='/nowhere'):
+        self.volumes = {}
+        for volume, xml in captures.items():
+            raw = self.volumes[volume] = mock.Mock()
+            raw.name.return_value = volume
+            raw.XMLDesc.return_value = capture(xml)
+        self.listAllVolumes = mock.Mock(
+            side_effect=lambda flags: list(self.volumes.values()))
+        self.info = mock.Mock(return_value=[
+            state, 100 * units.Gi, 40 * units.Gi, 60 * units.Gi])
+        self.XMLDesc = mock.Mock(return_value=(
+            "<pool type='dir'><target><path>%s</path></target></pool>" % path))
+
+    def storageVolLookupByName(self, name):
+        if name not in self.volumes:
+            raise fakelibvirt.make_libvirtError(
+                fakelibvirt.libvirtError, 'no storage vol',
+                error_code=fakelibvirt.VIR_ERR_NO_STORAGE_VOL)
+        return self.volumes[name]
+
+
+class UsageTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.host.libvirt', fakelibvirt))
+        self.pool = Pool({OVERLAY: 'volume-qcow2-overlay.xml',
+                          'raw': 'volume-raw.xml', 'lies': DISGUISED})
+        self.pools = {'nova-disks-pool': self.pool}
+        self.conn = mock.Mock()
+        self.conn.storagePoolLookupByName.side_effect = self._pool
+
+    def _pool(self, name):
+        if name not in self.pools:
+            raise fakelibvirt.make_libvirtError(
+                fakelibvirt.libvirtError, 'no pool',
+                error_code=fakelibvirt.VIR_ERR_NO_STORAGE_POOL)
+        return self.pools[name]
+
+
+class DiskInfoTestCase(UsageTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.volumes = usage.Volumes(lambda: self.conn, 'host-a')
+
+    def test_overlay(self):
+        self.assertEqual({
+            'type': 'qcow2',
+            'path': '/srv/nova/instances/disks/' + OVERLAY,
+            'virt_disk_size': units.Gi,
+            'disk_size': 200704,
+            'over_committed_disk_size': units.Gi - 200704,
+            'backing_file': '/srv/nova/instances/disks/base',
+            'pool': 'nova-disks-pool',
+            'volume': OVERLAY,
+        }, self.volumes.disk_info(disk(OVERLAY, 'qcow2')))
+
+    def test_raw(self):
+        info = self.volumes.disk_info(disk('raw', 'raw'))
+        self.assertEqual('raw', info['type'])
+        self.assertEqual(64 * units.Mi, info['virt_disk_size'])
+        self.assertEqual(0, info['disk_size'])
+        self.assertEqual('', info['backing_file'])
+
+    @mock.patch.object(usage.LOG, 'warning')
+    def test_guest_written_header_is_not_believed(self, mock_warning):
+        info = self.volumes.disk_info(disk('lies', 'raw'))
+        self.assertEqual('raw', info['type'])
+        self.assertEqual(64 * units.Mi, info['virt_disk_size'])
+        self.assertEqual('', info['backing_file'])
+        mock_warning.assert_called_once()
+
+    @mock.patch.object(usage.LOG, 'warning')
+    def test_config_drive_is_nothing_to_warn_of(self, mock_warning):
+        xml = capture('volume-raw.xml')
+        self.assertIn("<format type='raw'/>", xml)
+        self.pool.volumes['raw'].XMLDesc.return_value = xml.replace(
+            "<format type='raw'/>", "<format type='iso'/>")
+        info = self.volumes.disk_info(disk('raw', 'raw'))
+        self.assertEqual('raw', info['type'])
+        self.assertEqual(64 * units.Mi, info['virt_disk_size'])
+        mock_warning.assert_not_called()
+
+    @mock.patch.object(usage.LOG, 'warning')
+    def test_another_header_over_a_qcow2_disk(self, mock_warning):
+        """libvirt has not looked again since it was made as raw, say."""
+        info = self.volumes.disk_info(disk('raw', 'qcow2'))
+        self.assertEqual('qcow2', info['type'])
+        self.assertEqual('', info['backing_file'])
+        mock_warning.assert_called_once()
+
+    def test_missing(self):
+        for many in (False, True):
+            volumes = usage.Volumes(lambda: self.conn, 'host-a', many=many)
+            exc = self.assertRaises(exception.StorageVolumeNotFound,
+                                    volumes.disk_info, disk('gone', 'raw'))
+            for word in ('gone', 'nova-disks-pool', 'host-a'):
+                self.assertIn(word, str(exc))
+            self.assertRaises(exception.StoragePoolNotFound,
+                              volumes.disk_info,
+                              disk('raw', 'raw', pool='other'))
+
+    def test_many_list_each_pool_once(self):
+        self.pools['other'] = Pool({'x': 'volume-raw.xml'})
+        volumes = usage.Volumes(lambda: self.conn, 'host-a', many=True)
+        for _i in range(3):
+            volumes.disk_info(disk('raw', 'raw'))
+            volumes.disk_info(disk(OVERLAY, 'qcow2'))
+            volumes.disk_info(disk('x', 'raw', pool='other'))
+        self.pool.listAllVolumes.assert_called_once_with(0)
+        self.pools['other'].listAllVolumes.assert_called_once_with(0)
+
+    def test_few_list_nothing(self):
+        self.volumes.disk_info(disk('raw', 'raw'))
+        self.pool.listAllVolumes.assert_not_called()
+
+    def test_has_volumes(self):
+        guest = guest_config.LibvirtConfigGuest()
+        self.assertFalse(usage.has_volumes(guest))
+        guest.add_device(guest_config.LibvirtConfigGuestInterface())
+        guest.add_device(guest_config.LibvirtConfigGuestDisk())
+        self.assertFalse(usage.has_volumes(guest))
+        guest.add_device(disk('raw', 'raw'))
+        self.assertTrue(usage.has_volumes(guest))
+
+
+class LocalInfoTestCase(UsageTestCase):
+
+    def _info(self, **pools):
+        self.pools.update(pools)
+        self.flags(group='libvirt', storage_pool_mapping={
+            'swap': 'swaps', 'ephemeral': 'eph'})
+        return usage.get_local_info(self.conn, 'host-a')
+
+    def test_pool_names(self):
+        self.flags(group='libvirt', storage_pool_mapping={
+            'swap': 'fast', 'ephemeral': 'nova-disks-pool'})
+        self.assertEqual(['fast', 'nova-disks-pool'], usage.pool_names())
+
+    def test_directories_out_of_reach_are_judged_by_libvirt(self):
+        info = self._info(swaps=Pool({}), eph=Pool({}))
+        self.assertEqual({'total': 300 * units.Gi, 'free': 180 * units.Gi,
+                          'used': 120 * units.Gi}, info)
+
+    @mock.patch('nova.virt.libvirt.utils.get_fs_info',
+                return_value={'free': 33 * units.Gi})
+    @mock.patch('os.stat')
+    def test_one_file_system_counts_once(self, mock_stat, mock_fs):
+        devices = {'/a': 1, '/b': 1, '/c': 2}
+        self.pool.XMLDesc = Pool({}, path='/a').XMLDesc
+        mock_stat.side_effect = lambda p: mock.Mock(st_dev=devices[p])
+        info = self._info(swaps=Pool({}, path='/b'), eph=Pool({}, path='/c'))
+        # free is what the file system says now
+        self.assertEqual({'total': 200 * units.Gi, 'free': 66 * units.Gi,
+                          'used': 134 * units.Gi}, info)
+
+    def test_inactive_pool_is_not_one_of_0_bytes(self):
+        exc = self.assertRaises(exception.StoragePoolInactive, self._info,
+                                swaps=Pool({}, state=0), eph=Pool({}))
+        self.assertIn('swaps', str(exc))
+
+    def test_missing_pool(self):
+        self.assertRaises(exception.StoragePoolNotFound, self._info,
+                          swaps=Pool({}))
+
+
+class DriverTestCase(UsageTestCase):
+    """What the driver does with disks of type volume."""
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(fakelibvirt.LibvirtFixture())
+        self.drvr = libvirt_driver.LibvirtDriver(fake.FakeVirtAPI(), False)
+        self.drvr._host = mock.Mock()
+        self.drvr._host.get_connection.return_value = self.conn
+        self.guest = guest_config.LibvirtConfigGuest()
+        self.guest.name = 'instance-00000001'
+
+    def test_disk_info(self):
+        self.guest.add_device(disk(OVERLAY, 'qcow2'))
+        self.guest.add_device(disk('raw', 'raw', dev='vdb'))
+        infos = self.drvr._get_instance_disk_info_from_config(
+            self.guest, None)
+        self.assertEqual([OVERLAY, 'raw'], [i['volume'] for i in infos])
+
+    def test_disk_info_skips_volumes_of_cinder(self):
+        self.guest.add_device(disk('raw', 'raw', dev='vdb'))
+        infos = self.drvr._get_instance_disk_info_from_config(
+            self.guest, {'block_device_mapping': [
+                {'mount_device': '/dev/vdb'}]})
+        self.assertEqual([], infos)
+
+    def test_disk_info_of_network_disk_with_path_is_skipped(self):
+        conf = guest_config.LibvirtConfigGuestDisk()
+        conf.source_type, conf.source_path = 'network', '/x'
+        self.guest.add_device(conf)
+        self.assertEqual([], self.drvr._get_instance_disk_info_from_config(
+            self.guest, None))
+
+    @mock.patch.object(objects.BlockDeviceMappingList,
+                       'bdms_by_instance_uuid', return_value={})
+    @mock.patch.object(objects.InstanceList, 'get_by_filters',
+                       return_value=[])
+    def test_over_commit(self, mock_instances, mock_bdms):
+        domains = []
+        for volumes in ((OVERLAY, 'raw'), ('gone',), (OVERLAY,)):
+            guest = guest_config.LibvirtConfigGuest()
+            guest.name, guest.virt_type = 'guest', 'qemu'
+            for n, volume in enumerate(volumes):
+                guest.add_device(disk(
+                    volume, 'raw' if volume == 'raw' else 'qcow2',
+                    dev='vd%s' % 'ab'[n]))
+            domain = mock.Mock(spec=fakelibvirt.virDomain)
+            domain.XMLDesc.return_value = guest.to_xml()
+            domain.UUIDString.return_value = uuids.instance
+            domain.name.return_value = guest.name
+            domains.append(domain)
+        self.drvr._host.list_instance_domains.return_value = domains
+
+        # The one that is gone does not keep the others from being counted.
+        self.assertEqual(
+            2 * (units.Gi - 200704) + 64 * units.Mi,
+            self.drvr._get_disk_over_committed_size_total())
+        self.pool.listAllVolumes.assert_called_once_with(0)
+
+    def test_local_gb(self):
+        self.flags(images_type='libvirt-storage', group='libvirt')
+        self.assertEqual({'total': 100, 'free': 60, 'used': 40},
+                         self.drvr._get_local_gb_info())
+
+    def _check_live_migration(self, *disks):
+        instance = objects.Instance(id=1, uuid=uuids.instance)
+        self.drvr._host.get_guest.return_value = mock.Mock(
+            spec=libvirt_guest.Guest,
+            get_all_disks=mock.Mock(return_value=list(disks)))
+        # The check goes on after the refusal.
+        with mock.patch.object(
+                self.drvr, '_check_shared_storage_test_file',
+                side_effect=test.TestingException):
+            self.drvr.check_can_live_migrate_source(
+                None, instance, objects.LibvirtLiveMigrateData(
+                    filename='x'))
+
+    def test_live_migration_is_refused(self):
+        legacy = guest_config.LibvirtConfigGuestDisk()
+        legacy.source_path, legacy.target_dev = '/x/disk.config', 'hda'
+        for configured in ('libvirt-storage', 'qcow2'):
+            self.flags(images_type=configured, group='libvirt')
+            exc = self.assertRaises(
+                exception.MigrationPreCheckError, self._check_live_migration,
+                legacy, disk('raw', 'raw', dev='vdb'))
+            for word in (uuids.instance, 'vdb', 'nova-disks-pool/raw'):
+                self.assertIn(word, str(exc))
+
+    def test_live_migration_of_legacy_disks_is_not_refused(self):
+        for configured in ('libvirt-storage', 'qcow2'):
+            self.flags(images_type=configured, group='libvirt')
+            self.assertRaises(
+                test.TestingException, self._check_live_migration,
+                guest_config.LibvirtConfigGuestDisk())
+
+    @mock.patch('nova.virt.libvirt.storage.records.lifecycle.of_instance')
+    def test_live_migration_of_disks_that_are_volumes_on_record(self, records):
+        # They were linked into the pool, the guest has the old paths.
+        records.return_value.items.return_value = [
+            ('disk', mock.Mock(backend='libvirt-storage', pool='p',
+                               volume='v'))]
+        exc = self.assertRaises(
+            exception.MigrationPreCheckError, self._check_live_migration,
+            guest_config.LibvirtConfigGuestDisk())
+        self.assertIn('p/v', str(exc))

@@ -1,0 +1,621 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+import os
+from unittest import mock
+
+import ddt
+import fixtures
+import oslo_messaging as messaging
+from oslo_serialization import jsonutils
+from oslo_utils.fixture import uuidsentinel as uuids
+from oslo_utils import units
+
+from nova.compute import task_states
+import nova.conf
+from nova import context
+from nova import exception
+from nova import objects
+from nova import test
+from nova.virt.libvirt import config as vconfig
+from nova.virt.libvirt import imagebackend
+from nova.virt.libvirt.storage.records import lifecycle as records
+from nova.virt.libvirt.storage.records import metadata
+from nova.virt.libvirt import utils as libvirt_utils
+
+CONF = nova.conf.CONF
+
+# A qcow2 header which names a file of the host as its backing file.
+HOSTILE = (b'QFI\xfb' + (3).to_bytes(4, 'big') + (104).to_bytes(8, 'big') +
+           (11).to_bytes(4, 'big')).ljust(104, b'\0') + b'/etc/passwd'
+
+
+class RecordsTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.images.qemu_img_info', mock.Mock(
+                side_effect=AssertionError('looked into a disk'))))
+        self.flags(instances_path=self.useFixture(fixtures.TempDir()).path,
+                   host='here')
+        self.context = context.get_admin_context()
+        self.instance = objects.Instance(
+            uuid=uuids.instance, flavor=objects.Flavor(
+                root_gb=7, ephemeral_gb=3, swap=5))
+        self.dir = libvirt_utils.get_instance_path(self.instance)
+        os.mkdir(self.dir)
+        self.saves = []
+        self.stub_out(
+            'nova.objects.BlockDeviceMappingList._save_driver_info',
+            staticmethod(lambda c, i, infos: self.saves.append(infos)))
+        self.mapping = {
+            'root': {'dev': 'vda'}, 'disk': {'dev': 'vda'},
+            'disk.swap': {'dev': 'vdb'}, 'disk.config': {'dev': 'vdd'},
+            '/dev/vdc': {'dev': 'vdc'}, 'unit': 0}
+
+    def disks(self, *stored):
+        root = objects.BlockDeviceMapping(
+            id=1, uuid=uuids.root, instance_uuid=uuids.instance,
+            source_type='image', destination_type='local', boot_index=0,
+            guest_format=None, driver_info=None)
+        swap = objects.BlockDeviceMapping(
+            id=2, uuid=uuids.swap, instance_uuid=uuids.instance,
+            source_type='blank', destination_type='local', boot_index=-1,
+            guest_format='swap', driver_info=None)
+        for bdm, record in zip((root, swap), stored):
+            bdm.driver_info = metadata.dumps(record, bdm.uuid)
+        self.bdms = [root, swap]
+        for bdm in self.bdms:
+            bdm.obj_reset_changes()
+        return metadata.InstanceDisks.from_bdms(self.instance, self.bdms)
+
+    def record(self, **kwargs):
+        return metadata.LibvirtDiskMetadata(**{
+            'backend': 'flat', 'format': 'raw', 'size': 7 * units.Gi,
+            'state': 'ready', 'host': 'here', **kwargs})
+
+    def write(self, name, content=b'x', info=None):
+        path = os.path.join(self.dir, name)
+        with open(path, 'wb') as f:
+            f.write(content)
+        if info:
+            with open(os.path.join(self.dir, 'disk.info'), 'w') as f:
+                f.write(jsonutils.dumps({path: info}))
+        return path
+
+    def guest(self, name, source_type, driver_format, **kwargs):
+        disk = vconfig.LibvirtConfigGuestDisk()
+        disk.source_type = source_type
+        disk.driver_format = driver_format
+        for key, value in kwargs.items():
+            setattr(disk, key, value)
+        if source_type == 'file':
+            disk.source_path = os.path.join(self.dir, name)
+        config = vconfig.LibvirtConfigGuest()
+        config.devices = [vconfig.LibvirtConfigGuestInterface(), disk]
+        return config
+
+    def made(self, name='disk', guest=None, configured='qcow2'):
+        record = records.made_before_records(
+            self.instance, name, guest, configured)
+        return record and (record.backend, record.format)
+
+
+@ddt.ddt
+class TestMadeBeforeRecords(RecordsTestCase):
+    """Guest's definition, then disk.info, then configuration."""
+
+    @ddt.data('raw', 'qcow2')
+    def test_guest_is_right_against_all_others(self, told):
+        other = {'raw': 'qcow2', 'qcow2': 'raw'}[told]
+        self.write('disk', HOSTILE, info=other)
+        self.assertEqual(
+            {'raw': ('flat', 'raw'), 'qcow2': ('qcow2', 'qcow2')}[told],
+            self.made(guest=self.guest('disk', 'file', told),
+                      configured='qcow2'))
+        self.assertIn('disk.info says %s' % other, self.stdlog.logger.output)
+
+    @ddt.data(('raw', 'qcow2', ('flat', 'raw')),
+              ('qcow2', 'qcow2', ('qcow2', 'qcow2')),
+              ('qcow2', 'flat', ('flat', 'qcow2')),
+              (None, 'qcow2', ('qcow2', 'qcow2')),
+              (None, 'flat', ('flat', 'raw')),
+              (None, 'libvirt-storage', ('flat', 'raw')),
+              ('qcow2', 'libvirt-storage', ('qcow2', 'qcow2')))
+    @ddt.unpack
+    def test_without_a_guest(self, noted, configured, expected):
+        self.write('disk', HOSTILE, info=noted)
+        self.assertEqual(expected, self.made(configured=configured))
+
+    def test_other_backends_of_the_guest(self):
+        self.assertEqual(('lvm', 'raw'), self.made(guest=self.guest(
+            'disk', 'block', 'raw',
+            source_path='/dev/vg/%s_disk' % uuids.instance)))
+        self.assertEqual(('rbd', 'raw'), self.made(guest=self.guest(
+            'disk', 'network', 'raw',
+            source_name='pool/%s_disk' % uuids.instance)))
+
+    def test_volume_of_the_guest(self):
+        record = records.made_before_records(
+            self.instance, 'disk', self.guest(
+                'disk', 'volume', 'qcow2', source_pool='p',
+                source_volume='%s_disk' % uuids.instance), 'qcow2')
+        self.assertEqual(
+            ('libvirt-storage', 'qcow2', 'p', '%s_disk' % uuids.instance),
+            (record.backend, record.format, record.pool, record.volume))
+
+    def test_config_drive_is_raw_whatever_anybody_says(self):
+        self.write('disk.config', HOSTILE, info='qcow2')
+        self.assertEqual(('flat', 'raw'), self.made('disk.config'))
+        self.assertEqual(('flat', 'raw'), self.made(
+            'disk.config', guest=self.guest('disk.config', 'file', 'qcow2')))
+
+    def test_encrypted_logical_volume(self):
+        self.assertEqual(('lvm', 'raw'), self.made(guest=self.guest(
+            'disk', 'block', 'raw',
+            source_path='/dev/mapper/%s_disk-dmcrypt' % uuids.instance)))
+
+    def test_no_disk(self):
+        self.assertIsNone(self.made())
+
+    def test_cinder_volume_is_none_of_ours(self):
+        self.assertIsNone(self.made(guest=self.guest(
+            'disk', 'block', 'raw', source_path='/dev/sdb')))
+
+    @ddt.data('{', '[]', '7', '')
+    def test_broken_disk_info(self, text):
+        self.write('disk')
+        with open(os.path.join(self.dir, 'disk.info'), 'w') as f:
+            f.write(text)
+        self.assertEqual(('flat', 'raw'), self.made(configured='flat'))
+
+
+@ddt.ddt
+class TestTakeUp(RecordsTestCase):
+
+    def take_up(self, disks, guest=None):
+        records.take_up(disks, self.mapping, guest, 'qcow2', {})
+        disks.save(self.context)
+
+    def test_all_disks_in_one_save(self):
+        for name in ('disk', 'disk.swap', 'disk.config'):
+            self.write(name)
+        disks = self.disks()
+        self.take_up(disks)
+        self.assertEqual([{uuids.root, uuids.swap}],
+                         [set(infos) for infos in self.saves])
+        self.assertEqual(
+            [('disk', 'ready', 7 * units.Gi), ('disk.config', 'ready', 0),
+             ('disk.swap', 'ready', 5 * units.Mi)],
+            [(name, r.state, r.size) for name, r in disks.items()])
+        self.assertIs(disks.get('disk'), self.mapping['disk']['metadata'])
+        self.assertNotIn('metadata', self.mapping['root'])
+
+    def test_second_time_nothing_is_saved(self):
+        self.write('disk')
+        self.take_up(self.disks())
+        again = metadata.InstanceDisks.from_bdms(self.instance, self.bdms)
+        self.saves.clear()
+        self.take_up(again)
+        self.assertEqual([], self.saves)
+
+    def test_record_wins_over_guest_and_file(self):
+        self.write('disk', HOSTILE, info='qcow2')
+        disks = self.disks(self.record())
+        self.take_up(disks, self.guest('disk', 'file', 'qcow2'))
+        self.assertEqual('raw', self.mapping['disk']['metadata'].format)
+
+    @ddt.data(
+        ({'host': 'old'}, 'qcow2'), ({'host': 'here'}, 'raw'),
+        ({'host': 'old', 'state': 'building'}, 'raw'),
+        ({'host': 'old', 'backend': 'rbd'}, 'raw'))
+    @ddt.unpack
+    def test_disk_that_an_older_compute_has_brought(self, stored, expected):
+        # Bug 2038898: it has made qcow2 of a raw disk on the way.
+        disks = self.disks(self.record(**stored))
+        self.take_up(disks, self.guest('disk', 'file', 'qcow2'))
+        self.assertEqual(expected, self.mapping['disk']['metadata'].format)
+        self.assertEqual('here' if expected == 'qcow2' else stored['host'],
+                         disks.get('disk').host)
+
+    def test_record_of_another_host_and_no_guest(self):
+        self.write('disk', HOSTILE, info='qcow2')
+        disks = self.disks(self.record(host='old'))
+        self.take_up(disks)
+        self.assertEqual('raw', self.mapping['disk']['metadata'].format)
+        self.assertEqual([], self.saves)
+
+    def test_disks_of_a_rescue_that_is_over(self):
+        disks = self.disks(self.record())
+        disks.set('disk.rescue', self.record())
+        self.take_up(disks)
+        self.assertIsNone(disks.get('disk.rescue'))
+
+    def test_broken_record_touches_nothing(self):
+        self.write('disk')
+        disks = self.disks()
+        self.bdms[0].driver_info = '{'
+        self.assertRaises(exception.InvalidDiskMetadata, self.take_up, disks)
+        self.assertEqual([], self.saves)
+
+
+@ddt.ddt
+class TestBegin(RecordsTestCase):
+
+    def test_made_anew_after_a_move(self):
+        disks = self.disks(self.record(), self.record(
+            state='building', previous=self.record(host='other')))
+        self.write('disk')
+        self.begin(disks)
+        self.assertEqual(('building', 'here', 'other'), (
+            disks.get('disk.swap').state, disks.get('disk.swap').host,
+            disks.get('disk.swap').previous.host))
+
+    def begin(self, disks, **kwargs):
+        backend = imagebackend.Backend(True)
+        records.begin(
+            disks, self.mapping, None, lambda name, mapping: backend.by_name(
+                self.instance, name,
+                'raw' if name.startswith('disk.config') else None,
+                disk_info_mapping=mapping), 'qcow2', {}, **kwargs)
+        disks.save(self.context)
+
+    def test_new_disks(self):
+        disks = self.disks()
+        self.begin(disks)
+        self.assertEqual(
+            [('disk', 'qcow2', 'qcow2'), ('disk.config', 'flat', 'raw'),
+             ('disk.swap', 'qcow2', 'qcow2')],
+            [(name, r.backend, r.format) for name, r in disks.items()])
+        self.assertEqual(['disk', 'disk.config', 'disk.swap'],
+                         disks.building())
+        self.assertEqual(1, len(self.saves))
+        records.attach(disks, self.mapping)
+        disks.mark('ready')
+        disks.save(self.context)
+        self.assertEqual(2, len(self.saves))
+
+    def test_disk_that_is_there_stays_what_it_is(self):
+        self.write('disk', HOSTILE)
+        disks = self.disks(self.record())
+        self.begin(disks)
+        self.assertEqual(('flat', 'raw', 'ready'), (
+            disks.get('disk').backend, disks.get('disk').format,
+            disks.get('disk').state))
+        self.assertEqual('building', disks.get('disk.swap').state)
+
+    def test_ready_is_not_trusted_without_the_disk(self):
+        disks = self.disks(self.record())
+        self.begin(disks)
+        self.assertEqual(('qcow2', 'building'), (
+            disks.get('disk').backend, disks.get('disk').state))
+
+    def test_half_made_disk_is_made_anew(self):
+        path = self.write('disk')
+        disks = self.disks(self.record(state='building'))
+        self.begin(disks)
+        self.assertFalse(os.path.exists(path))
+        self.assertEqual('building', disks.get('disk').state)
+
+    def test_evacuated_on_shared_storage(self):
+        path = self.write('disk')
+        disks = self.disks(self.record(host='other'))
+        self.begin(disks)
+        self.assertEqual(('here', 'ready'), (
+            disks.get('disk').host, disks.get('disk').state))
+        self.assertTrue(os.path.exists(path))
+
+    @ddt.data(('here', 'ready'), ('other', 'building'))
+    @ddt.unpack
+    def test_old_copy_is_not_the_other_hosts_disk(self, host, state):
+        path = self.write('disk')
+        disks = self.disks(self.record(host=host, pool='p', volume='v'))
+        self.begin(disks, stale={('p', 'v')})
+        self.assertEqual(('here', state), (
+            disks.get('disk').host, disks.get('disk').state))
+        self.assertTrue(os.path.exists(path))
+
+    def test_old_copy_beside_the_disk_on_shared_storage(self):
+        self.write('disk')
+        disks = self.disks(self.record(host='other', pool='p', volume='v.1'))
+        self.begin(disks, stale={('p', 'v')})
+        self.assertEqual(('here', 'ready', 'v.1'), (
+            disks.get('disk').host, disks.get('disk').state,
+            disks.get('disk').volume))
+
+    def test_rescue_makes_its_own_disks_alone(self):
+        self.write('disk')
+        self.mapping = {'disk': {}, 'disk.rescue': {},
+                        'disk.config.rescue': {}}
+        disks = self.disks(self.record())
+        self.begin(disks, suffix='.rescue')
+        self.assertEqual(['disk.config.rescue', 'disk.rescue'],
+                         disks.building())
+
+    @ddt.data(
+        ('flat', 'raw', imagebackend.Flat),
+        ('flat', 'qcow2', imagebackend.Flat),
+        ('qcow2', 'qcow2', imagebackend.Qcow2),
+        ('lvm', 'raw', imagebackend.Lvm), ('rbd', 'raw', imagebackend.Rbd),
+        ('ploop', 'ploop', imagebackend.Ploop))
+    @ddt.unpack
+    def test_configuration_does_not_change_what_a_disk_is(
+            self, backend, disk_format, expected):
+        self.flags(images_volume_group='vg', images_rbd_pool='pool',
+                   group='libvirt')
+        self.useFixture(fixtures.MockPatch(
+            'nova.storage.rbd_utils.RBDDriver'))
+        self.instance.ephemeral_key_uuid = None
+        self.write('disk', HOSTILE)
+        record = self.record(backend=backend, format=disk_format)
+        for images_type in ('qcow2', 'raw', 'lvm', 'rbd'):
+            self.flags(images_type=images_type, group='libvirt')
+            for cow in (True, False):
+                image = imagebackend.Backend(cow).by_name(
+                    self.instance, 'disk',
+                    disk_info_mapping={'metadata': record})
+                self.assertIsInstance(image, expected)
+                self.assertEqual(disk_format, image.driver_format)
+
+    def test_disk_info_is_written_and_not_read(self):
+        path = self.write('disk', HOSTILE, info='qcow2')
+        for _n in range(2):
+            image = imagebackend.Backend(True).by_name(
+                self.instance, 'disk', disk_info_mapping={
+                    'metadata': self.record()})
+            self.assertEqual('raw', image.driver_format)
+        with open(os.path.join(self.dir, 'disk.info')) as f:
+            self.assertEqual({path: 'raw'}, jsonutils.loads(f.read()))
+
+    @ddt.data('raw', 'qcow2')
+    def test_snapshot_takes_the_format_of_the_guest(self, disk_format):
+        # There is no disk.info, and the disk itself isn't asked.
+        path = self.write('disk', HOSTILE)
+        image = imagebackend.Backend(True).by_libvirt_path(
+            self.instance, path, disk_format, disk_format)
+        self.assertEqual(disk_format, image.driver_format)
+
+
+@ddt.ddt
+class TestFinished(RecordsTestCase):
+
+    def finish(self, disks, suffix=''):
+        backend = imagebackend.Backend(True)
+        self.images = {}
+
+        def image_of(name, mapping):
+            self.images[name] = backend.by_name(
+                self.instance, name, disk_info_mapping=mapping)
+            return self.images[name]
+
+        records.finished(disks, image_of, suffix)
+        disks.save(self.context)
+
+    def test_rescue_finishes_its_own_disks_alone(self):
+        disks = self.disks(self.record(state='building'))
+        for name in ('disk.rescue', 'disk.config.rescue'):
+            disks.set(name, self.record(state='building'))
+        self.finish(disks, '.rescue')
+        self.assertEqual(['disk'], disks.building())
+
+    def test_spawn_finishes_all_in_one_save(self):
+        disks = self.disks(self.record(state='building'),
+                           self.record(state='building'))
+        self.finish(disks)
+        self.assertEqual([], disks.building())
+        self.assertEqual(1, len(self.saves))
+
+    def test_resized(self):
+        disks = self.disks(self.record(size=units.Gi))
+        self.finish(disks)
+        self.assertEqual(7 * units.Gi, disks.get('disk').size)
+
+    @ddt.data({'backend': 'lvm'}, {'root_gb': 0})
+    def test_not_resized(self, given):
+        self.instance.flavor.root_gb = given.pop('root_gb', 7)
+        disks = self.disks(self.record(size=units.Gi, **given))
+        self.finish(disks)
+        self.assertEqual(units.Gi, disks.get('disk').size)
+
+
+@ddt.ddt
+class TestDiscard(RecordsTestCase):
+    """What an earlier try has left is not taken for a disk."""
+
+    def discard(self, record, exists=True):
+        image = mock.Mock()
+        image.exists.return_value = exists
+        disks = self.disks(record)
+        self.assertEqual({'disk': image} if record.is_building else {},
+                         records.discard_unfinished(
+                             disks, lambda name, mapping: image))
+        return image.discard.called
+
+    @ddt.data('flat', 'qcow2', 'lvm', 'rbd', 'ploop')
+    def test_begun_here(self, backend):
+        self.assertTrue(self.discard(
+            self.record(backend=backend, state='building')))
+
+    @ddt.data(('flat', False), ('lvm', False), ('rbd', True))
+    @ddt.unpack
+    def test_begun_on_another_host(self, backend, expected):
+        self.assertEqual(expected, self.discard(
+            self.record(backend=backend, state='building', host='other')))
+
+    def test_not_there(self):
+        self.assertFalse(self.discard(
+            self.record(state='building'), exists=False))
+
+    def test_finished(self):
+        self.assertFalse(self.discard(self.record()))
+
+    def test_file(self):
+        path = self.write('disk')
+        for _n in range(2):
+            imagebackend.Flat(self.instance, 'disk', disk_info_mapping={
+                'metadata': self.record()}).discard()
+            self.assertFalse(os.path.exists(path))
+
+    @mock.patch('nova.virt.libvirt.storage.lvm.remove_volumes')
+    @mock.patch('nova.virt.libvirt.storage.dmcrypt.delete_volume')
+    def test_logical_volume(self, delete_volume, remove_volumes):
+        self.flags(images_volume_group='vg', group='libvirt')
+        self.instance.ephemeral_key_uuid = None
+        name = '%s_disk' % uuids.instance
+        imagebackend.Lvm(self.instance, 'disk').discard()
+        delete_volume.assert_not_called()
+        self.instance.ephemeral_key_uuid = uuids.key
+        self.flags(enabled=True, group='ephemeral_storage_encryption')
+        self.flags(fixed_key='ab' * 32, group='key_manager')
+        imagebackend.Lvm(self.instance, 'disk').discard()
+        delete_volume.assert_called_once_with(name + '-dmcrypt')
+        self.assertEqual([mock.call(['/dev/vg/' + name])] * 2,
+                         remove_volumes.mock_calls)
+
+    @mock.patch('nova.storage.rbd_utils.RBDDriver')
+    def test_rbd_images_are_recorded_as_raw(self, rbd_driver):
+        rbd_driver.return_value.rbd_user = 'user'
+        rbd_driver.return_value.ceph_conf = 'conf'
+        rbd_driver.return_value.pool = 'pool'
+        self.flags(images_rbd_pool='pool', images_rbd_ceph_conf='conf',
+                   group='libvirt')
+        record = imagebackend.Rbd(self.instance, 'disk').metadata(5)
+        self.assertEqual(('rbd', 'raw', 5),
+                         (record.backend, record.format, record.size))
+
+    @mock.patch('nova.storage.rbd_utils.RBDDriver')
+    def test_rbd_image(self, rbd_driver):
+        self.flags(images_rbd_pool='pool', images_rbd_ceph_conf='conf',
+                   group='libvirt')
+        imagebackend.Rbd(self.instance, 'disk').discard()
+        rbd_driver.return_value.remove_image.assert_called_once_with(
+            '%s_disk' % uuids.instance)
+
+
+@ddt.ddt
+class TestMoves(RecordsTestCase):
+
+    def test_there_and_back(self):
+        disks = self.disks(self.record(host='other', format='qcow2',
+                                       backend='qcow2'))
+        records.arrived(disks, [])
+        here = disks.get('disk')
+        self.assertEqual(('here', 'other'), (here.host, here.previous.host))
+        here.backend = 'flat'
+        self.flags(host='other')
+        records.went_back(disks)
+        back = disks.get('disk')
+        self.assertEqual(('other', 'qcow2', None),
+                         (back.host, back.backend, back.previous))
+
+    def test_made_on_the_other_host_and_back(self):
+        disks = self.disks(self.record())
+        disks.set('disk.swap', self.record(host='other'))
+        records.went_back(disks)
+        self.assertEqual(['disk'], [name for name, _r in disks.items()])
+
+    def test_converted_by_an_older_compute(self):
+        disks = self.disks(self.record(previous=self.record(host='there')))
+        records.arrived(disks, [
+            {'type': 'qcow2', 'path': '/disk', 'virt_disk_size': 7}])
+        self.assertEqual(
+            ('qcow2', 'qcow2', 7, 'here', None),
+            tuple(getattr(disks.get('disk'), name) for name in (
+                'backend', 'format', 'size', 'host', 'previous')))
+
+    def test_from_an_older_compute(self):
+        disks = self.disks()
+        records.arrived(disks, [
+            {'path': '/x/disk', 'type': 'raw', 'virt_disk_size': 9},
+            {'path': '/x/disk.eph0', 'type': 'qcow2', 'virt_disk_size': 8}])
+        self.assertEqual(
+            [('disk', 'flat', 'raw', 9), ('disk.eph0', 'qcow2', 'qcow2', 8)],
+            [(n, r.backend, r.format, r.size) for n, r in disks.items()])
+
+    def test_back_from_a_move_that_an_earlier_one_went_before(self):
+        disks = self.disks(self.record(previous=self.record(
+            format='qcow2', backend='qcow2')))
+        records.went_back(disks)
+        self.assertEqual('raw', disks.get('disk').format)
+
+    def test_destroyed_disks_of_this_host(self):
+        disks = self.disks(self.record(), self.record(host='other'))
+        records.destroyed(disks)
+        disks.save(self.context)
+        self.assertEqual(['disk.swap'], [n for n, _r in disks.items()])
+        self.assertEqual([{uuids.root: None}], self.saves)
+
+    @ddt.data(task_states.REBUILDING, task_states.SHELVING_OFFLOADING,
+              task_states.DELETING, None)
+    def test_destroyed_is_not_what_it_was_before(self, task_state):
+        self.instance.task_state = task_state
+        disks = self.disks(self.record(previous=self.record(host='other')))
+        records.destroyed(disks)
+        self.assertIsNone(disks.get('disk'))
+
+    @ddt.data((task_states.REBUILDING, 1), (task_states.SHELVING, 1),
+              (task_states.RESIZE_REVERTING, 0), (None, 0))
+    @ddt.unpack
+    def test_destroyed_with_a_broken_record(self, task_state, saves):
+        # The way out of a broken record is a rebuild; where a disk may be
+        # another host's nothing is forgotten.
+        self.instance.task_state = task_state
+        disks = self.disks(self.record())
+        self.bdms[0].driver_info = '{'
+        records.forget(self.context, disks)
+        self.assertEqual([{uuids.root: None}] * saves, self.saves)
+
+    def test_destroyed_after_the_mappings(self):
+        disks = self.disks(self.record())
+        with mock.patch.object(
+                objects.BlockDeviceMappingList, '_save_driver_info',
+                side_effect=exception.BDMNotFound(id=1)) as save:
+            records.forget(self.context, disks)
+        save.assert_called_once()
+
+    def test_destroyed_and_no_conductor(self):
+        disks = self.disks(self.record())
+        with mock.patch.object(
+                objects.BlockDeviceMappingList, '_save_driver_info',
+                side_effect=messaging.MessagingTimeout):
+            self.assertRaises(messaging.MessagingTimeout, records.forget,
+                              self.context, disks)
+
+    def test_destroyed_on_the_way_back(self):
+        # A revert: what was kept for it is the disk again.
+        self.instance.task_state = task_states.RESIZE_REVERTING
+        disks = self.disks(self.record(
+            previous=self.record(host='other', size=6)))
+        records.destroyed(disks)
+        self.assertEqual(('other', 6, None), (
+            disks.get('disk').host, disks.get('disk').size,
+            disks.get('disk').previous))
+
+    def test_size_after_a_revert_on_one_host(self):
+        disks = self.disks(self.record(size=20 * units.Gi))
+        records.went_back(disks)
+        self.assertEqual(7 * units.Gi, disks.get('disk').size)
+
+    def test_live_migrated_with_a_broken_record(self):
+        disks = self.disks(self.record(host='other'))
+        self.bdms[0].driver_info = '{'
+        records.moved(disks)
+        disks.save(self.context)
+        self.assertEqual([], self.saves)
+        self.assertIn('set it to NULL', self.stdlog.logger.output)
+
+    def test_live_migrated(self):
+        disks = self.disks(self.record(host='other'))
+        records.moved(disks)
+        self.assertEqual(('here', None), (disks.get('disk').host,
+                                          disks.get('disk').previous))

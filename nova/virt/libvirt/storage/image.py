@@ -1,0 +1,521 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The image backend whose disks are volumes of libvirt storage pools.
+
+What a disk is (which volume of which pool, in which format) is said by its
+record, see :mod:`nova.virt.libvirt.storage.records.metadata`.
+libvirt looks into the files of a pool when it refreshes the pool, and
+believes a header which a guest has written to the start of its raw disk. So
+whatever interprets the content of a volume is told the record's format, and
+libvirt itself is asked to interpret it only when it is of the same opinion.
+"""
+
+import contextlib
+import os
+
+from oslo_concurrency import processutils
+from oslo_log import log as logging
+from oslo_utils import fileutils
+from oslo_utils.imageutils import format_inspector
+from oslo_utils import strutils
+
+from nova.compute import utils as compute_utils
+import nova.conf
+from nova import exception
+from nova.i18n import _
+from nova.objects import fields
+import nova.privsep.qemu
+from nova.virt.disk import api as disk_api
+from nova.virt.image import model as imgmodel
+from nova.virt import images
+from nova.virt.libvirt import imagebackend
+from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage.move import undo
+from nova.virt.libvirt.storage.pool import config as storage_config
+from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import stream as upload
+from nova.virt.libvirt.storage.records import metadata
+from nova.virt.libvirt import utils as libvirt_utils
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+RAW = fields.LibvirtDiskFormat.RAW
+QCOW2 = fields.LibvirtDiskFormat.QCOW2
+
+# Disks which are copies of an image. All others are generated, hence raw.
+_IMAGE_DISKS = ('disk', 'disk.rescue')
+
+
+def record_of(disk):
+    """Return a record for a volume which a guest runs with.
+
+    :param disk: The LibvirtConfigGuestDisk, its source_type ``volume``.
+    :return: A LibvirtDiskMetadata which says where the volume is and which
+        format the guest is told.
+    """
+    return metadata.LibvirtDiskMetadata(
+        backend=fields.LibvirtDiskBackend.LIBVIRT_STORAGE,
+        format=disk.driver_format, size=None,
+        state=fields.LibvirtDiskState.READY, host=CONF.host,
+        pool=disk.source_pool, volume=disk.source_volume)
+
+
+class LibvirtStorage(imagebackend.Image):
+    """A disk which is a volume of a file based storage pool.
+
+    Use :meth:`bound_to` to get a class whose disks are on a host.
+    """
+
+    RECORDED_AS = fields.LibvirtDiskBackend.LIBVIRT_STORAGE
+
+    _get_connection = None
+
+    @classmethod
+    def bound_to(cls, get_connection):
+        """Return this class for the disks of one host.
+
+        The signature of image backends has no place for the host.
+
+        :param get_connection: Function which returns the connection to that
+            host's libvirt, a libvirt.virConnect.
+        :return: A subclass.
+        """
+        return type(cls.__name__, (cls,),
+                    {'_get_connection': staticmethod(get_connection)})
+
+    def __init__(self, instance=None, disk_name=None, path=None,
+                 disk_info_mapping=None):
+        """Describe a disk. Neither libvirt nor any file is touched.
+
+        :param instance: The instance which owns the disk.
+        :param disk_name: Name of the disk, e.g. ``disk`` or ``disk.eph0``.
+        :param path: Path of the volume, if that is known already.
+        :param disk_info_mapping: The disk's part of disk_info['mapping'], its
+            record in ``metadata``.
+        """
+        self.instance = instance
+        self.disk_name = disk_name
+        super().__init__(path, 'volume', self._get_new_format(),
+                         disk_info_mapping=disk_info_mapping)
+        self.preallocate = (
+            strutils.to_slug(CONF.preallocate_images) == 'space')
+        if self.preallocate:
+            self.driver_io = "native"
+
+    def _get_new_format(self):
+        if self.disk_name in _IMAGE_DISKS and CONF.use_cow_images:
+            return QCOW2
+        return RAW
+
+    # Where the disk is
+
+    def _get_pool(self, name):
+        return storage_pool.StoragePool(
+            self._get_connection(), name, CONF.host)
+
+    @property
+    def pool_name(self):
+        """Name of the pool which the disk is in."""
+        if self.record is not None and self.record.pool:
+            return self.record.pool
+        return storage_pool.pool_name_for(self.disk_name)
+
+    @property
+    def volume_name(self):
+        """Name of the volume which the disk is."""
+        if self.record is not None and self.record.volume:
+            return self.record.volume
+        return '%s_%s' % (self.instance.uuid, self.disk_name)
+
+    def _get_volume(self):
+        return self._get_pool(self.pool_name).volume(self.volume_name)
+
+    @property
+    def path(self):
+        """Path of the volume on this host, or None if there is no volume."""
+        if self._path is None:
+            try:
+                self._path = self._get_volume().path
+            except exception.StorageVolumeNotFound:
+                pass
+        return self._path
+
+    @path.setter
+    def path(self, path):
+        self._path = path
+
+    def exists(self):
+        """Whether the disk is there and whole."""
+        if (self.record is not None and
+                self.record.state == fields.LibvirtDiskState.BUILDING):
+            # Somebody has begun to make it. It is not known how far he got.
+            return False
+        try:
+            self._get_volume()
+        except exception.StorageVolumeNotFound:
+            return self.record is not None and self._exists_unknown()
+        return True
+
+    def _exists_unknown(self):
+        # The record says that there is a disk. Another host may have made it
+        # in a pool that both see, and libvirt has not looked there since.
+        self._get_pool(self.pool_name).refresh()
+        try:
+            self._get_volume()
+        except exception.StorageVolumeNotFound:
+            return False
+        return True
+
+    def metadata(self, size):
+        """Return a record for this disk if it were made now.
+
+        :param size: Size of the disk in bytes.
+        :return: A LibvirtDiskMetadata in state ``building``. Its volume has a
+            name which nothing has in that pool.
+        """
+        pool_name = storage_pool.pool_name_for(self.disk_name)
+        # While a resize is not confirmed, or in a pool which hosts share,
+        # there is another disk of that name.
+        volume_name = self._get_pool(pool_name).free_name(
+            '%s_%s' % (self.instance.uuid, self.disk_name),
+            undo.names_left(self.instance))
+        return metadata.LibvirtDiskMetadata(
+            backend=fields.LibvirtDiskBackend.LIBVIRT_STORAGE,
+            format=self._get_new_format(), size=size,
+            state=fields.LibvirtDiskState.BUILDING, host=CONF.host,
+            pool=pool_name, volume=volume_name)
+
+    # How libvirt is told
+
+    def _set_source(self, info):
+        info.source_type = 'volume'
+        info.source_pool = self.pool_name
+        info.source_volume = self.volume_name
+
+    def get_model(self, connection):
+        return imgmodel.LocalFileImage(self.path, self.driver_format)
+
+    # How it comes into being
+
+    def create_from_image(self, context, image_id, size, trusted_certs=None,
+                          fallback_from_host=None, convert=True):
+        if self.exists():
+            backing_file = self.get_backing_file()
+            if backing_file and os.path.basename(backing_file) == (
+                    imagecache.get_cache_fname(image_id)):
+                # It may not have come along with the disk.
+                self.ensure_image_cached(context, image_id, trusted_certs,
+                                         fallback_from_host, convert)
+            self._grow(size)
+            return
+
+        base = self.ensure_image_cached(
+            context, image_id, trusted_certs, fallback_from_host, convert)
+        imagebackend._update_utime_ignore_eacces(base)
+        base_info = self._inspect_base(base)
+        self.verify_base_size(base, size, base_size=base_info.virtual_size)
+        capacity = size or base_info.virtual_size
+        if self.driver_format == QCOW2:
+            with self._created(self._create_overlay, base, base_info,
+                               capacity):
+                self._preallocate(capacity)
+        else:
+            with self._created(self._create_copy, base, base_info, capacity):
+                # A conversion ignores the capacity that is asked for.
+                self._grow(capacity)
+
+    def create_from_func(self, func, size, cache_name=None, context=None):
+        if self.exists():
+            self._grow(size)
+            return
+
+        # The volume may be anybody's, so the file is made elsewhere.
+        generated = os.path.join(
+            libvirt_utils.get_instance_path(self.instance),
+            self.volume_name + '.part')
+        fileutils.ensure_tree(os.path.dirname(generated))
+        try:
+            func(target=generated)
+            length = os.path.getsize(generated)
+            with self._created(self._create_empty,
+                               max(size or 0, length)) as volume:
+                self._upload(volume, generated)
+                self._grow(size)
+                self._preallocate(size or length)
+        finally:
+            fileutils.delete_if_exists(generated)
+
+    def _upload(self, volume, path):
+        # A hole gives back what was allocated to the volume. It is allocated
+        # anew afterwards, if nova may.
+        sparse = not self.preallocate or os.access(volume.path, os.W_OK)
+        upload.upload_file(volume, path, sparse=sparse)
+
+    def _ensure_cached(self, func, cache_name):
+        known = os.path.exists(self._get_cached_path(cache_name))
+        base = super()._ensure_cached(func, cache_name)
+        if not known:
+            # It is of no use to this disk unless it is copied, so a failure
+            # is dealt with when the volume is looked for.
+            try:
+                self._get_base_pool().refresh()
+            except exception.NovaException as e:
+                LOG.warning('The storage pool over the image cache could not '
+                            'be refreshed after image %(name)s was put '
+                            'there: %(error)s',
+                            {'name': cache_name, 'error': e})
+        return base
+
+    def _get_base_pool(self):
+        return self._get_pool(CONF.libvirt.storage_base_images_pool)
+
+    def _inspect_base(self, base):
+        """Check an image in the image cache before a disk is made of it.
+
+        :param base: Path of the image.
+        :return: What qemu-img says of it, given its format.
+        :raises: exception.InvalidDiskInfo if it is not safe to use
+        """
+        if not CONF.workarounds.disable_deep_image_inspection:
+            # NOTE(danms): We do this each time because additional safety
+            # checks could have been added since we downloaded the image.
+            try:
+                images.get_image_format(base).safety_check()
+            except format_inspector.SafetyCheckFailed as e:
+                LOG.warning('Base image %s failed safety check: %s', base, e)
+                raise exception.InvalidDiskInfo(
+                    reason=_('Base image failed safety check'))
+        info = images.qemu_img_info(
+            base, format=imagebackend._get_base_format(base))
+        if info.file_format == 'vmdk':
+            images.check_vmdk_image('base', info)
+        data = (info.format_specific or {}).get('data') or {}
+        if info.backing_file is not None or data.get('data-file'):
+            LOG.warning('Base image %s depends on another file', base)
+            raise exception.InvalidDiskInfo(
+                reason=_('Base image failed safety check'))
+        return info
+
+    @contextlib.contextmanager
+    def _created(self, create, *args):
+        """Create the volume, and remove it again if the rest fails."""
+        try:
+            volume = create(*args)
+        except exception.StorageVolumeExists:
+            if self.record is None:
+                raise
+            # The record was saved before anything could be there under this
+            # name, so an earlier try has left it.
+            LOG.info('Removing unfinished volume %(volume)s from storage '
+                     'pool %(pool)s', {'volume': self.volume_name,
+                                       'pool': self.pool_name},
+                     instance=self.instance)
+            self.delete()
+            volume = create(*args)
+        self._path = volume.path
+        try:
+            yield volume
+        except BaseException:
+            LOG.info('Removing volume %(volume)s from storage pool %(pool)s, '
+                     'as it could not be finished',
+                     {'volume': self.volume_name, 'pool': self.pool_name},
+                     instance=self.instance)
+            try:
+                volume.delete()
+            except exception.NovaException as e:
+                LOG.warning('Volume %(volume)s of storage pool %(pool)s is '
+                            'left over: %(error)s',
+                            {'volume': self.volume_name,
+                             'pool': self.pool_name, 'error': e},
+                            instance=self.instance)
+            raise
+
+    def _get_config(self, capacity):
+        config = storage_config.LibvirtConfigStorageVolume()
+        config.name = self.volume_name
+        config.capacity = capacity
+        config.allocation = capacity if self.preallocate else 0
+        config.target_format = self.driver_format
+        return config
+
+    def _create_empty(self, capacity):
+        return self._get_pool(self.pool_name).create(
+            self._get_config(capacity))
+
+    def _create_overlay(self, base, base_info, capacity):
+        config = self._get_config(capacity)
+        # The blocks that the overlay will need are reserved afterwards:
+        # qemu-img has no preallocation beside a backing file.
+        config.allocation = 0
+        config.compat = '1.1'
+        config.backing_store = (
+            storage_config.LibvirtConfigStorageBackingStore())
+        config.backing_store.path = base
+        config.backing_store.format = base_info.file_format
+        return self._get_pool(self.pool_name).create(config)
+
+    def _create_copy(self, base, base_info, capacity):
+        source = self._get_base_volume(base)
+        source_format = source.config().target_format
+        if source_format == base_info.file_format:
+            return self._get_pool(self.pool_name).create_from(
+                self._get_config(capacity), source)
+        # E.g. an ISO 9660 file system, which is raw to qemu.
+        LOG.info('libvirt takes base image %(base)s for %(theirs)s, but it is '
+                 '%(ours)s; converting it without libvirt',
+                 {'base': base, 'theirs': source_format,
+                  'ours': base_info.file_format}, instance=self.instance)
+        return self._upload_copy(base, base_info, capacity)
+
+    def _upload_copy(self, base, base_info, capacity):
+        with self._created(self._create_empty, capacity) as volume:
+            if base_info.file_format == RAW:
+                self._upload(volume, base)
+                return volume
+            converted = os.path.join(
+                libvirt_utils.get_instance_path(self.instance),
+                self.volume_name + '.part')
+            try:
+                images.convert_image(
+                    base, converted, base_info.file_format, RAW)
+                self._upload(volume, converted)
+            finally:
+                fileutils.delete_if_exists(converted)
+        return volume
+
+    def _get_base_volume(self, base):
+        pool = self._get_base_pool()
+        name = os.path.basename(base)
+        try:
+            return pool.volume(name)
+        except exception.StorageVolumeNotFound:
+            # Not everybody who puts something there tells libvirt.
+            pool.refresh()
+            return pool.volume(name)
+
+    # What happens to it afterwards
+
+    def _get_libvirt_format(self, volume):
+        """Return the format which libvirt takes a volume to be of."""
+        config = volume.config()
+        libvirt_format = config.target_format
+        if config.encryption is not None:
+            # It calls LUKS raw, but insists on the key.
+            libvirt_format = config.encryption.format or 'encrypted'
+        if libvirt_format != self.driver_format:
+            LOG.warning(
+                'Volume %(volume)s of storage pool %(pool)s is %(ours)s, but '
+                'libvirt takes it for %(theirs)s. The guest may have written '
+                'such a header. Nobody will act upon it.',
+                {'volume': volume.name, 'pool': self.pool_name,
+                 'ours': self.driver_format, 'theirs': libvirt_format},
+                instance=self.instance)
+        return libvirt_format
+
+    def get_disk_size(self, name):
+        """Return the virtual size of the disk in bytes.
+
+        :param name: Ignored, as the disk knows its volume.
+        """
+        volume = self._get_volume()
+        if self.driver_format == RAW:
+            # What libvirt calls the capacity may be read from a header that
+            # the guest has written.
+            return volume.physical()
+        return volume.info().capacity
+
+    def _grow(self, size):
+        if size and size > self.get_disk_size(self.volume_name):
+            self.resize_image(size)
+
+    def resize_image(self, size):
+        volume = self._get_volume()
+        if self._get_libvirt_format(volume) == self.driver_format:
+            # libvirt allocates no blocks of a qcow2 file.
+            volume.resize(size, allocate=(
+                self.preallocate and self.driver_format == RAW))
+        else:
+            self._resize_file(volume.path, size)
+        if self.driver_format == RAW:
+            self._resize_file_system(volume.path)
+        else:
+            self._preallocate(size)
+
+    def _resize_file(self, path, size):
+        nova.privsep.qemu.resize_image(path, self.driver_format, size)
+
+    def _resize_file_system(self, path):
+        # As for legacy disks: a file system which fills the disk, without a
+        # partition table, grows along.
+        model = imgmodel.LocalFileImage(path, imgmodel.FORMAT_RAW)
+        if not os.access(path, os.W_OK):
+            return
+        if disk_api.is_image_extendable(model):
+            try:
+                disk_api.resize2fs(path, check_exit_code=[0])
+            except processutils.ProcessExecutionError as e:
+                LOG.debug('Resizing the file system with resize2fs has '
+                          'failed with error: %s', e, instance=self.instance)
+
+    def flatten(self):
+        """Make the disk independent of its base image.
+
+        That of a disk which is made from a temporary snapshot is gone soon.
+        """
+        if self.get_backing_file():
+            with compute_utils.disk_ops_semaphore:
+                nova.privsep.qemu.flatten_image(self.path, self.driver_format)
+
+    def snapshot_extract(self, target, out_format):
+        volume = self._get_volume()
+        self._get_libvirt_format(volume)
+        # Nothing but what nova has made is read along with it.
+        self.get_backing_file()
+        if out_format == 'iso':
+            # ISO is just raw to qemu-img
+            out_format = RAW
+        images.convert_image(
+            volume.path, target, self.driver_format, out_format,
+            run_as_root=not os.access(volume.path, os.R_OK),
+            compress=CONF.libvirt.snapshot_compression and
+            out_format == QCOW2)
+
+    def get_backing_file(self):
+        """Return the path of the base image, which is nova's own.
+
+        :return: None if the disk does not depend on any.
+        :raises: exception.InvalidDiskInfo if there is a foreign backing file
+        """
+        if self.driver_format != QCOW2:
+            return None
+        info = images.privileged_qemu_img_info(self.path, format=QCOW2)
+        if info.backing_file is None:
+            return None
+        cache_dir = imagecache.ImageCacheManager().cache_dir
+        if os.path.dirname(info.backing_file) != cache_dir:
+            raise exception.InvalidDiskInfo(reason=_(
+                'volume %(volume)s of storage pool %(pool)s on host %(host)s '
+                'depends on %(file)s, which is not in the image cache '
+                '%(cache)s') % {
+                    'volume': self.volume_name, 'pool': self.pool_name,
+                    'host': CONF.host, 'file': info.backing_file,
+                    'cache': cache_dir})
+        return info.backing_file
+
+    def delete(self):
+        """Delete the disk's volume. It is not an error if there is none."""
+        try:
+            self._get_volume().delete()
+        except exception.StorageVolumeNotFound:
+            pass

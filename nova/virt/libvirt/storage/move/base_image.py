@@ -1,0 +1,131 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""A base image which Glance no longer has, on its way between image caches.
+
+An overlay needs the base image that it was made over. The destination of a
+move fetches it from Glance; when it is gone there, the source sends its own
+along with the disks.
+"""
+
+import os
+
+from oslo_log import log as logging
+
+import nova.conf
+from nova import exception
+from nova import utils
+from nova.virt import images
+from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage.pool import pool as storage_pool
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+# As a disk's name, among what is copied.
+NAME = 'base'
+
+
+def name_on_the_way(instance):
+    """Return the volume's name until it is known to be whole.
+
+    Nobody may take what is half there for the image.
+    """
+    return '%s.%s' % (imagecache.get_cache_fname(instance.image_ref),
+                      instance.uuid)
+
+
+def is_kept(instance, disk_name, backing_file):
+    """Whether an overlay goes to another host as an overlay.
+
+    The destination can have the server's image alone. What is generated for
+    ephemeral and swap disks, it would generate anew, with another UUID; and
+    the snapshot that a server was unshelved from is gone from Glance.
+    """
+    return disk_name == 'disk' and os.path.basename(backing_file) == (
+        imagecache.get_cache_fname(instance.image_ref))
+
+
+def find(context, instance, here, there):
+    """Look for the base image that has to be sent.
+
+    :param here: StoragePool over this host's image cache
+    :param there: StoragePool over the destination's
+    :returns: its StorageVolume, or None if the destination gets it otherwise
+    :raises: StorageVolumeNotFound if it is nowhere to be had
+    """
+    try:
+        images.get_info(context, instance.image_ref)
+        return None
+    except (exception.ImageNotFound, exception.ImageNotAuthorized):
+        LOG.info('Image %s is no longer to be had from Glance',
+                 instance.image_ref, instance=instance)
+    name = imagecache.get_cache_fname(instance.image_ref)
+    if _volume(there, name):
+        return None
+    return _volume(here, name) or here.volume(name)
+
+
+def _volume(pool, name):
+    """Look a volume up which libvirt may not know of yet."""
+    for known in (False, True):
+        try:
+            return pool.volume(name)
+        except exception.StorageVolumeNotFound:
+            if not known:
+                pool.refresh()
+    return None
+
+
+def _cached_path(instance):
+    return os.path.join(imagecache.ImageCacheManager().cache_dir,
+                        imagecache.get_cache_fname(instance.image_ref))
+
+
+def is_cached(instance):
+    """Whether the base image is in this host's image cache."""
+    return os.path.exists(_cached_path(instance))
+
+
+def take(instance, volume):
+    """Put a base image that has come, and is whole, into the image cache.
+
+    :param volume: its StorageVolume
+    """
+    target = _cached_path(instance)
+    name = os.path.basename(target)
+    cache = imagecache.ImageCacheManager()
+
+    @utils.synchronized(name, external=True, lock_path=cache.lock_path)
+    def rename():
+        if os.path.exists(target):
+            volume.delete()
+        else:
+            os.rename(volume.path, target)
+
+    rename()
+    try:
+        volume.pool.refresh()
+    except exception.NovaException as e:
+        # Who needs the image as a volume looks again.
+        LOG.warning('The storage pool over the image cache could not be '
+                    'refreshed after base image %(name)s was put there: '
+                    '%(error)s', {'name': name, 'error': e},
+                    instance=instance)
+    LOG.info('Base image %s has come with the disks', name,
+             instance=instance)
+
+
+def pool(connection, name=None):
+    """Return the StoragePool over this host's image cache."""
+    return storage_pool.StoragePool(
+        connection, name or CONF.libvirt.storage_base_images_pool, CONF.host)

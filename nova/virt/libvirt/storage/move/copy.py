@@ -1,0 +1,366 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""How an instance's disks are copied, with the guest off."""
+
+import contextlib
+import os
+import threading
+import time
+
+from oslo_log import log as logging
+from oslo_serialization import jsonutils
+from oslo_utils import units
+
+from nova.compute import utils as compute_utils
+import nova.conf
+from nova import exception
+from nova.objects import fields
+import nova.privsep.qemu
+from nova import thread_pool_factory
+from nova.virt import images
+from nova.virt.libvirt.storage.move import base_image as storage_base
+from nova.virt.libvirt.storage.move import guest_files as files
+from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.move import undo
+from nova.virt.libvirt.storage.pool import stream as upload
+from nova.virt.libvirt.storage.pump import transfer as pump
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+# Seconds between two reports of progress.
+_REPORT_INTERVAL = 5
+# How many names are tried for a volume, where files are in the way.
+_NAMES_TRIED = 4
+
+
+class Transfer:
+    """The copy of what a Departure has checked.
+
+    :param departure: a Departure whose connection is still open
+    :param job_tracker: the driver's InstanceJobTracker: a copy ends when the
+        server is deleted
+    """
+
+    def __init__(self, departure, job_tracker):
+        self.departure = departure
+        self.job_tracker = job_tracker
+        self.context = departure.context
+        self.instance = departure.instance
+        self.migration = departure.migration
+        self.disks = departure.disks
+        self.items = departure.items
+        self._lock = threading.Lock()
+        self._reported = None
+
+    def run(self, directory):
+        """Copy the disks.
+
+        On failure the records are as they were and what was made on the
+        destination is gone, or an error is in the log.
+
+        :param directory: the instance's directory on this host
+        :raises: StorageTransferError and others
+        """
+        self._measure()
+        self._taken = undo.names_left(self.instance)
+        with contextlib.ExitStack() as stack:
+            # Pushed first, so done last: until the volumes are gone the
+            # records say where they are.
+            stack.callback(self._restore)
+            self._pack_files(stack, directory)
+            self._choose_names()
+            self._note_extras()
+            self._save_building()
+            created = []
+            stack.callback(self._delete_created, created)
+            for item in self.items:
+                if item.source:
+                    self._create(item)
+                    created.append((item.pool.name, item.target))
+            self._copy_all()
+            self._save_expectations()
+            stack.pop_all()
+
+    def _restore(self):
+        undo.restore(self.disks, self.instance, self.migration)
+        self.disks.save(self.context)
+        self.instance.progress = 0
+        self.instance.save()
+
+    def _pack_files(self, stack, directory):
+        """Have what travels beside the disks in a volume, too."""
+        departure = self.departure
+        path = files.pack(departure.host, self.instance, directory,
+                          departure.same_host)
+        if path is None:
+            return
+        here, there = departure.pool_of_files()
+        name = here.free_name('%s_%s' % (self.instance.uuid, files.NAME))
+        # Known by name before it is there: this compute may be killed.
+        undo.note_left(self.instance, CONF.host, [(here.name, name)])
+        self.instance.save()
+        volume = moves.create_volume(
+            here, name, os.path.getsize(path), (os.geteuid(), os.getegid()),
+            0o600)
+        item = moves.Item(files.NAME, None, volume, there)
+        stack.callback(self._delete_packed, item)
+        upload.upload_file(volume, path)
+        os.unlink(path)
+        item.measure()
+        self.items.append(item)
+
+    def _delete_packed(self, item):
+        if undo.delete_volume(item.source, self.instance):
+            undo.forget_left(self.instance, CONF.host,
+                             [(item.source.pool.name, item.source.name)])
+
+    def _extras(self):
+        """What isn't a disk, and so on no record."""
+        return [(item.pool.name, item.target)
+                for item in self.items if not item.record]
+
+    def _note_extras(self):
+        extras = self._extras()
+        if extras:
+            undo.note_left(self.instance, self.migration.dest_compute, extras)
+            self.instance.save()
+
+    def _forget_extras(self):
+        undo.forget_left(self.instance, self.migration.dest_compute,
+                         self._extras())
+
+    def _measure(self):
+        """Let the disks' files be what travels, and take their sizes.
+
+        The guest has written until it was off: what the check has seen may
+        have grown.
+        """
+        for item in self.items:
+            if not item.source:
+                continue
+            if item.record and (
+                    item.record.format == fields.LibvirtDiskFormat.QCOW2):
+                self._flatten(item)
+            item.measure()
+
+    def _flatten(self, item):
+        """Let an overlay go that is over anything but the server's image."""
+        path = item.source.path
+        info = images.privileged_qemu_img_info(
+            path, format=fields.LibvirtDiskFormat.QCOW2)
+        if not info.backing_file or storage_base.is_kept(
+                self.instance, item.name, info.backing_file):
+            return
+        LOG.info('Volume %(volume)s takes over what it has of %(base)s, which '
+                 'host %(host)s can not have',
+                 {'volume': item.source.name, 'base': info.backing_file,
+                  'host': self.migration.dest_compute},
+                 instance=self.instance)
+        with compute_utils.disk_ops_semaphore:
+            nova.privsep.qemu.flatten_image(
+                path, fields.LibvirtDiskFormat.QCOW2)
+
+    def _choose_names(self):
+        """Choose names that nothing has: what is there is never touched."""
+        refreshed = set()
+        for item in self.items:
+            if item.target is not None:
+                continue
+            if item.pool.name not in refreshed and (
+                    self.departure.is_shared(item)):
+                # It doesn't know what this host has made there.
+                item.pool.refresh()
+                refreshed.add(item.pool.name)
+            item.target = self._free_name(item)
+
+    def _free_name(self, item):
+        return item.pool.free_name(
+            '%s_%s' % (self.instance.uuid, item.name), self._taken)
+
+    def _save_building(self):
+        for item in self.items:
+            if not item.record:
+                continue
+            record = item.record.obj_clone()
+            record.previous = item.record.obj_clone()
+            record.previous.previous = None
+            record.host = self.migration.dest_compute
+            record.pool, record.volume = item.pool.name, item.target
+            record.state = fields.LibvirtDiskState.BUILDING
+            self.disks.set(item.name, record)
+        self.disks.save(self.context)
+
+    def _create(self, item):
+        """Make a volume on the destination.
+
+        libvirt knows nothing of a file that was put into a pool since its
+        last refresh, and refuses to make another one: that stays, too.
+        """
+        mode = 0o600 if item.name == files.NAME else 0o644
+        for tries_left in reversed(range(_NAMES_TRIED)):
+            try:
+                return moves.create_volume(item.pool, item.target, item.length,
+                                           self.departure.owner, mode)
+            except exception.InsufficientStoragePoolSpace:
+                raise
+            except exception.StorageVolumeError as e:
+                if not tries_left or item.name == storage_base.NAME:
+                    raise
+                LOG.warning('Trying another name: %s', e,
+                            instance=self.instance)
+            self._rename(item)
+
+    def _rename(self, item):
+        if not item.record:
+            self._forget_extras()
+        self._taken.add(item.target)
+        item.target = self._free_name(item)
+        if not item.record:
+            self._note_extras()
+            return
+        record = self.disks.get(item.name)
+        record.volume = item.target
+        self.disks.set(item.name, record)
+        self.disks.save(self.context)
+
+    def _delete_created(self, created):
+        undo.delete_at_peer(self.departure.peer, self.departure.host,
+                            self.instance, self.migration, created)
+
+    def _copy_all(self):
+        """Copy several disks at a time; the first error ends the others."""
+        waiting = [item for item in self.items if item.source]
+        total = sum(item.length for item in waiting)
+        start = self._reported = time.monotonic()
+        errors = []
+
+        def work():
+            while True:
+                with self._lock:
+                    if not waiting or errors:
+                        return
+                    item = waiting.pop(0)
+                try:
+                    self._copy(item)
+                except Exception as e:
+                    with self._lock:
+                        errors.append(e)
+
+        def report(total=total):
+            self._report(total, start)
+
+        self._tick = report
+        self._cancelled = lambda: bool(errors)
+        parallel = min(CONF.libvirt.storage_migration_parallel_disks,
+                       len(waiting))
+        futures = [thread_pool_factory.spawn_on(
+            thread_pool_factory.ExecutorType.STORAGE_MIGRATION, work)
+            for _n in range(parallel - 1)]
+        work()
+        for future in futures:
+            # One that no thread was free for has nothing left to do.
+            if not future.cancel():
+                future.result()
+        if errors:
+            raise errors[0]
+        self._report(total, start, last=True)
+
+    def _copy(self, item):
+        def progress(done):
+            item.done = done
+            self._tick()
+
+        def started(pid):
+            LOG.info('Process %(pid)d copies volume %(volume)s',
+                     {'pid': pid, 'volume': item.source.name},
+                     instance=self.instance)
+            self.job_tracker.add_job(self.instance, pid)
+
+        LOG.info('Copying volume %(volume)s (%(length)d bytes, %(allocation)d '
+                 'allocated) to pool %(pool)s at %(uri)s as %(target)s',
+                 {'volume': item.source.name, 'length': item.length,
+                  'allocation': item.allocation, 'pool': item.pool.name,
+                  'uri': self.departure.uri, 'target': item.target},
+                 instance=self.instance)
+        item.result = pump.copy(
+            pump.Volume(self.departure.local_uri, item.source.pool.name,
+                        item.source.name),
+            pump.Volume(self.departure.uri, item.pool.name, item.target),
+            item.length, sparse=item.sparse,
+            bandwidth=CONF.libvirt.storage_migration_bandwidth * units.Mi,
+            stall_timeout=CONF.libvirt.storage_migration_stall_timeout,
+            progress=progress, cancelled=self._cancelled,
+            on_start=started,
+            on_end=lambda pid: self.job_tracker.remove_job(self.instance, pid))
+        progress(item.length)
+        LOG.info('Copied volume %(volume)s: %(data)d bytes of data in '
+                 '%(seconds).1f s, %(rate).1f MiB/s',
+                 {'volume': item.source.name, 'data': item.result.data,
+                  'seconds': item.result.seconds,
+                  'rate': (item.result.data / units.Mi /
+                           max(item.result.seconds, 0.001))},
+                 instance=self.instance)
+
+    def _report(self, total, start, last=False):
+        """Say how far it is, where users and operators look for it."""
+        now = time.monotonic()
+        with self._lock:
+            if not last and now - self._reported < _REPORT_INTERVAL:
+                return
+            self._reported = now
+        done = sum(item.done for item in self.items)
+        rate = done / units.Mi / max(now - start, 0.001)
+        LOG.info('Copied %(done)d of %(total)d bytes of the disks, '
+                 '%(rate).1f MiB/s (holes included)',
+                 {'done': done, 'total': total, 'rate': rate},
+                 instance=self.instance)
+        self.instance.progress = round(done * 100 / total) if total else 100
+        self.migration.disk_total = total
+        self.migration.disk_processed = done
+        self.migration.disk_remaining = total - done
+        try:
+            self.instance.save()
+            self.migration.save()
+        except exception.InstanceNotFound:
+            raise
+        except Exception as e:
+            # The copy needs neither conductor nor database.
+            LOG.warning('The progress could not be saved: %s', e,
+                        instance=self.instance)
+
+    def _save_expectations(self):
+        """Let the destination know what it must find."""
+        for item in self.items:
+            if item.name == files.NAME:
+                self._delete_packed(item)
+        for item in self.items:
+            if item.source:
+                expected = {'length': item.length,
+                            'checksum': item.result.checksum,
+                            'key': item.result.key}
+                if not item.record:
+                    expected['at'] = [item.pool.name, item.target]
+                self.instance.system_metadata[moves.COPY + item.name] = (
+                    jsonutils.dumps(expected))
+            elif item.record:
+                self._note_swap(item.record)
+        self._forget_extras()
+        self.instance.system_metadata.pop(moves.OFFER, None)
+        self.instance.system_metadata[moves.MOVED] = jsonutils.dumps(
+            [self.migration.id, self.departure.address])
+        self.instance.save()
+
+    def _note_swap(self, record):
+        """A resize that does away with swap deletes mapping and record."""
+        self.instance.system_metadata[moves.SWAP] = jsonutils.dumps(
+            [record.pool, record.volume, record.format, record.size])

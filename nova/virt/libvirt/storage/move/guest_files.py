@@ -1,0 +1,199 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""What a server has on its host beside its disks, on its way to another.
+
+The state of its emulated TPM, the variables of its UEFI firmware and the end
+of its console log are files. They travel packed into one volume, as the peer's
+storage API is all that there is of the peer. What the source has stays in its
+directory of the instance until confirm or revert.
+"""
+
+import io
+import os
+import re
+import shutil
+import tarfile
+
+from oslo_log import log as logging
+from oslo_utils import fileutils
+from oslo_utils import units
+
+import nova.conf
+from nova import exception
+from nova.i18n import _
+import nova.privsep.path
+import nova.privsep.storage
+from nova.virt.libvirt.storage.pool import stream as upload
+from nova.virt.libvirt import utils as libvirt_utils
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+# As a disk's name, among what is copied.
+NAME = 'files'
+
+# Where libvirt keeps the variables of its guests' firmware:
+# qemuDomainNVRAMPathFormat() in its qemu_domain.c
+NVRAM_DIR = '/var/lib/libvirt/qemu/nvram'
+
+# As much as the API shows of it, see MAX_CONSOLE_BYTES of the driver.
+_MAX_CONSOLE = 100 * units.Ki
+# The variables of a guest on ARM take 64 MiB, those of others less than 4.
+_MAX_FILE = 128 * units.Mi
+
+_CONSOLE = 'console.log'
+_NVRAM = 'nvram'
+_TPM = 'swtpm'
+_PACK = 'files.tar'
+
+
+def are_needed(instance):
+    """Whether a server would lose something if its disks alone travelled."""
+    return os.path.exists(os.path.join(libvirt_utils.VTPM_DIR, instance.uuid))
+
+
+def has_tpm(instance):
+    """Whether the state of a TPM has come and was not taken over yet."""
+    return os.path.exists(os.path.join(
+        libvirt_utils.get_instance_path(instance), _TPM, instance.uuid))
+
+
+def pack(host, instance, directory, same_host):
+    """Put the files into one; the guest is off.
+
+    :param host: the Host of this compute
+    :param directory: the instance's directory; what may be needed for a
+        revert is saved in it
+    :param same_host: whether the files stay on this host
+    :returns: path of a tar file in directory, None if there is nothing
+    """
+    libvirt_utils.save_vtpm_dir(instance.uuid, directory)
+    nvram = _save_nvram(host, instance, directory)
+    path = os.path.join(directory, _PACK)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
+              'wb') as f, tarfile.open(fileobj=f, mode='w') as tar:
+        top = os.path.join(directory, _TPM, instance.uuid)
+        for folder, _folders, names in os.walk(top):
+            for name in names:
+                file = os.path.join(folder, name)
+                # A socket or a lock is of no use elsewhere.
+                if os.path.isfile(file) and not name.startswith('.'):
+                    _add(tar, os.path.relpath(file, directory), file)
+        if nvram and not same_host:
+            _add(tar, os.path.join(_NVRAM, os.path.basename(nvram)), nvram)
+        _add_console(tar, os.path.join(directory, _CONSOLE))
+        names = tar.getnames()
+    if not names:
+        os.unlink(path)
+        return None
+    LOG.info('Beside the disks these files are moved: %s', ', '.join(names),
+             instance=instance)
+    return path
+
+
+def _add(tar, name, path):
+    with open(path, 'rb') as f:
+        member = tarfile.TarInfo(name)
+        member.size = os.fstat(f.fileno()).st_size
+        tar.addfile(member, f)
+
+
+def _add_console(tar, path):
+    if not os.path.exists(path):
+        return
+    data, _remaining = nova.privsep.path.last_bytes(path, _MAX_CONSOLE)
+    if data:
+        member = tarfile.TarInfo(_CONSOLE)
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+
+
+def _save_nvram(host, instance, directory):
+    """Copy the firmware's variables into the instance's directory.
+
+    :returns: path of the copy, None if there are none
+    """
+    try:
+        source = host.get_guest(instance).get_config().os_nvram
+    except exception.InstanceNotFound:
+        return None
+    if not source:
+        return None
+    fileutils.ensure_tree(os.path.join(directory, _NVRAM), mode=0o700)
+    target = os.path.join(directory, _NVRAM, os.path.basename(source))
+    if not nova.privsep.storage.copy_as(source, target, os.geteuid(),
+                                        os.getegid()):
+        return None  # the guest has never been started
+    return target
+
+
+def restore_nvram(instance, directory):
+    """Put the firmware's variables where libvirt looks for them.
+
+    On the destination those that have come; on the source, at a revert, those
+    that were saved.
+
+    :param directory: the instance's directory
+    """
+    saved = os.path.join(directory, _NVRAM)
+    if not os.path.isdir(saved):
+        return
+    wanted = re.compile(re.escape(instance.name) + r'_VARS\.(fd|qcow2)')
+    for name in os.listdir(saved):
+        if not wanted.fullmatch(name):
+            LOG.warning('File %(name)s is not restored: it is not named as '
+                        'the variables of firmware are', {'name': name},
+                        instance=instance)
+            continue
+        nova.privsep.storage.copy_as_its_directory(
+            os.path.join(saved, name), os.path.join(NVRAM_DIR, name))
+    shutil.rmtree(saved)
+
+
+def unpack(instance, volume, directory):
+    """Take the files out of a volume which is known to be what was sent.
+
+    Done twice it comes to the same.
+
+    :param volume: the StorageVolume
+    :param directory: the instance's directory on this host; the state of a
+        TPM is left in it, for LibvirtDriver._finish_migration_vtpm()
+    :raises: InvalidDiskInfo if it holds what is none of these files
+    """
+    fileutils.ensure_tree(directory)
+    path = os.path.join(directory, _PACK)
+    upload.download_file(volume, path)
+    with tarfile.open(path, mode='r:') as tar:
+        for member in tar:
+            _extract(instance, tar, member, directory)
+    os.unlink(path)
+    restore_nvram(instance, directory)
+
+
+def _extract(instance, tar, member, directory):
+    tpm = r'%s/%s/([A-Za-z0-9_-][A-Za-z0-9._-]*/)*[A-Za-z0-9_-][\w.-]*' % (
+        _TPM, re.escape(instance.uuid))
+    nvram = r'%s/[\w-][\w.-]*' % _NVRAM
+    if (not member.isreg() or member.size > _MAX_FILE or
+            not re.fullmatch('%s|%s|%s' % (tpm, nvram, re.escape(_CONSOLE)),
+                             member.name, re.ASCII)):
+        raise exception.InvalidDiskInfo(reason=_(
+            "%(name)s has come along with the disks of server %(uuid)s, and "
+            "isn't one of the files that may") % {
+                'name': member.name, 'uuid': instance.uuid})
+    target = os.path.join(directory, member.name)
+    if member.name == _CONSOLE and os.path.exists(target):
+        return  # from an earlier try, and libvirt's by now
+    fileutils.ensure_tree(os.path.dirname(target), mode=0o700)
+    with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
+              'wb') as f:
+        shutil.copyfileobj(tar.extractfile(member), f)

@@ -1,0 +1,439 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""Which record each disk of an instance gets; never looks into a disk."""
+
+import os
+
+from oslo_log import log as logging
+from oslo_serialization import jsonutils
+from oslo_utils import units
+
+from nova.compute import task_states
+import nova.conf
+from nova import exception
+from nova.objects import fields
+from nova.virt import driver
+from nova.virt.libvirt.storage import dmcrypt
+from nova.virt.libvirt.storage.records import metadata
+from nova.virt.libvirt import utils as libvirt_utils
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+READY = fields.LibvirtDiskState.READY
+BUILDING = fields.LibvirtDiskState.BUILDING
+
+# Made from the flavor and the metadata alone: nothing of the guest's is lost
+# when they are made anew.
+REMADE = frozenset(('disk.swap', 'disk.config'))
+
+FILE_FORMATS = (fields.LibvirtDiskFormat.RAW, fields.LibvirtDiskFormat.QCOW2)
+
+# All local disks are destroyed, and none of them is another host's.
+DESTROYING = frozenset((
+    task_states.REBUILDING, task_states.SHELVING,
+    task_states.SHELVING_OFFLOADING))
+
+# What libvirt calls the type of a disk's source -> our backends.
+SOURCE_BACKENDS = {
+    'block': fields.LibvirtDiskBackend.LVM,
+    'network': fields.LibvirtDiskBackend.RBD,
+    'volume': fields.LibvirtDiskBackend.LIBVIRT_STORAGE,
+}
+
+
+def raw_file(size: int = 0) -> 'metadata.LibvirtDiskMetadata':
+    """The record of a file that is raw by definition: a kernel, a ramdisk."""
+    return metadata.LibvirtDiskMetadata(
+        backend=fields.LibvirtDiskBackend.FLAT,
+        format=fields.LibvirtDiskFormat.RAW, size=size, state=READY,
+        host=CONF.host)
+
+
+def of_instance(instance, block_device_info) -> 'metadata.InstanceDisks':
+    """The records that came along with a call of the compute manager."""
+    return metadata.InstanceDisks.from_block_device_info(
+        instance, block_device_info or {})
+
+
+def of_new_disks(context, instance, block_device_info):
+    """The records of an instance whose disks are going to be made.
+
+    A rebuild has taken the old disks off the record, but in a copy of the
+    mappings: what it brings along says still what it has destroyed.
+
+    :returns: the InstanceDisks
+    """
+    if _task_state(instance) == task_states.REBUILD_SPAWNING:
+        return metadata.InstanceDisks.load(context, instance)
+    return of_instance(instance, block_device_info)
+
+
+def local_disks(disk_mapping: dict) -> list[tuple[str, dict]]:
+    """Name and disk_info mapping of the disks that Nova itself makes."""
+    return [(name, mapping) for name, mapping in disk_mapping.items()
+            if name == 'disk' or name.startswith('disk.')]
+
+
+def attach(disks: 'metadata.InstanceDisks', disk_mapping: dict) -> None:
+    """Let the image backends see the records.
+
+    :param disk_mapping: ``disk_info['mapping']``
+    """
+    for name, mapping in local_disks(disk_mapping):
+        record = disks.get(name)
+        if record is not None:
+            mapping['metadata'] = record
+
+
+def take_up(disks, disk_mapping, guest_config, configured,
+            block_device_info) -> None:
+    """Record the disks that were made, or came, where no records are kept.
+
+    :param disks: the InstanceDisks; the caller saves them
+    :param disk_mapping: ``disk_info['mapping']``; gets the records attached
+    :param guest_config: the guest's LibvirtConfigGuest, None without one
+    :param configured: the image backend that this host would use now
+    """
+    for name, _record in disks.items():
+        if name.endswith('.rescue') and name not in disk_mapping:
+            disks.clear(name)  # the rescue is over
+    for name, _mapping in local_disks(disk_mapping):
+        record = disks.get(name)
+        if record is not None and not (
+                _is_outdated(record) and
+                _in_guest(guest_config, disks.instance, name)):
+            continue
+        record = made_before_records(
+            disks.instance, name, guest_config, configured)
+        if record is not None:
+            record.size = size_of(disks.instance, name, block_device_info)
+            disks.set(name, record)
+    attach(disks, disk_mapping)
+
+
+def _is_outdated(record):
+    """Whether a compute without records may have brought a disk here since.
+
+    It leaves the record as another host's, and may have converted the disk.
+    """
+    return (record.host != CONF.host and not record.is_building and
+            record.backend in metadata.FILE_BACKENDS)
+
+
+def begin(disks, disk_mapping, guest_config, image_of, configured,
+          block_device_info, suffix='', stale=()) -> None:
+    """Record the disks that are going to be made, as ``building``.
+
+    A disk on record as ready, and there, stays what it is. One that was
+    begun and never finished is made anew.
+
+    :param image_of: gives the Image of a disk's name and disk_info mapping
+    :param suffix: ``.rescue`` if only the disks of a rescue are made
+    :param stale: (pool, volume) of old copies on this host. One that has the
+        name of another host's disk is not that disk.
+    """
+    take_up(disks, disk_mapping, guest_config, configured, block_device_info)
+    for name, mapping in local_disks(disk_mapping):
+        if suffix and not name.endswith(suffix):
+            continue
+        record = disks.get(name)
+        if record is not None:
+            image = image_of(name, {**mapping, 'metadata': record})
+            is_old = record.host != CONF.host and (
+                record.pool, record.volume) in stale
+            if record.state == READY and not is_old and image.exists():
+                if record.host != CONF.host:
+                    # Evacuated, and on storage that both hosts see.
+                    record.host = CONF.host
+                    disks.set(name, record)
+                continue
+            _discard(image, record)
+        image = image_of(name, {
+            key: value for key, value in mapping.items() if key != 'metadata'})
+        fresh = image.metadata(
+            size_of(disks.instance, name, block_device_info))
+        if name.startswith('disk.config'):
+            fresh.format = fields.LibvirtDiskFormat.RAW
+        if record is not None:
+            # Made anew after a move: the other host's is still kept.
+            fresh.previous = record.previous
+        disks.set(name, fresh)
+    attach(disks, disk_mapping)
+
+
+def _discard(image, record):
+    """Drop what an earlier try has left of a disk."""
+    on_this_host = record.host == CONF.host or (
+        record.backend == fields.LibvirtDiskBackend.RBD)
+    if not record.is_building or not on_this_host:
+        return
+    if record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE:
+        image.delete()
+    elif image.exists():
+        image.discard()
+
+
+def discard_unfinished(disks, image_of) -> dict:
+    """Make room for the disks that were begun and are made anew.
+
+    :returns: their Images by name
+    """
+    images = {name: image_of(name, {'metadata': disks.get(name)})
+              for name in disks.building()}
+    for name, image in images.items():
+        _discard(image, disks.get(name))
+    return images
+
+
+def finished(disks, image_of, suffix='') -> None:
+    """Note that the disks are there which :func:`begin` has recorded.
+
+    :param suffix: ``.rescue`` if only the disks of a rescue were made; what
+        was left unfinished of the others still is
+    """
+    measure(disks, image_of)
+    if not suffix:
+        _note_root_size(disks)
+    disks.mark(READY, [name for name, _record in disks.items()
+                       if name.endswith('.rescue') == bool(suffix)])
+
+
+def _note_root_size(disks):
+    """The root disk has the flavor's size, before and after a resize."""
+    record = disks.get('disk')
+    if record is None or record.backend == fields.LibvirtDiskBackend.LVM:
+        return  # a logical volume isn't resized
+    size = size_of(disks.instance, 'disk', None)
+    if size and size != record.size:
+        record.size = size
+        disks.set('disk', record)
+
+
+def measure(disks, image_of) -> None:
+    """Put the sizes on record which are known once the disks are there."""
+    for name, record in disks.items():
+        if record.size or record.backend not in metadata.FILE_BACKENDS:
+            continue
+        image = image_of(name, {'metadata': record})
+        try:
+            record.size = libvirt_utils.get_disk_size(
+                image.path, record.format)
+        except exception.DiskNotFound:
+            continue  # no config drive, for example
+        disks.set(name, record)
+
+
+def destroyed(disks) -> None:
+    """Forget the disks which this host has just destroyed.
+
+    Another host's stay on record: a server that was moved away is cleaned up
+    here while it runs there. On a revert what was kept for it is the disk
+    again.
+    """
+    try:
+        own = [(name, record) for name, record in disks.items()
+               if record.host == CONF.host]
+    except exception.InvalidDiskMetadata as error:
+        if _task_state(disks.instance) in DESTROYING:
+            disks.clear()
+        else:
+            LOG.warning('The records of destroyed disks are kept: %s', error,
+                        instance=disks.instance)
+        return
+    reverting = _task_state(disks.instance) == task_states.RESIZE_REVERTING
+    for name, record in own:
+        if reverting and record.previous is not None:
+            disks.set(name, record.previous)
+        else:
+            disks.clear(name)
+
+
+def _task_state(instance):
+    return instance.task_state if 'task_state' in instance else None
+
+
+def forget(context, disks) -> None:
+    """Take destroyed disks off the record, where there still is one."""
+    destroyed(disks)
+    try:
+        disks.save(context)
+    except exception.BDMNotFound:
+        LOG.debug('The mappings of destroyed disks are deleted already',
+                  instance=disks.instance)
+
+
+def moved(disks) -> None:
+    """Note that the disks are this host's now, and there is no way back.
+
+    The guest runs here already, so that a broken record is only logged.
+    """
+    try:
+        records = disks.items()
+    except exception.InvalidDiskMetadata as error:
+        LOG.error('%s', error, instance=disks.instance)
+        return
+    for name, record in records:
+        if record.host != CONF.host:
+            record.host, record.previous = CONF.host, None
+            disks.set(name, record)
+
+
+def arrived(disks, moved: list[dict]) -> None:
+    """Note that the disks were brought to this host.
+
+    What they were on the other host is kept until the move is confirmed or
+    reverted.
+
+    :param moved: type and path of the disks as the other host had them; it
+        counts where an older compute service there keeps no records
+    """
+    for info in moved:
+        name = os.path.basename(info['path'])
+        record = disks.get(name)
+        if info.get('type') in FILE_FORMATS and (
+                record is None or record.format != info['type'] and
+                record.backend in metadata.FILE_BACKENDS):
+            record = raw_file(info.get('virt_disk_size') or 0)
+            if info['type'] == fields.LibvirtDiskFormat.QCOW2:
+                record.format = fields.LibvirtDiskFormat.QCOW2
+                record.backend = fields.LibvirtDiskBackend.QCOW2
+            disks.set(name, record)
+    for name, record in disks.items():
+        if record.host != CONF.host:
+            before = record.obj_clone()
+            before.previous = None
+            record.previous = before
+            record.host = CONF.host
+            disks.set(name, record)
+
+
+def went_back(disks) -> None:
+    """Note that the disks are again what they were on this host."""
+    for name, record in disks.items():
+        before = record.previous
+        if record.host == CONF.host:
+            continue
+        if before is not None and before.host == CONF.host:
+            disks.set(name, before)
+        else:
+            # Made on the other host: not here.
+            disks.clear(name)
+    _note_root_size(disks)
+
+
+def confirmed(disks) -> None:
+    """Forget what the disks were before a move or resize."""
+    for name, record in disks.items():
+        if record.previous is not None:
+            record.previous = None
+            disks.set(name, record)
+
+
+def size_of(instance, name: str, block_device_info) -> int:
+    """What a disk's size is by flavor and mappings, in bytes.
+
+    :returns: 0 if neither of them says
+    """
+    flavor = instance.flavor
+    ephemerals = driver.block_device_info_get_ephemerals(block_device_info)
+    if name == 'disk':
+        return flavor.root_gb * units.Gi
+    if name == 'disk.local':
+        return flavor.ephemeral_gb * units.Gi
+    if name == 'disk.swap':
+        swap = driver.block_device_info_get_swap(block_device_info)
+        return (swap['swap_size'] or flavor.swap) * units.Mi
+    if name.startswith('disk.eph') and not name.endswith('.rescue'):
+        number = int(name.removeprefix('disk.eph'))
+        if number < len(ephemerals):
+            return ephemerals[number]['size'] * units.Gi
+    return 0
+
+
+def made_before_records(
+    instance, name: str, guest_config, configured: str,
+) -> 'metadata.LibvirtDiskMetadata | None':
+    """The record of a disk which was made when there were none.
+
+    The guest's definition says what it last ran with; then the disk.info
+    file; then the configuration. Where they disagree the guest's definition
+    is right.
+
+    :param guest_config: the guest's LibvirtConfigGuest, None without one
+    :param configured: the image backend that this host would use now
+    :returns: a record in state ``ready``, its size 0; None if there is no
+        sign of such a disk
+    """
+    path = os.path.join(libvirt_utils.get_instance_path(instance), name)
+    told = _in_guest(guest_config, instance, name)
+    is_file = os.path.exists(path)
+    if told is None and not is_file:
+        return None
+    record = raw_file()
+    if name.startswith('disk.config'):
+        if told is not None and told.source_type != 'file':
+            record.backend = SOURCE_BACKENDS[told.source_type]
+            _place(record, told)
+        return record
+    noted = _in_disk_info(path)
+    if told is not None and told.driver_format:
+        record.format = told.driver_format
+        if noted and noted != told.driver_format:
+            LOG.warning('Disk %(name)s ran as %(told)s, and disk.info says '
+                        '%(noted)s; it stays %(told)s',
+                        {'name': name, 'told': told.driver_format,
+                         'noted': noted}, instance=instance)
+    elif noted:
+        record.format = noted
+    elif configured == fields.LibvirtDiskBackend.QCOW2:
+        record.format = fields.LibvirtDiskFormat.QCOW2
+    if told is not None and told.source_type in SOURCE_BACKENDS:
+        record.backend = SOURCE_BACKENDS[told.source_type]
+        _place(record, told)
+    elif configured == fields.LibvirtDiskBackend.PLOOP:
+        record.backend = fields.LibvirtDiskBackend.PLOOP
+    elif (record.format == fields.LibvirtDiskFormat.QCOW2 and
+            configured != fields.LibvirtDiskBackend.FLAT):
+        record.backend = fields.LibvirtDiskBackend.QCOW2
+    return record
+
+
+def _place(record, told):
+    if record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE:
+        record.pool, record.volume = told.source_pool, told.source_volume
+
+
+def _in_guest(guest_config, instance, name):
+    """The disk of that name in a guest's definition."""
+    by_uuid = '%s_%s' % (instance.uuid, name)
+    for device in getattr(guest_config, 'devices', ()):
+        if getattr(device, 'root_name', None) != 'disk':
+            continue
+        place = (getattr(device, 'source_volume', None) or
+                 device.source_path or device.source_name or '')
+        expected = name if device.source_type == 'file' else by_uuid
+        found = os.path.basename(place)
+        if found in (expected, dmcrypt.volume_name(expected)) and (
+                instance.uuid in place):
+            return device
+    return None
+
+
+def _in_disk_info(path):
+    """The format that the instance's disk.info file has for a path."""
+    try:
+        with open(os.path.join(os.path.dirname(path), 'disk.info'),
+                  'rb') as f:
+            return jsonutils.load(f).get(path)
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -118,7 +118,7 @@ class MovesTest(unittest.TestCase):
         if os.geteuid():
             raise unittest.SkipTest('the lab makes namespaces: root only')
         if not pathlib.Path(methods.tree(), 'nova/virt/libvirt/storage/'
-                            'transfer.py').exists():
+                            'move/copy.py').exists():
             raise unittest.SkipTest('the tree does not move volumes')
         cls.a, cls.b = cls.enterClassContext(lab.Hosts())
         for host in (cls.a, cls.b):

@@ -366,6 +366,24 @@ def bench(runs, cases):
     command.run(runs, cases, rich.console.Console(highlight=False, width=wide))
 
 
+@main.command(hidden=True)
+@click.option('--steps', type=int, help='Rounds at each level, at most.')
+@click.option('--minutes', type=float, help='For all levels, at most.')
+@click.option('--seed', type=int, help='Of the random choices; else drawn.')
+@click.option('--hosts-only', is_flag=True, help='Only moves of volumes.')
+@click.option('--cloud-only', is_flag=True, help='Only whole servers.')
+@click.option('--keep-going', is_flag=True,
+              help='The next level though one has found something.')
+def soak(steps, minutes, seed, hosts_only, cloud_only, keep_going):
+    """Do what clouds do, with faults at random moments (lab/soak)."""
+    preflight.check_user()
+    if steps is None and minutes is None:
+        minutes = 10
+    from .endurance import command
+    sys.exit(not command.run(steps, minutes, seed, hosts_only, cloud_only,
+                             keep_going))
+
+
 @main.command()
 @click.option('--keep', is_flag=True, help='Leave the cloud up.')
 def demo(keep):

@@ -74,7 +74,7 @@ def say(**message):
 
 
 def load_pump(path):
-    name = '_pump'
+    name = '_copy'
     loader = importlib.machinery.ExtensionFileLoader(name, path)
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     module = importlib.util.module_from_spec(spec)

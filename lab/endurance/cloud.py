@@ -1,0 +1,249 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""Level cloud: several servers at once, one fault a round."""
+
+import concurrent.futures
+import contextlib
+import threading
+import time
+
+from .. import config
+from ..errors import LabError
+from ..host import Host
+from ..machine import Machine
+from . import oracle
+from . import plan
+from . import report
+from . import servers
+
+POOL = 'nova-disks-pool'
+#: Weights. Each comes at a random moment, stays some seconds, and is undone.
+FAULTS = {'kill nova-compute': 4, 'kill libvirtd': 3, 'pause libvirtd': 1,
+          'cut link': 2, 'slow link': 2, 'fill pool': 2, 'stop pool': 1,
+          'pause nova-conductor': 1, 'restart nova-conductor': 1,
+          'switch use_cow_images': 1, 'none': 3}
+OPTIONS = {'storage_migration_bandwidth': 4,
+           'storage_migration_stall_timeout': 10}
+
+
+class Fault:
+    """One fault on one machine.
+
+    :param cloud: the Cloud
+    :param name: of FAULTS
+    :param host: where
+    :param after: seconds from now
+    :param stays: seconds
+    """
+
+    def __init__(self, cloud, name, host, after, stays):
+        self.cloud, self.name, self.host = cloud, name, Host(host)
+        self.after, self.stays = after, stays
+        self._error = None
+
+    def __str__(self):
+        if self.name == 'none':
+            return ''
+        return '%s (%s) after %.1f s for %.1f s' % (
+            self.name, self.host.name, self.after, self.stays)
+
+    @contextlib.contextmanager
+    def happening(self):
+        """It comes and goes in a thread of its own; undone at the end."""
+        worker = threading.Thread(target=self._work)
+        worker.start()
+        try:
+            yield
+        finally:
+            worker.join()
+        if self._error:
+            raise self._error
+
+    def _work(self):
+        try:
+            if self.name != 'none':
+                time.sleep(self.after)
+                with contextlib.ExitStack() as stack:
+                    self._begin(stack)
+                    time.sleep(self.stays)
+                self.host.wait_ready()
+        except Exception as error:
+            self._error = error
+
+    def _begin(self, stack):
+        host, verb = self.host, self.name.split(' ', 1)[0]
+        what = self.name.split(' ', 1)[1]
+        control = Machine(config.CONTROL)
+        if self.name == 'kill nova-compute':
+            host.kill(what)
+            stack.callback(self.cloud.start_compute, host.name)
+        elif self.name == 'kill libvirtd':
+            host.kill(what)
+            stack.callback(host.restart, what)
+        elif verb == 'pause':
+            place = control if 'conductor' in what else host
+            stack.enter_context(place.paused(what))
+        elif verb == 'restart':
+            self.cloud.restart(config.CONTROL, what)
+        elif verb == 'cut':
+            stack.enter_context(host.link.as_cut())
+        elif verb == 'slow':
+            stack.enter_context(host.link.slowed('20mbit'))
+        elif verb == 'fill':
+            host.fill(POOL)
+            stack.callback(host.free, POOL)
+        elif verb == 'stop':
+            self._stop_pool(stack)
+        elif verb == 'switch':
+            now = self.cloud.get(host.name, 'DEFAULT', what) or 'true'
+            self.cloud.set(host.name, 'DEFAULT', what,
+                           'false' if now == 'true' else 'true')
+
+    def _stop_pool(self, stack):
+        for call, virsh in ((None, 'pool-destroy'),
+                            (stack.callback, 'pool-start')):
+            argv = ['virsh', '-c', 'qemu:///system', virsh, POOL]
+            if call:
+                call(self.host.run, argv, check=False)
+            else:
+                self.host.run(argv, check=False)
+
+
+class Soak:
+    """Rounds on a cloud that is up.
+
+    :param cloud: the Cloud, its hosts on images_type libvirt-storage
+    :param draw: plan.Draw
+    :param count: how many servers at once
+    :param say: called with each step
+    """
+
+    def __init__(self, cloud, draw, count, say):
+        self.cloud, self.draw, self.say = cloud, draw, say
+        self.subjects = [servers.Subject(cloud, 'soak-%d' % number)
+                         for number in range(count)]
+
+    def begin(self):
+        """Make the servers, and a flavor to be resized to again."""
+        find = self.cloud.conn.compute.find_flavor
+        like = self.cloud.flavor(servers.BIGGER)
+        if not find(servers.BIGGER + '.same'):
+            self.cloud.conn.compute.create_flavor(
+                name=servers.BIGGER + '.same', ram=like.ram, vcpus=like.vcpus,
+                disk=like.disk, ephemeral=like.ephemeral, swap=like.swap)
+        for host in config.HOSTS:
+            self.cloud.set_many(host, {
+                ('libvirt', key): value for key, value in OPTIONS.items()})
+        self._all(lambda subject: subject.boot_anew())
+
+    def _all(self, work):
+        with concurrent.futures.ThreadPoolExecutor(
+                len(self.subjects)) as pool:
+            return list(pool.map(work, self.subjects))
+
+    def once(self, number) -> list[plan.Step]:
+        """One operation on each server, one fault, and the oracle.
+
+        :raises: servers.Lost, with the attribute subject
+        """
+        fault = Fault(self.cloud, self.draw.one(FAULTS),
+                      'host-a' if self.draw.chance(.5) else 'host-b',
+                      self.draw.seconds(0, 12), self.draw.seconds(1, 10))
+        steps = {subject: plan.Step(
+            number, subject.name, self.draw.one(servers.OPERATIONS),
+            fault=str(fault)) for subject in self.subjects}
+
+        def operate(subject):
+            step = steps[subject]
+            try:
+                getattr(subject, step.name)()
+                step.outcome = 'done'
+            except servers.Lost:
+                raise
+            except Exception as error:  # of the API, too: it is what we cause
+                step.outcome = 'failed: %s' % str(error)[:160]
+
+        with fault.happening():
+            self._all(operate)
+        self._wait_services()
+        for step in steps.values():
+            self.say(step)
+
+        def judge(subject):
+            try:
+                subject.recover(steps[subject].name)
+                oracle.check(subject)
+            except (servers.Lost, LabError) as error:
+                lost = servers.Lost(str(error))
+                lost.subject = subject.name
+                raise lost from error
+
+        try:
+            self._all(judge)
+        except servers.Lost as lost:
+            lost.steps = list(steps.values())
+            raise
+        return list(steps.values())
+
+    def _wait_services(self, limit=120):
+        """Until both computes are up and enabled again."""
+        until = time.monotonic() + limit
+        while True:
+            with contextlib.suppress(Exception):
+                good = {found.host for found in self.cloud.conn.compute.services(
+                    binary='nova-compute')
+                    if (found.state, found.status) == ('up', 'enabled')}
+                if good >= set(config.HOSTS):
+                    return
+            if time.monotonic() > until:
+                raise servers.Lost(
+                    'the compute services are not up %d s after the fault'
+                    % limit)
+            time.sleep(1)
+
+    def end(self):
+        """Delete the servers; nothing of any may be left.
+
+        :raises: servers.Lost
+        """
+        self._all(lambda subject: subject.server and subject.server.delete())
+        until = time.monotonic() + 90
+        while left := oracle.nobody_s(set()):
+            if time.monotonic() > until:
+                raise oracle.Left('deleted servers have left %s' % left)
+            time.sleep(2)
+
+
+def run(cloud, seed: int, limit: plan.Limit, count: int,
+        say) -> report.Result:
+    """Go on until the limit or the first trouble.
+
+    :param say: called with each step
+    """
+    result = report.Result('cloud', seed)
+    start, rounds = time.monotonic(), 0
+    soak = Soak(cloud, plan.Draw(seed), count, say)
+    try:
+        soak.begin()
+        while not limit.reached(rounds):
+            rounds += 1
+            result.steps += soak.once(rounds)
+            for name, kib in oracle.memory().items():
+                result.memory.setdefault(name, []).append(kib)
+        soak.end()
+    except servers.Lost as lost:
+        result.complaint = str(lost)
+        result.subject = getattr(lost, 'subject', '-')
+        result.steps += getattr(lost, 'steps', [])
+    finally:
+        result.seconds = time.monotonic() - start
+    return result

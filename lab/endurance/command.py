@@ -1,0 +1,73 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""`lab/soak`: bring a lab up, let it live for a while, take it down."""
+
+import contextlib
+import secrets
+
+from . import cloud as cloud_level
+from . import moves
+from . import plan
+from . import report
+from .. import cloud as lab_cloud
+from .. import hosts
+from .. import lock
+from .. import state
+from .. import ui
+
+SERVERS = 3
+
+
+@contextlib.contextmanager
+def _cloud(progress):
+    options = state.Options(level='cloud', nova='tree', ssh=False,
+                            network='none', images_type='libvirt-storage')
+    with lock.held():
+        up = lab_cloud.bring_up(options, progress)
+    try:
+        yield up
+    finally:
+        with lock.held():
+            hosts.down()
+
+
+def run(steps, minutes, seed, hosts_only, cloud_only, keep_going) -> bool:
+    """Run one or both levels; see the command line for the parameters.
+
+    :returns: whether nothing was lost and nothing left
+    """
+    seed = secrets.randbelow(1 << 31) if seed is None else seed
+    progress = ui.Console()
+    progress.say('seed %d' % seed)
+    results = []
+
+    def say(step):
+        progress.say(str(step))
+
+    levels = [level for level, skipped in (('hosts', cloud_only),
+                                           ('cloud', hosts_only))
+              if not skipped]
+    share = None if minutes is None else minutes / len(levels)
+    for level in levels:
+        limit = plan.Limit(steps, share)
+        if level == 'hosts':
+            results.append(moves.run(seed, limit, say))
+        else:
+            with _cloud(progress) as up:
+                results.append(cloud_level.run(
+                    up, seed, limit, SERVERS, say))
+        report.write(results)
+        for line in report.lines(results[-1]):
+            progress.say(line)
+        if results[-1].complaint and not keep_going:
+            return False
+    return not any(result.complaint for result in results)

@@ -1,0 +1,84 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""What a run came to: on the terminal, and in build/soak.json."""
+
+import collections
+import dataclasses
+import json
+import pathlib
+
+from .. import config
+from . import plan
+
+PATH = config.ROOT / 'build' / 'soak.json'
+
+
+@dataclasses.dataclass
+class Result:
+    """One run at one level.
+
+    :ivar level: "cloud" or "hosts"
+    :ivar memory: KiB of resident memory of each service, round by round
+    :ivar complaint: what the oracle found; '' if nothing
+    """
+    level: str
+    seed: int
+    seconds: float = 0
+    steps: list[plan.Step] = dataclasses.field(default_factory=list)
+    memory: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    complaint: str = ''
+    subject: str = ''
+
+    @property
+    def faults(self) -> int:
+        return len({(step.number, step.fault)
+                    for step in self.steps if step.fault})
+
+    def counts(self) -> dict[str, int]:
+        return dict(sorted(collections.Counter(
+            step.name for step in self.steps).items()))
+
+    def outcomes(self) -> dict[str, int]:
+        return dict(sorted(collections.Counter(
+            step.outcome.split(':')[0] for step in self.steps).items()))
+
+
+def write(results: list[Result], path: pathlib.Path = PATH) -> None:
+    """Write all runs of one command."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([{
+        'level': result.level, 'seed': result.seed,
+        'seconds': round(result.seconds), 'steps': len(result.steps),
+        'faults': result.faults, 'operations': result.counts(),
+        'outcomes': result.outcomes(), 'memory': result.memory,
+        'complaint': result.complaint,
+        'shortened': [str(step) for step in plan.shortened(
+            result.steps, result.subject)] if result.complaint else [],
+    } for result in results], indent=1) + '\n')
+
+
+def lines(result: Result) -> list[str]:
+    """What a person is told at the end."""
+    told = ['%s: seed %d, %d steps, %d faults, %d s: %s' % (
+        result.level, result.seed, len(result.steps), result.faults,
+        result.seconds, result.complaint or 'nothing lost, nothing left')]
+    told.append('  ' + ', '.join(
+        '%s %d' % pair for pair in
+        [*result.counts().items(), *result.outcomes().items()]))
+    for name, samples in sorted(result.memory.items()):
+        told.append('  %s: %d MiB at first, %d MiB at last' % (
+            name, samples[0] // 1024, samples[-1] // 1024))
+    if result.complaint:
+        told.append('  the steps that it can come from:')
+        told += ['  ' + str(step) for step in plan.shortened(
+            result.steps, result.subject)[-40:]]
+    return told

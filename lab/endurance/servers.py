@@ -1,0 +1,189 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""A server of the soak: what is done to it, and what it must still have."""
+
+import contextlib
+import itertools
+
+import openstack.exceptions
+
+from ..cloud import server as lab_server
+from ..errors import LabError
+
+MIB = 1 << 20
+FLAVOR, BIGGER = 'lab.small.disks', 'lab.medium.disks'
+#: Weights of what is done to a server that runs.
+OPERATIONS = {'hard_reboot': 3, 'stop_start': 2, 'migrate_confirm': 6,
+              'migrate_revert': 4, 'resize_confirm': 2, 'resize_revert': 2,
+              'rescue': 1, 'snapshot': 1, 'shelve': 1, 'rebuild': 1,
+              'boot_anew': 1, 'write': 3}
+#: After these a disk that can't be had is no loss: it was given up.
+DESTROY = ('rebuild', 'boot_anew')
+SETTLED = ('ACTIVE', 'SHUTOFF', 'ERROR', 'VERIFY_RESIZE', 'RESCUE',
+           'SHELVED_OFFLOADED')
+OTHER = {'host-a': 'host-b', 'host-b': 'host-a'}
+
+
+class Lost(Exception):
+    """A server that can't be brought back, or without its data."""
+
+
+class Subject:
+    """One server.
+
+    :param cloud: the Cloud
+    :param name: for people
+    :ivar expected: by range: (seed, MiB) that the guest has written
+    """
+
+    _seeds = itertools.count(1)
+
+    def __init__(self, cloud, name):
+        self.cloud, self.name = cloud, name
+        self.server = None
+        self.expected: dict[str, tuple[str, int]] = {}
+        self.gone: list[str] = []  # UUIDs of deleted ones
+
+    def boot_anew(self):
+        if self.server is not None:
+            self.gone.append(self.server.id)
+            self.server.delete()
+        self.server, self.expected = None, {}
+        seed = self._seed()
+        made = self.cloud.boot(self.name, flavor=FLAVOR, wait=False, script=(
+            'boot 1: fill data 8 %s\nboot 1: fill raw 4 %s vdb 64\n' % (
+                seed, seed)))
+        self.server = made
+        made.wait('ACTIVE')
+        made.testimony()
+        self.expected = {'data': (seed, 8), 'raw': (seed, 4)}
+
+    def _seed(self):
+        return '%s-%d' % (self.name, next(self._seeds))
+
+    # -- operations: each ends with a server that runs
+
+    def hard_reboot(self):
+        self.server.hard_reboot()
+
+    def stop_start(self):
+        self.server.stop()
+        self.server.start()
+
+    def _go(self):
+        self.server.migrate(OTHER[self.server.host])
+
+    def migrate_confirm(self):
+        self._go()
+        self.server.confirm()
+
+    def migrate_revert(self):
+        self._go()
+        self.server.revert()
+
+    def resize_confirm(self):
+        self._resize()
+        self.server.confirm()
+
+    def resize_revert(self):
+        self._resize()
+        self.server.revert()
+
+    def _resize(self):
+        # A disk can't become smaller.
+        self.server.resize(BIGGER if self._flavor() == FLAVOR else
+                           BIGGER + '.same')
+
+    def _flavor(self):
+        return self.server.get().flavor['original_name']
+
+    def rescue(self):
+        self.server.rescue()
+        self.server.unrescue()
+
+    def snapshot(self):
+        image = self.server.snapshot('soak of ' + self.name)
+        self.cloud.conn.image.delete_image(image.id, ignore_missing=True)
+
+    def shelve(self):
+        # What isn't on the root disk is lost: Nova's own way.
+        self.server.shelve()
+        self.expected.pop('raw', None)
+        self.server.unshelve()
+
+    def rebuild(self):
+        self.expected = {}
+        self.server.rebuild()
+
+    def write(self):
+        name, seed = 'data', self._seed()
+        self.expected.pop(name, None)
+        self.server.command('fill', name, 8, seed)
+        self.expected[name] = (seed, 8)
+
+    # -- afterwards
+
+    def recover(self, operation):
+        """Do what the operator's guide says until it runs.
+
+        :param operation: after which
+        :raises Lost: it does not come back
+        """
+        told = ''
+        for _try in range(3):
+            if self.server is None or not self._exists():
+                if operation not in DESTROY:
+                    raise Lost('%s is gone after %s' % (self.name, operation))
+                self.boot_anew()
+                return
+            try:
+                if self._step_back():
+                    return
+            except LabError as error:
+                told = str(error)
+        if operation in DESTROY:
+            self.boot_anew()
+            return
+        raise Lost('%s does not come back after %s: %s' % (
+            self.name, operation, told))
+
+    def _exists(self):
+        with contextlib.suppress(openstack.exceptions.NotFoundException):
+            return bool(self.server.get())
+        return False
+
+    def _step_back(self):
+        """:returns: whether it runs"""
+        server = self.server
+        try:
+            found = server.wait(*SETTLED, limit=90)
+        except lab_server.ServerError:
+            # A compute was killed with a task under way.
+            server.api.reset_server_state(server.id, 'error')
+            found = server.get()
+        if found.status == 'ERROR':
+            if not (found.fault or {}).get('message') and not any(
+                    message for _action, message in server.actions()):
+                raise Lost('%s is in ERROR and nothing says why' % self.name)
+            server.api.reboot_server(server.id, 'HARD')
+            server.wait('ACTIVE', 'ERROR')
+        elif found.status == 'VERIFY_RESIZE':
+            server.revert()
+        elif found.status == 'RESCUE':
+            server.unrescue()
+        elif found.status == 'SHELVED_OFFLOADED':
+            server.unshelve()
+        elif found.status == 'SHUTOFF':
+            server.start()
+        else:
+            return True
+        return server.get().status == 'ACTIVE'

@@ -54,6 +54,7 @@ def _check(project: Project) -> str:
     if faults:
         raise SeriesError('\nerror: '.join(faults))
     count = len(compose.patches(project))
+    print('\n'.join(check.sizes(project)))
     return f'{count} patches: tree and repository agree'
 
 

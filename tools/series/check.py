@@ -12,9 +12,11 @@
 
 """Whether repository and tree agree, and whether each commit is in form."""
 
+import dataclasses
 import itertools
 import pathlib
 import re
+import statistics
 import subprocess
 import tempfile
 
@@ -27,6 +29,8 @@ from .mail import DIFF_TEXT
 from .mail import Patch
 from .project import Project
 
+SIGNED_OFF = re.compile(rb'^Signed-off-by: \S.*<\S+>$', re.M)
+MOST, MOST_OF_TESTS = 600, 1200  # lines that a commit should insert
 # What git am takes for a header where it stands first in a body.
 HEADER = re.compile(rb'\A\s*>?(From|Date|Subject)[ :]')
 
@@ -38,31 +42,25 @@ def check(project: Project) -> list[str]:
     series = compose.patches(project)
     owned = git.files(base)
     faults = [*_complete(project, series, owned), *_copies(project, owned),
-              *(fault for patch in series for fault in _form(project, patch))]
+              *(fault for patch in series
+                for fault in _form(project, patch, owned))]
     if faults:
         return faults
     tip = compose.compose(git, project)
     return [*_tree_agrees(project, git, tip), *_round_trip(project, git, tip),
+            *_options(project, git, _commits(git, tip), series),
             *_gnu_patch(project, git, base, tip, series)]
 
 
 def _complete(project, series, owned):
     """The set of files: nothing missing, nothing left over or twice."""
-    adder = {}
     for number, patch in enumerate(series, 1):
         if not patch.name.startswith(f'{number:04d}-'):
             yield (f'patches/{patch.name}: number {number:04d} is missing; '
                    'make save')
-        yield from compose.missing(project, patch)
-        for path in patch.adds:
-            if path in adder:
-                yield (f'{path} is added by patches/{adder[path]} and by '
-                       f'patches/{patch.name}; fold the two commits')
-            adder[path] = patch.name
-            if path in owned:
-                yield (f'patches/{patch.name} adds {path}, which the base '
-                       'owns; make tree save')
-    expected = {*adder, *(f'patches/{patch.name}' for patch in series)}
+    there, faults = compose.account(project, series, owned)
+    yield from faults
+    expected = {*there, *(f'patches/{patch.name}' for patch in series)}
     for path in sorted(save.own_files(project, project.root) - expected):
         yield f'{path}: no patch adds it; remove it, or make save'
 
@@ -79,7 +77,7 @@ def _copies(project, owned):
                    'it')
 
 
-def _form(project, patch: Patch):
+def _form(project, patch: Patch, owned):
     place = f'patches/{patch.name}'
     if HEADER.search(patch.message):
         yield (f'{place}: git am would take the first line of the body for a '
@@ -95,40 +93,66 @@ def _form(project, patch: Patch):
         text = found.group().decode(errors='replace')
         yield (f'{place}: line {line} of the message reads like a diff '
                f'({text!r}); GNU patch would apply it: reword')
-    if b'\nGIT binary patch\n' in patch.diff:
+    if b'\nGIT binary patch\n' in patch.part(owned):
         yield (f'{place}: changes a binary file of the base, which GNU patch '
                'can not: add another file instead')
-    yield from _context(project, place, patch)
-    if not any(path.startswith(project.notes) for path in patch.adds):
-        yield from itertools.islice(_options(project, place, patch), 1)
+    if project.signed_off and not SIGNED_OFF.search(patch.message):
+        yield f'{place}: no Signed-off-by: git commit --amend --signoff'
+    yield from _context(project, place, patch, owned)
 
 
-def _context(project, place, patch):
+def _context(project, place, patch, owned):
     """At most so many lines of the base around and between our lines."""
     run, most = 0, 2 * project.context_lines
     for number, path, _there, text in patch.lines():
-        run = run + 1 if text.startswith(' ') else 0
+        run = run + 1 if text.startswith(' ') and path in owned else 0
         if run > most:
             yield (f'{place}: line {number} ({path}): {run} lines of context, '
                    f'{most} allowed: make tree save')
 
 
-def _options(project, place, patch):
+def _options(project, git, commits, series):
     """New lines of which an operator has to be told in a note."""
-    new = [(path, number, text[1:])
-           for _number, path, number, text in patch.lines()
-           if text.startswith('+')]
-    for path in patch.adds:
-        if path.endswith('.py') and (project.root / path).is_file():
-            text = (project.root / path).read_text(errors='replace')
-            new += [(path, number, line)
-                    for number, line in enumerate(text.split('\n'), 1)]
-    for path, number, line in new:
-        if 'tests' not in path.split('/') and (
-                re.search(project.note_pattern, line)):
-            yield (f'{place}: {path}, line {number} ({line.strip()}): an '
-                   'operator sees this, and the commit adds no release note '
-                   f'below {project.notes}: reno new')
+    for commit, patch in zip(commits, series):
+        changed = [path for path, _section in patch.sections()]
+        if any(p.startswith(project.notes) for p in (*patch.adds, *changed)):
+            continue
+        whole = Patch.of_commit(git, commit, patch.name, {}, 0)
+        for _number, path, number, line in whole.lines():
+            if path.endswith('.py') and 'tests' not in path.split('/') and (
+                    line.startswith('+')
+                    and re.search(project.note_pattern, line[1:])):
+                yield (f'patches/{patch.name}: {path}, line {number} '
+                       f'({line[1:].strip()}): an operator sees this, and the '
+                       'commit adds no release note below '
+                       f'{project.notes}: reno new')
+                break
+
+
+def sizes(project: Project) -> list[str]:
+    """How many lines the commits insert, and which of them are too large."""
+    git = compose.workshop(project)
+    tip = compose.compose(git, project)
+    counts, found = [], []
+    for patch, commit in zip(compose.patches(project), _commits(git, tip)):
+        lines = [line.split('\t') for line in git.out(
+            'diff-tree', '-r', '--numstat', '--no-commit-id', '--no-renames',
+            commit).splitlines()]
+        count = sum(int(new) for new, _old, _path in lines if new != '-')
+        tests = all('tests' in path.split('/') for _new, _old, path in lines)
+        most = MOST_OF_TESTS if tests else MOST
+        if count > most:
+            found.append(f'warning: patches/{patch.name} inserts {count} '
+                         f'lines, at most {most} are wanted')
+        counts.append(count)
+    if counts:
+        found.append(f'median of inserted lines: '
+                     f'{statistics.median_low(counts)}')
+    return found
+
+
+def _commits(git, tip):
+    return git.out('rev-list', '--reverse', f'base..{tip}').splitlines()
 
 
 def _tree_agrees(project, git, tip):
@@ -184,7 +208,7 @@ def _gnu_patch(project, git, base, tip, series):
         for path in touched:
             save.write_file(git, work / path, owned[path])
         for patch in series:
-            yield from _gnu_patch_one(project, patch, work)
+            yield from _gnu_patch_one(patch, work, patch.part(owned))
         for path in sorted(touched):
             built = git.out('hash-object', '--no-filters', work / path,
                             check=False)  # nothing, where there is no file
@@ -192,15 +216,15 @@ def _gnu_patch(project, git, base, tip, series):
                 yield f'{path}: git and GNU patch do not build the same'
 
 
-def _gnu_patch_one(project, patch, work):
+def _gnu_patch_one(patch, work, diff):
     for path in patch.deletes:
         (work / path).unlink(missing_ok=True)
-    if not patch.diff:
+    if not diff:
         return
     done = run_tool(
-        ['patch', '-p1', '--fuzz=0', '--force', '--no-backup-if-mismatch',
-         '-i', project.patches / patch.name],
-        cwd=work, stderr=subprocess.STDOUT, text=True)
-    for line in done.stdout.splitlines():
+        ['patch', '-p1', '--fuzz=0', '--force', '--no-backup-if-mismatch'],
+        cwd=work, stderr=subprocess.STDOUT,
+        input=dataclasses.replace(patch, diff=diff).dump())
+    for line in done.stdout.decode(errors='replace').splitlines():
         if done.returncode or 'offset' in line or 'fuzz' in line:
             yield f'patches/{patch.name}: GNU patch says: {line}'

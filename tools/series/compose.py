@@ -12,6 +12,7 @@
 
 """From the repository to the tree: the base and one commit a patch."""
 
+from collections.abc import Container
 import os
 import re
 import shutil
@@ -22,7 +23,6 @@ import time
 from . import SeriesError
 from .git import Git
 from .git import identity
-from .git import NO_FILE
 from .mail import Patch
 from .project import Project
 
@@ -30,6 +30,11 @@ BASE_IDENTITY = identity('base', 'base@localhost', '2026-01-01T00:00:00Z')
 SAVED = 'refs/series/saved'        # HEAD of the tree at the last save
 COMPOSED = 'refs/series/composed'  # what the repository came to then
 MOVING = 'refs/series/moving'      # a checkout that was begun
+DELETED = re.compile(rb'^deleted file mode ', re.M)
+# What to do about a file of several commits that somebody has changed here.
+BY_HAND = ('later patches change this file, so change it in tree/: git '
+           'checkout -- FILE, make tree, commit there (git commit --fixup for '
+           'an earlier commit), make save')
 IN_PROGRESS = ('rebase-merge', 'rebase-apply', 'MERGE_HEAD',
                'CHERRY_PICK_HEAD', 'REVERT_HEAD')
 
@@ -97,59 +102,123 @@ def compose(git: Git, project: Project) -> str:
     :raises: SeriesError naming the patch, the file and the hunk
     """
     commit = ensure_base(git, project)
+    series, owned = patches(project), git.files(commit)
+    last, faults = account(project, series, owned)
+    if faults:
+        raise SeriesError('\n'.join(faults))
+    blobs = dict(zip(last, git.out(
+        'hash-object', '-w', '--no-filters', '--stdin-paths',
+        stdin=b''.join(os.fsencode(project.root / path) + b'\n'
+                       for path in last)).split('\n')))
     with tempfile.TemporaryDirectory() as scratch:
         index = {'GIT_INDEX_FILE': os.path.join(scratch, 'index')}
+        added = _first_states(git, series, owned, blobs, index)
         git.run('read-tree', commit, env=index)
-        for patch in patches(project):
-            _apply(git, project, patch, commit, index)
+        for patch in series:
+            _apply(git, patch.name, patch.diff, index, 'does not apply')
+            _put(git, index, {path: (mode, added[patch.name].get(path))
+                              for path, mode in patch.files.items()})
             commit = git.out(
                 'commit-tree', git.out('write-tree', env=index),
                 '-p', commit, env=_author(git, patch),
                 stdin=_message(patch))
+    files = git.files(commit)
+    for path, blob in blobs.items():
+        if files[path].blob != blob:
+            raise SeriesError(f'{path}: the patches after {last[path]} do not '
+                              f'lead to the file as it lies here\n{BY_HAND}')
     return commit
 
 
-def missing(project: Project, patch: Patch) -> list[str]:
-    """What a patch adds and the repository doesn't have."""
-    return [f'patches/{patch.name} adds {path}, which is not in the '
-            f'repository: git checkout -- {path}, or make save'
-            for path in patch.adds if not (project.root / path).is_file()]
+def account(project: Project, series: list[Patch], owned: Container[str],
+            ) -> tuple[dict[str, str], list[str]]:
+    """Whether the files of the series are as its patches say.
+
+    :returns: path -> name of the patch that adds it, of all that are there
+        after the last one; and what is wrong
+    """
+    there: dict[str, str] = {}
+    faults = []
+    for patch in series:
+        for path, section in patch.sections():
+            if path in owned:
+                continue
+            if path not in there:
+                faults.append(f'patches/{patch.name} changes {path}, which '
+                              'no patch before it adds: make tree save')
+            elif DELETED.search(section):
+                del there[path]
+        for path in patch.adds:
+            if path in there:
+                faults.append(
+                    f'{path} is added by patches/{there[path]} and by '
+                    f'patches/{patch.name}; fold the two commits')
+            if path in owned:
+                faults.append(f'patches/{patch.name} adds {path}, which the '
+                              'base owns; make tree save')
+            there[path] = patch.name
+    faults += [f'patches/{name} adds {path}, which is not in the repository: '
+               f'git checkout -- {path}, or make save'
+               for path, name in there.items()
+               if not (project.root / path).is_file()]
+    return there, faults
 
 
-def _apply(git, project, patch, parent, index):
-    """Bring an index from the parent commit to the patch's."""
-    faults = missing(project, patch)
-    if faults:
-        raise SeriesError('\n'.join(faults))
-    entries = ''
-    for path, mode in patch.files.items():
-        blob = '0' * 40 if mode == NO_FILE else git.out(
-            'hash-object', '-w', '--no-filters', project.root / path)
-        entries += f'{mode} {blob}\t{path}\0'
+def _first_states(git, series, owned, blobs, index):
+    """What each patch adds, if later ones change it before it lies here.
+
+    :param blobs: path -> file as it lies here
+    :returns: name of a patch -> path -> file
+    """
+    now, added = dict(blobs), {}
+    for patch in reversed(series):
+        added[patch.name] = {path: now.pop(path) for path in patch.adds}
+        own = {path: now.pop(path, None) for path, _section in patch.sections()
+               if path not in owned}
+        if not own:
+            continue
+        git.run('read-tree', '--empty', env=index)
+        _put(git, index, {path: ('100644', blob)
+                          for path, blob in own.items() if blob})
+        _apply(git, patch.name, patch.part(own), index, 'can not be taken back '
+               'from the files as they lie here', BY_HAND, '--reverse')
+        now.update((path, file.blob)
+                   for path, file in git.tracked(index).items())
+    return added
+
+
+def _put(git, index, files):
+    """Put files (path -> mode, blob) into an index, or take them out."""
+    entries = sorted((mode, blob or '0' * 40, path)
+                     for path, (mode, blob) in files.items())
     git.run('update-index', '-z', '--index-info', env=index,
-            stdin=os.fsencode(entries))
-    if patch.diff:
-        done = git.run('apply', '--cached', '--unidiff-zero', '--verbose',
-                       '-', env=index, stdin=patch.diff, check=False)
-        if done.returncode:
-            raise SeriesError(_no_fit(git, patch, parent, done.stderr))
+            stdin=os.fsencode(''.join(
+                f'{mode} {blob}\t{path}\0' for mode, blob, path in entries)))
 
 
-def _no_fit(git, patch, parent, stderr):
-    """Both sides of a hunk that doesn't apply."""
-    said = stderr.decode(errors='replace')
-    told = [f'patches/{patch.name} does not apply:']
+def _apply(git, name, diff, index, fault, advice='mend the patch, or take the '
+           'file from the last good commit', *options):
+    """Apply a patch's hunks to an index; shows both sides if they don't."""
+    if not diff:
+        return
+    done = git.run('apply', '--cached', '--unidiff-zero', '--verbose',
+                   *options, '-', env=index, stdin=diff, check=False)
+    if not done.returncode:
+        return
+    before = git.out('write-tree', env=index)
+    said = done.stderr.decode(errors='replace')
+    told = [f'patches/{name} {fault}:']
     for path, number in re.findall(
             r'(?m)^error: patch failed: (.*):(\d+)$', said):
         first = int(number)
-        lines = git.out('show', f'{parent}:{path}', check=False).split('\n')
-        told += [f'{path}, line {first} (hunk @@ -{first}), has:']
+        lines = git.out('show', f'{before}:{path}', check=False).split('\n')
+        sign = '+' if options else '-'
+        told += [f'{path}, line {first} (hunk @@ {sign}{first}), has:']
         told += ['    ' + line for line in lines[first - 1:first + 6]]
     told += ['git says, with what the patch expects:']
     told += ['    ' + line for line in said.splitlines()
              if not line.startswith('Checking patch ')]
-    return '\n'.join(
-        [*told, 'mend the patch, or take the file from the last good commit'])
+    raise SeriesError('\n'.join([*told, advice]))
 
 
 def _author(git, patch):

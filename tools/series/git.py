@@ -107,10 +107,11 @@ class Git:
         return self.out('rev-parse', '-q', '--verify', name + '^{object}',
                         check=False) or None
 
-    def changes(self, *trees: str, of: str = 'diff-tree') -> dict[str, File]:
+    def changes(self, *trees: str, of: str = 'diff-tree',
+                env: dict | None = None) -> dict[str, File]:
         """Path -> what became of it, between two commits or trees."""
         fields = self.out(of, '--raw', '-r', '-z', '--no-abbrev',
-                          '--no-renames', *trees).split('\0')
+                          '--no-renames', *trees, env=env).split('\0')
         found = {}
         for what, path in zip(fields[0::2], fields[1::2]):
             _old_mode, mode, _old_blob, blob, status = what.split()
@@ -121,6 +122,6 @@ class Git:
         """Path -> file of all that is in a tree."""
         return self.changes(EMPTY_TREE, tree)
 
-    def tracked(self) -> dict[str, File]:
+    def tracked(self, env: dict | None = None) -> dict[str, File]:
         """Path -> file of all that is in the index."""
-        return self.changes('--cached', EMPTY_TREE, of='diff-index')
+        return self.changes('--cached', EMPTY_TREE, of='diff-index', env=env)

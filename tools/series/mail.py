@@ -14,9 +14,13 @@
 
 The form is git's mail format. Below the ``---`` line, where mail programs and
 patch tools read nothing, lines ``adds:``, ``adds executable:`` and
-``deletes:`` name whole files.
+``deletes:`` name whole files. What a later commit changes in an added file, or
+deletes, is a hunk as those on the base's files are, below them.
 """
 
+import ast
+from collections.abc import Collection
+from collections.abc import Container
 from collections.abc import Iterator
 import dataclasses
 import os
@@ -27,6 +31,7 @@ from .git import Git
 from .git import NO_FILE
 
 MODES = {'adds': '100644', 'adds executable': '100755', 'deletes': NO_FILE}
+OWN_CONTEXT = 3  # lines around a hunk on a file that the series adds
 SEPARATOR = b'\n---\n'
 # What would make GNU patch or git am take a line of the message for a diff.
 DIFF_TEXT = re.compile(
@@ -45,7 +50,8 @@ class Patch:
     :ivar head: mail header and message
     :ivar files: path -> mode of files that the commit adds, or NO_FILE for
         those of the base that it takes away
-    :ivar diff: hunks on the base's files
+    :ivar diff: hunks on the base's files, then on those that earlier commits
+        add
     """
     name: str
     head: bytes
@@ -70,21 +76,30 @@ class Patch:
 
     @classmethod
     def of_commit(cls, git: Git, commit: str, name: str,
-                  files: dict[str, str], context: int) -> 'Patch':
+                  files: dict[str, str], context: int,
+                  own: Collection[str] = ()) -> 'Patch':
         """Make the patch of a commit.
 
         :param files: as in the patch; of all other files, it has the hunks
         :param context: lines of the base around a hunk
+        :param own: files of earlier commits that this one changes or deletes
         """
         mail = git.run('format-patch', '-1', '--stdout', '--always',
                        '--no-encode-email-headers', *MAIL, commit).stdout
-        diff = git.run(
-            'diff-tree', '-p', '-r', '--no-commit-id', '--no-renames',
-            '--full-index', '--binary', '--no-ext-diff', '--no-textconv',
-            '--no-color', f'--unified={context}', commit, '--',
-            *(':(exclude,literal)' + path for path in files)).stdout
-        return cls(name, mail.partition(SEPARATOR)[0].rstrip(b'\n'), files,
-                   _stable(diff))
+        patch = cls(name, mail.partition(SEPARATOR)[0].rstrip(b'\n'), files,
+                    b'')
+
+        def hunks(lines):
+            patch.diff = git.run(
+                'diff-tree', '-p', '-r', '--no-commit-id', '--no-renames',
+                '--full-index', '--binary', '--no-ext-diff', '--no-textconv',
+                '--no-color', f'--unified={lines}', commit).stdout
+            return patch
+
+        base = hunks(context).part({*files, *own}, within=False)
+        patch.diff = _stable(base + (
+            hunks(OWN_CONTEXT).part(own) if own else b''))
+        return patch
 
     def dump(self) -> bytes:
         words = {mode: word for word, mode in MODES.items()}
@@ -113,6 +128,28 @@ class Patch:
         subject = os.fsdecode(found.group(1)) if found else ''
         return subject.replace('\n ', ' ').strip()
 
+    def sections(self) -> Iterator[tuple[str, bytes]]:
+        """Of each file in the diff: its path, and what is said of it."""
+        for section in re.split(rb'(?m)^(?=diff --git )', self.diff)[1:]:
+            yield self._path(section.partition(b'\n')[0]), section
+
+    def part(self, paths: Container[str], within: bool = True) -> bytes:
+        """The diff of these files alone, or of all but these."""
+        return b''.join(section for path, section in self.sections()
+                        if (path in paths) is within)
+
+    def _path(self, header):
+        """The file that a line "diff --git" names, quoted or not, twice."""
+        both = header.removeprefix(b'diff --git ')
+        old, new = both[:len(both) // 2], both[len(both) // 2 + 1:]
+        if old.startswith(b'"'):
+            old, new = (ast.literal_eval('b' + name.decode())
+                        for name in (old, new))
+        if not old.startswith(b'a/') or new != b'b/' + old[2:]:
+            raise SeriesError(f'patches/{self.name}: {os.fsdecode(header)} '
+                              'names two files; make tree save')
+        return os.fsdecode(old[2:])
+
     def lines(self) -> Iterator[tuple[int, str, int, str]]:
         """Of each line of the diff: number, file, number there, and text."""
         number = self.dump().count(b'\n') - self.diff.count(b'\n')
@@ -120,7 +157,7 @@ class Patch:
         for text in self.diff.decode(errors='replace').split('\n'):
             number += 1
             if text.startswith('diff --git '):
-                path = text.rpartition(' b/')[2]
+                path = self._path(text.encode())
             elif text.startswith('@@ '):
                 there = int(re.search(r'\+(\d+)', text)[1]) - 1
             elif text.startswith((' ', '+')):

@@ -44,6 +44,7 @@ class Project:
     notes: str
     note_pattern: str
     exclude: tuple[str, ...]
+    signed_off: bool = False
 
     @classmethod
     def load(cls, root: pathlib.Path) -> 'Project':

@@ -40,7 +40,6 @@ def write(git: Git, project: Project, tip: str, target: pathlib.Path) -> None:
                           'rebase --onto base <the commit below the first '
                           'of the series>')
     owned = git.files(base)
-    adder: dict[str, str] = {}
     (target / 'patches').mkdir(parents=True)
     commits = git.out('log', '-z', '--reverse', '--topo-order',
                       '--format=%H%n%P%n%s%n%f%n%B', f'{base}..{tip}')
@@ -56,34 +55,33 @@ def write(git: Git, project: Project, tip: str, target: pathlib.Path) -> None:
             raise SeriesError(f'{title}: a line "---" would end the message '
                               'there; reword')
         changes = git.changes(parents, commit)
-        for path, file in changes.items():
-            if path not in owned:
-                _addition(project, title, path, file, adder)
-                write_file(git, target / path, file)
+        ours = {path: file for path, file in changes.items()
+                if path not in owned}
+        for path, file in ours.items():
+            _ours(project, title, path, file)
+        files = {path: file.mode for path, file in ours.items()
+                 if file.status == 'A'}
+        files.update((path, NO_FILE) for path, file in changes.items()
+                     if path in owned and file.mode == NO_FILE)
         patch = Patch.of_commit(
-            git, commit, f'{number:04d}-{slug[:52].strip("-.")}.patch',
-            {path: file.mode for path, file in changes.items()
-             if path not in owned or file.mode == NO_FILE},
-            project.context_lines)
+            git, commit, f'{number:04d}-{slug[:52].strip("-.")}.patch', files,
+            project.context_lines, ours.keys() - files.keys())
         (target / 'patches' / patch.name).write_bytes(patch.dump())
+    for path, file in git.files(tip).items():
+        if path not in owned:
+            write_file(git, target / path, file)
 
 
-def _addition(project, title, path, file, adder):
+def _ours(project, title, path, file):
     """Hold a file of the series to the form."""
-    if path in adder:
-        raise SeriesError(
-            f'{title} changes {path}, which {adder[path]} adds: a file of '
-            'ours belongs whole to one commit; git commit --fixup and git '
-            'rebase --autosquash')
     if not path.startswith(tuple(root + '/' for root in project.roots)):
         raise SeriesError(f'{title} adds {path}, outside of '
                           f'{", ".join(project.roots)}')
     if '\n' in path:
         raise SeriesError(f'{title} adds {path!r}: no line break in a name')
-    if file.mode not in ('100644', '100755'):
+    if file.mode not in ('100644', '100755', NO_FILE):
         raise SeriesError(f'{title} adds {path}, no plain file (mode '
                           f'{file.mode})')
-    adder[path] = title
 
 
 def write_file(git: Git, path: pathlib.Path, file: File) -> None:
@@ -156,16 +154,16 @@ def finish(project: Project) -> bool:
     fresh = own_files(project, staging)
     for name in own_files(project, project.root) - fresh:
         (project.root / name).unlink()
-    for name in fresh:
-        target = project.root / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(staging / name, f'{target}.saving')
-        os.replace(f'{target}.saving', target)
     for root in project.roots:
         top = project.root / root
         for folder in [*sorted(top.rglob('*'), reverse=True), top]:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+    for name in fresh:
+        target = project.root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(staging / name, f'{target}.saving')
+        os.replace(f'{target}.saving', target)
     (staging / READY).unlink()
     shutil.rmtree(staging)
     return True

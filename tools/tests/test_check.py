@@ -12,6 +12,7 @@
 
 """Each fault is found, with its place."""
 
+import dataclasses
 import shutil
 
 from . import base
@@ -112,6 +113,40 @@ class TestCheck(base.ProjectTest):
         patch.with_name('0002-Again.patch').write_bytes(patch.read_bytes())
         self.assertRegex(self.faults(), 'nova/new.py is added by patches/0001-'
                          'Subject.patch and by patches/0002-Again.patch')
+
+    def test_file_deleted_by_a_later_commit_lies_here_again(self):
+        self.saved({'nova/new.py': b'1\n'})
+        self.commit(self.git, {'nova/new.py': None}, 'Second\n\nWhy.\n')
+        save.save(self.project)
+        self.assertEqual('', self.faults())
+        (self.project.root / 'nova').mkdir()
+        (self.project.root / 'nova/new.py').write_bytes(b'1\n')
+        self.assertRegex(self.faults(), r'nova/new\.py: no patch adds it')
+
+    def test_option_added_to_a_file_of_an_earlier_commit(self):
+        self.saved({'nova/new.py': b'X = [\n]\n', 'nova/tests/x.py': b''})
+        option = b"X = [\n    cfg.StrOpt('x'),\n]\n"
+        self.commit(self.git, {'nova/new.py': option}, 'Second\n\nWhy.\n')
+        save.save(self.project)
+        self.assertRegex(self.faults(), r'0002-Second.*new\.py, line 2 \(cfg')
+        self.assertNotRegex(self.faults(), '0001')
+
+    def test_sizes(self):
+        self.saved({'nova/new.py': b'1\n' * 601})
+        self.saved({'nova/new.py': b'2\n'})
+        self.saved({'nova/tests/x.py': b'1\n' * 1200})
+        self.assertEqual(
+            ['warning: patches/0001-Subject.patch inserts 601 lines, at most '
+             '600 are wanted', 'median of inserted lines: 601'],
+            check.sizes(self.project))
+        self.assertEqual('', self.faults())
+
+    def test_signed_off(self):
+        self.saved({'nova/new.py': b'1\n'})
+        self.saved({'nova/more.py': b'1\n'},
+                   'Second\n\nWhy.\n\nSigned-off-by: A B <a@b>\n')
+        self.project = dataclasses.replace(self.project, signed_off=True)
+        self.assertRegex(self.faults(), r'\A\S*0001-\S*: no Signed-off-by.*\Z')
 
     def test_edited_patch_that_git_takes(self):
         patch = self.saved({'nova/a.py': base.BASE['nova/a.py'].replace(

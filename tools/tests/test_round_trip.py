@@ -12,6 +12,9 @@
 
 """What is saved composes to the same; what is composed saves to the same."""
 
+import collections
+import itertools
+import re
 import shutil
 
 import hypothesis
@@ -20,13 +23,16 @@ from hypothesis import strategies as st
 from . import base
 from series import check
 from series import compose
+from series import export
 from series import save
 from series import SeriesError
 
 LINES = st.lists(st.binary(max_size=12).map(
     lambda b: b.replace(b'\0', b'') + b'\n'), max_size=8).map(b''.join)
 CONTENT = st.one_of(LINES, st.just(b''), st.binary(max_size=40))
-OWNED = [name for name in base.BASE if name.startswith(('nova/', 'doc/'))]
+MODE = st.sampled_from([0o644, 0o755])
+BASE = base.BASE
+OWNED = [name for name in BASE if name.startswith(('nova/', 'doc/'))]
 
 
 @st.composite
@@ -42,28 +48,51 @@ def edits(draw, content):
 
 @st.composite
 def histories(draw):
-    """Commits as dicts of changes: path -> content, mode or None."""
-    state, commits, added = dict(base.BASE), [], 0
-    for number in range(draw(st.integers(1, 5))):
+    """Commits as dicts of changes: path -> content and mode, or None.
+
+    Files of the base and files of earlier commits are changed alike; what was
+    deleted may come again, also as a folder.
+    """
+    state = {name: (BASE[name], 0o644) for name in OWNED}
+    commits, gone = [], []
+    for number in range(draw(st.integers(1, 6))):
         files = {}
+
+        def put(name, content, mode):
+            taken = [n for n in (*state, *files) if n == name
+                     or n.startswith(name + '/') or name.startswith(n + '/')]
+            if not taken:
+                files[name] = state[name] = content, mode
+
         for kind in draw(st.lists(st.sampled_from(
-                ['add', 'edit', 'delete', 'mode', 'rename']), max_size=4)):
-            there = [n for n in OWNED if n in state and n not in files]
-            if kind in ('add', 'rename') or not there:
-                name = 'nova/new %d-\xe9.py' % added
-                added += 1
-                files[name] = (draw(CONTENT), draw(
-                    st.sampled_from([0o644, 0o755])))
-            if not there:
+                ['add', 'edit', 'edit', 'delete', 'mode', 'rename', 'folder',
+                 'again']), max_size=5)):
+            fresh = 'nova/new %d-\xe9.py' % draw(st.integers(0, 99))
+            there = sorted(n for n in state if n not in files)
+            if kind == 'add' or not there:
+                put(fresh, draw(CONTENT), draw(MODE))
                 continue
-            name = draw(st.sampled_from(there))
+            if kind == 'again':
+                if gone:
+                    put(draw(st.sampled_from(gone)), draw(CONTENT), draw(MODE))
+                continue
+            # Mostly what the series adds, which is what there is less of.
+            name = draw(st.sampled_from(
+                [n for n in there if n not in BASE] * 3 + there))
+            content, mode = state[name]
             if kind == 'edit':
-                files[name] = state[name] = draw(edits(state[name]))
+                files[name] = state[name] = draw(edits(content)), mode
             elif kind == 'mode':
-                files[name] = (state[name], 0o755)
-            elif kind in ('delete', 'rename'):
+                files[name] = state[name] = content, draw(MODE)
+            else:
                 files[name] = None
                 del state[name]
+                gone.append(name)
+            if kind == 'rename':
+                put(fresh, draw(st.sampled_from([content, content + b'x\r\n'])),
+                    mode)
+            elif kind == 'folder' and name not in BASE:
+                files[name + '/x.py'] = state[name + '/x.py'] = content, mode
         commits.append((files, 'Commit %d \xfc\n\nWhy %s.\n\nChange-Id: I%d\n' % (
             number, draw(st.sampled_from(['not', 'else\n\nA list:\n\n* x'])), number)))
     return commits
@@ -71,7 +100,7 @@ def histories(draw):
 
 class TestRoundTrip(base.ProjectTest):
 
-    @hypothesis.settings(max_examples=25, deadline=None, suppress_health_check=list(
+    @hypothesis.settings(max_examples=30, deadline=None, suppress_health_check=list(
         hypothesis.HealthCheck))
     @hypothesis.given(histories())
     def test_generated_histories(self, history):
@@ -79,10 +108,14 @@ class TestRoundTrip(base.ProjectTest):
         for root in ('patches', *self.project.roots):
             shutil.rmtree(self.project.root / root, ignore_errors=True)
         git = self.tree()
+        touched = []
         for files, message in history:
-            self.commit(git, files, message)
+            before = git.resolve('HEAD')
+            touched.append(set(git.changes(
+                before, self.commit(git, files, message))))
         save.save(self.project)
         saved = self.contents()
+        self.hold_to_form(git, touched)
         again = self.new_project('again')
         try:
             for name in saved:
@@ -94,8 +127,35 @@ class TestRoundTrip(base.ProjectTest):
             self.assertEqual(git.out('log', form), other.out('log', form))
             save.save(again)
             self.assertEqual(saved, self.contents(again))
+            # GNU patch takes no binary diff of the base, and says so.
+            self.assertEqual([], [fault for fault in check.check(again) if not
+                                  re.search('binary|GNU patch', fault)])
+            export.export(again)
+            other.run('reset', '--quiet', '--hard', 'base', worktree=True)
+            mails = sorted((again.root / 'dist/series').glob('*'))
+            if all(touched):  # git am takes no commit that does nothing
+                other.run('am', '--quiet', '--keep-cr', *mails, worktree=True)
+                self.assertEqual(git.out('log', form), other.out('log', form))
         finally:
             shutil.rmtree(again.root)
+
+    def hold_to_form(self, git, touched):
+        """The files at the end lie here, whole; the rest is hunks."""
+        base_files = git.files('base')
+        ours = {name: file for name, file in git.files('HEAD').items()
+                if name not in base_files}
+        self.assertEqual(set(ours), {
+            name for name in save.own_files(self.project, self.project.root)
+            if not name.startswith('patches/')})
+        for name, file in ours.items():
+            self.assertEqual(file.blob, git.out(
+                'hash-object', '--no-filters', self.project.root / name))
+        hunks = {path for patch in compose.patches(self.project)
+                 for path, _section in patch.sections()}
+        count = collections.Counter(itertools.chain(*touched))
+        self.assertEqual({name for name in count
+                          if name not in base_files and count[name] > 1},
+                         hunks - set(base_files))
 
     def test_fixups_are_folded_before_they_are_saved(self):
         git = self.tree()
@@ -130,15 +190,66 @@ class TestRoundTrip(base.ProjectTest):
         self.assertEqual([], list(self.project.patches.glob('*')))
 
 
-class TestRefusals(base.ProjectTest):
+class TestFilesOfSeveralCommits(base.ProjectTest):
 
-    def test_file_added_by_one_commit_and_changed_by_another(self):
-        git = self.tree()
-        self.commit(git, {'nova/new.py': b'1\n'}, 'Add new\n\nWhy.\n')
-        self.commit(git, {'nova/new.py': b'2\n'}, 'Change new\n\nWhy.\n')
+    NEW = b''.join(b'new %d\n' % n for n in range(40))
+
+    def setUp(self):
+        super().setUp()
+        self.git = self.tree()
+        self.commit(self.git, {'nova/new.py': self.NEW, 'nova/once.py': b'1\n'})
+        self.changed = self.NEW.replace(b'new 20\n', b'newer\n')
+        self.commit(self.git, {'nova/new.py': self.changed}, 'Second\n\nWhy.\n')
+        save.save(self.project)
+        self.here = self.project.root / 'nova/new.py'
+
+    def test_the_file_lies_here_and_what_changed_is_a_hunk(self):
+        self.assertEqual(self.changed, self.here.read_bytes())
+        first, second = compose.patches(self.project)
+        self.assertEqual((['nova/new.py', 'nova/once.py'], b''),
+                         (first.adds, first.diff))
+        self.assertEqual([], second.adds)
+        self.assertIn(b'\n@@ -18,7 +18,7 @@\n new 17\n', second.diff)
+        self.assertEqual([], check.check(self.project))
+
+    def test_edit_by_hand_where_a_later_patch_changed_it(self):
+        self.here.write_bytes(self.changed.replace(b'newer', b'mine'))
+        for call in (compose.make_tree, check.check):
+            with self.assertRaisesRegex(
+                    SeriesError, r'(?s)0002-Second.*nova/new\.py, line 18 \(hunk '
+                    r'@@ \+18\).*mine.*newer.*git checkout'):
+                call(self.project)
+
+    def test_edit_by_hand_elsewhere_belongs_to_the_commit_that_adds(self):
+        self.here.write_bytes(self.changed.replace(b'new 3\n', b'x\nmine\n'))
+        compose.make_tree(self.project)
+        self.assertEqual(self.NEW.replace(b'new 3\n', b'x\nmine\n'), self.git.run(
+            'show', 'HEAD^:nova/new.py').stdout)
+        self.assertRegex('\n'.join(check.check(self.project)),
+                         r'0002-Second\.patch, line \d+: a save would')
+        save.save(self.project)
+        self.assertEqual([], check.check(self.project))
+
+    def test_patch_of_a_file_that_none_adds(self):
+        patch = next(self.project.patches.glob('0001-*'))
+        patch.write_bytes(patch.read_bytes().replace(
+            b'adds: nova/new.py\n', b''))
         with self.assertRaisesRegex(
-                SeriesError, r'Change new.*nova/new\.py.*Add new'):
-            save.save(self.project)
+                SeriesError, '0002-Second.patch changes nova/new.py, which no'):
+            compose.make_tree(self.project)
+
+    def test_binary_file_edited_by_hand(self):
+        self.commit(self.git, {'nova/x.bin': b'\0' * 9})
+        self.commit(self.git, {'nova/x.bin': b'\0' * 10}, 'Fourth\n\nWhy.\n')
+        save.save(self.project)
+        self.assertEqual([], check.check(self.project))
+        (self.project.root / 'nova/x.bin').write_bytes(b'\0')
+        with self.assertRaisesRegex(SeriesError, r'(?s)0004-Fourth.*nova/x\.bin'
+                                    '.*git checkout'):
+            compose.make_tree(self.project)
+
+
+class TestRefusals(base.ProjectTest):
 
     def test_file_outside_of_the_roots(self):
         git = self.tree()

@@ -31,13 +31,17 @@ def main() -> int:
                                      'repository into a tree and back.')
     parser.add_argument('command', choices=sorted(COMMANDS))
     parser.add_argument('--root', type=pathlib.Path, default=ROOT)
+    parser.add_argument('--topic', default='', metavar='NAME',
+                        help='tree: leave out what comes after this topic')
     arguments = parser.parse_args()
     try:
         project = Project.load(arguments.root)
         with locked(project):
             if save.finish(project):
                 print('ended a save that was cut off')
-            print(COMMANDS[arguments.command](project))
+            command = COMMANDS[arguments.command]
+            print(command(project, arguments.topic)
+                  if command is compose.make_tree else command(project))
     except SeriesError as error:
         print('error:', error, file=sys.stderr)
         return 1

@@ -22,6 +22,8 @@ import tempfile
 
 from . import compose
 from . import save
+from . import SeriesError
+from . import topics
 from .git import EMPTY_BLOB
 from .git import Git
 from .git import run_tool
@@ -48,7 +50,8 @@ def check(project: Project) -> list[str]:
         return faults
     tip = compose.compose(git, project)
     return [*_tree_agrees(project, git, tip), *_round_trip(project, git, tip),
-            *_options(project, git, _commits(git, tip), series),
+            *_options(project, git, compose.commits(git, tip),
+                      series),
             *_gnu_patch(project, git, base, tip, series)]
 
 
@@ -60,6 +63,10 @@ def _complete(project, series, owned):
                    'make save')
     there, faults = compose.account(project, series, owned)
     yield from faults
+    try:
+        topics.load(project, series)
+    except SeriesError as error:
+        yield str(error)
     expected = {*there, *(f'patches/{patch.name}' for patch in series)}
     for path in sorted(save.own_files(project, project.root) - expected):
         yield f'{path}: no patch adds it; remove it, or make save'
@@ -134,7 +141,8 @@ def sizes(project: Project) -> list[str]:
     git = compose.workshop(project)
     tip = compose.compose(git, project)
     counts, found = [], []
-    for patch, commit in zip(compose.patches(project), _commits(git, tip)):
+    for patch, commit in zip(compose.patches(project), compose.commits(
+            git, tip)):
         lines = [line.split('\t') for line in git.out(
             'diff-tree', '-r', '--numstat', '--no-commit-id', '--no-renames',
             commit).splitlines()]
@@ -151,10 +159,6 @@ def sizes(project: Project) -> list[str]:
     return found
 
 
-def _commits(git, tip):
-    return git.out('rev-list', '--reverse', f'base..{tip}').splitlines()
-
-
 def _tree_agrees(project, git, tip):
     if not (project.tree / '.git').exists():
         return
@@ -162,6 +166,7 @@ def _tree_agrees(project, git, tip):
     if changed:
         yield ('tree/ has changes that are in no commit; commit them there '
                'and make save:\n' + changed)
+    tip = compose.end_of(git, project, tip, compose.partial(git)[0])
     different = git.changes(tip, 'HEAD')
     for path, file in different.items():
         yield (f'{path} is not the same in tree/ and in the repository '

@@ -21,6 +21,7 @@ import tempfile
 import time
 
 from . import SeriesError
+from . import topics
 from .git import Git
 from .git import identity
 from .mail import Patch
@@ -29,6 +30,7 @@ from .project import Project
 BASE_IDENTITY = identity('base', 'base@localhost', '2026-01-01T00:00:00Z')
 SAVED = 'refs/series/saved'        # HEAD of the tree at the last save
 COMPOSED = 'refs/series/composed'  # what the repository came to then
+PARTIAL = 'refs/series/partial/'   # + topic: tree/ ends there, as composed
 MOVING = 'refs/series/moving'      # a checkout that was begun
 DELETED = re.compile(rb'^deleted file mode ', re.M)
 # What to do about a file of several commits that somebody has changed here.
@@ -239,34 +241,72 @@ def _message(patch):
     return b'\n\n'.join(filter(None, parts)) + b'\n'
 
 
-def make_tree(project: Project, keep_work: bool = False) -> str:
+def commits(git: Git, tip: str, after: str = 'base') -> list[str]:
+    """The commits of a series, in order."""
+    return git.out('rev-list', '--reverse', f'{after}..{tip}').splitlines()
+
+
+def end_of(git: Git, project: Project, tip: str, topic: str) -> str:
+    """Where a topic ends in the whole series; without a topic, the tip."""
+    if not topic:
+        return tip
+    ends = {one.name: one.end
+            for one in topics.load(project, patches(project))}
+    if topic not in ends:
+        raise SeriesError(f'{topics.PLACE} has no topic {topic!r}: make tree '
+                          f'TOPIC= one of {", ".join(ends) or "none"}')
+    return commits(git, tip)[ends[topic] - 1]
+
+
+def partial(git: Git) -> tuple[str, str]:
+    """The topic with which tree/ ends, and its commit; or nothing twice."""
+    name, _space, commit = git.out(
+        'for-each-ref', '--format=%(refname) %(objectname)',
+        PARTIAL).partition(' ')
+    return name.removeprefix(PARTIAL), commit
+
+
+def make_tree(project: Project, topic: str | None = None,
+              keep_work: bool = False) -> str:
     """Bring tree/ to what the repository says.
 
+    :param topic: leave out what comes after this topic; '' leaves out
+        nothing, None what was left out before
     :param keep_work: be content with a tree that goes on from there
     :returns: what was done, in a line
     :raises: SeriesError if tree/ holds work that isn't saved
     """
     if not (project.tree / '.git').exists():
-        return _new_tree(project)
+        return _new_tree(project, topic)
     git = Git(project.tree)
     _exclude(git, project)
     if git.resolve(MOVING):
         _end_checkout(git)
     head = git.resolve('HEAD')
-    commit = compose(git, project)
+    before = partial(git)
+    topic = before[0] if topic is None else topic
+    tip = compose(git, project)
+    commit = end_of(git, project, tip, topic)
     same = same_series(git, head, commit)
-    unchanged = commit == git.resolve(COMPOSED)
+    unchanged = tip == git.resolve(COMPOSED) and before == (
+        topic, commit if topic else '')
     work = _unsaved(git, same or head == git.resolve(SAVED))
     if work and keep_work and unchanged:
         return 'tree/ has work that is not saved, and is used as it is'
     if work:
         raise SeriesError(work)
     if same or unchanged:
-        mark(git, head, commit)
-        return f'tree/ is at {head[:12]}'
+        mark(git, tip, topic, commit, f'update {SAVED} {head}')
+        return f'tree/ is at {head[:12]}{_until(topic)}'
     kept = _keep(git, head)
-    _checkout(git, commit)
-    return f'tree/ is at {commit[:12]} now; what was there is {kept}'
+    mark(git, tip, topic, commit, f'update {MOVING} {commit}')
+    _checkout(git)
+    return (f'tree/ is at {commit[:12]}{_until(topic)} now; what was there is '
+            f'{kept}')
+
+
+def _until(topic):
+    return topic and f', the end of topic {topic},'
 
 
 def _unsaved(git, head_is_saved):
@@ -284,7 +324,9 @@ def _unsaved(git, head_is_saved):
 
 
 def interrupted(git: Git) -> None:
-    """:raises: SeriesError in the midst of a rebase, am or merge"""
+    """:raises: SeriesError in the midst of a rebase, am, merge or move"""
+    if git.resolve(MOVING):
+        raise SeriesError('a checkout of tree/ was cut off: make tree first')
     for name in IN_PROGRESS:
         if (git.dir / name).exists():
             raise SeriesError(
@@ -301,7 +343,7 @@ def uncommitted(git: Git, *options: str) -> str:
     return '\n'.join('    ' + line for line in lines)
 
 
-def _new_tree(project):
+def _new_tree(project, topic):
     if project.tree.exists() and any(project.tree.iterdir()):
         raise SeriesError('tree/ is there and is no git repository; move it '
                           'away')
@@ -311,10 +353,12 @@ def _new_tree(project):
     git = Git(new)
     git.run('init', '--quiet', '-b', 'series', new)
     _exclude(git, project)
-    commit = compose(git, project)
-    _checkout(git, commit)
+    tip = compose(git, project)
+    commit = end_of(git, project, tip, topic)
+    mark(git, tip, topic, commit, f'update {MOVING} {commit}')
+    _checkout(git)
     os.rename(new, project.tree)
-    return f'tree/ is new, at {commit[:12]}'
+    return f'tree/ is new, at {commit[:12]}{_until(topic)}'
 
 
 def _exclude(git, project):
@@ -343,21 +387,33 @@ def _end_checkout(git):
                     env=BASE_IDENTITY)
     print('ending a checkout of tree/ that was cut off; the files as they '
           'were are', _keep(git, found or git.resolve('HEAD')))
-    _checkout(git, git.resolve(MOVING))
+    _checkout(git)
 
 
-def _checkout(git, commit):
-    """Bring a tree to what the repository comes to."""
-    git.run('update-ref', MOVING, commit)
+def _checkout(git):
+    """Bring a tree to where it is to move."""
+    commit = git.resolve(MOVING)
     git.run('reset', '--quiet', '--hard', commit, worktree=True)
-    mark(git, commit, commit)
+    git.run('update-ref', SAVED, commit)
     git.run('update-ref', '-d', MOVING)
 
 
-def mark(git: Git, head: str, composed: str) -> None:
-    """Note that a head of the tree and the repository agree."""
-    git.run('update-ref', SAVED, head)
-    git.run('update-ref', COMPOSED, composed)
+def mark(git: Git, tip: str, topic: str | None, end: str,
+         also: str) -> None:
+    """Note what the repository comes to and of that, what tree/ holds.
+
+    :param tip: the whole series
+    :param topic: the topic with which tree/ ends, if that isn't the whole
+    :param end: where it ends in the whole series
+    :param also: a further line for git update-ref
+    """
+    lines = [also, f'update {COMPOSED} {tip}']
+    before = partial(git)[0]
+    if topic:
+        lines.append(f'update {PARTIAL}{topic} {end}')
+    if before and before != topic:
+        lines.append(f'delete {PARTIAL}{before}')
+    git.run('update-ref', '--stdin', stdin='\n'.join(lines).encode() + b'\n')
 
 
 def same_series(git: Git, one: str, other: str) -> bool:

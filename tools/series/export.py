@@ -16,26 +16,53 @@ import pathlib
 import shutil
 
 from . import compose
+from . import topics
 from .mail import MAIL
 from .project import Project
 
 
 def export(project: Project) -> str:
-    """Write dist/series (git am) and dist/quilt (quilt push -a)."""
+    """Write dist/series (git am), dist/topics and dist/quilt.
+
+    In tree/, the branch topic/NAME of each topic stands on those below it.
+    """
     dist = project.root / 'dist'
     series, quilt = dist / 'series', dist / 'quilt' / 'patches'
     git = compose.workshop(project)
     tip = compose.compose(git, project)
-    for folder in (series, dist / 'quilt'):
+    for folder in (series, dist / 'topics', dist / 'quilt'):
         shutil.rmtree(folder, ignore_errors=True)
-    mails = git.out('format-patch', *MAIL, '--full-index', '--binary',
-                    '--output-directory', series, f'base..{tip}')
+    names = _mails(git, series, 1, f'base..{tip}')
     quilt.mkdir(parents=True)
-    names = [pathlib.Path(mail).name for mail in mails.splitlines()]
     for name in names:
         shutil.copy(series / name, quilt)
     (quilt / 'series').write_text(''.join(name + '\n' for name in names))
-    return f'{len(names)} patches in {series} and {quilt}'
+    said = [f'{len(names)} patches in {series} and {quilt}']
+    commits = ['base', *compose.commits(git, tip)]
+    for topic in topics.load(project, compose.patches(project)):
+        below, end = commits[topic.begin - 1], commits[topic.end]
+        _mails(git, dist / 'topics' / topic.name, topic.begin,
+               f'{below}..{end}')
+        _branch(project, git, f'topic/{topic.name}', end)
+        said.append(f'{topic.begin:4} to {topic.end}: {topic.name}: '
+                    f'{topic.title}\n{"":10}{topic.description}')
+    return '\n'.join(said)
+
+
+def _mails(git, folder, first, commits):
+    """Write a mail a commit, numbered from the first; returns their names."""
+    said = git.out('format-patch', *MAIL, '--full-index', '--binary',
+                   '--start-number', first, '--output-directory', folder,
+                   commits)
+    return [pathlib.Path(mail).name for mail in said.splitlines()]
+
+
+def _branch(project, git, name, commit):
+    """Bring a branch of tree/ to a commit; git refuses the one in use."""
+    if git.path == project.tree and git.resolve(
+            'refs/heads/' + name) != commit:
+        git.run('branch', '--quiet', '--no-track', '--force', name, commit,
+                env=compose.BASE_IDENTITY)
 
 
 def version(project: Project) -> str:

@@ -20,6 +20,7 @@ from . import compose
 from . import SeriesError
 from .git import File
 from .git import Git
+from .git import identity
 from .git import NO_FILE
 from .mail import Patch
 from .mail import SEPARATOR
@@ -120,16 +121,57 @@ def save(project: Project) -> str:
     before = git.resolve(compose.SAVED)
     shutil.rmtree(project.staging, ignore_errors=True)
     project.staging.mkdir()
-    write(git, project, head, project.staging)
+    write(git, project, _with_the_rest(git, head), project.staging)
     (project.staging / READY).touch()
     os.sync()
     finish(project)
-    compose.mark(git, head, compose.compose(git, project))
-    count = git.out('rev-list', '--count', 'base..HEAD')
+    tip = compose.compose(git, project)
+    count, topic = len(compose.commits(git, head)), compose.partial(git)[0]
+    end = [git.resolve('base^{commit}'), *compose.commits(git, tip)][count]
+    compose.mark(git, tip, topic, end, f'update {compose.SAVED} {head}')
     said = f'saved {head[:12]}, {count} commits'
+    if topic:
+        said += f'; those after topic {topic} are kept'
     if before in (None, head) or compose.same_series(git, before, head):
         return said + ': nothing has changed'
     return _difference(git, before, head) + '\n' + said
+
+
+def _with_the_rest(git, head):
+    """The whole series where tree/ ends with a topic.
+
+    :returns: the last commit, with all that come after the topic put on head
+    :raises: SeriesError if they no longer apply
+    """
+    topic, end = compose.partial(git)
+    if not topic:
+        return head
+    tip = git.resolve(compose.COMPOSED)
+    for commit in compose.commits(git, tip, end):
+        *author, message = git.out(
+            'log', '-1', '--date=raw', '--format=%an%n%ae%n%ad%n%B',
+            commit).split('\n', 3)
+        title = f'{commit[:12]} ({message.splitlines()[0]})'
+        # What it did, on head: a merge whose base is the commit before it.
+        here = git.out('commit-tree', head + '^{tree}', '-p', commit + '^',
+                       '-m', 'head', env=compose.BASE_IDENTITY)
+        done = git.run('merge-tree', '--write-tree', '--name-only', here,
+                       commit, check=False)
+        tree, _newline, said = os.fsdecode(done.stdout).partition('\n')
+        if done.returncode:
+            raise SeriesError(
+                f'nothing is saved: after topic {topic} comes {title}, which '
+                f'does not apply on what is in tree/:\n{said.strip()}\n'
+                'mend it in the whole series: git -C tree rebase --onto HEAD '
+                f'{end[:12]} {tip[:12]}, then git -C tree update-ref -d '
+                f'{compose.PARTIAL}{topic}, make save')
+        if tree == git.resolve(head + '^{tree}') and git.changes(
+                commit + '^', commit):
+            print(f'note: {title} has nothing left to do and goes')
+            continue
+        head = git.out('commit-tree', tree, '-p', head,
+                       env=identity(*author), stdin=os.fsencode(message))
+    return head
 
 
 def _difference(git, before, head):

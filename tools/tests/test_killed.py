@@ -24,10 +24,12 @@ import shutil
 from unittest import mock
 
 from . import base
+from . import test_topics
 from series import check
 from series import compose
 from series import git as series_git
 from series import save
+from series import SeriesError
 from series.git import Git
 
 
@@ -160,6 +162,39 @@ class TestKilled(base.ProjectTest):
                 for name in files:
                     self.assertEqual('mine', git.out('show', f'{kept}:{name}'))
                 self.assertEqual(there, git.resolve('HEAD'))
+
+    def test_tree_that_ends_with_a_topic_and_save(self):
+        """The later commits are never lost, whenever a command is killed."""
+        git = self.tree()
+        for number in '1234':
+            self.commit(git, {'nova/new.py': number.encode(), f'doc/{number}': b'x'},
+                        f'{number}\n\nWhy.\n')
+        save.save(self.project)
+        test_topics.write(self.project, ('low', '1'), ('high', '3'))
+
+        def whole(here):
+            git = Git(here.root / 'tree')
+            compose.make_tree(here, '')
+            self.assertEqual([], check.check(here))
+            subjects = git.out('log', '--format=%s', 'base..').split()
+            self.assertEqual(['4', '3', '2', '1'], [
+                s for s in subjects if s != 'Between'])
+            return 'Between' in subjects
+
+        for topic in ('low', ''):
+            for here in self.at_each_step(
+                    self.project, lambda here: compose.make_tree(here, topic)):
+                try:
+                    save.save(here)
+                except SeriesError as error:
+                    self.assertRegex(str(error), 'make tree first|no commit')
+                self.assertFalse(whole(here))
+            compose.make_tree(self.project, 'low')
+        self.commit(git, {'nova/between.py': b'1'}, 'Between\n\nWhy.\n')
+        for here in self.at_each_step(self.project, save.save):
+            save.finish(here)
+            save.save(here)
+            self.assertTrue(whole(here))
 
     def pull(self):
         """The repository changes as a pull would change it."""

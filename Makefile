@@ -13,8 +13,8 @@ help:         ## list the commands
 ready:        ## install the system packages of bindep.txt that are missing
 	@$(RUN) system
 
-tree:         ## make tree/, the Nova checkout in which one works, from the repository
-	@$(SERIES) tree
+tree:         ## make tree/, the Nova checkout in which one works, from the repository (TOPIC=NAME: up to the end of that topic)
+	@$(SERIES) tree $(if $(TOPIC),--topic $(TOPIC))
 
 save:         ## write the commits of tree/ to the repository
 	@$(SERIES) save
@@ -22,7 +22,7 @@ save:         ## write the commits of tree/ to the repository
 check:        ## prove that tree and repository agree and that each commit is in form
 	@$(SERIES) check
 
-series:       ## dist/: mails for git am, a quilt directory, source distribution, wheel
+series:       ## dist/: mails for git am, also by topic, a quilt directory, source distribution, wheel; branches topic/NAME in tree/
 	@$(SERIES) export
 	@$(RUN) dist
 
@@ -41,8 +41,8 @@ unit:         ## Nova's unit tests that the series can affect, alone
 functional:   ## Nova's functional tests of the libvirt driver, and ours
 	@$(RUN) functional
 
-each:         ## test every commit of the series alone (ALL=1: all unit tests on each; FIRST=N: from the Nth on)
-	@$(RUN) each $(if $(ALL),--all) $(if $(FIRST),--first $(FIRST))
+each:         ## test every commit of the series alone (ALL=1: all unit tests on each; FIRST=N LAST=M: from the Nth to the Mth)
+	@$(RUN) each $(if $(ALL),--all) $(if $(FIRST),--first $(FIRST)) $(if $(LAST),--last $(LAST))
 
 lab:          ## bring up two libvirt hosts and a cloud on this machine
 	@lab/lab up

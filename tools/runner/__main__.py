@@ -35,6 +35,8 @@ def main() -> int:
                         help='each: all unit tests on every commit')
     parser.add_argument('--first', type=int, default=1, metavar='N',
                         help='each: begin with the Nth commit')
+    parser.add_argument('--last', type=int, metavar='N',
+                        help='each: end with the Nth commit')
     arguments = parser.parse_args()
     try:
         if os.environ.get(INSIDE):
@@ -78,7 +80,7 @@ def _inside(arguments) -> int:
     tally = counting.Tally()
     stage = getattr(stages, arguments.command)
     if arguments.command == 'each':
-        stage(tally, arguments.all, arguments.first)
+        stage(tally, arguments.all, arguments.first, arguments.last)
     else:
         stage(tally)
     return tally.report()

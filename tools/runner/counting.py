@@ -49,6 +49,10 @@ class Tally:
             self.skipped += 1
             self.notes.append('%s skipped: %s' % (title, reason))
 
+    def sums(self) -> tuple[int, int, int]:
+        """Tests that passed, failed and were skipped so far."""
+        return self.passed, self.failed, self.skipped
+
     def report(self) -> int:
         """Print all failures in full, and the sums as the last line.
 

@@ -116,11 +116,14 @@ def _no_lab():
         return 'this machine makes no namespaces (unshare fails)'
 
 
-def each(tally, everything, first=1):
+def each(tally, everything, first=1, last=None):
     """Test every commit alone, in order, in a checkout of its own.
+
+    The result of each goes to the notes, which are shown at the end.
 
     :param everything: all unit tests, not just those of what it touches
     :param first: the number of the commit to begin with
+    :param last: the number of the commit to end with
     """
     work = ROOT / 'build' / 'each'
     _git('worktree', 'remove', '--force', work, check=False)
@@ -129,15 +132,25 @@ def each(tally, everything, first=1):
     _git('worktree', 'add', '--quiet', '--detach', work, 'base')
     try:
         commits = _git('rev-list', '--reverse', 'base..HEAD')
-        for commit in commits[first - 1:]:
+        for number, commit in enumerate(commits[first - 1:last], first):
             _git('checkout', '--quiet', '--force', commit, cwd=work)
-            print(_git('log', '-1', '--format=-- %h %s', cwd=work)[0])
+            title = _git('log', '-1', f'--format=-- {number:3} %h %s',
+                         cwd=work)[0]
+            print(title, flush=True)
+            before = tally.sums()
             _one_commit(tally, work, commit[:9] + ' ', everything)
+            result = title + ': %d passed, %d failed, %d skipped' % tuple(
+                now - then for now, then in zip(tally.sums(), before))
+            print(result, flush=True)
+            tally.notes.append(result)
     finally:
         _git('worktree', 'remove', '--force', work)
 
 
 def _one_commit(tally, work, title, everything):
+    for built in work.glob('nova/**/*.so'):  # of a commit before this one
+        if not built.with_name(built.name.split('.')[0] + '.pyx').exists():
+            built.unlink()
     try:
         machine.extensions(pathlib.Path(sys.executable), work,
                            ROOT / 'build/log/extensions.log')

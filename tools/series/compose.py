@@ -290,6 +290,7 @@ def make_tree(project: Project, topic: str | None = None,
     same = same_series(git, head, commit)
     unchanged = tip == git.resolve(COMPOSED) and before == (
         topic, commit if topic else '')
+    until = topic and f' (the end of topic {topic})'
     work = _unsaved(git, same or head == git.resolve(SAVED))
     if work and keep_work and unchanged:
         return 'tree/ has work that is not saved, and is used as it is'
@@ -297,16 +298,11 @@ def make_tree(project: Project, topic: str | None = None,
         raise SeriesError(work)
     if same or unchanged:
         mark(git, tip, topic, commit, f'update {SAVED} {head}')
-        return f'tree/ is at {head[:12]}{_until(topic)}'
+        return f'tree/ is at {head[:12]}{until}'
     kept = _keep(git, head)
     mark(git, tip, topic, commit, f'update {MOVING} {commit}')
     _checkout(git)
-    return (f'tree/ is at {commit[:12]}{_until(topic)} now; what was there is '
-            f'{kept}')
-
-
-def _until(topic):
-    return topic and f', the end of topic {topic},'
+    return f'tree/ is at {commit[:12]}{until} now; what was there is {kept}'
 
 
 def _unsaved(git, head_is_saved):
@@ -358,7 +354,7 @@ def _new_tree(project, topic):
     mark(git, tip, topic, commit, f'update {MOVING} {commit}')
     _checkout(git)
     os.rename(new, project.tree)
-    return f'tree/ is new, at {commit[:12]}{_until(topic)}'
+    return f'tree/ is new, at {commit[:12]}'
 
 
 def _exclude(git, project):

@@ -17,7 +17,6 @@ subject it gives as ``first``, and ends before the next one's.
 """
 
 import dataclasses
-import re
 import tomllib
 
 from . import SeriesError
@@ -25,21 +24,22 @@ from .mail import Patch
 from .project import Project
 
 PLACE = 'tools/topics.toml'
-KEYS = {'name', 'title', 'description', 'first'}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Topic:
     """One topic.
 
-    :ivar begin: the number of its first commit, from 1
+    :ivar first: the subject of its first commit
+    :ivar begin: the number of that commit, from 1
     :ivar end: the number of its last commit
     """
     name: str
     title: str
     description: str
-    begin: int
-    end: int
+    first: str
+    begin: int = 0
+    end: int = 0
 
 
 def load(project: Project, series: list[Patch]) -> list[Topic]:
@@ -50,35 +50,28 @@ def load(project: Project, series: list[Patch]) -> list[Topic]:
     if not (project.root / PLACE).exists() or not series:
         return []
     try:
-        told = tomllib.loads((project.root / PLACE).read_text())['topic']
-    except (tomllib.TOMLDecodeError, KeyError) as error:
-        raise SeriesError(f'{PLACE} has no list of topics: {error}') from None
+        topics = [Topic(**entry) for entry in tomllib.loads(
+            (project.root / PLACE).read_text())['topic']]
+    except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        raise SeriesError(f'{PLACE}: each [[topic]] has name, title, '
+                          f'description and first: {error}') from None
     subjects = [patch.subject for patch in series]
-    faults, begins = [], []
-    for entry in told:
-        name = f"{PLACE}: topic {entry.get('name')}"
-        if set(entry) != KEYS:
-            faults.append(f'{name} must have {", ".join(sorted(KEYS))}')
-        elif not re.fullmatch('[a-z0-9]+(-[a-z0-9]+)*', entry['name']):
-            faults.append(f'{name}: small letters, digits and hyphens alone')
-        elif subjects.count(entry['first']) != 1:
-            faults.append(f"{name}: {subjects.count(entry['first'])} commits "
-                          f"have the subject {entry['first']!r}; give that of "
-                          'its first commit')
-        else:
-            begins.append(subjects.index(entry['first']) + 1)
-    if not faults and begins[:1] != [1]:
-        faults.append(f'{PLACE}: {subjects[0]!r} has no topic; the first one '
-                      'must begin with it')
-    if not faults and begins != sorted(set(begins)):
-        faults.append(f'{PLACE}: the topics begin with commits '
-                      f'{", ".join(map(str, begins))}; list them in order')
-    names = [entry.get('name') for entry in told]
-    if len(set(names)) < len(names):
-        faults.append(f'{PLACE}: two topics have one name')
-    if faults:
-        raise SeriesError('\n'.join(faults))
-    return [Topic(entry['name'], entry['title'], entry['description'], begin,
-                  end)
-            for entry, begin, end in zip(
-                told, begins, [n - 1 for n in begins[1:]] + [len(series)])]
+    for topic in topics:
+        count = subjects.count(topic.first)
+        if count != 1:
+            raise SeriesError(
+                f'{PLACE}: topic {topic.name}: {count} commits have the '
+                f'subject {topic.first!r}; give that of its first commit')
+        topic.begin = subjects.index(topic.first) + 1
+    begins = [topic.begin for topic in topics]
+    if begins[:1] != [1]:
+        raise SeriesError(f'{PLACE}: {subjects[0]!r} has no topic; the first '
+                          'one must begin with it')
+    if begins != sorted(set(begins)):
+        raise SeriesError(f'{PLACE}: the topics begin with commits '
+                          f'{begins}; list them in order, each once')
+    if len({topic.name for topic in topics}) < len(topics):
+        raise SeriesError(f'{PLACE}: two topics have one name')
+    for topic, after in zip(topics, [*begins[1:], len(series) + 1]):
+        topic.end = after - 1
+    return topics

@@ -36,6 +36,11 @@ class TestExport(base.ProjectTest):
             'nova/b.py': base.BASE['nova/b.py'] + b' more',
             'nova/tool.sh': (b'#!/bin/sh', 0o755), 'doc/page.rst': None},
             '[PATCH 1/2] Subject as of a mail\n\nBody.\n')
+        self.commit(self.git, {
+            'nova/new.py': b'1\n2\n3', 'nova/empty/__init__.py': None,
+            'nova/passing.py': b'x\n', 'nova/tool.sh': (b'#!/bin/sh', 0o644)})
+        self.commit(self.git, {'nova/new.py': b'0\n2\n3\n', 'nova/passing.py':
+                               None, 'nova/passed.py': b'x\ny\n'})
         save.save(self.project)
         export.export(self.project)
         self.dist = self.project.root / 'dist'
@@ -77,5 +82,5 @@ class TestExport(base.ProjectTest):
             self.dist / 'series').iterdir()})
 
     def test_version_counts_the_commits(self):
-        self.assertEqual('1.0+test.2', export.version(self.project))
-        self.assertEqual(2, len(compose.patches(self.project)))
+        self.assertEqual('1.0+test.4', export.version(self.project))
+        self.assertEqual(4, len(compose.patches(self.project)))

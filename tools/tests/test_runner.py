@@ -16,6 +16,7 @@ import contextlib
 import io
 import os
 import pathlib
+import subprocess
 import tempfile
 import unittest
 from unittest import mock
@@ -64,7 +65,7 @@ class RunnerTest(unittest.TestCase):
         stack.enter_context(contextlib.redirect_stdout(self.said))
 
     def sums(self):
-        return self.tally.passed, self.tally.failed, self.tally.skipped
+        return self.tally.sums()
 
 
 class TestStestr(RunnerTest):
@@ -177,6 +178,35 @@ class TestStages(RunnerTest):
                 'nova/virt/a.py', 'nova/virt/b.py', 'nova/exception.py',
                 'nova/tests/unit/virt/test_a.py', 'doc/a.py', 'setup.py',
                 'nova/tests/unit/virt/fake.py']))
+
+    def test_each_of_a_range(self):
+        def git(*arguments):
+            subprocess.run(['git', '-c', 'user.name=x', '-c', 'user.email=x@y',
+                            *arguments], cwd=tree, check=True)
+
+        tree = self.top / 'tree'
+        tree.mkdir()
+        git('init', '--quiet')
+        for name in ('base', 'one', 'two', 'three', 'four'):
+            (tree / 'name').write_text(name)
+            git('add', 'name')
+            git('commit', '--quiet', '-m', name)
+        git('tag', 'base', 'HEAD~4')
+        seen = []
+
+        def one(tally, work, title, everything):
+            seen.append((work / 'name').read_text())
+            tally.add(title, seen[-1] != 'three')
+
+        with mock.patch.multiple(stages, ROOT=self.top, TREE=tree,
+                                 _one_commit=one), (
+                mock.patch.dict(stages._git.__kwdefaults__, cwd=tree)):
+            stages.each(self.tally, False, 2, 3)
+        self.assertEqual(['two', 'three'], seen)
+        for note, number, result in zip(self.tally.notes, (2, 3), (
+                'two: 1 passed, 0', 'three: 0 passed, 1'), strict=True):
+            self.assertRegex(note, f'--   {number} .* {result} failed')
+        self.assertEqual([], list((self.top / 'build').iterdir()))
 
     def test_lab_without_root(self):
         with mock.patch('os.geteuid', return_value=1000), (

@@ -176,15 +176,15 @@ class TestFile(TopicsTest):
                 ([('low', 'One'), ('high', 'Three')], '^$'),
                 ([('low', 'Two')], "'One' has no topic"),
                 ([('low', 'One'), ('b', 'Four'), ('c', 'Three')],
-                 'commits 1, 4, 3; list them in order'),
+                 r'commits \[1, 4, 3\]; list them in order'),
                 ([('low', 'One'), ('b', 'Other')], "0 commits.*'Other'"),
                 ([('low', 'One'), ('low', 'Two')], 'two topics have one name'),
-                ([('L w', 'One')], 'small letters')):
+                ([('low', 'One'), ('b', 'One')], 'each once')):
             with self.subTest(told):
                 self.assertRegex(self.faults(*told), fault)
         (self.project.root / topics.PLACE).write_text('[[topic]]\nname = "x"')
         self.assertRegex('\n'.join(check.check(self.project)),
-                         'topic x must have description, first, name, title')
+                         'has name, title, description and first: .*missing')
 
 
 class TestExport(TopicsTest):

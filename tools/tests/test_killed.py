@@ -94,7 +94,7 @@ class TestKilled(base.ProjectTest):
         self.commit(git, {'nova/a.py': b'5\n'})
         git.run('reset', '--quiet', '--hard', 'base', worktree=True)
         self.commit(git, {'nova/newer.py': b'3\n', 'doc/new.rst': b'4\n'})
-        head = git.resolve('HEAD')
+        head = self.commit(git, {'nova/newer.py': b'3\n5\n'})
         found = set()
         for here in self.at_each_step(self.project, save.save):
             save.finish(here)  # as each command does first

@@ -97,6 +97,8 @@ def _cloud():
               show_default=True)
 @click.option('--threading', type=click.Choice(['native', 'eventlet']),
               default='native', show_default=True)
+@click.option('--root', is_flag=True,
+              help='nova-compute as root in place of user nova.')
 def up(**arguments):
     """Bring the lab up; if it is, say so."""
     options = state.Options(**arguments)

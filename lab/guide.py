@@ -22,6 +22,7 @@ import pathlib
 import re
 
 from . import config
+from . import nova_user
 from .errors import LabError
 
 PAGE = 'doc/source/admin/remote-libvirt-tls.rst'
@@ -72,11 +73,15 @@ def script(name: str) -> str:
         raise LabError('%s has no block %s%s' % (path, PREFIX, name)) from None
 
 
-def run(machine, name: str, cwd='/', **variables: str) -> str:
+def run(machine, name: str, cwd='/', as_nova=False, **variables: str) -> str:
     """Run a block in a machine as the guide has it.
 
+    :param as_nova: as the user of nova-compute in place of root
     :param variables: which the page tells the reader to set
     :returns: what it printed
     """
-    return machine.run(['sh', '-euc', script(name)], cwd=cwd,
-                       env=variables).stdout
+    argv = ['sh', '-euc', script(name)]
+    if as_nova:
+        argv = nova_user.command(argv)
+        variables.update(nova_user.environment())
+    return machine.run(argv, cwd=cwd, env=variables).stdout

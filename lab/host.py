@@ -22,6 +22,7 @@ import uuid
 from . import config
 from . import faults
 from . import guide
+from . import nova_user
 from . import pki
 from . import ssh
 from .errors import LabError
@@ -37,7 +38,8 @@ QEMU_OWNED = ('var/lib/libvirt/qemu', 'var/cache/libvirt/qemu')
 LIBVIRTD_CONF = '''listen_addr = "%(address)s"
 auth_unix_rw = "none"
 auth_unix_ro = "none"
-unix_sock_rw_perms = "0777"
+unix_sock_group = "libvirt"
+unix_sock_rw_perms = "0770"
 tls_no_sanity_certificate = %(no_sanity)d
 host_uuid = "%(uuid)s"
 log_outputs = "2:stderr"
@@ -118,6 +120,11 @@ class Host(Machine):
         else:
             spec['binds'] += ssh.make_recorder(self.name, self.folder)
         return spec
+
+    def make_users(self) -> None:
+        """Make the user nova; the host has begun to run."""
+        nova_user.make(self, ssh.user_files(
+            nova_user.HOME, config.STATE / 'ssh') if self._with_ssh else None)
 
     def configure(self, no_sanity: bool = False) -> None:
         """Write libvirtd.conf and qemu.conf; the host is up.

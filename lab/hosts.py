@@ -82,6 +82,8 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
         starting = [(m, m.begin()) for m in machines]
         for machine, process_ in starting:
             machine.finish(process_)
+        for machine in machines[1:]:
+            machine.make_users()
     with progress.step('certificates, as the admin guide says'):
         _certificates(*machines)
     with progress.step('virtlogd, libvirtd'):

@@ -22,8 +22,8 @@ from .errors import LabError
 HOSTS = (
     'e2fsprogs', 'ethtool', 'gnutls-bin', 'iproute2', 'libvirt-clients',
     'libvirt-daemon', 'libvirt-daemon-system', 'libvirt-dev', 'mount',
-    'ovmf', 'procps', 'qemu-system-x86', 'qemu-utils', 'swtpm', 'swtpm-tools',
-    'util-linux')
+    'ovmf', 'procps', 'qemu-system-x86', 'qemu-utils', 'sudo', 'swtpm',
+    'swtpm-tools', 'util-linux')
 SSH = ('openssh-client', 'openssh-server', 'rsync')
 CLOUD = (
     'busybox-static', 'conntrack', 'dosfstools', 'dropbear-bin', 'fdisk',

@@ -32,6 +32,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from cryptography.x509.oid import NameOID
 
 from . import guide
+from . import nova_user
 
 DAYS = 30
 VARIANTS = ('good', 'none', 'other-ca', 'wrong-name', 'expired',
@@ -190,6 +191,7 @@ class Hosts:
             shutil.copy(self.folder / name, folder)
         guide.run(host, 'install', folder, HOST=host.name,
                   QEMU_GROUP=_qemu_group())
+        guide.run(host, 'install-nova', NOVA_GROUP=nova_user.NAME)
 
 
 def _qemu_group() -> str:

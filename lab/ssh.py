@@ -76,7 +76,7 @@ def attempts(folder: pathlib.Path) -> list[dict]:
 
 
 def make_keys(folder: pathlib.Path) -> None:
-    """One key pair for root on all hosts, a host key for each."""
+    """One key pair for all users on all hosts, a host key for each."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name in ('id_ed25519', *('host-key-' + host for host in config.HOSTS)):
         if not (folder / name).exists():
@@ -84,16 +84,24 @@ def make_keys(folder: pathlib.Path) -> None:
                             '-C', 'lab', '-f', folder / name], check=True)
 
 
+def user_files(home: str, keys: pathlib.Path) -> dict:
+    """Files with which a user logs in to the other host, as in server_files.
+
+    :param home: the user's folder
+    """
+    return {
+        home + '/.ssh/id_ed25519': [0o600, (keys / 'id_ed25519').read_text()],
+        home + '/.ssh/authorized_keys': [
+            0o600, (keys / 'id_ed25519.pub').read_text()],
+        home + '/.ssh/config': [0o600, 'Host *\n StrictHostKeyChecking no\n'
+                                ' UserKnownHostsFile /dev/null\n'
+                                ' LogLevel ERROR\n']}
+
+
 def server_files(host: str, address: str, keys: pathlib.Path) -> dict:
     """Files of a host with sshd: path to [mode, content]."""
-    key = (keys / 'id_ed25519').read_text()
-    public = (keys / 'id_ed25519.pub').read_text()
     return {
-        '/root/.ssh/id_ed25519': [0o600, key],
-        '/root/.ssh/authorized_keys': [0o600, public],
-        '/root/.ssh/config': [0o600, 'Host *\n StrictHostKeyChecking no\n'
-                              ' UserKnownHostsFile /dev/null\n'
-                              ' LogLevel ERROR\n'],
+        **user_files('/root', keys),
         '/etc/ssh/lab_host_key': [
             0o600, (keys / ('host-key-' + host)).read_text()],
         '/etc/ssh/lab_sshd_config': [0o644, f'''ListenAddress {address}

@@ -25,6 +25,7 @@ from .errors import LabError
 class Options:
     """What `up` was asked for.
 
+    :ivar root: nova-compute runs as root, for comparison
     :ivar memory: the hosts' disks lie in memory, so that none is measured
     """
 
@@ -35,6 +36,7 @@ class Options:
     network: str = 'none'
     threading: str = 'native'
     memory: bool = False
+    root: bool = False
 
 
 def boot_id() -> str:

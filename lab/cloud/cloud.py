@@ -68,7 +68,7 @@ class Cloud:
             services=VENVS / 'services', nova=VENVS / 'nova',
             network=VENVS / 'network' if options.network == 'ovs' else None,
             tree=known_tree(options.nova), images_type=options.images_type,
-            threading=options.threading)
+            threading=options.threading, user=not options.root)
         self.control = Machine(lab_config.CONTROL)
         self._given_up = False  # up() has failed or was interrupted
 

@@ -15,9 +15,13 @@
 import configparser
 import dataclasses
 import json
+import os
 import pathlib
 import secrets
 import shutil
+
+from .. import nova_user
+from ..machine import Machine
 
 PORTS = {'keystone': 5000, 'placement': 8778, 'glance': 9292,
          'nova-api': 8774, 'network': 9696, 'memcached': 11211,
@@ -49,6 +53,8 @@ class Layout:
         environment
     :ivar images_type: of both hosts
     :ivar threading: "native" or "eventlet"
+    :ivar user: nova-compute runs as nova, else as root
+    :ivar umask: of nova-compute, octal
     """
 
     folder: pathlib.Path
@@ -60,6 +66,8 @@ class Layout:
     tree: pathlib.Path | None = None
     images_type: str = 'default'
     threading: str = 'native'
+    user: bool = True
+    umask: str = ''
 
     @property
     def etc(self) -> pathlib.Path:
@@ -87,6 +95,12 @@ class Layout:
         files.append(self.overrides(place))
         return [word for file in files
                 for word in ('--config-file', str(file))]
+
+
+def _for_nova(path) -> None:
+    """As Debian has it of /etc/nova/nova.conf."""
+    os.chown(path, 0, nova_user.ID)
+    path.chmod(0o640)
 
 
 class Secrets:
@@ -150,6 +164,8 @@ class Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
         path.write_text(text)
+        if path.parent.name == 'nova':
+            _for_nova(path)
 
     def _folder(self, path):
         path = self.layout.folder / path
@@ -313,15 +329,24 @@ connection = {self.database('nova_api')}
 [database]
 connection = {self.database('nova')}
 ''')
-        layout.overrides('ctl').touch(mode=0o600)
+        self._overrides('ctl')
+
+    def _overrides(self, place):
+        path = self.layout.overrides(place)
+        path.touch(mode=0o600)
+        _for_nova(path)
 
     def write_compute(self, host) -> None:
         layout = self.layout
         address = layout.hosts[host]
-        helper = '%s %s' % (layout.nova / 'bin/privsep-helper',
-                            ' '.join(layout.nova_files(host)))
-        if layout.tree:
-            helper = 'env PYTHONPATH=%s %s' % (layout.tree, helper)
+        sudo = 'sudo ' if layout.user else ''
+        helper = sudo + ' '.join(['privsep-helper', *layout.nova_files(host)])
+        nova_user.write_privsep_helper(
+            Machine(host), [layout.nova / 'bin/privsep-helper'],
+            layout.tree or '')
+        # Where lab_keys.FileKeyManager keeps what it is given.
+        keys = self._folder('keys')
+        os.chown(keys, nova_user.ID, nova_user.ID)
         self._write('nova/%s.conf' % host, f'''[DEFAULT]
 compute_driver = libvirt.LibvirtDriver
 host = {host}
@@ -332,7 +357,7 @@ preallocate_images = none
 state_path = /var/lib/nova
 instances_path = /var/lib/nova/instances
 [oslo_concurrency]
-lock_path = /var/lib/nova/lock
+lock_path = /var/lock/nova
 [libvirt]
 virt_type = qemu
 cpu_mode = custom
@@ -348,4 +373,4 @@ helper_command = {helper}
 [vif_plug_ovs_privileged]
 helper_command = {helper}
 ''')
-        layout.overrides(host).touch(mode=0o600)
+        self._overrides(host)

@@ -18,6 +18,7 @@ import pathlib
 import time
 
 from . import config
+from .. import nova_user
 from ..errors import LabError
 
 MARIADB = (
@@ -179,9 +180,12 @@ def nova_daemon(layout, name) -> Service:
 
 
 def nova_compute(layout, host) -> Service:
-    return Service('nova-compute', host, (
-        layout.nova / 'bin/nova-compute', *layout.nova_files(host)),
-        with_keys(layout, nova_environment(layout)), CONSUMING)
+    argv = [layout.nova / 'bin/nova-compute', *layout.nova_files(host)]
+    env = with_keys(layout, nova_environment(layout))
+    if layout.user:
+        argv = nova_user.command(argv, layout.umask)
+        env.update(nova_user.environment())
+    return Service('nova-compute', host, tuple(argv), env, CONSUMING)
 
 
 def manage(layout, name) -> tuple:

@@ -91,13 +91,11 @@ class Compute:
         from nova import conf
         from nova import context
         from nova import objects
-        from nova.privsep import sys_admin_pctxt
         from nova.virt.libvirt import host
         libvirt.virEventRegisterDefaultImpl()
         threading.Thread(target=self._events, args=(libvirt,),
                          daemon=True).start()
         host.libvirt = libvirt
-        sys_admin_pctxt.set_client_mode(False)
         objects.register_all()
         self.conf = conf.CONF
         self.conf([], project='nova', default_config_files=[])
@@ -106,6 +104,8 @@ class Compute:
         for key, value in (('images_type', 'libvirt-storage'),
                            ('storage_migration_stall_timeout', 5)):
             self.conf.set_override(key, value, 'libvirt')
+        self.conf.set_override('helper_command', 'sudo privsep-helper',
+                               'nova_sys_admin')
         self.name, self.database, self.peer = name, database, peer
         self.context = context.get_admin_context()
         self.host = Host(libvirt)

@@ -163,12 +163,12 @@ class TestConnections(HostsTest):
         """Those that the lab's own set-up does not run."""
         named = {name.removeprefix(guide.PREFIX)
                  for name in guide._blocks(guide.find())}
-        self.assertEqual({'ca', 'crl', 'certificate', 'install', 'libvirtd',
-                          'qemu', 'dn', 'check', 'renew', 'revoke'}, named)
+        self.assertEqual({'ca', 'crl', 'certificate', 'install', 'install-nova',
+                          'libvirtd', 'qemu', 'dn', 'check', 'renew', 'revoke'}, named)
         for one, other in ((self.a, self.b), (self.b, self.a)):
             for peer in (other.name, other.address):
                 self.assertEqual(other.name, guide.run(
-                    one, 'check', PEER=peer).strip())
+                    one, 'check', as_nova=True, PEER=peer).strip())
             self.assertIn('CN=' + one.name, guide.run(one, 'dn'))
 
     def test_renewed_without_a_restart(self):

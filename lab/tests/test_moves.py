@@ -36,6 +36,7 @@ import libvirt
 import lab
 from lab.benchmark import methods
 from lab import config
+from lab import nova_user
 from lab import process
 from lab.tests import mover
 
@@ -65,10 +66,15 @@ class Compute:
         self.start()
 
     def start(self):
+        nova_user.write_privsep_helper(self.host, [
+            sys.executable, '-c', 'from oslo_privsep import daemon; '
+            'daemon.helper_main()'], methods.tree())
         self.process = self.host.popen(
-            [sys.executable, '-m', 'lab.tests.mover', *self._arguments],
+            nova_user.command([sys.executable, '-m', 'lab.tests.mover',
+                               *self._arguments]),
             env={'PYTHONPATH': '%s:%s' % (methods.tree(), config.ROOT),
-                 'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'true'},
+                 'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'true',
+                 **nova_user.environment()},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
             text=True)
         self.answer()
@@ -118,19 +124,22 @@ class MovesTest(unittest.TestCase):
         if os.geteuid():
             raise unittest.SkipTest('the lab makes namespaces: root only')
         if not pathlib.Path(methods.tree(), 'nova/virt/libvirt/storage/'
-                            'move/copy.py').exists():
+                            'pump/transfer.py').exists():
             raise unittest.SkipTest('the tree does not move volumes')
         cls.a, cls.b = cls.enterClassContext(lab.Hosts())
         for host in (cls.a, cls.b):
             for name, path in cls.pools.items():
-                host.run(['mkdir', '-p', path])
+                host.run(['install', '-d', '-o', 'nova', '-g', 'nova', path])
                 with contextlib.closing(host.connect()) as connection:
                     pool = connection.storagePoolDefineXML(
                         '<pool type="dir"><name>%s</name><target><path>%s'
                         '</path></target></pool>' % (name, path))
                     pool.create()
                     cls.addClassCleanup(cls.drop, host, name)
-        cls.database = config.STATE / 'moves.json'
+        folder = config.STATE / 'moves'
+        folder.mkdir(exist_ok=True)
+        os.chown(folder, nova_user.ID, nova_user.ID)
+        cls.database = folder / 'database.json'
         cls.source = Compute(cls.a, str(cls.database), cls.b.name)
         cls.addClassCleanup(cls.source.close)
         cls.dest = Compute(cls.b, str(cls.database), cls.b.name)
@@ -172,6 +181,7 @@ class MovesTest(unittest.TestCase):
                         f.truncate(f.seek(length, os.SEEK_CUR))
                     else:
                         f.write(random.randbytes(length))
+                os.fchown(f.fileno(), nova_user.ID, nova_user.ID)
         self.refresh()
         disks = [name for name in sizes if name != 'disk.config']
         self.database.write_text(json.dumps({
@@ -222,7 +232,7 @@ class MovesTest(unittest.TestCase):
     def begin(self, rate=RATE):
         """Begin a move; back when the checks are over."""
         self.dest('offer')
-        checked = config.STATE / 'checked'
+        checked = self.database.with_name('checked')
         checked.unlink(missing_ok=True)
         self.source.begin('move', bandwidth=rate, checked=str(checked))
         self.wait(checked.exists, 'the checks', 60)

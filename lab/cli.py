@@ -12,6 +12,7 @@
 
 """The command line."""
 
+import os
 import pathlib
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from . import hosts
 from . import lock
 from . import pki
 from . import preflight
+from . import roots
 from . import state
 from . import ui
 from .errors import LabError
@@ -34,6 +36,7 @@ from .machine import forward
 from .machine import Machine
 from .machine import terminal
 
+NO_ROOT = 3  # exit status where the root for --host-root can't be had
 TAIL = 20  # lines of a log shown with an error
 HOST = click.Choice(config.HOSTS)
 MACHINE = click.Choice(list(config.ADDRESSES))
@@ -48,7 +51,7 @@ class Group(click.Group):
         except LabError as error:
             click.secho('error: %s' % error, fg='red', err=True)
             show_tail(error.log)
-            ctx.exit(1)
+            ctx.exit(NO_ROOT if isinstance(error, roots.Unavailable) else 1)
         except KeyboardInterrupt:
             click.echo('interrupted; what there is goes with: lab/lab down',
                        err=True)
@@ -99,6 +102,9 @@ def _cloud():
               default='native', show_default=True)
 @click.option('--root', is_flag=True,
               help='nova-compute as root in place of user nova.')
+@click.option('--host-root', type=click.Choice(['', *roots.RELEASES]),
+              default=lambda: os.environ.get('LAB_HOST_ROOT', ''),
+              help='The hosts\' Debian; the machine\'s own by default.')
 def up(**arguments):
     """Bring the lab up; if it is, say so."""
     options = state.Options(**arguments)

@@ -24,6 +24,7 @@ from . import faults
 from . import guide
 from . import nova_user
 from . import pki
+from . import roots
 from . import ssh
 from .errors import LabError
 from .machine import Machine
@@ -70,15 +71,24 @@ class Host(Machine):
     # -- making one ----------------------------------------------------------
 
     def prepare(self, with_ssh: bool = False,
-                memory: pathlib.Path | None = None) -> None:
-        """:param memory: where /var/lib/nova lies in place of a disk"""
+                memory: pathlib.Path | None = None,
+                root: str = '') -> None:
+        """Make the folders of which the host is built.
+
+        :param memory: where /var/lib/nova lies in place of a disk
+        :param root: a release of Debian, see roots.RELEASES
+        """
         super().prepare()
         for path in OWN:
             (self.folder / path.lstrip('/')).mkdir(parents=True, exist_ok=True)
-        qemu = pwd.getpwnam('libvirt-qemu')
+        self._root = root
+        if root:
+            qemu = roots.user(root, 'libvirt-qemu')
+        else:
+            qemu = pwd.getpwnam('libvirt-qemu')[2:4]
         for path in QEMU_OWNED:
             (self.folder / path).mkdir(exist_ok=True, mode=0o750)
-            os.chown(self.folder / path, qemu.pw_uid, qemu.pw_gid)
+            os.chown(self.folder / path, *qemu)
         self._uuid = uuid.uuid4()
         self._with_ssh = with_ssh
         self._in_memory = memory and memory / self.name
@@ -96,6 +106,11 @@ class Host(Machine):
 
     def description(self) -> dict:
         spec = super().description()
+        if self._root:
+            spec['root'] = str(roots.path(self._root))
+            spec['root_at'] = str(self.folder / 'root')
+            spec['overlays'] = []
+            spec['keep'] += roots.python()
         spec['binds'] += [[str(self.folder / path.lstrip('/')), path]
                           for path in OWN]
         if os.path.exists(KVM):
@@ -163,6 +178,15 @@ class Host(Machine):
         libvirt.registerErrorHandler(lambda _context, _error: None, None)
         return (libvirt.openReadOnly if readonly else libvirt.open)(
             self.local_uri(readonly))
+
+    def dies_of_failed_uploads(self) -> bool:
+        """Whether its libvirtd has the fault of 10.1 that 12.7 mends.
+
+        A write error in an upload, such as a full disk, ends the daemon or
+        makes it spin.
+        """
+        with self.connect() as connection:
+            return 10_001_000 <= connection.getLibVersion() < 12_007_000
 
     def local_uri(self, readonly: bool = False) -> str:
         """By which the machine around the lab connects, past the network."""

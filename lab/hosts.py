@@ -30,6 +30,7 @@ from . import packages
 from . import pki
 from . import preflight
 from . import process
+from . import roots
 from . import ssh
 from . import state
 from . import ui
@@ -45,6 +46,8 @@ def prepare(options, progress: ui.Steps) -> None:
     if missing:
         with progress.step('Debian packages (%d)' % len(missing)):
             packages.install(missing)
+    if options.host_root:
+        roots.ensure(options.host_root, progress)
 
 
 def up(options: state.Options, progress: ui.Steps | None = None) -> None:
@@ -75,7 +78,8 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
             jobs.append(pool.submit(ssh.make_keys, config.STATE / 'ssh'))
         memory = _memory() if options.memory else None
         jobs.append(pool.submit(machines[0].prepare))
-        jobs += [pool.submit(m.prepare, options.ssh, memory)
+        jobs += [pool.submit(m.prepare, options.ssh, memory,
+                             options.host_root)
                  for m in machines[1:]]
         for job in jobs:
             job.result()

@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -69,7 +68,7 @@ class Machine:
             'overlays': list(OVERLAYS),
             'binds': [[str(self.folder / 'tmp'), '/tmp'],
                       [str(self.folder / 'tmp'), '/var/tmp']],
-            'loops': [],
+            'loops': [], 'root': '',
             'folders': {'/run/lock': 0o1777},
             'files': {
                 '/etc/hosts': [0o644, hosts],
@@ -193,11 +192,16 @@ class Machine:
         service = Service(self.name, name, [str(a) for a in argv],
                           dict(env or {}), str(cwd),
                           str(self.logs / (name + '.log')))
-        if not shutil.which(service.argv[0], path=(env or {}).get(
+        if not self._has_program(service.argv[0], (env or {}).get(
                 'PATH', ENVIRONMENT['PATH'])):
             raise LabError('%s: there is no %s' % (name, service.argv[0]))
         self._launch(service)
         return service
+
+    def _has_program(self, name, path):
+        # A link is followed by the machine itself.
+        return any(os.path.lexists(self.path(os.path.join(folder, name)))
+                   for folder in path.split(':'))
 
     def _launch(self, service: Service) -> None:
         with open(service.log, 'ab') as log:

@@ -20,7 +20,7 @@ from . import config
 from .errors import LabError
 
 HOSTS = (
-    'e2fsprogs', 'ethtool', 'gnutls-bin', 'iproute2', 'libvirt-clients',
+    'acl', 'e2fsprogs', 'ethtool', 'gnutls-bin', 'iproute2', 'libvirt-clients',
     'libvirt-daemon', 'libvirt-daemon-system', 'libvirt-dev', 'mount',
     'ovmf', 'procps', 'qemu-system-x86', 'qemu-utils', 'sudo', 'swtpm',
     'swtpm-tools', 'util-linux')

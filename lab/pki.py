@@ -17,11 +17,9 @@ guide's commands (guide.py). It has none for bad certificates: these are made he
 """
 
 import datetime
-import grp
 import ipaddress
 import os
 import pathlib
-import pwd
 import shutil
 
 from cryptography import x509
@@ -190,9 +188,9 @@ class Hosts:
         for name in ('cacert.pem', 'cacrl.pem'):
             shutil.copy(self.folder / name, folder)
         guide.run(host, 'install', folder, HOST=host.name,
-                  QEMU_GROUP=_qemu_group())
+                  QEMU_GROUP=_qemu_group(host))
         guide.run(host, 'install-nova', NOVA_GROUP=nova_user.NAME)
 
 
-def _qemu_group() -> str:
-    return grp.getgrgid(pwd.getpwnam('libvirt-qemu').pw_gid).gr_name
+def _qemu_group(host) -> str:
+    return host.run(['id', '--group', '--name', 'libvirt-qemu']).stdout.strip()

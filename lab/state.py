@@ -14,6 +14,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 
 from . import config
@@ -25,6 +26,8 @@ from .errors import LabError
 class Options:
     """What `up` was asked for.
 
+    :ivar host_root: release of Debian whose root the hosts have, one of
+        roots.RELEASES; none: the machine's own
     :ivar root: nova-compute runs as root, for comparison
     :ivar memory: the hosts' disks lie in memory, so that none is measured
     """
@@ -37,6 +40,8 @@ class Options:
     threading: str = 'native'
     memory: bool = False
     root: bool = False
+    host_root: str = dataclasses.field(
+        default_factory=lambda: os.environ.get('LAB_HOST_ROOT', ''))
 
 
 def boot_id() -> str:

@@ -33,6 +33,7 @@ from . import venvs
 from .. import config as lab_config
 from .. import guide
 from .. import hosts
+from .. import nova_user
 from .. import preflight
 from .. import state
 from .. import ui
@@ -354,14 +355,18 @@ class Cloud:
                  **bootstrap.environment(self.layout, self.keys)}).wait())
 
     def manage(self, *words, program='nova-manage', place=None, **more):
-        """Run nova-manage or nova-status.
+        """Run nova-manage or nova-status; on a host as its user nova.
 
         :param place: a host, whose configuration is then read too
         """
+        argv = [self.layout.nova / 'bin' / program,
+                *self.layout.nova_files(place or 'ctl', database=True), *words]
+        env = services.nova_environment(self.layout)
+        if place and self.layout.user:
+            argv = nova_user.command(argv)
+            env.update(nova_user.environment())
         return Machine(place or lab_config.CONTROL).run(
-            [self.layout.nova / 'bin' / program,
-             *self.layout.nova_files(place or 'ctl', database=True), *words],
-            env=services.nova_environment(self.layout), **more)
+            argv, env=env, **more)
 
     def flavor(self, name):
         return self.conn.compute.find_flavor(name, ignore_missing=False)

@@ -546,7 +546,13 @@ class TestWire(MovesTest):
 @ddt.ddt
 class TestRoom(MovesTest):
 
+    def skip_where_it_ends_libvirt(self):
+        if self.b.dies_of_failed_uploads():
+            self.skipTest('this libvirtd dies of a full disk in an upload '
+                          '(10.1 to 12.6)')
+
     def test_full_in_the_middle(self):
+        self.skip_where_it_ends_libvirt()
         self.begin()
         self.wait_percent(30)
         self.b.fill(mover.DISKS)
@@ -563,6 +569,7 @@ class TestRoom(MovesTest):
         self.assert_goes()
 
     def test_full_at_the_last_packet(self):
+        self.skip_where_it_ends_libvirt()
         self.begin()
         self.wait_percent(75)
         # Less than what is still to come, so that all but the end fits in.

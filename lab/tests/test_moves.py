@@ -546,17 +546,27 @@ class TestWire(MovesTest):
 @ddt.ddt
 class TestRoom(MovesTest):
 
-    def skip_where_it_ends_libvirt(self):
-        if self.b.dies_of_failed_uploads():
-            self.skipTest('this libvirtd dies of a full disk in an upload '
-                          '(10.1 to 12.6)')
+    def has_reserved_its_room(self):
+        """Where a full disk ends libvirt none of a copy's bytes meets one."""
+        if not self.b.dies_of_failed_uploads():
+            return False
+        before = self.b.service('libvirtd').pid
+        self.source.answer()
+        self.take_and_revert()
+        self.b.free(mover.DISKS)
+        self.assert_back()
+        self.assert_goes()
+        self.assertEqual(before, self.b.service('libvirtd').pid)
+        self.assertTrue(self.b.service('libvirtd').alive())
+        return True
 
     def test_full_in_the_middle(self):
-        self.skip_where_it_ends_libvirt()
         self.begin()
         self.wait_percent(30)
         self.b.fill(mover.DISKS)
         self.addCleanup(self.b.free, mover.DISKS)
+        if self.has_reserved_its_room():
+            return
         with self.assertRaises(StepFailed):
             self.source.answer()
             self.dest('accept')
@@ -569,7 +579,8 @@ class TestRoom(MovesTest):
         self.assert_goes()
 
     def test_full_at_the_last_packet(self):
-        self.skip_where_it_ends_libvirt()
+        if self.b.dies_of_failed_uploads():
+            self.skipTest('all room is taken at the first packet')
         self.begin()
         self.wait_percent(75)
         # Less than what is still to come, so that all but the end fits in.

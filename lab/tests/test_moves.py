@@ -814,10 +814,14 @@ class TestSizes(MovesTest):
         here = self.directory(self.a) / self.path_there().name
         self.assertLess(taken(here), here.stat().st_size / 4)
         self.assertEqual(here.stat().st_size, self.path_there().stat().st_size)
+        # Some versions of libvirt get them without, and back afterwards.
+        self.dest('accept')
         self.assertLessEqual(
             taken(self.path_there()),
             taken(here) * 1.02 + islands * here.stat().st_blksize)
-        self.take_and_revert()
+        self.assert_there()
+        self.dest('revert')
+        self.source('abandon')
         self.assert_back()
 
 

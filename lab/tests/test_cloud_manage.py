@@ -69,8 +69,9 @@ class TestManage(cloud_case.CloudTestCase):
             self.assertIn(servers['legacy'].id, told)
             self.assertEqual('Success', results[CHECKS[-1]], told)
         with self.subTest('list_disks'):
-            lines = json.loads(self.manage('libvirt', 'list_disks', '--json',
-                                           status=3))
+            # Without a log file the log is on standard output too.
+            told = self.manage('libvirt', 'list_disks', '--json', status=3)
+            lines = json.loads(told.splitlines()[-1])
             backends = {line['instance_uuid']: line['backend']
                         for line in lines if line['disk'] == 'disk'}
             for kind in ('overlay', 'off', 'moved'):

@@ -129,7 +129,7 @@ class Compute:
         objects.BlockDeviceMappingList.get_by_instance_uuid = staticmethod(
             lambda context, uuid: self.bdms())
         objects.Instance.save = lambda instance, **more: database.update(
-            'system_metadata', dict(instance.system_metadata))
+            'offer', instance.migration_context.driver_info)
         objects.Migration.save = lambda migration: None
         objects.Service.get_by_host_and_binary = staticmethod(
             lambda *args: objects.Service())
@@ -151,7 +151,8 @@ class Compute:
         from nova import objects
         return objects.Instance(
             self.context, id=1, uuid=UUID, image_ref=None, progress=0,
-            system_metadata=self.database.load()['system_metadata'])
+            system_metadata={}, migration_context=objects.MigrationContext(
+                migration_id=7, driver_info=self.database.load()['offer']))
 
     @property
     def migration(self):
@@ -231,6 +232,16 @@ class Compute:
         from nova.virt.libvirt.storage.move import source as migration
         migration.confirm(self.context, self.host.get_connection(),
                           self.instance)
+
+    def beside(self):
+        """What is on record beside the disks."""
+        disks = self.disks(self.instance)
+        return [disks.leftovers, sorted(disks.extras)]
+
+    def moved(self):
+        """Whether the source has come to the end of a move."""
+        from nova.virt.libvirt.storage.move import state
+        return state.moved_by(self.disks(self.instance)) is not None
 
     def records(self):
         return {name: [record.state, record.host, record.volume]

@@ -185,7 +185,7 @@ class MovesTest(unittest.TestCase):
         self.refresh()
         disks = [name for name in sizes if name != 'disk.config']
         self.database.write_text(json.dumps({
-            'system_metadata': {}, 'driver_info': {},
+            'offer': None, 'driver_info': {},
             'mappings': [str(uuid.uuid4()) for _disk in disks],
             'disks': {name: sum(size) for name, size in sizes.items()}}))
         self.source('adopt')
@@ -346,8 +346,7 @@ class MovesTest(unittest.TestCase):
         """The source is as it was, the destination has nothing of it."""
         self.assertEqual(self.made, self.files(self.a))
         self.assertEqual(self.home, self.source('records'))
-        self.assertEqual({}, json.loads(
-            self.database.read_text())['system_metadata'])
+        self.assertEqual([[], []], self.source('beside'))
         self.assertEqual(self.foreign, self.files(self.b))
         self.refresh()
         with self.pool(self.b) as pool:
@@ -373,8 +372,7 @@ class MovesTest(unittest.TestCase):
         self.source('confirm')
         self.assertEqual({}, self.files(self.a))
         self.assert_there()
-        self.assertEqual({}, json.loads(
-            self.database.read_text())['system_metadata'])
+        self.assertEqual([[], []], self.source('beside'))
         self.assertEqual([], [attempt for host in (self.a, self.b)
                               for attempt in host.ssh_attempts()])
 
@@ -441,8 +439,7 @@ class TestKills(MovesTest):
 
     def moved(self):
         """Whether the source has come to the end of a move."""
-        return 'libvirt_storage_moved' in json.loads(
-            self.database.read_text())['system_metadata']
+        return self.dest('moved')
 
     @ddt.data(0, 1, 50, 99)
     def test_source_compute(self, percent):
@@ -620,9 +617,6 @@ class TestRoom(MovesTest):
         self.assert_not_begun()
 
     def assert_not_begun(self):
-        found = json.loads(self.database.read_text())
-        found['system_metadata'].pop('libvirt_storage_offer', None)
-        self.database.write_text(json.dumps(found))
         self.assert_back()
         self.assert_goes()
 

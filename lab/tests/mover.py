@@ -189,13 +189,15 @@ class Compute:
     def move(self, bandwidth=0, checked=None):
         """:param checked: a file that is made when the checks are over"""
         from nova.virt.libvirt.storage.move import source as migration
+        from nova.virt.libvirt.storage.move import state
         self.conf.set_override('storage_migration_bandwidth', bandwidth,
                                'libvirt')
         instance = self.instance
-        outgoing = migration.Outgoing(
-            self.context, self.host, Jobs(), instance, self.migration,
-            self.disks(instance), 'qemu:///system', False,
-            self.conf.libvirt.migration_inbound_addr)
+        outgoing = migration.Outgoing(state.Move(
+            self.context, state.ThisHost(
+                self.host, 'qemu:///system',
+                self.conf.libvirt.migration_inbound_addr, Jobs()),
+            instance, self.migration, self.disks(instance)))
         outgoing.check()
         with outgoing:
             if checked:

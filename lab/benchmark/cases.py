@@ -19,6 +19,9 @@ import statistics
 GIB = 1 << 30
 MIB = 1 << 20
 
+# The way that tells what C is worth.
+PYTHON = 'Python worker'
+
 RANDOM = '''for _ in range(%d):
     out.write(os.urandom(1 << 20))'''
 # Extents of 1 MiB, spread evenly, as many as make up the share.
@@ -106,6 +109,7 @@ class Cases:
         for connections in (1, 4):
             ways['nbdcopy -C %d' % connections] = functools.partial(
                 bench.nbdcopy, name, length, connections)
+        ways[PYTHON] = functools.partial(bench.python_worker, name, length)
         return ways, checksums
 
     def random(self, size=GIB, targets=None):
@@ -123,11 +127,13 @@ class Cases:
             yield less(case, 'CPU s/GiB', *per_gib(
                 costs['pump'], size), way, *per_gib(costs[way], size),
                 1.0 if way.endswith('4') else None)
-        for way in list(costs)[1:4]:
+        for way in (*list(costs)[1:4], PYTHON):
             yield less(case, 'CPU s/GiB', *per_gib(
                 costs['pump'], size), way, *per_gib(costs[way], size))
         yield less(case, 'peak MiB', median(costs['pump'], 'memory') / MIB,
                    'limit', 64, 1.0)
+        yield less(case, 'peak MiB', median(costs['pump'], 'memory') / MIB,
+                   PYTHON, median(costs[PYTHON], 'memory') / MIB)
         verified = []
         self.bench.clear(name)
         _cost, answer = self.bench.pump([name], length)

@@ -229,6 +229,14 @@ class Bench:
             self.a, ['sh', '-c', '%s && %s' % (make, text.format(upload))],
             self._services('libvirtd'))
 
+    def python_worker(self, name, length):
+        """Our copy, with threads, a queue and hashlib instead of C."""
+        return measure.command(self.a, [
+            sys.executable, '-I',
+            config.ROOT / 'lab/benchmark/python_worker.py',
+            '%s/%s' % (FOLDER, name), self.a.uri(self.b), POOL, name],
+            self._services('libvirtd'))
+
     def nbdcopy(self, name, length, connections=1):
         """Into a file that is there and empty, which it is told."""
         with open(self.b.path('%s/%s' % (FOLDER, name)), 'wb') as out:

@@ -17,6 +17,8 @@ that the compute service needs a privilege to work in it.
 """
 
 import os
+import stat
+import struct
 
 from oslo_concurrency import processutils
 from oslo_utils import fileutils
@@ -120,10 +122,98 @@ def file_bytes(path: str) -> tuple[int, int]:
     :returns: (length, allocation) in bytes
     :raises: OSError; ValueError if it isn't a regular file
     """
-    stat = os.stat(path, follow_symlinks=False)
-    if stat.st_mode & 0o170000 != 0o100000:
+    found = os.stat(path, follow_symlinks=False)
+    if not stat.S_ISREG(found.st_mode):
         raise ValueError('%s is not a regular file' % path)
-    return stat.st_size, stat.st_blocks * 512
+    return found.st_size, found.st_blocks * 512
+
+
+@nova.privsep.sys_admin_pctxt.entrypoint
+def read_start(path: str, length: int) -> bytes:
+    """Read the first bytes of a regular file or block device.
+
+    Nothing else is opened: to open a character device can do something.
+
+    :param length: bytes to read at most
+    :raises: OSError; ValueError if it is neither
+    """
+    fd = os.open(path, os.O_PATH)
+    try:
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise ValueError('%s is neither a file nor a block device' % path)
+        # The same one, whatever the path leads to by now.
+        with open('/proc/self/fd/%d' % fd, 'rb', buffering=0) as f:
+            return f.read(length)
+    finally:
+        os.close(fd)
+
+
+@nova.privsep.sys_admin_pctxt.entrypoint
+def allocate(path: str, size: int) -> None:
+    """Allocate blocks to a file, whose length stays.
+
+    :param size: bytes from the file's begin
+    :raises: processutils.ProcessExecutionError where there is no room, or
+        the file system can't
+    """
+    processutils.execute('fallocate', '-n', '-l', size, path,
+                         env_variables={'LC_ALL': 'C'})
+
+
+@nova.privsep.sys_admin_pctxt.entrypoint
+def dig_holes(path: str) -> None:
+    """Give back the blocks of a file that hold nothing but zeroes.
+
+    :raises: processutils.ProcessExecutionError where the file system can't
+    """
+    processutils.execute('fallocate', '--dig-holes', path)
+
+
+@nova.privsep.sys_admin_pctxt.entrypoint
+def names_in(directory: str) -> list[str]:
+    """List a directory.
+
+    :raises: OSError
+    """
+    return os.listdir(directory)
+
+
+@nova.privsep.sys_admin_pctxt.entrypoint
+def backing_files(directory: str) -> dict[str, str]:
+    """What the qcow2 headers of a directory's files name as backing file.
+
+    Nothing but these headers is read, and nothing that they name is opened.
+    The guest writes the header of a raw disk: this asks for no format.
+
+    :returns: name of the file -> path as the header has it
+    :raises: OSError if the directory or one of its files can't be read
+    """
+    found = {}
+    for name in os.listdir(directory):
+        try:
+            backing = _backing_file(os.path.join(directory, name))
+        except FileNotFoundError:
+            continue
+        if backing:
+            found[name] = backing
+    return found
+
+
+def _backing_file(path):
+    if not os.path.isfile(path) or os.path.islink(path):
+        return None
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), 'rb') as f:
+        header = f.read(20)
+        if len(header) < 20 or header[:4] != b'QFI\xfb':
+            return None
+        # QEMU's docs/interop/qcow2.txt: both are big-endian, and a name has
+        # at most 1023 bytes.
+        offset, length = struct.unpack_from('>QI', header, 8)
+        if not offset or length > 1023:
+            return None
+        return os.pread(f.fileno(), length, offset).decode(
+            errors='replace') if offset < 1 << 62 else None
 
 
 @nova.privsep.sys_admin_pctxt.entrypoint

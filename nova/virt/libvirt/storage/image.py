@@ -35,14 +35,17 @@ from nova import exception
 from nova.i18n import _
 from nova.objects import fields
 import nova.privsep.qemu
+import nova.privsep.storage
 from nova.virt.disk import api as disk_api
 from nova.virt.image import model as imgmodel
 from nova.virt import images
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt import imagecache
-from nova.virt.libvirt.storage.move import undo
+from nova.virt.libvirt.storage import image_cache
+from nova.virt.libvirt.storage.pool import access
 from nova.virt.libvirt.storage.pool import config as storage_config
 from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.pool import stream as upload
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt import utils as libvirt_utils
@@ -53,7 +56,7 @@ LOG = logging.getLogger(__name__)
 RAW = fields.LibvirtDiskFormat.RAW
 QCOW2 = fields.LibvirtDiskFormat.QCOW2
 
-# Disks which are copies of an image. All others are generated, hence raw.
+# Disks which are copies of an image. All others are generated.
 _IMAGE_DISKS = ('disk', 'disk.rescue')
 
 
@@ -114,9 +117,14 @@ class LibvirtStorage(imagebackend.Image):
             self.driver_io = "native"
 
     def _get_new_format(self):
-        if self.disk_name in _IMAGE_DISKS and CONF.use_cow_images:
-            return QCOW2
-        return RAW
+        if self.disk_name is None or CONF.libvirt.storage_raw_files and not (
+                self._is_new_overlay()):
+            return RAW
+        # Its header is ours, whatever the guest writes.
+        return QCOW2
+
+    def _is_new_overlay(self):
+        return self.disk_name in _IMAGE_DISKS and CONF.use_cow_images
 
     # Where the disk is
 
@@ -129,7 +137,7 @@ class LibvirtStorage(imagebackend.Image):
         """Name of the pool which the disk is in."""
         if self.record is not None and self.record.pool:
             return self.record.pool
-        return storage_pool.pool_name_for(self.disk_name)
+        return setup.pool_name_for(self.disk_name)
 
     @property
     def volume_name(self):
@@ -159,7 +167,7 @@ class LibvirtStorage(imagebackend.Image):
         """Whether the disk is there and whole."""
         if (self.record is not None and
                 self.record.state == fields.LibvirtDiskState.BUILDING):
-            # Somebody has begun to make it. It is not known how far he got.
+            # It was begun and never finished.
             return False
         try:
             self._get_volume()
@@ -170,7 +178,14 @@ class LibvirtStorage(imagebackend.Image):
     def _exists_unknown(self):
         # The record says that there is a disk. Another host may have made it
         # in a pool that both see, and libvirt has not looked there since.
-        self._get_pool(self.pool_name).refresh()
+        pool = self._get_pool(self.pool_name)
+        if self.volume_name not in pool.file_names():
+            return False
+        LOG.info('Refreshing storage pool %(pool)s, so that libvirt learns of '
+                 'volume %(volume)s; a copy under way is waited for',
+                 {'pool': self.pool_name, 'volume': self.volume_name},
+                 instance=self.instance)
+        pool.refresh(timeout=storage_pool.COPY_TIMEOUT)
         try:
             self._get_volume()
         except exception.StorageVolumeNotFound:
@@ -184,12 +199,12 @@ class LibvirtStorage(imagebackend.Image):
         :return: A LibvirtDiskMetadata in state ``building``. Its volume has a
             name which nothing has in that pool.
         """
-        pool_name = storage_pool.pool_name_for(self.disk_name)
+        pool_name = setup.pool_name_for(self.disk_name)
         # While a resize is not confirmed, or in a pool which hosts share,
         # there is another disk of that name.
         volume_name = self._get_pool(pool_name).free_name(
             '%s_%s' % (self.instance.uuid, self.disk_name),
-            undo.names_left(self.instance))
+            (self.disk_info_mapping or {}).get('taken', ()))
         return metadata.LibvirtDiskMetadata(
             backend=fields.LibvirtDiskBackend.LIBVIRT_STORAGE,
             format=self._get_new_format(), size=size,
@@ -218,6 +233,9 @@ class LibvirtStorage(imagebackend.Image):
                 self.ensure_image_cached(context, image_id, trusted_certs,
                                          fallback_from_host, convert)
             self._grow(size)
+            # A copy that has come from another host has holes.
+            if size:
+                self._preallocate(size)
             return
 
         base = self.ensure_image_cached(
@@ -226,7 +244,7 @@ class LibvirtStorage(imagebackend.Image):
         base_info = self._inspect_base(base)
         self.verify_base_size(base, size, base_size=base_info.virtual_size)
         capacity = size or base_info.virtual_size
-        if self.driver_format == QCOW2:
+        if self.driver_format == QCOW2 and self._is_new_overlay():
             with self._created(self._create_overlay, base, base_info,
                                capacity):
                 self._preallocate(capacity)
@@ -234,10 +252,15 @@ class LibvirtStorage(imagebackend.Image):
             with self._created(self._create_copy, base, base_info, capacity):
                 # A conversion ignores the capacity that is asked for.
                 self._grow(capacity)
+                if self.driver_format == QCOW2:
+                    self._preallocate(capacity)
 
     def create_from_func(self, func, size, cache_name=None, context=None):
         if self.exists():
             self._grow(size)
+            # A copy that has come from another host has holes.
+            if size:
+                self._preallocate(size)
             return
 
         # The volume may be anybody's, so the file is made elsewhere.
@@ -250,31 +273,56 @@ class LibvirtStorage(imagebackend.Image):
             length = os.path.getsize(generated)
             with self._created(self._create_empty,
                                max(size or 0, length)) as volume:
-                self._upload(volume, generated)
+                self._write(volume, generated, RAW)
                 self._grow(size)
                 self._preallocate(size or length)
         finally:
             fileutils.delete_if_exists(generated)
 
+    def _write(self, volume, path, source_format):
+        """Write an image to a new volume of the disk's format."""
+        if self.driver_format == QCOW2:
+            with compute_utils.disk_ops_semaphore:
+                nova.privsep.qemu.fill_image(
+                    path, source_format, volume.path, QCOW2)
+            return
+        if source_format == RAW:
+            self._upload(volume, path)
+            return
+        converted = os.path.join(
+            libvirt_utils.get_instance_path(self.instance),
+            self.volume_name + '.part')
+        try:
+            images.convert_image(path, converted, source_format, RAW)
+            self._upload(volume, converted)
+        finally:
+            fileutils.delete_if_exists(converted)
+
     def _upload(self, volume, path):
         # A hole gives back what was allocated to the volume. It is allocated
-        # anew afterwards, if nova may.
-        sparse = not self.preallocate or os.access(volume.path, os.W_OK)
-        upload.upload_file(volume, path, sparse=sparse)
+        # anew afterwards.
+        upload.upload_file(volume, path, sparse=True)
+
+    def _preallocate(self, size):
+        # As nova alone it would fail in a directory or on a file that is not
+        # nova's, as a disk isn't that has run where libvirt keeps no owners.
+        if not self.preallocate:
+            return
+        try:
+            nova.privsep.storage.allocate(self.path, size)
+        except processutils.ProcessExecutionError as e:
+            if 'not supported' not in (e.stderr or ''):
+                raise
+            LOG.warning("Volume %(volume)s of storage pool %(pool)s is not "
+                        "preallocated: the pool's file system can't do so",
+                        {'volume': self.volume_name, 'pool': self.pool_name},
+                        instance=self.instance)
 
     def _ensure_cached(self, func, cache_name):
         known = os.path.exists(self._get_cached_path(cache_name))
         base = super()._ensure_cached(func, cache_name)
         if not known:
-            # It is of no use to this disk unless it is copied, so a failure
-            # is dealt with when the volume is looked for.
-            try:
-                self._get_base_pool().refresh()
-            except exception.NovaException as e:
-                LOG.warning('The storage pool over the image cache could not '
-                            'be refreshed after image %(name)s was put '
-                            'there: %(error)s',
-                            {'name': cache_name, 'error': e})
+            image_cache.cache_changed(self._get_connection(), CONF.host)
         return base
 
     def _get_base_pool(self):
@@ -347,18 +395,21 @@ class LibvirtStorage(imagebackend.Image):
         config.capacity = capacity
         config.allocation = capacity if self.preallocate else 0
         config.target_format = self.driver_format
+        if self.driver_format == QCOW2:
+            config.compat = '1.1'
         return config
 
     def _create_empty(self, capacity):
+        # With all tables written a qcow2 file is about as fast as a raw one.
         return self._get_pool(self.pool_name).create(
-            self._get_config(capacity))
+            self._get_config(capacity),
+            prealloc_metadata=self.driver_format == QCOW2)
 
     def _create_overlay(self, base, base_info, capacity):
         config = self._get_config(capacity)
         # The blocks that the overlay will need are reserved afterwards:
         # qemu-img has no preallocation beside a backing file.
         config.allocation = 0
-        config.compat = '1.1'
         config.backing_store = (
             storage_config.LibvirtConfigStorageBackingStore())
         config.backing_store.path = base
@@ -366,7 +417,9 @@ class LibvirtStorage(imagebackend.Image):
         return self._get_pool(self.pool_name).create(config)
 
     def _create_copy(self, base, base_info, capacity):
-        source = self._get_base_volume(base)
+        source = self._find_base_volume(base)
+        if source is None:
+            return self._upload_copy(base, base_info, capacity)
         source_format = source.config().target_format
         if source_format == base_info.file_format:
             return self._get_pool(self.pool_name).create_from(
@@ -380,29 +433,30 @@ class LibvirtStorage(imagebackend.Image):
 
     def _upload_copy(self, base, base_info, capacity):
         with self._created(self._create_empty, capacity) as volume:
-            if base_info.file_format == RAW:
-                self._upload(volume, base)
-                return volume
-            converted = os.path.join(
-                libvirt_utils.get_instance_path(self.instance),
-                self.volume_name + '.part')
-            try:
-                images.convert_image(
-                    base, converted, base_info.file_format, RAW)
-                self._upload(volume, converted)
-            finally:
-                fileutils.delete_if_exists(converted)
+            self._write(volume, base, base_info.file_format)
         return volume
 
-    def _get_base_volume(self, base):
+    def _find_base_volume(self, base):
+        """Return the base image's volume, which is copied fastest.
+
+        :return: None if libvirt doesn't know it. While another image is
+            copied, for hours perhaps, libvirt doesn't look for new ones.
+        """
         pool = self._get_base_pool()
         name = os.path.basename(base)
         try:
-            return pool.volume(name)
-        except exception.StorageVolumeNotFound:
-            # Not everybody who puts something there tells libvirt.
-            pool.refresh()
-            return pool.volume(name)
+            try:
+                return pool.volume(name)
+            except exception.StorageVolumeNotFound:
+                # Images get into the cache without libvirt being told.
+                pool.refresh(timeout=0)
+                return pool.volume(name)
+        except (exception.StoragePoolError,
+                exception.StorageVolumeError) as e:
+            LOG.info('Base image %(base)s is copied without libvirt: '
+                     '%(error)s', {'base': base, 'error': e},
+                     instance=self.instance)
+            return None
 
     # What happens to it afterwards
 
@@ -416,8 +470,7 @@ class LibvirtStorage(imagebackend.Image):
         if libvirt_format != self.driver_format:
             LOG.warning(
                 'Volume %(volume)s of storage pool %(pool)s is %(ours)s, but '
-                'libvirt takes it for %(theirs)s. The guest may have written '
-                'such a header. Nobody will act upon it.',
+                'libvirt takes it for %(theirs)s, which is not acted upon.',
                 {'volume': volume.name, 'pool': self.pool_name,
                  'ours': self.driver_format, 'theirs': libvirt_format},
                 instance=self.instance)
@@ -441,16 +494,16 @@ class LibvirtStorage(imagebackend.Image):
 
     def resize_image(self, size):
         volume = self._get_volume()
-        if self._get_libvirt_format(volume) == self.driver_format:
-            # libvirt allocates no blocks of a qcow2 file.
-            volume.resize(size, allocate=(
-                self.preallocate and self.driver_format == RAW))
+        # libvirt resizes what it takes the content for. What a guest may have
+        # written to its raw disk it isn't even asked about.
+        if (self.driver_format == QCOW2 and
+                self._get_libvirt_format(volume) == QCOW2):
+            volume.resize(size)
         else:
             self._resize_file(volume.path, size)
+        self._preallocate(size)
         if self.driver_format == RAW:
             self._resize_file_system(volume.path)
-        else:
-            self._preallocate(size)
 
     def _resize_file(self, path, size):
         nova.privsep.qemu.resize_image(path, self.driver_format, size)
@@ -460,6 +513,12 @@ class LibvirtStorage(imagebackend.Image):
         # partition table, grows along.
         model = imgmodel.LocalFileImage(path, imgmodel.FORMAT_RAW)
         if not os.access(path, os.W_OK):
+            # Nova doesn't read what a guest has written as root.
+            LOG.warning('User %(user)s can not write to %(path)s, so a file '
+                        'system on the whole disk is not grown with it. Its '
+                        'guest can: resize2fs',
+                        {'user': access.user(), 'path': path},
+                        instance=self.instance)
             return
         if disk_api.is_image_extendable(model):
             try:
@@ -479,7 +538,6 @@ class LibvirtStorage(imagebackend.Image):
 
     def snapshot_extract(self, target, out_format):
         volume = self._get_volume()
-        self._get_libvirt_format(volume)
         # Nothing but what nova has made is read along with it.
         self.get_backing_file()
         if out_format == 'iso':
@@ -502,16 +560,15 @@ class LibvirtStorage(imagebackend.Image):
         info = images.privileged_qemu_img_info(self.path, format=QCOW2)
         if info.backing_file is None:
             return None
-        cache_dir = imagecache.ImageCacheManager().cache_dir
-        if os.path.dirname(info.backing_file) != cache_dir:
-            raise exception.InvalidDiskInfo(reason=_(
-                'volume %(volume)s of storage pool %(pool)s on host %(host)s '
-                'depends on %(file)s, which is not in the image cache '
-                '%(cache)s') % {
-                    'volume': self.volume_name, 'pool': self.pool_name,
-                    'host': CONF.host, 'file': info.backing_file,
-                    'cache': cache_dir})
-        return info.backing_file
+        try:
+            return image_cache.checked_base(info.backing_file)
+        except exception.BaseImageMisplaced as e:
+            # Some callers swallow the error, so the log has it as well.
+            LOG.error('Volume %(volume)s of storage pool %(pool)s can not be '
+                      'used: %(error)s',
+                      {'volume': self.volume_name, 'pool': self.pool_name,
+                       'error': e}, instance=self.instance)
+            raise
 
     def delete(self):
         """Delete the disk's volume. It is not an error if there is none."""

@@ -10,7 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""Which base images the volumes of a host's storage pools need."""
+"""The base images that disks are laid over: where, and which are needed."""
 
 import os
 
@@ -18,11 +18,42 @@ from oslo_log import log as logging
 
 import nova.conf
 from nova import exception
+import nova.privsep.storage
 from nova.virt.libvirt.storage.pool import pool as storage_pool
-from nova.virt.libvirt.storage.pool import usage
+from nova.virt.libvirt.storage.pool import setup
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
+
+
+def checked_base(path: str, cache_dir: str | None = None) -> str:
+    """Check that a backing file is a base image that Nova itself keeps.
+
+    Compared are places and not spellings: the image cache may be reached by a
+    symbolic link. Where its path has changed, older disks are still laid over
+    images in the former directory, which bears a mark.
+
+    :param path: the absolute path that the disk's header names
+    :param cache_dir: the image cache's directory, if it isn't that of this
+        host's settings
+    :returns: the path, normalized
+    :raises: exception.BaseImageMisplaced
+    """
+    if cache_dir is None:
+        cache_dir = os.path.join(
+            CONF.instances_path, CONF.image_cache.subdirectory_name)
+    path = os.path.normpath(path)
+    directory = os.path.realpath(os.path.dirname(path))
+    if not os.path.isabs(path) or (
+            directory != os.path.realpath(cache_dir) and
+            not _is_marked(directory)):
+        raise exception.BaseImageMisplaced(
+            file=path, cache=cache_dir, host=CONF.host, mark=setup.CACHE_MARK)
+    return path
+
+
+def _is_marked(directory):
+    return os.path.isfile(os.path.join(directory, setup.CACHE_MARK))
 
 
 def in_use(conn, host: str, cache_dir: str) -> set[str]:
@@ -35,33 +66,28 @@ def in_use(conn, host: str, cache_dir: str) -> set[str]:
 
     A backing file outside the image cache is ignored. That of a raw volume is
     what its guest has written, and can keep an image from being removed, but
-    no more than that.
+    no more than that: libvirt isn't asked about a volume, as it might fail, or
+    open what the guest has named.
 
     :param conn: a libvirt.virConnect
     :param host: its name, for messages
     :param cache_dir: the directory of the image cache
     :returns: file names
-    :raises: exception.StoragePoolError, exception.StorageVolumeError if a
-        pool that this host uses can't be read: then nobody knows
+    :raises: exception.StoragePoolError if a pool that this host uses, or a
+        file there, can't be read, so that the answer is not known
     """
     names = set()
     cache_dir = os.path.realpath(cache_dir)
     for pool in _pools(conn, host):
-        for volume in pool.volumes():
-            try:
-                backing = volume.config().backing_store
-            except exception.StorageVolumeNotFound:
-                continue  # deleted since the pool was listed
-            if backing is None or not backing.path:
-                continue
-            directory, name = os.path.split(backing.path)
+        for backing in pool.backing_files().values():
+            directory, name = os.path.split(backing)
             if os.path.realpath(directory) == cache_dir:
                 names.add(name)
     return names
 
 
 def _pools(conn, host):
-    ours = usage.pool_names()
+    ours = setup.pool_names()
     try:
         pools = storage_pool.list_pools(conn, host)
     except exception.StoragePoolError as e:
@@ -75,7 +101,7 @@ def _pools(conn, host):
         if pool.name == CONF.libvirt.storage_base_images_pool:
             continue
         try:
-            if pool.config().type not in storage_pool.SUPPORTED_TYPES:
+            if not pool.kind().holds_disks:
                 continue
             if not pool.is_active():
                 if pool.name in ours:
@@ -90,12 +116,13 @@ def _pools(conn, host):
 def cache_changed(conn, host: str) -> None:
     """Let libvirt know that images came or went.
 
-    It is no error if that isn't possible: who needs an image as a volume
-    looks again.
+    It is no error if that isn't possible, for instance while an image is
+    copied: whoever needs one as a volume looks again.
     """
     try:
         storage_pool.StoragePool(
-            conn, CONF.libvirt.storage_base_images_pool, host).refresh()
+            conn, CONF.libvirt.storage_base_images_pool, host).refresh(
+                timeout=0)
     except exception.StoragePoolError as e:
-        LOG.warning('The storage pool over the image cache could not be '
+        LOG.info('The storage pool over the image cache could not be '
                     'refreshed: %s', e)

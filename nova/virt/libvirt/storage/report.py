@@ -10,7 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""Where the local disks of a cloud's servers are, by their records alone.
+"""Where the local disks of a cloud's instances are, by their records alone.
 
 Reads the databases of the cells; asks no compute service and no libvirt.
 """
@@ -34,7 +34,7 @@ LOG = logging.getLogger(__name__)
 # Records of so many instances are read at a time.
 PAGE = 500
 
-# So many servers are named in a warning.
+# So many instances are named in a warning.
 SHOWN = 5
 
 NO_RECORD = '-'
@@ -43,7 +43,7 @@ BROKEN = 'broken'
 
 @dataclasses.dataclass(frozen=True, order=True)
 class DiskLine:
-    """One local disk, or one server of whose disks nothing is on record.
+    """One local disk, or one instance of whose disks nothing is on record.
 
     :ivar backend: backend on record, ``-`` without a record, ``broken`` where
         the record can't be read
@@ -66,11 +66,11 @@ class DiskLine:
 
 def disks(context: 'nova_context.RequestContext',
           host: str | None = None) -> list[DiskLine]:
-    """List the local disks of all servers that are on a host.
+    """List the local disks of all instances that are on a host.
 
     :param context: an admin's context
-    :param host: only this compute service's servers
-    :returns: sorted by host, server and disk
+    :param host: only this compute service's instances
+    :returns: sorted by host, instance and disk
     :raises: exception.CellTimeout if a cell's database doesn't answer
     """
     lines = of_all_cells(context, _disks_of_cell, host)
@@ -97,21 +97,27 @@ def of_all_cells(context: 'nova_context.RequestContext',
 
 
 def by_host(lines: list[DiskLine]) -> dict[str, collections.Counter]:
-    """Count each host's disks by backend."""
+    """Count each host's disks by backend; raw files of a pool on their own.
+
+    The guest writes the first bytes of these, and libvirt looks there.
+    """
     counts: dict[str, collections.Counter] = {}
     for line in lines:
-        counts.setdefault(line.host, collections.Counter())[line.backend] += 1
+        kind = line.backend
+        if line.in_pool and line.format == fields.LibvirtDiskFormat.RAW:
+            kind += ', raw'
+        counts.setdefault(line.host, collections.Counter())[kind] += 1
     return counts
 
 
 def legacy_instances(lines: list[DiskLine]) -> list[str]:
-    """UUIDs of the servers that have a disk outside of a storage pool."""
+    """UUIDs of the instances that have a disk outside of a storage pool."""
     return sorted({
         line.instance_uuid for line in lines if not line.in_pool})
 
 
 def half_way(lines: list[DiskLine]) -> list[str]:
-    """UUIDs of legacy servers on hosts that have volumes already.
+    """UUIDs of legacy instances on hosts that have volumes already.
 
     A cloud in which no host has a storage pool has nothing to finish.
     """
@@ -121,9 +127,9 @@ def half_way(lines: list[DiskLine]) -> list[str]:
 
 def warn_of_legacy_disks(context: 'nova_context.RequestContext',
                          instances: list['objects.Instance']) -> None:
-    """Log once how many of a host's servers have a disk outside its pools.
+    """Log once how many of a host's instances have a disk outside its pools.
 
-    :param instances: all servers of the host
+    :param instances: all instances of the host
     """
     mappings = objects.BlockDeviceMappingList.bdms_by_instance_uuid(
         context, [i.uuid for i in instances if not i.deleted])
@@ -133,7 +139,7 @@ def warn_of_legacy_disks(context: 'nova_context.RequestContext',
             instance, mappings.get(instance.uuid, []))])
     if legacy:
         LOG.warning(
-            '%(count)d of the servers on this host have local disks outside '
+            '%(count)d of the instances on this host have local disks outside '
             'of storage pools: %(uuids)s%(more)s. A hard reboot, a resize or '
             'a cold migration moves their disks into the pools. nova-manage '
             'libvirt list_disks lists them all.',

@@ -10,9 +10,9 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""A server's legacy disks become volumes of a pool; knows no other host.
+"""An instance's legacy disks become volumes of a pool; knows no other host.
 
-All of the server's disks move, or none. A file that gets a hard link may be
+All of the instance's disks move, or none. A file that gets a hard link may be
 in use: guest and volume share it. One that must be copied may not. Each step
 of :attr:`Transition.STEPS` can be the last one before a crash: the records say
 which name of a disk counts, the next call goes on from there, and a call
@@ -43,9 +43,12 @@ from nova import objects
 from nova.objects import fields
 import nova.privsep.storage
 from nova.virt import images
-from nova.virt.libvirt.storage.move import undo
+from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.pool import config as storage_config
 from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import setup
+from nova.virt.libvirt.storage.pool import usage
+from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import metadata
 
 LOG = logging.getLogger(__name__)
@@ -78,14 +81,18 @@ class LegacyDisk:
     backing_path: str | None = None
 
     @property
+    def is_raw(self) -> bool:
+        return self.record.format == fields.LibvirtDiskFormat.RAW
+
+    @property
     def target(self) -> str:
         return self.pool.volume(self.volume).path
 
 
 def is_due(disks: 'metadata.InstanceDisks') -> bool:
-    """Whether a server has disks that can go to a pool.
+    """Whether an instance has disks that can go to a pool.
 
-    A server with a disk on another legacy backend (lvm, rbd, ploop) stays
+    An instance with a disk on another legacy backend (lvm, rbd, ploop) stays
     as it is: all of its disks move or none.
 
     :param disks: the records of all its local disks
@@ -102,10 +109,10 @@ def _kept(disks):
 
 
 class Transition:
-    """The way of one server's legacy disks into their pools.
+    """The way of one instance's legacy disks into their pools.
 
     :param context: the request's context; needs no auth token
-    :param instance: the server
+    :param instance: the instance
     :param disks: the records of all its local disks
     :param get_pool: gives the pool of a name
     :param instance_dir: where the legacy files are
@@ -190,7 +197,7 @@ class Transition:
             if record.state != fields.LibvirtDiskState.READY:
                 self._refuse(_('disk %s was never finished') % name)
             pool = self._get_pool(
-                record.pool or storage_pool.pool_name_for(name))
+                record.pool or setup.pool_name_for(name))
             disk = LegacyDisk(name, path, record, pool, volume=record.volume)
             self._measure(disk)
             plan.append(disk)
@@ -221,13 +228,13 @@ class Transition:
         """The base image's path if it is one that Nova itself keeps."""
         if not backing_file:
             return None
-        base = os.path.normpath(os.path.join(self._instance_dir, backing_file))
-        if os.path.dirname(base) != os.path.normpath(self._base_dir):
-            self._refuse(_('disk %(name)s names the base image %(base)s, '
-                           'which is not in the image cache %(cache)s') % {
-                'name': disk.name, 'base': backing_file,
-                'cache': self._base_dir})
-        return base
+        try:
+            return image_cache.checked_base(
+                os.path.join(self._instance_dir, backing_file),
+                self._base_dir)
+        except exception.BaseImageMisplaced as error:
+            self._refuse(_('disk %(name)s: %(error)s') % {
+                'name': disk.name, 'error': error})
 
     def _record_intent(self):
         """Say which volumes are to be made, before any of them is there.
@@ -238,7 +245,7 @@ class Transition:
             if disk.volume is None:
                 disk.volume = disk.pool.free_name(
                     '%s_%s' % (self._instance.uuid, disk.name),
-                    undo.names_left(self._instance))
+                    leftovers.names(self._disks))
             disk.record.pool = disk.pool.name
             disk.record.volume = disk.volume
             self._disks.set(disk.name, disk.record)
@@ -294,11 +301,11 @@ class Transition:
     def _copy(self, disk):
         if not self._guest_is_off:
             self._refuse(_('disk %(name)s has to be copied into storage pool '
-                           '%(pool)s, which takes a guest that is off: hard '
-                           'reboot the server first') % {
+                           '%(pool)s, and can only be while the guest is off: '
+                           'hard reboot the instance first') % {
                 'name': disk.name, 'pool': disk.pool.name})
         _length, allocation = nova.privsep.storage.file_bytes(disk.path)
-        available = disk.pool.info().available
+        _device, _total, available = usage.measure(disk.pool)
         if available < allocation:
             self._refuse(_('storage pool %(pool)s has %(free)d bytes left, '
                            'and disk %(name)s takes %(need)d') % {
@@ -324,7 +331,10 @@ class Transition:
     def _check_volumes(self):
         """libvirt must see in the volume the size which the disk has."""
         for disk in self._moving:
-            capacity = disk.pool.volume(disk.volume).info().capacity
+            volume = disk.pool.volume(disk.volume)
+            # Of what is raw libvirt may have read a header of the guest's.
+            capacity = (volume.physical() if disk.is_raw
+                        else volume.info().capacity)
             if capacity != disk.size:
                 self._refuse(_(
                     'volume %(volume)s of storage pool %(pool)s came out with '
@@ -400,9 +410,9 @@ class Transition:
         for path, record in self._volumes_on_record().items():
             if not os.path.lexists(path):
                 continue
-            # Never the only name: info() fails unless the volume is there.
+            # Never the only name: this fails unless the volume is there.
             volume = self._get_pool(record.pool).volume(record.volume)
-            volume.info()
+            volume.physical()
             LOG.info('Disk %(path)s is volume %(volume)s of storage pool '
                      '%(pool)s now; its old name goes',
                      {'path': path, 'volume': volume.name,

@@ -26,6 +26,7 @@ from nova import exception
 from nova import utils
 from nova.virt import images
 from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 
 CONF = nova.conf.CONF
@@ -63,16 +64,27 @@ def find(context, instance, here, there):
     :returns: its StorageVolume, or None if the destination gets it otherwise
     :raises: StorageVolumeNotFound if it is nowhere to be had
     """
-    try:
-        images.get_info(context, instance.image_ref)
+    if _is_to_be_had(context, instance.image_ref):
         return None
-    except (exception.ImageNotFound, exception.ImageNotAuthorized):
-        LOG.info('Image %s is no longer to be had from Glance',
-                 instance.image_ref, instance=instance)
+    LOG.info('Image %s is no longer to be had from Glance',
+             instance.image_ref, instance=instance)
     name = imagecache.get_cache_fname(instance.image_ref)
     if _volume(there, name):
         return None
     return _volume(here, name) or here.volume(name)
+
+
+def _is_to_be_had(context, image_id):
+    """Whether the destination can fetch an image.
+
+    Only an active one can be downloaded: one that was deactivated, say, is
+    still shown to its owner.
+    """
+    try:
+        image = images.get_info(context, image_id)
+    except (exception.ImageNotFound, exception.ImageNotAuthorized):
+        return False
+    return image.get('status') == 'active'
 
 
 def _volume(pool, name):
@@ -100,7 +112,9 @@ def take(instance, volume):
     """Put a base image that has come, and is whole, into the image cache.
 
     :param volume: its StorageVolume
+    :raises: UnsafeDiskContent
     """
+    content.look_at_base(volume.path)
     target = _cached_path(instance)
     name = os.path.basename(target)
     cache = imagecache.ImageCacheManager()

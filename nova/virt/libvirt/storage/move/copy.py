@@ -17,7 +17,6 @@ import threading
 import time
 
 from oslo_log import log as logging
-from oslo_serialization import jsonutils
 from oslo_utils import units
 
 from nova.compute import utils as compute_utils
@@ -28,11 +27,17 @@ import nova.privsep.qemu
 from nova import thread_pool_factory
 from nova.virt import images
 from nova.virt.libvirt.storage.move import base_image as storage_base
+from nova.virt.libvirt.storage.move import cancel
 from nova.virt.libvirt.storage.move import guest_files as files
+from nova.virt.libvirt.storage.move import item as storage_item
+from nova.virt.libvirt.storage.move import offer
+from nova.virt.libvirt.storage.move import room
 from nova.virt.libvirt.storage.move import state as moves
 from nova.virt.libvirt.storage.move import undo
 from nova.virt.libvirt.storage.pool import stream as upload
 from nova.virt.libvirt.storage.pump import transfer as pump
+from nova.virt.libvirt.storage.records import leftovers
+from nova.virt.libvirt.storage.records import metadata
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -42,18 +47,25 @@ _REPORT_INTERVAL = 5
 # How many names are tried for a volume, where files are in the way.
 _NAMES_TRIED = 4
 
+# UUIDs of the instances that this process copies now.
+_running: set[str] = set()
+
+
+def is_running(instance):
+    """Whether this compute service copies an instance's disks now."""
+    return instance.uuid in _running
+
 
 class Transfer:
     """The copy of what a Departure has checked.
 
     :param departure: a Departure whose connection is still open
-    :param job_tracker: the driver's InstanceJobTracker: a copy ends when the
-        server is deleted
     """
 
-    def __init__(self, departure, job_tracker):
+    def __init__(self, departure):
         self.departure = departure
-        self.job_tracker = job_tracker
+        self.here = departure.move.here
+        self.job_tracker = self.here.job_tracker
         self.context = departure.context
         self.instance = departure.instance
         self.migration = departure.migration
@@ -71,15 +83,21 @@ class Transfer:
         :param directory: the instance's directory on this host
         :raises: StorageTransferError and others
         """
+        _running.add(self.instance.uuid)
+        try:
+            self._run(directory)
+        finally:
+            _running.discard(self.instance.uuid)
+
+    def _run(self, directory):
         self._measure()
-        self._taken = undo.names_left(self.instance)
+        self._taken = leftovers.names(self.disks)
         with contextlib.ExitStack() as stack:
             # Pushed first, so done last: until the volumes are gone the
             # records say where they are.
             stack.callback(self._restore)
             self._pack_files(stack, directory)
             self._choose_names()
-            self._note_extras()
             self._save_building()
             created = []
             stack.callback(self._delete_created, created)
@@ -92,7 +110,7 @@ class Transfer:
             stack.pop_all()
 
     def _restore(self):
-        undo.restore(self.disks, self.instance, self.migration)
+        undo.restore(self.disks, self.migration)
         self.disks.save(self.context)
         self.instance.progress = 0
         self.instance.save()
@@ -107,12 +125,13 @@ class Transfer:
         here, there = departure.pool_of_files()
         name = here.free_name('%s_%s' % (self.instance.uuid, files.NAME))
         # Known by name before it is there: this compute may be killed.
-        undo.note_left(self.instance, CONF.host, [(here.name, name)])
-        self.instance.save()
+        leftovers.note(self.disks, CONF.host, [(here.name, name)])
+        self.disks.save(self.context)
         volume = moves.create_volume(
             here, name, os.path.getsize(path), (os.geteuid(), os.getegid()),
             0o600)
-        item = moves.Item(files.NAME, None, volume, there)
+        item = storage_item.GuestFiles(files.NAME, there, volume)
+        item.sparse = room.is_sparse(departure.peer, moves.check_pool(there))
         stack.callback(self._delete_packed, item)
         upload.upload_file(volume, path)
         os.unlink(path)
@@ -120,24 +139,9 @@ class Transfer:
         self.items.append(item)
 
     def _delete_packed(self, item):
-        if undo.delete_volume(item.source, self.instance):
-            undo.forget_left(self.instance, CONF.host,
+        if leftovers.delete_volume(item.source, self.instance):
+            leftovers.forget(self.disks, CONF.host,
                              [(item.source.pool.name, item.source.name)])
-
-    def _extras(self):
-        """What isn't a disk, and so on no record."""
-        return [(item.pool.name, item.target)
-                for item in self.items if not item.record]
-
-    def _note_extras(self):
-        extras = self._extras()
-        if extras:
-            undo.note_left(self.instance, self.migration.dest_compute, extras)
-            self.instance.save()
-
-    def _forget_extras(self):
-        undo.forget_left(self.instance, self.migration.dest_compute,
-                         self._extras())
 
     def _measure(self):
         """Let the disks' files be what travels, and take their sizes.
@@ -148,8 +152,7 @@ class Transfer:
         for item in self.items:
             if not item.source:
                 continue
-            if item.record and (
-                    item.record.format == fields.LibvirtDiskFormat.QCOW2):
+            if item.flattenable():
                 self._flatten(item)
             item.measure()
 
@@ -188,17 +191,27 @@ class Transfer:
             '%s_%s' % (self.instance.uuid, item.name), self._taken)
 
     def _save_building(self):
+        # Saved with the next report of progress.
+        offer.forget_old(self.instance)
         for item in self.items:
-            if not item.record:
-                continue
-            record = item.record.obj_clone()
-            record.previous = item.record.obj_clone()
-            record.previous.previous = None
-            record.host = self.migration.dest_compute
-            record.pool, record.volume = item.pool.name, item.target
-            record.state = fields.LibvirtDiskState.BUILDING
-            self.disks.set(item.name, record)
+            self._note_building(item)
+        swap = next((item.record for item in self.items
+                     if item.name == metadata.SWAP), None)
+        if swap is not None:
+            # A resize that does away with swap deletes mapping and record.
+            kept = swap.obj_clone()
+            kept.migration_id = self.migration.id
+            self.disks.set_extra(metadata.SWAP, kept)
         self.disks.save(self.context)
+
+    def _note_building(self, item):
+        record = item.new_record()
+        record.host = self.migration.dest_compute
+        record.pool, record.volume = item.pool.name, item.target
+        record.state = fields.LibvirtDiskState.BUILDING
+        record.migration_id = self.migration.id
+        record.expected = None
+        item.put(self.disks, record)
 
     def _create(self, item):
         """Make a volume on the destination.
@@ -206,36 +219,32 @@ class Transfer:
         libvirt knows nothing of a file that was put into a pool since its
         last refresh, and refuses to make another one: that stays, too.
         """
-        mode = 0o600 if item.name == files.NAME else 0o644
         for tries_left in reversed(range(_NAMES_TRIED)):
             try:
-                return moves.create_volume(item.pool, item.target, item.length,
-                                           self.departure.owner, mode)
+                return moves.create_volume(
+                    item.pool, item.target, item.length, self.departure.owner,
+                    item.mode, item.length
+                    if room.is_reserved(self.departure.peer) else 0)
             except exception.InsufficientStoragePoolSpace:
                 raise
             except exception.StorageVolumeError as e:
-                if not tries_left or item.name == storage_base.NAME:
+                if not tries_left or not item.may_be_renamed:
                     raise
                 LOG.warning('Trying another name: %s', e,
                             instance=self.instance)
             self._rename(item)
 
     def _rename(self, item):
-        if not item.record:
-            self._forget_extras()
         self._taken.add(item.target)
         item.target = self._free_name(item)
-        if not item.record:
-            self._note_extras()
-            return
-        record = self.disks.get(item.name)
+        record = item.on_record(self.disks)
         record.volume = item.target
-        self.disks.set(item.name, record)
+        item.put(self.disks, record)
         self.disks.save(self.context)
 
     def _delete_created(self, created):
         undo.delete_at_peer(self.departure.peer, self.departure.host,
-                            self.instance, self.migration, created)
+                            self.disks, self.migration, created)
 
     def _copy_all(self):
         """Copy several disks at a time; the first error ends the others."""
@@ -260,7 +269,11 @@ class Transfer:
             self._report(total, start)
 
         self._tick = report
-        self._cancelled = lambda: bool(errors)
+        self._cancelled = lambda: (
+            bool(errors) or cancel.is_requested(self.migration))
+        # of all disks together
+        self._bandwidth = pump.Bandwidth(
+            CONF.libvirt.storage_migration_bandwidth * units.Mi)
         parallel = min(CONF.libvirt.storage_migration_parallel_disks,
                        len(waiting))
         futures = [thread_pool_factory.spawn_on(
@@ -293,11 +306,11 @@ class Transfer:
                   'uri': self.departure.uri, 'target': item.target},
                  instance=self.instance)
         item.result = pump.copy(
-            pump.Volume(self.departure.local_uri, item.source.pool.name,
+            pump.Volume(self.here.uri, item.source.pool.name,
                         item.source.name),
             pump.Volume(self.departure.uri, item.pool.name, item.target),
             item.length, sparse=item.sparse,
-            bandwidth=CONF.libvirt.storage_migration_bandwidth * units.Mi,
+            bandwidth=self._bandwidth,
             stall_timeout=CONF.libvirt.storage_migration_stall_timeout,
             progress=progress, cancelled=self._cancelled,
             on_start=started,
@@ -341,26 +354,12 @@ class Transfer:
     def _save_expectations(self):
         """Let the destination know what it must find."""
         for item in self.items:
-            if item.name == files.NAME:
+            if isinstance(item, storage_item.GuestFiles):
                 self._delete_packed(item)
-        for item in self.items:
             if item.source:
-                expected = {'length': item.length,
-                            'checksum': item.result.checksum,
-                            'key': item.result.key}
-                if not item.record:
-                    expected['at'] = [item.pool.name, item.target]
-                self.instance.system_metadata[moves.COPY + item.name] = (
-                    jsonutils.dumps(expected))
-            elif item.record:
-                self._note_swap(item.record)
-        self._forget_extras()
-        self.instance.system_metadata.pop(moves.OFFER, None)
-        self.instance.system_metadata[moves.MOVED] = jsonutils.dumps(
-            [self.migration.id, self.departure.address])
-        self.instance.save()
-
-    def _note_swap(self, record):
-        """A resize that does away with swap deletes mapping and record."""
-        self.instance.system_metadata[moves.SWAP] = jsonutils.dumps(
-            [record.pool, record.volume, record.format, record.size])
+                record = item.on_record(self.disks)
+                record.expected = metadata.LibvirtDiskExpected(
+                    length=item.length, checksum=item.result.checksum,
+                    key=item.result.key, address=self.here.address)
+                item.put(self.disks, record)
+        self.disks.save(self.context)

@@ -18,8 +18,9 @@ disks are here: whether they are what was sent (accept()).
 import os
 import time
 
+from oslo_concurrency import processutils
 from oslo_log import log as logging
-from oslo_serialization import jsonutils
+from oslo_utils import strutils
 from oslo_utils import units
 
 import nova.conf
@@ -27,16 +28,20 @@ from nova import exception
 from nova.i18n import _
 from nova.objects import fields
 import nova.privsep.qemu
-from nova.virt import images
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage.move import base_image as storage_base
 from nova.virt.libvirt.storage.move import guest_files as files
+from nova.virt.libvirt.storage.move import offer as storage_offer
 from nova.virt.libvirt.storage.move import peer
+from nova.virt.libvirt.storage.move import room
 from nova.virt.libvirt.storage.move import state as moves
-from nova.virt.libvirt.storage.move import undo
 from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.pump import transfer as pump
+from nova.virt.libvirt.storage.records import kinds
+from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt import utils as libvirt_utils
 
@@ -47,50 +52,47 @@ LOG = logging.getLogger(__name__)
 def offer(connection, instance, migration, disks):
     """Check that this host can take an instance's volumes, and say so.
 
-    The offer goes with the instance to the source: the migration's id ('m'),
-    who is to own the volumes ('o': user and group id), which kinds of disks
-    go to which pool ('p'), and in the order of these pools the bytes that are
-    free ('f') and the file system that it is in, as a number ('d'). Nothing
+    The offer goes with the instance's MigrationContext to the source. Nothing
     is left here if the source makes no use of it.
 
     :param connection: this host's libvirt
     :param disks: the instance's InstanceDisks
     :raises: MigrationPreCheckError, with which another host is tried
     """
-    undo.delete_left(connection, instance, disks)
+    if disks.leftovers:
+        leftovers.delete(connection, disks)
+        disks.save(instance._context)
     pools = {}
     for kind in _kinds_that_may_come(disks):
-        pools.setdefault(storage_pool.pool_name_for(kind), []).append(kind)
+        pools.setdefault(setup.pool_name_for(kind), []).append(kind)
     if not pools:
         return
-    pools.setdefault(storage_pool.pool_name_for(files.NAME), []).append(
+    pools.setdefault(setup.pool_name_for(files.NAME), []).append(
         files.NAME)
     for pool_name in pools:
         if (pool_name == CONF.libvirt.storage_disks_pool and
                 CONF.libvirt.images_type == 'libvirt-storage'):
             pool = storage_pool.StoragePool.ensure(
-                connection, storage_pool.disks_pool_config(), CONF.host)
+                connection, setup.disks_pool_config(), CONF.host)
         else:
             pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
         moves.check_pool(pool)
     if not os.access(CONF.instances_path, os.W_OK):
         raise exception.MigrationPreCheckError(reason=_(
-            "%(directory)s of host %(host)s isn't writable") % {
+            "let the user of nova-compute write to %(directory)s of host "
+            "%(host)s") % {
                 'directory': CONF.instances_path, 'host': CONF.host})
     pools.setdefault(CONF.libvirt.storage_base_images_pool, []).append(
         storage_base.NAME)
     free, file_systems = zip(*[_file_system(connection, name, number)
                                for number, name in enumerate(pools)])
-    value = jsonutils.dumps(
-        {'m': migration.id, 'o': [os.geteuid(), os.getegid()], 'p': pools,
-         'f': free, 'd': [file_systems.index(f) for f in file_systems]},
-        separators=(',', ':'))
-    if len(value) > moves.MAX_VALUE:
-        raise exception.MigrationPreCheckError(reason=_(
-            "the names of host %(host)s's storage pools are too long to be "
-            "told: %(value)s") % {'host': CONF.host, 'value': value})
-    instance.system_metadata[moves.OFFER] = value
-    instance.save()
+    storage_offer.save(instance, storage_offer.Offer(
+        migration_id=migration.id, owner=[os.geteuid(), os.getegid()],
+        pools={name: storage_offer.OfferedPool(
+            kinds=sorted(of_pool), free=free[number],
+            file_system=file_systems.index(file_systems[number]))
+               for number, (name, of_pool) in enumerate(pools.items())},
+        preallocates=preallocates()))
 
 
 def _file_system(connection, pool_name, number):
@@ -124,12 +126,12 @@ def _kinds_that_may_come(disks):
     records = disks.items()
     if CONF.libvirt.images_type == 'libvirt-storage':
         if not records:
-            return moves.KINDS
+            return kinds.ALL
         travel = metadata.FILE_BACKENDS + (
             fields.LibvirtDiskBackend.LIBVIRT_STORAGE,)
     else:
         travel = (fields.LibvirtDiskBackend.LIBVIRT_STORAGE,)
-    return sorted({moves.kind_of(name) for name, record in records
+    return sorted({kinds.of(name) for name, record in records
                    if record.backend in travel})
 
 
@@ -149,29 +151,36 @@ def accept(context, instance, disks, connection, local_uri, cache_base):
         calling this again tries it again
     """
     came = []
-    if moves.COPY + storage_base.NAME in instance.system_metadata:
-        _take_base(instance, connection, local_uri)
-    if moves.COPY + files.NAME in instance.system_metadata:
-        _take_files(instance, disks, connection, local_uri)
+    extras = disks.extras
+    if storage_base.NAME in extras:
+        _take_base(context, disks, connection, local_uri)
+    if files.NAME in extras:
+        _take_files(context, disks, connection, local_uri)
+    if leftovers.on_host(disks, CONF.host):
+        leftovers.delete(connection, disks)
+        disks.save(context)
     for name, record in disks.items():
         if (record.previous is None or record.host != CONF.host or
-                not record.is_building or not moves.is_copied(name)):
+                not record.is_building or not kinds.is_copied(name)):
             continue
         try:
-            _verify(instance, name, local_uri, record.pool, record.volume)
+            _verify(instance, record, local_uri)
         except exception.StorageTransferMismatch as e:
-            _copy_again(instance, name, record, connection, local_uri, e)
+            _copy_again(instance, record, connection, local_uri, e)
+        volume = storage_pool.StoragePool(
+            connection, record.pool, CONF.host).volume(record.volume)
+        room.give_back(connection, volume, instance)
         if record.format == fields.LibvirtDiskFormat.QCOW2:
-            volume = storage_pool.StoragePool(
-                connection, record.pool, CONF.host).volume(record.volume)
-            _adopt_base(volume, instance, cache_base)
+            _adopt_base(volume, instance, cache_base, record.size)
+        _reserve(connection, instance, record)
         came.append(name)
+    for name in came:
+        record = disks.get(name)
+        record.state = fields.LibvirtDiskState.READY
+        record.expected = None
+        disks.set(name, record)
     if came:
-        disks.mark(fields.LibvirtDiskState.READY, came)
         disks.save(context)
-        for name in came:
-            instance.system_metadata.pop(moves.COPY + name, None)
-        instance.save()
     return any(record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE
                for _name, record in disks.items())
 
@@ -181,56 +190,79 @@ def is_due(instance, disks):
 
     :param disks: the instance's InstanceDisks
     """
-    return bool(disks.building()) or (
-        moves.COPY + files.NAME in instance.system_metadata)
+    return bool(disks.building()) or files.NAME in disks.extras
 
 
-def _take_base(instance, connection, local_uri):
-    pool = storage_base.pool(connection)
-    name = storage_base.name_on_the_way(instance)
+def _take_base(context, disks, connection, local_uri):
+    instance, record = disks.instance, disks.extras[storage_base.NAME]
+    place = (record.pool, record.volume)
     if storage_base.is_cached(instance):
         # An earlier call has put it there, or somebody was faster.
-        undo.note_left(instance, CONF.host, undo.delete_volumes(
-            connection, CONF.host, [(pool.name, name)], instance))
+        leftovers.note(disks, CONF.host, leftovers.delete_volumes(
+            connection, CONF.host, [place], instance))
     else:
-        _verify(instance, storage_base.NAME, local_uri, pool.name, name)
-        storage_base.take(instance, pool.volume(name))
-    del instance.system_metadata[moves.COPY + storage_base.NAME]
-    instance.save()
+        _verify(instance, record, local_uri)
+        storage_base.take(instance, storage_pool.StoragePool(
+            connection, record.pool, CONF.host).volume(record.volume))
+    disks.set_extra(storage_base.NAME, None)
+    disks.save(context)
 
 
-def _take_files(instance, disks, connection, local_uri):
-    key = moves.COPY + files.NAME
-    pool_name, name = jsonutils.loads(instance.system_metadata[key])['at']
-    _verify(instance, files.NAME, local_uri, pool_name, name)
-    pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
-    files.unpack(instance, pool.volume(name),
+def _take_files(context, disks, connection, local_uri):
+    instance, record = disks.instance, disks.extras[files.NAME]
+    _verify(instance, record, local_uri)
+    pool = storage_pool.StoragePool(connection, record.pool, CONF.host)
+    files.unpack(instance, pool.volume(record.volume),
                  libvirt_utils.get_instance_path(instance))
-    del instance.system_metadata[key]
-    undo.note_left(instance, CONF.host, [(pool_name, name)])
-    instance.save()
-    undo.delete_left(connection, instance, disks)
-    instance.save()
+    disks.set_extra(files.NAME, None)
+    # Noted before nothing else names it: this compute may be killed.
+    leftovers.note(disks, CONF.host, [(record.pool, record.volume)])
+    disks.save(context)
 
 
-def _verify(instance, name, local_uri, pool_name, volume_name):
-    expected = instance.system_metadata.get(moves.COPY + name)
-    if not expected:
+def _verify(instance, record, local_uri):
+    expected = record.expected
+    if expected is None:
         raise exception.StorageTransferMismatch(
-            volume=volume_name, where=CONF.host,
+            volume=record.volume, where=CONF.host,
             reason=_("nothing is known of its checksum"))
-    expected = jsonutils.loads(expected)
     start = time.monotonic()
     pump.verify(
-        pump.Volume(local_uri, pool_name, volume_name), expected['length'],
-        expected['checksum'], key=expected['key'],
+        pump.Volume(local_uri, record.pool, record.volume), expected.length,
+        expected.checksum, key=expected.key,
         stall_timeout=CONF.libvirt.storage_migration_stall_timeout)
     LOG.info('Volume %(volume)s is what was sent (verified in %(seconds).1f '
-             's)', {'volume': volume_name,
+             's)', {'volume': record.volume,
                     'seconds': time.monotonic() - start}, instance=instance)
 
 
-def _copy_again(instance, name, record, connection, local_uri, mismatch):
+def preallocates():
+    """Whether disks get all of their space on this host at once."""
+    return strutils.to_slug(CONF.preallocate_images) == 'space'
+
+
+def _reserve(connection, instance, record):
+    """Allocate what the copy has left out: only what was written travels.
+
+    As the image backends do it when they make a disk.
+    """
+    if not preallocates() or not record.size:
+        return
+    path = storage_pool.StoragePool(
+        connection, record.pool, CONF.host).volume(record.volume).path
+    if not os.access(path, os.W_OK):
+        return
+    try:
+        # Not the length of the file: of qcow2 it is another one.
+        processutils.execute('fallocate', '-n', '-l', record.size, path)
+    except (OSError, processutils.ProcessExecutionError) as e:
+        LOG.warning('No space is reserved for volume %(volume)s in storage '
+                    'pool %(pool)s, as preallocate_images says: %(error)s',
+                    {'volume': record.volume, 'pool': record.pool,
+                     'error': e}, instance=instance)
+
+
+def _copy_again(instance, record, connection, local_uri, mismatch):
     """Fetch a disk that is not what was sent from the source once more.
 
     The source keeps it until a confirm, and a server which is here already
@@ -240,73 +272,68 @@ def _copy_again(instance, name, record, connection, local_uri, mismatch):
     :param mismatch: what was found
     :raises: StorageTransferMismatch
     """
-    expected = instance.system_metadata.get(moves.COPY + name)
-    if not expected:
+    expected = record.expected
+    if expected is None:
         raise mismatch
     LOG.warning('%s It is copied again.', mismatch, instance=instance)
     before = record.previous
-    length = jsonutils.loads(expected)['length']
-    _migration, address = jsonutils.loads(
-        instance.system_metadata[moves.MOVED])
+    length = expected.length
     pool = storage_pool.StoragePool(connection, record.pool, CONF.host)
     try:
-        undo.delete_volumes(connection, CONF.host,
-                            [(record.pool, record.volume)], instance)
-        moves.create_volume(pool, record.volume, length,
-                            (os.geteuid(), os.getegid()))
+        leftovers.delete_volumes(
+            connection, CONF.host, [(record.pool, record.volume)], instance)
+        moves.create_volume(
+            pool, record.volume, length, (os.geteuid(), os.getegid()),
+            allocation=length if room.is_reserved(connection) else 0)
         pump.copy(
             pump.Volume(local_uri if before.host == CONF.host else
-                        peer.uri_of(address), before.pool, before.volume),
+                        peer.uri_of(expected.address),
+                        before.pool, before.volume),
             pump.Volume(local_uri, record.pool, record.volume), length,
-            sparse=moves.check_pool(pool) in moves.FILE_POOLS,
+            sparse=room.is_sparse(connection, moves.check_pool(pool)),
             bandwidth=CONF.libvirt.storage_migration_bandwidth * units.Mi,
             stall_timeout=CONF.libvirt.storage_migration_stall_timeout)
-        _verify(instance, name, local_uri, record.pool, record.volume)
+        _verify(instance, record, local_uri)
     except exception.NovaException as e:
         raise exception.StorageTransferMismatch(
             volume=record.volume, where=CONF.host,
             reason=_("%(first)s; it could not be copied again from volume "
                      "%(volume)s in storage pool %(pool)s of host %(host)s: "
-                     "%(again)s When the cause is removed, a hard reboot of "
-                     "the server tries it once more") % {
+                     "%(again)s") % {
                          'first': mismatch.kwargs['reason'],
                          'volume': before.volume,
                          'pool': before.pool, 'host': before.host,
                          'again': e})
 
 
-def _adopt_base(volume, instance, cache_base):
-    """Make an overlay's header name its base in this host's image cache.
+def _adopt_base(volume, instance, cache_base, size=0):
+    """Look at what has come, and have its header name this host's base image.
 
     Two caches have one content under one name; the directory may differ, and
     with force_raw_images the format. Under another format's name the guest
     would get the bytes of the file for those of the image.
 
-    :raises: InvalidDiskInfo if the header names something which isn't in an
-        image cache, or this host can't have the base
+    :param size: bytes of virtual size on record
+    :raises: UnsafeDiskContent if the header names something which isn't in
+        an image cache, or there is anything else wrong with it;
+        StorageBaseImageMissing if this host can't have the base
     """
-    info = images.privileged_qemu_img_info(
-        volume.path, format=fields.LibvirtDiskFormat.QCOW2)
+    info = content.look_at_qcow2(volume.path, size)
     if info.backing_file is None:
         return
     name = os.path.basename(info.backing_file)
     wanted = imagecache.get_cache_fname(instance.image_ref)
     if name != wanted or not os.path.isabs(info.backing_file):
-        raise exception.InvalidDiskInfo(reason=_(
-            "volume %(volume)s depends on %(file)s, which is not the base "
-            "image %(wanted)s in an image cache") % {
-                'volume': volume.name, 'file': info.backing_file,
-                'wanted': wanted})
+        raise exception.UnsafeDiskContent(path=volume.path, reason=_(
+            "it depends on %(file)s, which is not the base image %(wanted)s "
+            "in an image cache") % {
+                'file': info.backing_file, 'wanted': wanted})
     try:
         base = cache_base()
     except Exception as e:
-        raise exception.InvalidDiskInfo(reason=_(
-            "volume %(volume)s depends on image %(image)s, which is not in "
-            "the image cache of host %(host)s and could not be fetched: "
-            "%(error)s When the cause is removed, a hard reboot of the "
-            "server tries it once more") % {
-                'volume': volume.name, 'image': instance.image_ref,
-                'host': CONF.host, 'error': e}) from e
+        raise exception.StorageBaseImageMissing(
+            volume=volume.name, image=instance.image_ref, host=CONF.host,
+            reason=e) from e
     base_format = imagebackend._get_base_format(base)
     if (base, base_format) == (info.backing_file, info.backing_file_format):
         return

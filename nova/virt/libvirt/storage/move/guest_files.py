@@ -167,7 +167,7 @@ def unpack(instance, volume, directory):
     :param volume: the StorageVolume
     :param directory: the instance's directory on this host; the state of a
         TPM is left in it, for LibvirtDriver._finish_migration_vtpm()
-    :raises: InvalidDiskInfo if it holds what is none of these files
+    :raises: UnsafeDiskContent if it holds what is none of these files
     """
     fileutils.ensure_tree(directory)
     path = os.path.join(directory, _PACK)
@@ -186,10 +186,9 @@ def _extract(instance, tar, member, directory):
     if (not member.isreg() or member.size > _MAX_FILE or
             not re.fullmatch('%s|%s|%s' % (tpm, nvram, re.escape(_CONSOLE)),
                              member.name, re.ASCII)):
-        raise exception.InvalidDiskInfo(reason=_(
-            "%(name)s has come along with the disks of server %(uuid)s, and "
-            "isn't one of the files that may") % {
-                'name': member.name, 'uuid': instance.uuid})
+        raise exception.UnsafeDiskContent(path=member.name, reason=_(
+            "it has come along with the disks of server %s, and isn't one of "
+            "the files that may") % instance.uuid)
     target = os.path.join(directory, member.name)
     if member.name == _CONSOLE and os.path.exists(target):
         return  # from an earlier try, and libvirt's by now

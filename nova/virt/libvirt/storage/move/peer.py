@@ -17,6 +17,7 @@ no more than that is enough.
 
 import collections
 import contextlib
+import os
 import re
 import threading
 
@@ -27,6 +28,7 @@ import nova.conf
 from nova import exception
 from nova.i18n import _
 from nova import thread_pool_factory
+from nova.virt.libvirt.storage.pool import access
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -41,6 +43,9 @@ _KEEPALIVE = (5, 3)
 _hanging: collections.Counter[str] = collections.Counter()
 _MOST_HANGING = 4
 _lock = threading.Lock()
+
+# In libvirt's errors: a key, a certificate, a CA's certificate or list.
+_KEY_FILE = re.compile(r'/[^\s\'":,]+\.pem')
 
 _HOST_NAME = re.compile(r'[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?'
                         r'(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*')
@@ -58,8 +63,8 @@ def uri_of(address):
     elif not (netutils.is_valid_ipv4(address) or
               (len(address) <= 253 and _HOST_NAME.fullmatch(address))):
         raise exception.MigrationPreCheckError(reason=_(
-            "%r is neither an IP address nor a host name; check "
-            "[libvirt]/migration_inbound_addr on the destination") % address)
+            "check [libvirt]/migration_inbound_addr on the destination: %r is "
+            "neither an IP address nor a host name") % address)
     return CONF.libvirt.storage_migration_uri % address
 
 
@@ -74,16 +79,33 @@ def connected(host, uri):
     try:
         connection = _connect(host, uri)
     except Exception as e:
+        _check_keys(uri, str(e))
         raise exception.MigrationPreCheckError(reason=_(
-            "libvirt at %(uri)s can't be reached: %(error)s. Why this host "
-            "refused it is in nova-compute's standard error, why it refused "
-            "this host in its own log. Check that it listens there, that its "
-            "certificate names this address and that it accepts this host's "
-            "certificate") % {'uri': uri, 'error': e})
+            "check libvirt and the certificates of both hosts, libvirt at "
+            "%(uri)s can't be reached: %(error)s. Why this host refused it is "
+            "in nova-compute's standard error, why it refused this host in "
+            "its own log. It has to listen there, its certificate to name "
+            "this address, and this host's to be accepted") % {
+                'uri': uri, 'error': e})
     try:
         yield connection
     finally:
         _close(connection, uri)
+
+
+def _check_keys(uri, error):
+    """Name the file that an error is about if nova may not read it."""
+    for path in _KEY_FILE.findall(error):
+        found = access.obstacle(path, os.R_OK)
+        if found:
+            raise exception.MigrationPreCheckError(reason=_(
+                "user %(user)s can't read %(path)s on this host: %(obstacle)s "
+                "is %(mode)s. Give it to a group of that user, after each "
+                "renewal anew. Without it libvirt at %(uri)s can't be "
+                "reached: %(error)s") % {
+                    'user': access.user(), 'path': path,
+                    'obstacle': found.path, 'mode': found.mode,
+                    'uri': uri, 'error': error})
 
 
 def _connect(host, uri):

@@ -16,13 +16,8 @@ libvirt is reachable and trusted, that its pools are there and have room, that
 the disks are in order. Whatever is wrong, the guest runs on.
 """
 
-import contextlib
-import os
 
 from oslo_log import log as logging
-from oslo_serialization import jsonutils
-from oslo_utils import units
-from oslo_utils import uuidutils
 
 import nova.conf
 from nova import exception
@@ -30,21 +25,26 @@ from nova.i18n import _
 from nova import objects
 from nova.objects import fields
 from nova.virt import images
-from nova.virt.libvirt import host as libvirt_host
-from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage import content
+from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.move import base_image as storage_base
 from nova.virt.libvirt.storage.move import guest_files as files
+from nova.virt.libvirt.storage.move import item as storage_item
+from nova.virt.libvirt.storage.move import offer as storage_offer
 from nova.virt.libvirt.storage.move import peer
+from nova.virt.libvirt.storage.move import room
 from nova.virt.libvirt.storage.move import state as moves
-from nova.virt.libvirt.storage.move import undo
-from nova.virt.libvirt.storage.pool import config as storage_config
 from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import setup
+from nova.virt.libvirt.storage.pool import sharing
+from nova.virt.libvirt.storage.records import kinds
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
-# The first service version whose computes take volumes from a peer.
-MIN_COMPUTE = 75
+# The first service version whose computes take volumes from a peer and read
+# the records that this one writes.
+MIN_COMPUTE = 76
 
 
 def _refused(reason):
@@ -56,37 +56,26 @@ def _refused(reason):
 class Departure:
     """An instance's disks before they leave this host.
 
-    :param context: the request's context
-    :param host: the Host of this compute
-    :param instance: the instance, still running
-    :param migration: its Migration, which says where the destination is
-    :param disks: the instance's InstanceDisks
-    :param local_uri: URI of this host's libvirt
-    :param same_host: whether destination and source are one compute
-    :param address: under which the destination reaches this host's libvirt
+    :param move: a Move, whose instance still runs
     :ivar uri: URI of the destination's libvirt
     :ivar peer: connection to that
     :ivar owner: user and group id of Nova there
-    :ivar items: list of moves.Item
+    :ivar items: list of Item
     """
 
-    def __init__(self, context, host, instance, migration, disks, local_uri,
-                 same_host, address):
-        self.context = context
-        self.host = host
-        self.instance = instance
-        self.migration = migration
-        self.disks = disks
-        self.local_uri = local_uri
-        self.same_host = same_host
-        self.address = address
+    def __init__(self, move):
+        self.move = move
+        self.context = move.context
+        self.host = move.here.host
+        self.instance = move.instance
+        self.migration = move.migration
+        self.disks = move.disks
+        self.same_host = move.same_host
         self.uri = None
         self.peer = None
         self.owner = None
         self.items = []
-        self._offered = {}
-        self._free = {}
-        self._file_system = {}
+        self._offer = None
         self._shared = {}
         self._needs_image = False
 
@@ -120,15 +109,14 @@ class Departure:
         """
         records = [record for _name, record in self.disks.items()]
         here = (records[0].pool if records else
-                storage_pool.pool_name_for(files.NAME))
+                setup.pool_name_for(files.NAME))
         return (storage_pool.StoragePool(
                     self.host.get_connection(), here, CONF.host),
                 self._there(files.NAME))
 
     def is_shared(self, item):
         """Whether an item's pools here and there are one."""
-        return item.record is not None and self._shared.get(
-            (item.record.pool, item.pool.name), False)
+        return self._shared.get((item.place_here(), item.pool.name), False)
 
     def _check_versions(self):
         if self.same_host:
@@ -138,39 +126,36 @@ class Departure:
             'nova-compute')
         if service is None or service.version < MIN_COMPUTE:
             raise _refused(
-                _("the disks of this server are volumes of libvirt storage "
-                  "pools, which the compute service on %s is too old to "
-                  "take; upgrade it, or choose another host") %
+                _("upgrade the compute service on host %s or choose another "
+                  "host: it is too old to take the disks of this server, "
+                  "which are volumes of libvirt storage pools") %
                 self.migration.dest_compute)
 
     def _take_offer(self):
-        value = self.instance.system_metadata.get(moves.OFFER)
-        offered = jsonutils.loads(value) if value else {}
-        if offered.get('m') != self.migration.id:
+        self._offer = storage_offer.load(self.instance)
+        if (self._offer is None or
+                self._offer.migration_id != self.migration.id):
             raise _refused(
-                _("host %s has made no offer for this server's volumes; its "
-                  "compute service must be upgraded, or try again") %
+                _("try again, or upgrade the compute service on host %s: it "
+                  "has made no offer for this server's volumes") %
                 self.migration.dest_compute)
-        self.owner = offered['o']
-        self._offered = {kind: pool for pool, kinds in offered['p'].items()
-                         for kind in kinds}
-        self._free = dict(zip(offered['p'], offered['f']))
-        self._file_system = dict(zip(offered['p'], offered['d']))
+        self.owner = self._offer.owner
 
     def _there(self, kind):
         """The destination's pool for a kind of disk."""
-        if kind not in self._offered:
+        name = self._offer.pool_for(kind)
+        if name is None:
             raise _refused(
-                _("host %(host)s offers storage pools for %(offered)s "
-                  "and none for %(kind)s; try again") % {
+                _("try again: host %(host)s offers no storage pool for "
+                  "%(kind)s, only for %(offered)s") % {
                       'host': self.migration.dest_compute, 'kind': kind,
-                      'offered': ', '.join(sorted(self._offered))})
+                      'offered': ', '.join(self._offer.kinds)})
         return storage_pool.StoragePool(
-            self.peer, self._offered[kind], self.migration.dest_compute)
+            self.peer, name, self.migration.dest_compute)
 
     def _connect(self, stack):
         if self.same_host:
-            self.uri = self.local_uri
+            self.uri = self.move.here.uri
             self.peer = self.host.get_connection()
             return
         self.uri = peer.uri_of(self.migration.dest_host)
@@ -185,38 +170,39 @@ class Departure:
             if (record.backend != fields.LibvirtDiskBackend.LIBVIRT_STORAGE or
                     record.is_building or record.host != CONF.host):
                 raise _refused(
-                    _("disk %(name)s is on record as %(state)s on host "
-                      "%(host)s, backend %(backend)s; a hard reboot of the "
-                      "server brings its disks in order") % {
+                    _("hard reboot the server, which brings its disks in "
+                      "order: disk %(name)s is on record as %(state)s on "
+                      "host %(host)s, backend %(backend)s") % {
                           'name': name, 'state': record.state,
                           'host': record.host, 'backend': record.backend})
             here = storage_pool.StoragePool(local, record.pool, CONF.host)
-            there = self._there(moves.kind_of(name))
+            there = self._there(kinds.of(name))
             pool_type = moves.check_pool(there)
-            volume, growth = None, 0
-            if moves.is_copied(name):
+            if kinds.is_copied(name):
                 volume = here.volume(record.volume)
                 _check_type(volume)
-                if record.format == fields.LibvirtDiskFormat.QCOW2:
-                    growth = self._look_at_overlay(name, volume)
-            self.items.append(moves.Item(
-                name, record, volume, there,
-                sparse=pool_type in moves.FILE_POOLS, growth=growth))
+                item = storage_item.Disk(name, there, record, volume)
+                if item.flattenable():
+                    item.growth = self._look_at_overlay(
+                        name, volume, record.size)
+            else:
+                item = storage_item.RemadeDisk(name, there, record)
+            item.sparse = room.is_sparse(self.peer, pool_type)
+            self.items.append(item)
             self._probe(here, there)
         moves.check_pool(self._there(files.NAME))
 
-    def _look_at_overlay(self, name, volume):
-        """Check the base image that an overlay's header names.
+    def _look_at_overlay(self, name, volume, size):
+        """Check what the destination will check, and the base image.
 
         libvirt tells what it was when it looked last.
 
         :returns: bytes by which the volume grows when it is flattened
         """
-        info = images.privileged_qemu_img_info(
-            volume.path, format=fields.LibvirtDiskFormat.QCOW2)
+        info = content.look_at_qcow2(volume.path, size)
         if not info.backing_file:
             return 0
-        _check_base(volume, info.backing_file)
+        image_cache.checked_base(info.backing_file)
         if storage_base.is_kept(self.instance, name, info.backing_file):
             self._needs_image = True
             return 0
@@ -235,45 +221,22 @@ class Departure:
             self.context, self.instance,
             storage_base.pool(self.host.get_connection()), there)
         if volume is not None:
-            moves.check_pool(there)
-            self.items.append(moves.Item(
-                storage_base.NAME, None, volume, there,
-                target=storage_base.name_on_the_way(self.instance)))
+            pool_type = moves.check_pool(there)
+            item = storage_item.BaseImage(
+                storage_base.NAME, there, volume,
+                storage_base.name_on_the_way(self.instance))
+            item.sparse = room.is_sparse(self.peer, pool_type)
+            self.items.append(item)
 
     def _probe(self, here, there):
-        """Find out whether two pools are one, by a volume in both.
-
-        A new volume is made here, then one of that name there. A pool which
-        has the file already refuses to make it; asking it for the volume
-        instead would need a refresh, which reads every file of a pool.
-        """
+        """Find out whether two pools are one."""
         key = (here.name, there.name)
         if key in self._shared:
             return
         if self.same_host:
             self._shared[key] = here.name == there.name
             return
-        config = storage_config.LibvirtConfigStorageVolume()
-        # What is left of it goes with the instance.
-        config.name = '%s_probe.%s' % (
-            self.instance.uuid, uuidutils.generate_uuid(dashed=False))
-        config.capacity = units.Mi
-        config.allocation = 0
-        config.target_format = fields.LibvirtDiskFormat.RAW
-        with contextlib.ExitStack() as stack:
-            ours = here.create(config)
-            stack.callback(undo.delete_volume, ours, self.instance)
-            try:
-                theirs = there.create(config)
-            except exception.NovaException:
-                # Taken, or something is wrong with that pool: without our
-                # volume it must be possible.
-                stack.close()
-                undo.delete_volume(there.create(config), self.instance)
-                self._shared[key] = True
-            else:
-                undo.delete_volume(theirs, self.instance)
-                self._shared[key] = False
+        self._shared[key] = sharing.is_same(here, there, self.instance)
         LOG.debug('Storage pool %(here)s and pool %(there)s of host %(host)s '
                   'are the same: %(same)s',
                   {'here': here.name, 'there': there.name, 'host': there.host,
@@ -283,10 +246,10 @@ class Departure:
         """Compare what is to come with what each file system there has."""
         needed = {}
         for item in self.items:
-            key = self._file_system[item.pool.name]
+            key = self._offer.pools[item.pool.name].file_system
             pools, total = needed.get(key, ({}, 0))
             # What isn't sparse there takes up its whole length.
-            total += item.allocation if item.sparse else item.length
+            total += self._taken_by(item)
             total += item.growth
             if self.same_host or self.is_shared(item):
                 total += item.growth  # the source's volume grows there, too
@@ -297,12 +260,18 @@ class Departure:
                             for pool in pools.values())
             if total > available:
                 raise _refused(
-                    _("storage pool %(pool)s of host %(host)s has "
-                      "%(available)d bytes available and %(total)d are "
-                      "needed; make room there or choose another host") % {
+                    _("choose another host, or make room: storage pool "
+                      "%(pool)s of host %(host)s has %(available)d bytes "
+                      "available and %(total)d are needed") % {
                           'pool': ', '.join(sorted(pools)),
                           'host': self.migration.dest_compute,
                           'available': available, 'total': total})
+
+    def _taken_by(self, item):
+        """Return the bytes that an item takes on the destination."""
+        if self._offer.preallocates:
+            return item.reserved()
+        return item.allocation if item.sparse else item.length
 
     def _check_room_here(self):
         """Compare what flattening volumes takes with what their pools have."""
@@ -316,10 +285,10 @@ class Departure:
             available = _measured(pool, total)
             if total > available:
                 raise _refused(
-                    _("storage pool %(pool)s of host %(host)s has "
-                      "%(available)d bytes available and %(total)d are "
-                      "needed to make volumes independent of base images "
-                      "that host %(dest)s can't have; make room there") % {
+                    _("make room first: storage pool %(pool)s of host "
+                      "%(host)s has %(available)d bytes available and "
+                      "%(total)d are needed to make volumes independent of "
+                      "base images that host %(dest)s can't have") % {
                           'pool': pool.name, 'host': CONF.host,
                           'dest': self.migration.dest_compute,
                           'available': available, 'total': total})
@@ -327,7 +296,7 @@ class Departure:
     def _available(self, pool, wanted):
         """How many bytes a pool of the destination has room for."""
         available = _measured(pool, wanted)
-        free = self._free[pool.name]
+        free = self._offer.pools[pool.name].free
         # Or taken it.
         return available if free is None else min(available, free)
 
@@ -345,23 +314,10 @@ def _measured(pool, wanted):
 
 def _check_type(volume):
     """Refuse what libvirt takes for a directory, and so won't stream."""
-    libvirt = libvirt_host.libvirt
-    if volume.info().type not in (libvirt.VIR_STORAGE_VOL_FILE,
-                                  libvirt.VIR_STORAGE_VOL_BLOCK):
+    if storage_pool.is_directory(volume.info().type):
         raise _refused(
-            _("libvirt takes volume %(volume)s of storage pool %(pool)s for "
-              "a directory, as its guest has written the header of a ploop "
-              "image to it; the guest must overwrite that, and the pool be "
-              "refreshed, before it can be moved") % {
+            _("have the guest overwrite the start of its disk, then refresh "
+              "storage pool %(pool)s: libvirt takes volume %(volume)s for a "
+              "directory, as its guest has written the header of a ploop "
+              "image to it") % {
                   'volume': volume.name, 'pool': volume.pool.name})
-
-
-def _check_base(volume, backing_file):
-    """Refuse an overlay over something that Nova hasn't put there."""
-    cache_dir = imagecache.ImageCacheManager().cache_dir
-    if os.path.dirname(backing_file) != cache_dir:
-        raise _refused(
-            _("volume %(volume)s depends on %(file)s, which is not in the "
-              "image cache %(cache)s") % {
-                  'volume': volume.name, 'file': backing_file,
-                  'cache': cache_dir})

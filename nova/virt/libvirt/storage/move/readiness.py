@@ -25,9 +25,10 @@ from nova import context as nova_context
 from nova import exception
 from nova import objects
 from nova.virt.libvirt.storage.move import peer
+from nova.virt.libvirt.storage.move import room
 from nova.virt.libvirt.storage.move import state as moves
 from nova.virt.libvirt.storage.pool import pool as storage_pool
-from nova.virt.libvirt.storage.pool import usage
+from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage import report
 
 CONF = nova.conf.CONF
@@ -54,6 +55,7 @@ class Readiness:
         self._get_address = get_address
         self._connected = float('-inf')
         self._told: str | None = None
+        self._looked_at_version = False
 
     def stats(self) -> dict[str, str]:
         """Look at the pools, and connect to oneself as a peer would.
@@ -65,6 +67,7 @@ class Readiness:
         if CONF.libvirt.images_type != 'libvirt-storage':
             return {}
         try:
+            self._look_at_version()
             self._check_pools()
             self._check_connection()
             found = READY
@@ -79,11 +82,23 @@ class Readiness:
             self._told = found
         return {STAT: found}
 
+    def _look_at_version(self):
+        if self._looked_at_version:
+            return
+        connection = self._host.get_connection()
+        if room.is_reserved(connection):
+            LOG.warning('libvirt %d on this host ends, or answers nobody, '
+                        'when a disk becomes full in an upload. Upgrade it to '
+                        '12.7; until then leave room in the storage pools.',
+                        connection.getLibVersion())
+        self._looked_at_version = True
+
     def _check_pools(self):
         connection = self._host.get_connection()
-        for name in usage.pool_names():
-            moves.check_pool(
-                storage_pool.StoragePool(connection, name, CONF.host))
+        for name in setup.pool_names():
+            pool = storage_pool.StoragePool(connection, name, CONF.host)
+            if moves.check_pool(pool) in moves.FILE_POOLS:
+                pool.check_access()
 
     def _check_connection(self):
         if time.monotonic() < self._connected + _CONNECTED_FOR:

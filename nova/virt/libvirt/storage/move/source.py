@@ -18,10 +18,10 @@ alone is used, so that a URI which reaches no more than that is enough.
 
 In order: the destination makes its offer in prep_resize (arrival.py); the
 source checks everything that can be checked while the guest still runs
-(departure.py); with the guest off it copies (transfer.py); the destination
-compares checksums and takes the disks over (arrival.py). Until a confirm or
+(precheck.py); with the guest off it copies (copy.py); the destination compares
+checksums and takes the disks over (destination.py). Until a confirm or
 revert the source's volume is the disk's ``previous``. What both ends know is
-in moves.py, how it is undone in undo.py; here is what the driver calls on the
+in state.py, how it is undone in undo.py; here is what the driver calls on the
 source.
 
 A disk's record is ``building`` from before its first byte on the destination
@@ -43,6 +43,9 @@ from nova.virt.libvirt.storage.move import copy as transfer
 from nova.virt.libvirt.storage.move import precheck as departure
 from nova.virt.libvirt.storage.move import state as moves
 from nova.virt.libvirt.storage.move import undo
+from nova.virt.libvirt.storage.records import evacuation
+from nova.virt.libvirt.storage.records import kinds
+from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import metadata
 
 CONF = nova.conf.CONF
@@ -67,10 +70,10 @@ def is_pool_backed(disks, block_device_info):
                for record in records)
 
 
-def prepare(virt_driver, context, instance, block_device_info):
+def prepare(here, context, instance, block_device_info):
     """Check a migration of volumes, while the guest runs.
 
-    :param virt_driver: the LibvirtDriver
+    :param here: the state.ThisHost
     :returns: an Outgoing, or None if the instance migrates another way
     :raises: InstanceFaultRollback
     """
@@ -82,10 +85,8 @@ def prepare(virt_driver, context, instance, block_device_info):
     settle(context, instance, disks)
     migration = objects.Migration.get_by_id_and_instance(
         context, instance.migration_context.migration_id, instance.uuid)
-    outgoing = Outgoing(
-        context, virt_driver._host, virt_driver.job_tracker, instance,
-        migration, disks, virt_driver._uri(),
-        migration.dest_compute == CONF.host, virt_driver.get_host_ip_addr())
+    outgoing = Outgoing(moves.Move(
+        context, here, instance, migration, disks))
     outgoing.check()
     return outgoing
 
@@ -93,22 +94,12 @@ def prepare(virt_driver, context, instance, block_device_info):
 class Outgoing:
     """An instance's disks on their way out of this host.
 
-    :param host: the Host of this compute
-    :param job_tracker: the driver's InstanceJobTracker: a copy ends when the
-        server is deleted
-    :param disks: the instance's InstanceDisks
-    :param local_uri: URI of this host's libvirt
-    :param same_host: whether destination and source are one compute
-    :param address: under which the destination reaches this host's libvirt
+    :param move: a Move
     """
 
-    def __init__(self, context, host, job_tracker, instance, migration, disks,
-                 local_uri, same_host, address):
-        self.migration = migration
-        self.job_tracker = job_tracker
-        self.departure = departure.Departure(
-            context, host, instance, migration, disks, local_uri, same_host,
-            address)
+    def __init__(self, move):
+        self.migration = move.migration
+        self.departure = departure.Departure(move)
         self._exit = contextlib.ExitStack()
 
     def __enter__(self):
@@ -137,7 +128,7 @@ class Outgoing:
         :raises: StorageTransferError and others
         """
         if self.departure.peer is not None:
-            transfer.Transfer(self.departure, self.job_tracker).run(directory)
+            transfer.Transfer(self.departure).run(directory)
         return jsonutils.dumps([])
 
 
@@ -150,40 +141,29 @@ def abandon(context, host, instance, migration, disks):
     :param migration: the Migration, which says where the destination is
     :param disks: the instance's InstanceDisks
     """
-    before = dict(instance.system_metadata)
-    _restore_swap(instance, disks)
     # After a revert the records are the source's again, unless the
     # destination took its disks for shared because its directory is: on one
     # and the same host, for example.
-    places = _extras(instance, migration)
+    _restore_swap(disks)
+    places = [(record.pool, record.volume)
+              for record in disks.extras.values()
+              if record.is_building and
+              record.migration_id in (None, migration.id)]
     for name, record in disks.items():
-        if not undo.is_of(instance, migration, record) or (
+        if not undo.is_of(migration, record) or (
                 record.backend != fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
             continue
         place, previous = (record.pool, record.volume), record.previous
         # One that is made anew may not have got its place yet.
-        if moves.is_copied(name) or place != (previous.pool, previous.volume):
+        if kinds.is_copied(name) or place != (previous.pool, previous.volume):
             places.append(place)
-    undo.restore(disks, instance, migration)
-    if undo.names_left(instance):
-        undo.delete_left(host.get_connection(), instance, disks)
-        places += [place for place in undo.left(
-            instance, migration.dest_compute) if place not in places]
-    undo.delete_at_peer(None, host, instance, migration, places)
+    undo.restore(disks, migration)
+    if disks.leftovers:
+        leftovers.delete(host.get_connection(), disks)
+        places += [place for place in leftovers.on_host(
+            disks, migration.dest_compute) if place not in places]
+    undo.delete_at_peer(None, host, disks, migration, places)
     disks.save(context)
-    if instance.system_metadata != before:
-        instance.save()
-
-
-def _extras(instance, migration):
-    """Return where what came beside the disks is on the destination."""
-    moved_by = moves.moved_by(instance)
-    if moved_by is None or moved_by != migration.id:
-        return []
-    expected = [jsonutils.loads(value)
-                for key, value in instance.system_metadata.items()
-                if key.startswith(moves.COPY)]
-    return [tuple(e['at']) for e in expected if 'at' in e]
 
 
 def settle(context, instance, disks):
@@ -195,10 +175,9 @@ def settle(context, instance, disks):
 
     :param disks: the instance's InstanceDisks
     """
-    moved = moves.moved_by(instance)
     kept = [(name, record) for name, record in disks.items()
             if record.previous is not None and not record.is_building]
-    if (moved is None and not kept) or (
+    if not kept and not disks.extras or (
             # Started with its host: it may be reverted yet.
             instance.vm_state == vm_states.RESIZED):
         return
@@ -206,23 +185,26 @@ def settle(context, instance, disks):
         before, record.previous = record.previous, None
         disks.set(name, record)
         if before.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE:
-            undo.note_left(instance, before.host,
-                           [(before.pool, before.volume)])
-    for key in (moves.MOVED, moves.SWAP):
-        instance.system_metadata.pop(key, None)
-    instance.save()
+            leftovers.note(disks, before.host, [(before.pool, before.volume)])
+    evacuation.forget_move(disks)
     disks.save(context)
 
 
-def unfinished(context, instance):
+def unfinished(context, instance, disks=None):
     """Return the Migration that has copied an instance's disks from here.
 
     An instance that is still on this host then is one for which Nova has
-    failed between the copy and the destination's part.
+    failed between the copy and the destination's part; or this service was
+    killed while it copied. A copy that runs is none of these.
 
+    :param disks: the instance's InstanceDisks, read if None
     :returns: a Migration, or None
     """
-    migration_id = moves.moved_by(instance)
+    if disks is None:
+        disks = metadata.InstanceDisks.load(context, instance)
+    migration_id = moves.moved_by(disks)
+    if migration_id is None and not transfer.is_running(instance):
+        migration_id = _interrupted(disks)
     if migration_id is None:
         return None
     migration = objects.Migration.get_by_id(context, migration_id)
@@ -231,16 +213,22 @@ def unfinished(context, instance):
     return migration if is_from_here else None
 
 
-def _restore_swap(instance, disks):
+def _interrupted(disks):
+    """Return the id of the Migration that has begun to copy disks of here."""
+    for _name, record in disks.items():
+        if (record.is_building and record.previous is not None and
+                record.previous.host == CONF.host):
+            return record.migration_id
+    return None
+
+
+def _restore_swap(disks):
     """Have the source's swap on record, if its mapping was deleted since."""
-    value = instance.system_metadata.get(moves.SWAP)
-    if value is None or disks.get('disk.swap') is not None:
-        return
-    pool, volume, disk_format, size = jsonutils.loads(value)
-    disks.set('disk.swap', metadata.LibvirtDiskMetadata(
-        backend=fields.LibvirtDiskBackend.LIBVIRT_STORAGE,
-        format=disk_format, size=size, state=fields.LibvirtDiskState.READY,
-        host=CONF.host, pool=pool, volume=volume))
+    kept = disks.extras.get(metadata.SWAP)
+    if kept is not None and disks.get(metadata.SWAP) is None:
+        record = kept.obj_clone()
+        record.migration_id = None
+        disks.set(metadata.SWAP, record)
 
 
 def confirm(context, connection, instance):
@@ -248,18 +236,19 @@ def confirm(context, connection, instance):
 
     Only those whose successors the destination has found to be whole.
     """
-    if not instance.system_metadata.pop(moves.MOVED, None):
-        return
     disks = metadata.InstanceDisks.load(context, instance)
+    if moves.moved_by(disks) is None:
+        return
     done_with = set()
-    swap = instance.system_metadata.pop(moves.SWAP, None)
-    if swap is not None:
-        done_with.add(tuple(jsonutils.loads(swap)[:2]))
+    for name, record in disks.extras.items():
+        if record.host == CONF.host:
+            done_with.add((record.pool, record.volume))
+        disks.set_extra(name, None)
     for name, record in disks.items():
         previous = record.previous
         if previous is None or previous.host != CONF.host:
             continue
-        if record.is_building and moves.is_copied(name):
+        if record.is_building and kinds.is_copied(name):
             LOG.error('Volume %(volume)s in pool %(pool)s is kept, as its '
                       'copy on host %(host)s was not verified',
                       {'volume': previous.volume, 'pool': previous.pool,
@@ -267,14 +256,13 @@ def confirm(context, connection, instance):
             continue
         done_with.add((previous.pool, previous.volume))
         # Whatever becomes of the volume: it is the disk no longer.
-        record.previous = None
+        record.previous = record.migration_id = None
         disks.set(name, record)
     # Noted before nothing else names them: this compute may be killed.
-    undo.note_left(instance, CONF.host, done_with)
-    instance.save()
+    leftovers.note(disks, CONF.host, done_with)
     disks.save(context)
-    undo.delete_left(connection, instance, disks)
-    instance.save()
+    leftovers.delete(connection, disks)
+    disks.save(context)
 
 
 def kept(disks):
@@ -287,7 +275,7 @@ def kept(disks):
     records = [record for _name, record in disks.items()]
     previous = {(r.previous.pool, r.previous.volume) for r in records
                 if r.previous is not None}
-    swap = disks.instance.system_metadata.get(moves.SWAP)
+    swap = disks.extras.get(metadata.SWAP)
     if swap is not None:
-        previous.add(tuple(jsonutils.loads(swap)[:2]))
+        previous.add((swap.pool, swap.volume))
     return previous - {(r.pool, r.volume) for r in records}

@@ -9,119 +9,214 @@
 #    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 #    License for the specific language governing permissions and limitations
 #    under the License.
-"""What both ends of a move of volumes have to agree on.
+"""A move of volumes as a table, and what both ends of it have to agree on.
 
-The source and the destination are two compute services, and all that they say
-to each other goes with the instance: in its system_metadata, whose values have
-at most 255 characters.
+The source (S) and the destination (D) are two compute services. What they say
+to each other goes with the instance: in the records of its disks, and before
+there is anything on record, in its MigrationContext. Each row is one save of
+the records; a compute service that is killed after it leaves the instance in
+that row.
+
+offer (D): ready@S
+    lies there: disk / -
+    killed here: nobody has to; the next try makes its own
+
+pack (S): ready@S, leftovers
+    lies there: disk, files / -
+    killed here: S: revert, which deletes the files
+
+intent (S): building@D, previous ready@S
+    lies there: disk / part
+    killed here: S: abandon()
+
+expect (S): as before, expected
+    lies there: disk / whole
+    killed here: S by a hard reboot: abandon(); D by one: accept()
+
+take (D): as before, extras gone
+    lies there: disk / whole
+    killed here: D by a hard reboot: accept()
+
+verify (D): ready@D, previous ready@S
+    lies there: disk / disk
+    killed here: D by a hard reboot
+
+confirm (S): ready@D, leftovers
+    lies there: disk / disk
+    killed here: S at its next chance: deletes the leftovers
+
+revert (S): ready@S
+    lies there: disk / -
+    killed here: S: abandon()
+
+step_of() tells the row from the records. Swap is made anew: its record is
+building until the destination has made it, and expects nothing.
 """
 
 import dataclasses
 import typing as ty
 
-from oslo_serialization import jsonutils
-
+import nova.conf
 from nova import exception
 from nova.i18n import _
 from nova.objects import fields
 from nova.virt.libvirt.storage.pool import config as storage_config
+from nova.virt.libvirt.storage.records import kinds
 
-# Keys of instance.system_metadata. The destination's offer:
-OFFER = 'libvirt_storage_offer'
-# what a disk's copy must be found to be, by the disk's name;
-COPY = 'libvirt_storage_copy_'
-# that there are volumes which wait for confirm or revert: the migration's id,
-# and the address of the source's libvirt;
-MOVED = 'libvirt_storage_moved'
-# the source's swap volume, whose mapping a resize may do away with;
-SWAP = 'libvirt_storage_swap'
-# what couldn't be undone yet.
-LEFT = 'libvirt_storage_left_'
-MAX_VALUE = 255
+CONF = nova.conf.CONF
 
 # Pool types which libvirt can stream into. A new file reads as zeroes and so
 # may have holes; on a block device what lies under a hole stays.
 FILE_POOLS = ('dir', 'fs', 'netfs')
 BLOCK_POOLS = ('logical', 'disk')
 
-# The local disks of an instance, by kind_of().
-KINDS = ('disk', 'disk.config', 'disk.eph', 'disk.local', 'disk.swap')
+
+class Step(ty.NamedTuple):
+    """A row of the table.
+
+    :ivar name: what has been done
+    :ivar host: who does it, S or D
+    :ivar record: of a copied disk afterwards: its state and host, and those
+        of its previous record
+    :ivar disks: what lies on S / on D then
+    :ivar goes_on: who goes on if that host is killed now, and how
+    """
+    name: str
+    host: str
+    record: str
+    disks: str
+    goes_on: str
+
+
+STEPS = (
+    Step('offer', 'D', 'ready@S', 'disk / -',
+         'nobody has to; the next try makes its own'),
+    Step('pack', 'S', 'ready@S, leftovers', 'disk, files / -',
+         'S: revert, which deletes the files'),
+    Step('intent', 'S', 'building@D, previous ready@S', 'disk / part',
+         'S: abandon()'),
+    Step('expect', 'S', 'as before, expected', 'disk / whole',
+         'S by a hard reboot: abandon(); D by one: accept()'),
+    Step('take', 'D', 'as before, extras gone', 'disk / whole',
+         'D by a hard reboot: accept()'),
+    Step('verify', 'D', 'ready@D, previous ready@S', 'disk / disk',
+         'D by a hard reboot'),
+    Step('confirm', 'S', 'ready@D, leftovers', 'disk / disk',
+         'S at its next chance: deletes the leftovers'),
+    Step('revert', 'S', 'ready@S', 'disk / -',
+         'S: abandon()'),
+)
+
+# The names of the rows, by which step_of() tells them.
+(OFFER, PACK, INTENT, EXPECT, TAKE, VERIFY, CONFIRM, REVERT) = (
+    step.name for step in STEPS)
+
+
+def step_of(disks):
+    """Return the row of the table that an instance's records are in.
+
+    Before and after a move a record says the same: OFFER stands for an
+    instance that isn't on its way, PACK and CONFIRM for one of which
+    something is to be deleted yet.
+
+    :param disks: the instance's InstanceDisks
+    """
+    moving = [record for name, record in disks.items()
+              if record.migration_id is not None and record.previous is not
+              None and kinds.is_copied(name)]
+    coming = {name: record for name, record in disks.extras.items()
+              if record.is_building}
+    parts = [*(r for r in moving if r.is_building), *coming.values()]
+    if any(record.expected is None for record in parts):
+        return INTENT
+    if coming:
+        return EXPECT
+    if any(record.is_building for record in moving):
+        return TAKE
+    if moving:
+        return VERIFY
+    here = {record.host for _name, record in disks.items()}
+    if any(host in here for host, _pool, _volume in disks.leftovers):
+        return PACK
+    return CONFIRM if disks.leftovers else OFFER
 
 
 @dataclasses.dataclass
-class Item:
-    """One volume on its way.
+class ThisHost:
+    """The compute service that moves disks.
 
-    :ivar name: of the disk, or of what else it is
-    :ivar record: the disk's record on this host, None if it is no disk
-    :ivar source: its StorageVolume, None if it isn't copied
-    :ivar pool: the destination's StoragePool
-    :ivar target: the volume's name there, once chosen
-    :ivar sparse: whether the destination may leave holes
-    :ivar length: bytes of the source (physical, not virtual)
-    :ivar allocation: bytes which that takes up
-    :ivar growth: bytes that come in addition when it is flattened
-    :ivar done: bytes copied
-    :ivar result: the pump's Result
+    :ivar host: its nova.virt.libvirt.host.Host
+    :ivar uri: of its libvirt
+    :ivar address: under which other hosts reach that
+    :ivar job_tracker: the driver's InstanceJobTracker: a copy ends when the
+        server is deleted
     """
-    name: str
-    record: ty.Any
-    source: ty.Any
-    pool: ty.Any
-    target: str | None = None
-    sparse: bool = True
-    length: int = 0
-    allocation: int = 0
-    growth: int = 0
-    done: int = 0
-    result: ty.Any = None
-
-    def __post_init__(self):
-        if self.source:
-            self.measure()
-
-    def measure(self):
-        self.length = self.source.physical()
-        self.allocation = min(self.source.info().allocation, self.length)
+    host: ty.Any
+    uri: str
+    address: str
+    job_tracker: ty.Any
 
 
-def moved_by(instance):
+@dataclasses.dataclass
+class Move:
+    """An instance's disks on their way out of this host.
+
+    :ivar context: the request's context
+    :ivar here: ThisHost
+    :ivar instance: the instance
+    :ivar migration: its Migration, which says where the destination is
+    :ivar disks: the instance's InstanceDisks
+    """
+    context: ty.Any
+    here: ThisHost
+    instance: ty.Any
+    migration: ty.Any
+    disks: ty.Any
+
+    @property
+    def same_host(self):
+        """Whether destination and source are one compute."""
+        return self.migration.dest_compute == CONF.host
+
+
+def moved_by(disks):
     """Return the id of the Migration that has copied an instance's volumes.
 
-    :returns: None if there is none that waits for its end
+    :param disks: the instance's InstanceDisks
+    :returns: None if there is none, or if it hasn't copied all of them yet
     """
-    value = instance.system_metadata.get(MOVED)
-    return jsonutils.loads(value)[0] if value else None
+    found = None
+    records = [*disks.items(), *disks.extras.items()]
+    for name, record in records:
+        if record.migration_id is None or (
+                record.previous is None and name not in disks.extras):
+            continue
+        if record.is_building and kinds.is_copied(name) and (
+                record.expected is None):
+            return None
+        found = record.migration_id
+    return found
 
 
-def is_copied(disk_name):
-    """Whether a disk is copied, rather than made anew."""
-    return disk_name != 'disk.swap'
-
-
-def create_volume(pool, name, length, owner, mode=0o644):
+def create_volume(pool, name, length, owner, mode=0o644, allocation=0):
     """Make the volume on the destination that the bytes go to.
 
     :param pool: StoragePool there
     :param length: bytes of the file, whatever its format is
     :param owner: user and group id of Nova there: the user may have another
         number than on the source
+    :param allocation: bytes to take from the pool now
     :returns: StorageVolume
     """
     config = storage_config.LibvirtConfigStorageVolume()
     config.name = name
     config.capacity = length
-    config.allocation = 0
+    config.allocation = allocation
     config.target_format = fields.LibvirtDiskFormat.RAW
     config.permissions = storage_config.LibvirtConfigStoragePermissions()
     config.permissions.mode = mode
     config.permissions.owner, config.permissions.group = owner
     return pool.create(config)
-
-
-def kind_of(disk_name):
-    """All ephemeral disks of a host are in one pool."""
-    return disk_name.rstrip('0123456789')
 
 
 def check_pool(pool):
@@ -130,17 +225,18 @@ def check_pool(pool):
     :returns: its type
     """
     if not pool.exists():
-        reason = _("storage pool %(pool)s doesn't exist on host %(host)s; "
-                   "define and start it there")
+        reason = _("define and start storage pool %(pool)s on host %(host)s: "
+                   "it doesn't exist there")
     elif not pool.is_active():
-        reason = _("storage pool %(pool)s of host %(host)s is inactive; "
-                   "start it there")
+        reason = _("start storage pool %(pool)s on host %(host)s: it is "
+                   "inactive")
     else:
         pool_type = pool.config().type
         if pool_type in FILE_POOLS + BLOCK_POOLS:
             return pool_type
-        reason = _("storage pool %(pool)s of host %(host)s is of type "
-                   "%(type)s, and this host can copy into: %(types)s")
+        reason = _("name a pool of one of the types %(types)s in nova.conf: "
+                   "storage pool %(pool)s of host %(host)s is of type "
+                   "%(type)s")
         raise exception.MigrationPreCheckError(reason=reason % {
             'pool': pool.name, 'host': pool.host, 'type': pool_type,
             'types': ', '.join(FILE_POOLS + BLOCK_POOLS)})

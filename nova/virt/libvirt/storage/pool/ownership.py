@@ -10,24 +10,23 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""Removal of an instance's volumes, by name.
+"""Which volumes of a host are an instance's, and deleting them.
 
-Who cleans up often has no block device mappings any longer, so what belongs
-to an instance is told by the prefix of a volume's name.
+An instance's disks are in the pools that its records name. Clean-up often runs
+without the records, and nova.conf may have named other pools when the
+disks were made: so every pool of the host is looked at, and what belongs to
+the instance is told by the prefix of a volume's name.
 """
 
+import dataclasses
 import re
 
 from oslo_log import log as logging
-from oslo_utils import units
-from oslo_utils import uuidutils
 
 import nova.conf
 from nova import exception
-from nova.objects import fields
-from nova.virt.libvirt.storage.pool import config as storage_config
 from nova.virt.libvirt.storage.pool import pool as storage_pool
-from nova.virt.libvirt.storage.pool import usage as storage_usage
+from nova.virt.libvirt.storage.pool import setup
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -36,136 +35,200 @@ LOG = logging.getLogger(__name__)
 _RESCUE_NAME = re.compile(r'\.rescue(\.\d+)?$')
 
 
-def has_pools(connection):
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A pool of this host in which an instance's volumes may be.
+
+    :ivar pool: the StoragePool
+    :ivar is_configured: whether this host is configured to make disks there
+    :ivar is_on_record: whether the instance's records name it
+    """
+    pool: storage_pool.StoragePool
+    is_configured: bool = False
+    is_on_record: bool = False
+
+    def is_there(self) -> bool:
+        """Whether the pool is there; one that is on record has to be."""
+        return self.is_on_record or self.pool.exists()
+
+    def volumes(self, instance_uuid, rescue=False):
+        """The instance's volumes in the pool.
+
+        :param rescue: True for the disks of its rescue only
+        :returns: list of StorageVolume
+        :raises: exception.StoragePoolError if there may be some, and the pool
+            can't be read
+        """
+        prefix = '%s_' % instance_uuid
+        try:
+            return [volume for volume in self.pool.volumes()
+                    if volume.name.startswith(prefix) and (
+                        not rescue or _RESCUE_NAME.search(volume.name))]
+        except exception.StoragePoolError as e:
+            if self.is_on_record or self.is_configured and not isinstance(
+                    e, exception.StoragePoolNotFound):
+                raise
+            # It was never used, or was stopped since it was listed.
+            LOG.debug('Storage pool %(pool)s is passed over: %(error)s',
+                      {'pool': self.pool.name, 'error': e})
+            return []
+
+
+def pools_on_record(disks) -> set[str]:
+    """Names of the pools of this host that an instance's records name.
+
+    :param disks: its InstanceDisks, None if they aren't known
+    """
+    try:
+        records = [record for _name, known in (disks.items() if disks else ())
+                   for record in (known, known.previous) if record]
+    except exception.InvalidDiskMetadata as e:
+        LOG.warning('The pools of the instance are looked for without its '
+                    'records: %s', e, instance=disks.instance)
+        return set()
+    return {record.pool for record in records
+            if record.host == CONF.host and record.pool}
+
+
+def places(connection, disks=None) -> list[Place]:
+    """Where an instance's disks can be on this host.
+
+    :param connection: to the host's libvirt
+    :param disks: the instance's InstanceDisks, if they are known
+    :returns: the configured pools, those on record, and all active ones whose
+        volumes can be disks
+    """
+    configured, recorded = set(setup.pool_names()), pools_on_record(disks)
+    return [Place(storage_pool.StoragePool(connection, name, CONF.host),
+                  name in configured, name in recorded)
+            for name in sorted(configured | recorded | _active(connection))]
+
+
+def _active(connection):
+    """Names of the active pools that disks may have been made in.
+
+    Other than by nova.conf and by records: settings change.
+    """
+    names = set()
+    try:
+        for pool in storage_pool.list_pools(connection, CONF.host):
+            if pool.name == CONF.libvirt.storage_base_images_pool:
+                continue
+            try:
+                if pool.is_active() and pool.kind().holds_disks:
+                    names.add(pool.name)
+            except exception.StoragePoolError as e:
+                LOG.debug('Storage pool %(pool)s is passed over: %(error)s',
+                          {'pool': pool.name, 'error': e})
+    except exception.StoragePoolError as e:
+        # libvirt's storage driver is a daemon of its own, that a host without
+        # storage pools need not run.
+        LOG.debug('The storage pools can not be listed: %s', e)
+    return names
+
+
+def has_pools(connection) -> bool:
     """Whether a host has any pool in which it may keep disks.
 
-    :param connection: Connection to the host's libvirt.
+    :param connection: to the host's libvirt
     """
-    return any(storage_pool.StoragePool(connection, name, CONF.host).exists()
-               for name in storage_usage.pool_names())
+    return any(place.pool.exists() for place in places(connection))
 
 
-def has_volumes(connection, instance_uuid, ignored=()):
+def has_volumes(connection, instance_uuid, ignored=(), disks=None) -> bool:
     """Whether an instance has volumes here, whoever has made them.
 
-    :param connection: Connection to the host's libvirt.
-    :param instance_uuid: UUID of the instance.
-    :param ignored: (pool name, volume name) of those which don't count.
-    """
-    for name in storage_usage.pool_names():
-        pool = storage_pool.StoragePool(connection, name, CONF.host)
-        if pool.exists():
-            # libvirt knows only files which it has made or looked for.
-            pool.refresh()
-    return any((volume.pool.name, volume.name) not in ignored
-               for volume in get_volumes(connection, instance_uuid))
-
-
-def get_volumes(connection, instance_uuid, rescue=False):
-    """Return the volumes which belong to an instance.
-
-    :param connection: Connection to the host's libvirt.
-    :param instance_uuid: UUID of the instance.
-    :param rescue: True for the disks of its rescue only.
-    :return: An iterator over StorageVolume. A pool which does not exist has
-        no volumes.
-    :raises: exception.StoragePoolInactive, StoragePoolError
+    :param connection: to the host's libvirt
+    :param instance_uuid: UUID of the instance
+    :param ignored: (pool name, volume name) of those which don't count
+    :param disks: the instance's InstanceDisks, if they are known
     """
     prefix = '%s_' % instance_uuid
-    for name in storage_usage.pool_names():
-        pool = storage_pool.StoragePool(connection, name, CONF.host)
+    return any(name.startswith(prefix) and
+               (place.pool.name, name) not in ignored
+               for place in places(connection, disks) if place.is_there()
+               for name in place.pool.file_names())
+
+
+def get_volumes(connection, instance_uuid, rescue=False, disks=None):
+    """Return the volumes which belong to an instance.
+
+    :param connection: to the host's libvirt
+    :param instance_uuid: UUID of the instance
+    :param rescue: True for the disks of its rescue only
+    :param disks: the instance's InstanceDisks, if they are known
+    :return: An iterator over StorageVolume. Those of the other pools are
+        returned even if one can't be read.
+    :raises: exception.StoragePoolError at the end, if there was such a pool
+    """
+    unread = None
+    for place in places(connection, disks):
         try:
-            volumes = pool.volumes()
-        except exception.StoragePoolNotFound:
-            # Nobody has ever used pools here.
-            continue
-        for volume in volumes:
-            if volume.name.startswith(prefix) and (
-                    not rescue or _RESCUE_NAME.search(volume.name)):
-                yield volume
+            yield from place.volumes(instance_uuid, rescue)
+        except exception.StoragePoolError as e:
+            unread = unread or e
+    if unread:
+        raise unread
 
 
-def delete_volumes(connection, instance, rescue=False, keep=()):
+def delete_volume(volume, instance=None) -> bool:
+    """Delete a volume of ours; an error must not hide another one.
+
+    :param volume: the StorageVolume
+    :returns: whether it is gone
+    """
+    try:
+        volume.delete()
+        return True
+    except Exception as e:
+        LOG.error('Volume %(volume)s is left over in storage pool %(pool)s of '
+                  'host %(host)s: %(error)s',
+                  {'volume': volume.name, 'pool': volume.pool.name,
+                   'host': volume.pool.host, 'error': e}, instance=instance)
+        return False
+
+
+def delete_named(pool, name: str, instance=None) -> bool:
+    """Delete a volume by its name.
+
+    :param pool: the StoragePool
+    :returns: whether it is gone; it may have been before
+    """
+    try:
+        volume = pool.volume(name)
+    except exception.StorageVolumeNotFound:
+        return True
+    except Exception as e:
+        LOG.error('Volume %(volume)s may be left over in storage pool '
+                  '%(pool)s of host %(host)s: %(error)s',
+                  {'volume': name, 'pool': pool.name, 'host': pool.host,
+                   'error': e}, instance=instance)
+        return False
+    return delete_volume(volume, instance)
+
+
+def delete_volumes(connection, instance, rescue=False, keep=(),
+                   disks=None) -> bool:
     """Delete an instance's volumes on this host.
 
-    :param connection: Connection to the host's libvirt.
-    :param instance: The instance.
-    :param rescue: True to delete the disks of its rescue only.
-    :param keep: (pool name, volume name) of those which stay.
-    :return: False if something is left and should be tried again.
+    :param connection: to the host's libvirt
+    :param instance: the instance
+    :param rescue: True to delete the disks of its rescue only
+    :param keep: (pool name, volume name) of those which stay
+    :param disks: the instance's InstanceDisks, if they are known
+    :return: False if something is left and should be tried again
     """
     complete = True
     try:
-        for volume in get_volumes(connection, instance.uuid, rescue):
+        for volume in get_volumes(connection, instance.uuid, rescue, disks):
             if (volume.pool.name, volume.name) in keep:
                 continue
             LOG.info('Deleting volume %(volume)s from storage pool %(pool)s',
                      {'volume': volume.name, 'pool': volume.pool.name},
                      instance=instance)
-            try:
-                volume.delete()
-            except exception.NovaException as e:
-                LOG.error('A volume of the instance is left and will be '
-                          'deleted later: %s', e, instance=instance)
-                complete = False
+            complete = delete_volume(volume, instance) and complete
     except exception.NovaException as e:
         LOG.error('It is not known whether volumes of the instance are left; '
                   'it will be tried later: %s', e, instance=instance)
         complete = False
     return complete
-
-
-def make_probes(connection, instance_uuid):
-    """Make a volume in each pool, for another host to look for.
-
-    :param connection: Connection to the host's libvirt.
-    :param instance_uuid: UUID of the instance that it is about. Its prefix
-        lets the volumes be found if they are left over.
-    :return: A list of [pool name, volume name].
-    """
-    probes = []
-    for name in storage_usage.pool_names():
-        pool = storage_pool.StoragePool(connection, name, CONF.host)
-        if not pool.exists():
-            continue
-        config = storage_config.LibvirtConfigStorageVolume()
-        config.name = '%s_probe.%s' % (
-            instance_uuid, uuidutils.generate_uuid(dashed=False))
-        config.capacity = units.Mi
-        config.allocation = 0
-        config.target_format = fields.LibvirtDiskFormat.RAW
-        pool.create(config)
-        probes.append([name, config.name])
-    return probes
-
-
-def find_probes(connection, probes):
-    """Whether this host sees any volume which another one has made.
-
-    Then deleting a volume there would delete it here.
-
-    :param connection: Connection to this host's libvirt.
-    :param probes: What make_probes() has returned on the other host.
-    """
-    for pool_name in storage_usage.pool_names():
-        pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
-        if not probes or not pool.exists():
-            continue
-        # libvirt knows only files which it has made or looked for.
-        pool.refresh()
-        names = {volume.name for volume in pool.volumes()}
-        if any(name in names for _other_pool, name in probes):
-            return True
-    return False
-
-
-def remove_probes(connection, probes):
-    """Remove the volumes which make_probes() has made on this host."""
-    for pool_name, name in probes:
-        pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
-        try:
-            pool.volume(name).delete()
-        except exception.NovaException as e:
-            LOG.warning('Volume %(volume)s of storage pool %(pool)s is left '
-                        'over: %(error)s',
-                        {'volume': name, 'pool': pool_name, 'error': e})

@@ -19,6 +19,7 @@ calls return, so that no call blocks the hub where there is one.
 import contextlib
 import errno
 import functools
+import inspect
 import os
 import typing as ty
 
@@ -30,16 +31,42 @@ import nova.conf
 from nova import exception
 import nova.privsep.storage
 from nova import utils
-from nova.virt.libvirt import host as libvirt_host
+from nova.virt.libvirt.storage.pool import access
 from nova.virt.libvirt.storage.pool import config as storage_config
+
+try:
+    import libvirt
+except ImportError:
+    libvirt = None
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
-# Pools whose volumes are files of one directory. Logical and rbd pools make
-# no volume from another one, or serve no <disk type='volume'>; all others
-# can't make volumes.
-SUPPORTED_TYPES = ('dir', 'fs', 'netfs')
+
+class PoolKind(ty.NamedTuple):
+    """What libvirt can do with pools of a type.
+
+    :ivar holds_disks: whether the disks of guests can be its volumes
+    :ivar takes_streams: whether a volume's content can be up- and downloaded
+    :ivar sparse: whether what is not written of a new volume reads as zeroes
+    """
+    holds_disks: bool
+    takes_streams: bool
+    sparse: bool
+
+
+# The volumes of the first three are files of one directory. Logical and rbd
+# pools make no volume from another one, or serve no <disk type='volume'>; on a
+# block device what lies under a hole stays. All others can't make volumes.
+POOL_KINDS = {
+    'dir': PoolKind(True, True, True),
+    'fs': PoolKind(True, True, True),
+    'netfs': PoolKind(True, True, True),
+    'logical': PoolKind(False, True, False),
+    'disk': PoolKind(False, True, False),
+}
+SUPPORTED_TYPES = tuple(
+    name for name, kind in POOL_KINDS.items() if kind.holds_disks)
 
 # A pool that holds not even the smallest flavors was not meant for disks.
 MIN_CAPACITY = units.Gi
@@ -47,6 +74,7 @@ MIN_CAPACITY = units.Gi
 # "pool has asynchronous jobs running": a volume is being made, copied into or
 # out of. A volume that is made takes seconds, a copy may take hours.
 REFRESH_TIMEOUT = 10  # seconds
+COPY_TIMEOUT = 6 * 3600  # seconds
 START_TIMEOUT = 3  # seconds
 REFRESH_INTERVAL = 0.2  # seconds
 
@@ -58,6 +86,11 @@ class PoolInfo(ty.NamedTuple):
     allocation: int
     available: int
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the sizes mean anything: of a stopped pool they are 0."""
+        return self.state == libvirt.VIR_STORAGE_POOL_RUNNING
+
 
 class VolumeInfo(ty.NamedTuple):
     """Sizes are in bytes."""
@@ -66,77 +99,35 @@ class VolumeInfo(ty.NamedTuple):
     allocation: int
 
 
+def is_directory(volume_type: int) -> bool:
+    """Whether libvirt takes a volume for a directory.
+
+    A guest that writes the header of a ploop image to its raw disk makes
+    libvirt think so. It then neither streams nor deletes the volume.
+
+    :param volume_type: a VolumeInfo's
+    """
+    return volume_type not in (libvirt.VIR_STORAGE_VOL_FILE,
+                               libvirt.VIR_STORAGE_VOL_BLOCK)
+
+
 def _wrap(obj):
-    return utils.tpool_wrap(
-        obj, autowrap=libvirt_host.Host._get_libvirt_proxy_classes(
-            libvirt_host.libvirt))
+    """Wrap what a list returned as Host wraps what a single call returns."""
+    return utils.tpool_wrap(obj, autowrap=tuple(
+        cls for name, cls in inspect.getmembers(libvirt, inspect.isclass)
+        if name.startswith('vir')))
 
 
-def pool_name_for(disk_name: str) -> str:
-    """The pool in which this host makes a disk.
+def permissions(mode):
+    """Permissions with which a directory or file is Nova's own.
 
-    :param disk_name: e.g. ``disk`` or ``disk.eph0``
+    :param mode: a number, e.g. 0o755
     """
-    name = disk_name.removesuffix('.rescue')
-    if name == 'disk.swap':
-        kind = 'swap'
-    elif name == 'disk.config':
-        kind = 'config'
-    elif name == 'disk.local' or name.startswith('disk.eph'):
-        kind = 'ephemeral'
-    else:
-        kind = 'root'
-    return CONF.libvirt.storage_pool_mapping.get(
-        kind, CONF.libvirt.storage_disks_pool)
-
-
-def _directory_pool(name, path):
-    config = storage_config.LibvirtConfigStoragePool()
-    config.type = 'dir'
-    config.name = name
-    config.target_path = path
-    # libvirt makes the directory as root; Nova puts images there and links
-    # legacy disks into it.
-    config.permissions = _permissions(0o755)
-    return config
-
-
-def _permissions(mode):
-    permissions = storage_config.LibvirtConfigStoragePermissions()
-    permissions.mode = mode
-    permissions.owner = os.geteuid()
-    permissions.group = os.getegid()
-    return permissions
-
-
-def disks_pool_config() -> 'storage_config.LibvirtConfigStoragePool':
-    """The pool for disks as it is made if there is none."""
-    return _directory_pool(CONF.libvirt.storage_disks_pool,
-                           os.path.join(CONF.instances_path, 'disks'))
-
-
-def base_images_pool_config() -> 'storage_config.LibvirtConfigStoragePool':
-    """The pool over the image cache as it is made if there is none."""
-    return _directory_pool(
-        CONF.libvirt.storage_base_images_pool, os.path.join(
-            CONF.instances_path, CONF.image_cache.subdirectory_name))
-
-
-def ensure_pools(conn, host: str) -> None:
-    """Make or adopt all pools that this host is configured to use.
-
-    :param conn: a libvirt.virConnect
-    :param host: its name, for messages
-    :raises: exception.StoragePoolError or one of its subclasses
-    """
-    base_images = base_images_pool_config()
-    _check_place(StoragePool.ensure(conn, base_images, host), base_images)
-    StoragePool.ensure(conn, disks_pool_config(), host)
-    for name in set(CONF.libvirt.storage_pool_mapping.values()):
-        pool = StoragePool(conn, name, host)
-        if not pool.exists():
-            raise exception.StoragePoolNotFound(pool=name, host=host)
-        pool.adopt()
+    owned = storage_config.LibvirtConfigStoragePermissions()
+    owned.mode = mode
+    owned.owner = os.geteuid()
+    owned.group = os.getegid()
+    return owned
 
 
 def list_pools(conn, host: str) -> list['StoragePool']:
@@ -149,15 +140,6 @@ def list_pools(conn, host: str) -> list['StoragePool']:
     with StoragePool(conn, '*', host)._errors():
         return [StoragePool(conn, raw.name(), host)
                 for raw in conn.listAllStoragePools(0)]
-
-
-def _check_place(pool, wanted):
-    """Refuse an adopted base images pool that isn't over the image cache."""
-    path = pool.config().target_path
-    if os.path.realpath(path or '') != os.path.realpath(wanted.target_path):
-        raise exception.StoragePoolMisplaced(
-            pool=pool.name, host=pool.host, path=path,
-            expected=wanted.target_path)
 
 
 class StoragePool:
@@ -190,7 +172,6 @@ class StoragePool:
         return pool
 
     def _make(self, config):
-        libvirt = libvirt_host.libvirt
         self._refuse_taken_path(config.target_path)
         with self._errors():
             try:
@@ -204,7 +185,8 @@ class StoragePool:
             try:
                 made.build(0)
             except libvirt.libvirtError:
-                # Who adopts a pool whose directory is there starts it at once
+                # A service that adopts the pool starts it as soon as the
+                # directory is there.
                 if not made.isActive():
                     raise
             made.setAutostart(1)
@@ -227,21 +209,38 @@ class StoragePool:
         """Check that the pool can hold disks, and start it if it is off.
 
         :raises: exception.StoragePoolUnsupported,
-            exception.StoragePoolTooSmall, exception.StoragePoolError
+            exception.StoragePoolTooSmall, exception.StoragePoolForbidden,
+            exception.StoragePoolError
         """
-        kind = self.config().type
-        if kind not in SUPPORTED_TYPES:
+        if not self.kind().holds_disks:
             raise exception.StoragePoolUnsupported(
-                pool=self.name, host=self.host, type=kind,
+                pool=self.name, host=self.host, type=self.config().type,
                 supported=', '.join(SUPPORTED_TYPES))
-        self._start()
+        self.start()
         capacity = self.info().capacity
         if capacity < MIN_CAPACITY:
             raise exception.StoragePoolTooSmall(
                 pool=self.name, host=self.host, capacity=capacity,
                 minimum=MIN_CAPACITY)
+        self.check_access()
 
-    def _start(self):
+    def check_access(self, needed: int = os.X_OK) -> None:
+        """Check that this process may use files in the pool's directory.
+
+        :param needed: as for os.access(); to make files takes os.W_OK too
+        :raises: exception.StoragePoolForbidden
+        """
+        found = access.obstacle(self.config().target_path, needed)
+        if found:
+            raise exception.StoragePoolForbidden(
+                pool=self.name, host=self.host, user=access.user(),
+                **found._asdict())
+
+    def start(self) -> None:
+        """Start the pool if it is off.
+
+        :raises: exception.StoragePoolError if it can't be started
+        """
         pool = self._lookup()
         with self._errors():
             if not pool.isActive():
@@ -254,7 +253,6 @@ class StoragePool:
 
         :param volume: the volume that is acted upon
         """
-        libvirt = libvirt_host.libvirt
         try:
             yield
         except libvirt.libvirtError as error:
@@ -304,24 +302,36 @@ class StoragePool:
             return storage_config.LibvirtConfigStoragePool.from_xml(
                 pool.XMLDesc(0))
 
+    def kind(self) -> PoolKind:
+        """What libvirt can do with a pool of this type."""
+        return POOL_KINDS.get(
+            self.config().type, PoolKind(False, False, False))
+
     def info(self) -> PoolInfo:
         """State and sizes of the pool, as of its last refresh or change."""
         pool = self._lookup()
         with self._errors():
             return PoolInfo(*pool.info())
 
-    def refresh(self) -> None:
+    def refresh(self, timeout: float | None = None) -> None:
         """Let libvirt look at every file of the pool anew.
 
-        Costs a probe of each file. What it finds is a guess, see
-        LibvirtStorage.
+        Costs a probe of each file, in which libvirt believes what a guest has
+        written to its raw disk, and opens the file that is named there. What
+        it finds is a guess, see LibvirtStorage. So this is for a file that
+        libvirt has to learn of, and for nothing else.
 
+        :param timeout: for how many seconds to wait for the end of jobs;
+            REFRESH_TIMEOUT if None
         :raises: exception.StoragePoolError if volumes are being made or
-            copied for longer than REFRESH_TIMEOUT
+            copied for longer than that
         """
         pool = self._lookup()
+        if timeout is None:
+            timeout = REFRESH_TIMEOUT
         with self._errors():
-            _refresh(pool)
+            _refresh.retry_with(
+                stop=tenacity.stop_after_delay(timeout))(pool)
 
     def volumes(self) -> list['StorageVolume']:
         """All volumes, by one call."""
@@ -329,6 +339,39 @@ class StoragePool:
         with self._errors():
             return [StorageVolume(self, _wrap(volume))
                     for volume in pool.listAllVolumes(0)]
+
+    def file_names(self) -> set[str]:
+        """Names of all that is in the pool's directory.
+
+        libvirt knows only what it has made or looked for; its looking, a
+        refresh, interprets every file. This interprets none.
+        """
+        try:
+            return set(nova.privsep.storage.names_in(
+                self.config().target_path))
+        except (OSError, TypeError) as e:
+            # A directory that not even root may list here.
+            LOG.debug('Storage pool %(pool)s is refreshed, as its directory '
+                      'can not be listed: %(error)s',
+                      {'pool': self.name, 'error': e})
+            self.refresh()
+            return {volume.name for volume in self.volumes()}
+
+    def backing_files(self) -> dict[str, str]:
+        """What the pool's files name as backing files, whoever wrote that.
+
+        :returns: name of the file -> path that its header has
+        :raises: exception.StoragePoolError if not all of them can be read
+        """
+        path = self.config().target_path
+        try:
+            found = nova.privsep.storage.backing_files(path)
+            # A relative path is one from the overlay's directory.
+            return {name: os.path.join(path, backing)
+                    for name, backing in found.items()}
+        except OSError as e:
+            raise exception.StoragePoolError(
+                pool=self.name, host=self.host, reason=e, code=e.errno) from e
 
     def volume(self, name: str) -> 'StorageVolume':
         """The volume of that name.
@@ -369,7 +412,6 @@ class StoragePool:
             exception.InsufficientStoragePoolSpace,
             exception.StorageVolumeError
         """
-        libvirt = libvirt_host.libvirt
         flags = (libvirt.VIR_STORAGE_VOL_CREATE_PREALLOC_METADATA
                  if prealloc_metadata else 0)
         pool = self._lookup()
@@ -395,12 +437,11 @@ class StoragePool:
     @staticmethod
     def _with_permissions(config):
         if config.permissions is None:
-            config.permissions = _permissions(0o644)
+            config.permissions = permissions(0o644)
         return config
 
 
 def _is_full(error):
-    libvirt = libvirt_host.libvirt
     return (error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR and
             error.get_int1() == errno.ENOSPC) or (
         os.strerror(errno.ENOSPC) in (error.get_error_message() or '') or
@@ -408,7 +449,7 @@ def _is_full(error):
 
 
 def _is_libvirt_error(error):
-    return isinstance(error, libvirt_host.libvirt.libvirtError)
+    return isinstance(error, libvirt.libvirtError)
 
 
 def _is_busy(error):
@@ -429,7 +470,6 @@ def _start(pool):
 
 @tenacity.retry(
     retry=tenacity.retry_if_exception(_is_busy), reraise=True,
-    stop=tenacity.stop_after_delay(REFRESH_TIMEOUT),
     wait=tenacity.wait_fixed(REFRESH_INTERVAL))
 def _refresh(pool):
     pool.refresh(0)
@@ -479,13 +519,35 @@ class StorageVolume:
             return VolumeInfo(*self.raw.info())
 
     def physical(self) -> int:
-        """The length of the volume's file in bytes.
+        """The length of the volume's file in bytes, which a byte copy takes.
 
-        A byte copy takes this; :meth:`info` has what is allocated.
+        On this host libvirt isn't asked, see :meth:`file_bytes`.
         """
+        return self.file_bytes()[0]
+
+    def file_bytes(self) -> tuple[int, int]:
+        """The length of the volume's file, and what of it is allocated.
+
+        Whenever libvirt tells a volume's sizes or XML, it opens the backing
+        file that it has found in the header at the last refresh, and fails if
+        it can't. The guest writes the header of a raw disk: so for this host's
+        volumes the file system is asked, by the path alone.
+
+        :returns: (length, allocation) in bytes
+        """
+        if self.pool.host == CONF.host:
+            try:
+                return nova.privsep.storage.file_bytes(self.path)
+            except (OSError, ValueError) as e:
+                # Root may not look there. Or libvirt knows why it is gone.
+                LOG.debug('Volume %(volume)s of storage pool %(pool)s is '
+                          'judged by libvirt: %(error)s',
+                          {'volume': self.name, 'pool': self.pool.name,
+                           'error': e})
         with self._errors():
-            return self.raw.infoFlags(
-                libvirt_host.libvirt.VIR_STORAGE_VOL_GET_PHYSICAL)[2]
+            length = self.raw.infoFlags(
+                libvirt.VIR_STORAGE_VOL_GET_PHYSICAL)[2]
+            return length, self.raw.info()[2]
 
     def resize(self, capacity: int, allocate: bool = False) -> None:
         """Give the volume another capacity.
@@ -493,7 +555,6 @@ class StorageVolume:
         :param capacity: in bytes
         :param allocate: take the space from the pool now
         """
-        libvirt = libvirt_host.libvirt
         flags = libvirt.VIR_STORAGE_VOL_RESIZE_ALLOCATE if allocate else 0
         with self._errors():
             self.raw.resize(capacity, flags)
@@ -512,12 +573,10 @@ class StorageVolume:
                     self._errors()):
                 self.raw.delete(0)
         except exception.StorageVolumeError:
-            if self.pool.host != CONF.host or not self._is_taken_for_ploop():
+            if self.pool.host != CONF.host or not is_directory(
+                    self.info().type):
                 raise
             self._remove_file()
-
-    def _is_taken_for_ploop(self):
-        return self.info().type == libvirt_host.libvirt.VIR_STORAGE_VOL_PLOOP
 
     def _remove_file(self):
         LOG.warning('libvirt takes volume %(volume)s of storage pool %(pool)s '
@@ -530,4 +589,10 @@ class StorageVolume:
             raise exception.StorageVolumeError(
                 pool=self.pool.name, volume=self.name, host=self.pool.host,
                 reason=e, code=e.errno) from e
-        self.pool.refresh()
+        try:
+            # What isn't there can be deleted, and that takes no refresh.
+            with contextlib.suppress(exception.StorageVolumeNotFound), (
+                    self._errors()):
+                self.raw.delete(0)
+        except exception.StorageVolumeError:
+            self.pool.refresh()

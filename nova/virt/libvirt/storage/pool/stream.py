@@ -22,7 +22,11 @@ import os
 from oslo_utils import excutils
 
 from nova import exception
-from nova.virt.libvirt import host as libvirt_host
+
+try:
+    import libvirt
+except ImportError:
+    libvirt = None
 
 
 def _next_section(_stream, fd):
@@ -69,7 +73,6 @@ def upload_file(volume, path, sparse=True):
         allocated to the volume.
     :raises: exception.StorageVolumeError, StorageVolumeUploadFailed
     """
-    libvirt = libvirt_host.libvirt
     flags = libvirt.VIR_STORAGE_VOL_UPLOAD_SPARSE_STREAM if sparse else 0
     try:
         with open(path, 'rb', buffering=0) as source, volume._errors():

@@ -16,25 +16,22 @@ Answers come from libvirt: a volume may be readable by root alone, and what
 its first bytes say may be the guest's invention.
 """
 
+import functools
 import os
 import typing as ty
 
 from oslo_log import log as logging
 
-import nova.conf
 from nova import exception
-from nova.virt.libvirt import host as libvirt_host
 from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt import utils as libvirt_utils
 
-CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
 
-def pool_names() -> list[str]:
-    """The pools in which this host is configured to make disks."""
-    return sorted({CONF.libvirt.storage_disks_pool,
-                   *CONF.libvirt.storage_pool_mapping.values()})
+# The name under which the readiness of a host asks for it.
+pool_names = setup.pool_names
 
 
 def has_volumes(guest_config) -> bool:
@@ -86,70 +83,139 @@ class Volumes:
         :raises: exception.StorageVolumeNotFound,
             exception.StoragePoolError
         """
-        config = self.get(disk.source_pool, disk.source_volume).config()
-        size = _virtual_size(config, disk)
+        volume = self.get(disk.source_pool, disk.source_volume)
         backing = ''
-        # Only in a format that has them: of a raw disk, libvirt would tell
-        # what the guest has written there.
-        if (disk.driver_format != 'raw' and
-                config.backing_store is not None and
-                config.target_format == disk.driver_format):
-            backing = config.backing_store.path or ''
+        if disk.driver_format == 'raw':
+            # libvirt would tell what the guest has written there, or fail.
+            size, allocation = volume.file_bytes()
+        else:
+            config = volume.config()
+            size, allocation = _virtual_size(config, disk), config.allocation
+            if (config.backing_store is not None and
+                    config.target_format == disk.driver_format):
+                backing = config.backing_store.path or ''
         return {
             'type': disk.driver_format,
-            'path': config.target_path,
+            'path': volume.path,
             'virt_disk_size': size,
             'backing_file': backing,
-            'disk_size': config.allocation,
-            'over_committed_disk_size': max(0, size - config.allocation),
+            'disk_size': allocation,
+            'over_committed_disk_size': max(0, size - allocation),
             'pool': disk.source_pool,
             'volume': disk.source_volume,
         }
 
 
 def _virtual_size(config, disk):
-    if (config.target_format == disk.driver_format and
-            config.encryption is None):
-        # LUKS is called raw with an encryption.
+    if config.target_format == disk.driver_format:
         return config.capacity
-    if disk.driver_format == 'raw' and config.target_format == 'iso':
-        # A config drive, most often. libvirt reads no size in it.
-        return config.physical
-    # A refresh took the content for something else: then the capacity is
-    # what that something says.
+    # The capacity is then what that something says.
     LOG.warning('Volume %(volume)s of storage pool %(pool)s is %(ours)s, but '
-                'libvirt takes it for %(theirs)s. Its guest may have written '
-                'such a header; it is not acted upon.',
+                'libvirt takes it for %(theirs)s, which is not acted upon. A '
+                'refresh of the pool makes libvirt look again.',
                 {'volume': disk.source_volume, 'pool': disk.source_pool,
                  'ours': disk.driver_format,
                  'theirs': config.target_format})
     return config.physical
 
 
-def get_local_info(conn, host: str) -> dict[str, int]:
-    """What this host's pools hold; pools of one file system count once.
+def measure(
+    pool: storage_pool.StoragePool,
+) -> tuple[int | str, int, int]:
+    """How large a pool of this host is now.
 
-    :returns: total, free and used, in bytes
-    :raises: exception.StoragePoolError, exception.StoragePoolInactive
+    libvirt looks at the file system only when it makes or deletes a volume.
+    Guests fill it in between, and operators let it grow.
+
+    :returns: what the pools of one file system have in common; total and free
+        bytes
+    :raises: exception.StoragePoolInactive, exception.StoragePoolError
     """
-    sizes = {}
-    for name in pool_names():
+    info = pool.info()
+    if not info.is_running:
+        # It would count as one of 0 bytes.
+        raise exception.StoragePoolInactive(pool=pool.name, host=pool.host)
+    path = pool.config().target_path
+    try:
+        sizes = libvirt_utils.get_fs_info(path)
+        return os.stat(path).st_dev, sizes['total'], sizes['free']
+    except (OSError, TypeError) as e:
+        LOG.debug('Storage pool %(pool)s is judged by libvirt alone: '
+                  '%(error)s', {'pool': pool.name, 'error': e})
+        return pool.name, info.capacity, info.available
+
+
+class LocalInfo:
+    """What a host's pools hold; remembers what it was.
+
+    :param host: its name, for messages
+    """
+
+    def __init__(self, host: str):
+        self._host = host
+        # Pool name -> device or name, and total bytes, when it was well
+        self._known: dict[str, tuple[int | str, int]] = {}
+        self._sick: set[str] = set()
+
+    def get(self, conn) -> dict[str, int]:
+        """What all pools hold; those of one file system count once.
+
+        A pool that can't be asked counts as full, and as large as it was:
+        the report of a host fails for no pool's sake.
+
+        :param conn: a libvirt.virConnect
+        :returns: total, free and used, in bytes
+        """
+        sizes: dict[int | str, tuple[int, int]] = {}
+        for name in setup.pool_names():
+            pool = storage_pool.StoragePool(conn, name, self._host)
+            try:
+                device, total, free = measure(pool)
+                self._note_well(name)
+            except exception.StoragePoolError as e:
+                self._note_sick(name, e)
+                device, total = self._known.get(name, (name, 0))
+                free = 0
+            self._known[name] = (device, total)
+            # Of one file system, the pool that could be asked knows better.
+            known_free = sizes.get(device, (0, 0))[1]
+            sizes[device] = (total, max(free, known_free))
+        total = sum(total for total, _free in sizes.values())
+        free = sum(free for _total, free in sizes.values())
+        return {'total': total, 'free': free, 'used': total - free}
+
+    def _note_sick(self, name, error):
+        if name not in self._sick:
+            self._sick.add(name)
+            LOG.warning('Storage pool %(pool)s counts as full: %(error)s',
+                        {'pool': name, 'error': error})
+
+    def _note_well(self, name):
+        if name in self._sick:
+            self._sick.discard(name)
+            LOG.info('Storage pool %s is counted as it is again', name)
+
+
+# One for each host that a process reports for, which is one.
+_local_info = functools.cache(LocalInfo)
+
+
+def get_local_info(conn, host: str) -> dict[str, int]:
+    """What this host's pools hold: see :class:`LocalInfo`."""
+    return _local_info(host).get(conn)
+
+
+def disk_devices(conn, host: str) -> set[int]:
+    """The devices (st_dev) of the file systems that this host's pools are in.
+
+    :raises: OSError if a pool's directory is out of reach
+    """
+    devices = set()
+    for name in setup.pool_names():
         pool = storage_pool.StoragePool(conn, name, host)
-        info = pool.info()
-        if info.state != libvirt_host.libvirt.VIR_STORAGE_POOL_RUNNING:
-            # It would count as one of 0 bytes.
-            raise exception.StoragePoolInactive(pool=name, host=host)
-        path = pool.config().target_path
         try:
-            device = os.stat(path).st_dev
-            # libvirt looks at the file system only when it makes or deletes
-            # a volume; guests fill it in between.
-            free = libvirt_utils.get_fs_info(path)['free']
-        except OSError as e:
-            LOG.debug('Storage pool %(pool)s is judged by libvirt alone: '
-                      '%(error)s', {'pool': name, 'error': e})
-            device, free = name, info.available
-        sizes[device] = (info.capacity, free)
-    total = sum(capacity for capacity, _free in sizes.values())
-    free = sum(free for _capacity, free in sizes.values())
-    return {'total': total, 'free': free, 'used': total - free}
+            devices.add(os.stat(pool.config().target_path).st_dev)
+        except exception.StoragePoolError as e:
+            LOG.debug('Storage pool %(pool)s is passed over: %(error)s',
+                      {'pool': name, 'error': e})
+    return devices

@@ -10,8 +10,8 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-# The names of libvirt and POSIX threads which the pump uses; declarations
-# only. https://libvirt.org/html/libvirt-libvirt-stream.html
+# The names of libvirt which the pump uses; declarations only.
+# https://libvirt.org/html/libvirt-libvirt-stream.html
 
 cdef extern from "<libvirt/libvirt.h>" nogil:
     ctypedef struct virStream:
@@ -43,22 +43,3 @@ cdef extern from "<libvirt/virterror.h>" nogil:
     # The calling thread's error, until its next libvirt call.
     virError *virGetLastError()
     void virResetLastError()
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_t:
-        pass
-    ctypedef struct pthread_mutex_t:
-        pass
-    ctypedef struct pthread_cond_t:
-        pass
-    int pthread_create(pthread_t *thread, const void *attr,
-                       void *(*start)(void *) noexcept nogil, void *arg)
-    int pthread_join(pthread_t thread, void **result)
-    int pthread_mutex_init(pthread_mutex_t *mutex, const void *attr)
-    int pthread_mutex_destroy(pthread_mutex_t *mutex)
-    int pthread_mutex_lock(pthread_mutex_t *mutex)
-    int pthread_mutex_unlock(pthread_mutex_t *mutex)
-    int pthread_cond_init(pthread_cond_t *cond, const void *attr)
-    int pthread_cond_destroy(pthread_cond_t *cond)
-    int pthread_cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex)
-    int pthread_cond_broadcast(pthread_cond_t *cond)

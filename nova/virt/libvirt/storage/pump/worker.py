@@ -9,13 +9,18 @@
 # WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 # License for the specific language governing permissions and limitations
 # under the License.
-"""The process that moves a volume's bytes; started by pump.py, by path.
+"""The process that moves a volume's bytes; started by process.py, by path.
 
 Nova isn't imported here: a process with libvirt-python alone starts in a
 tenth of a second, and, having no libvirt event loop, holds its memory flat
-whatever the disk's size. The request comes as a line of JSON on stdin, whose
-end means that the parent has gone or wants no more: then the process ends. It
-answers with lines of JSON on stdout.
+whatever the disk's size. The request comes as a line of JSON on stdin; later
+lines say how much bandwidth there is now. stdin's end means that the parent
+has gone or wants no more: then the process ends. It answers with lines of JSON
+on stdout:
+
+    {"transferred": bytes}
+    {"result": {"data", "holes", "checksum", "physical", "allocation"}}
+    {"error": {"side", "operation", "reason", "code", ...}}
 """
 
 import importlib.machinery
@@ -74,7 +79,8 @@ def say(**message):
 
 
 def load_pump(path):
-    name = '_copy'
+    # Its initialisation is named after the file.
+    name = os.path.basename(path).partition('.')[0]
     loader = importlib.machinery.ExtensionFileLoader(name, path)
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     module = importlib.util.module_from_spec(spec)
@@ -82,14 +88,12 @@ def load_pump(path):
     return module
 
 
-def read_request():
-    request = b''
-    while not request.endswith(b'\n'):
-        piece = os.read(0, 65536)
-        if not piece:
-            os._exit(1)
-        request += piece
-    return json.loads(request)  # noqa: N324
+def messages():
+    """Yield what the parent says, until it says no more."""
+    unread = b''
+    while piece := os.read(0, 65536):
+        *lines, unread = (unread + piece).split(b'\n')
+        yield from map(json.loads, lines)  # noqa: N324
 
 
 class End:
@@ -150,19 +154,30 @@ class End:
 
 
 class Job:
-    def __init__(self, request):
+    def __init__(self, request, parent):
         self.request = request
+        self.parent = parent
+        self.lock = threading.Lock()    # of the three below
         self.copy = None
         self.cancelled = False
+        self.bandwidth = request['bandwidth']
 
     def watch_parent(self):
-        while os.read(0, 4096):
-            pass
-        self.cancelled = True
-        if self.copy is not None:
-            self.copy.cancel()
+        for message in self.parent:
+            self.set_bandwidth(message['bandwidth'])
+        with self.lock:
+            self.cancelled = True
+            copy = self.copy
+        if copy is not None:
+            copy.cancel()
             time.sleep(ABORT_SECONDS)
         os._exit(1)
+
+    def set_bandwidth(self, bandwidth):
+        with self.lock:
+            self.bandwidth = bandwidth
+            if self.copy is not None:
+                self.copy.bandwidth = bandwidth
 
     def report_progress(self):
         last = None
@@ -213,11 +228,12 @@ class Job:
         upload = None
         if destination:
             upload = destination.upload(length, request['sparse'])
-        self.copy = pump.Copy(
-            download, upload, length, sparse=request['sparse'],
-            bandwidth=request['bandwidth'], key=request['key'])
-        if self.cancelled:
-            return
+        with self.lock:
+            self.copy = pump.Copy(
+                download, upload, length, sparse=request['sparse'],
+                bandwidth=self.bandwidth, key=request['key'])
+            if self.cancelled:
+                self.copy.cancel()
         self.start(self.report_progress)
         try:
             self.copy.run()
@@ -229,7 +245,11 @@ class Job:
 def main():
     # libvirt's default handler prints; errors are reported once, by say().
     libvirt.registerErrorHandler(lambda context, error: None, None)
-    job = Job(read_request())
+    parent = messages()
+    request = next(parent, None)
+    if request is None:
+        os._exit(1)
+    job = Job(request, parent)
     job.start(job.watch_parent)
     try:
         job.run()

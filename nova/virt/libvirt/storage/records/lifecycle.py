@@ -23,6 +23,8 @@ from nova import exception
 from nova.objects import fields
 from nova.virt import driver
 from nova.virt.libvirt.storage import dmcrypt
+from nova.virt.libvirt.storage.records import kinds
+from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt import utils as libvirt_utils
 
@@ -32,9 +34,8 @@ LOG = logging.getLogger(__name__)
 READY = fields.LibvirtDiskState.READY
 BUILDING = fields.LibvirtDiskState.BUILDING
 
-# Made from the flavor and the metadata alone: nothing of the guest's is lost
-# when they are made anew.
-REMADE = frozenset(('disk.swap', 'disk.config'))
+# The driver's name for it.
+REMADE = kinds.REMADE
 
 FILE_FORMATS = (fields.LibvirtDiskFormat.RAW, fields.LibvirtDiskFormat.QCOW2)
 
@@ -95,6 +96,13 @@ def attach(disks: 'metadata.InstanceDisks', disk_mapping: dict) -> None:
             mapping['metadata'] = record
 
 
+def unrescued(disks: 'metadata.InstanceDisks') -> None:
+    """Take the disks of a rescue off the record."""
+    for name, _record in disks.items():
+        if name.endswith('.rescue'):
+            disks.clear(name)
+
+
 def take_up(disks, disk_mapping, guest_config, configured,
             block_device_info) -> None:
     """Record the disks that were made, or came, where no records are kept.
@@ -103,7 +111,9 @@ def take_up(disks, disk_mapping, guest_config, configured,
     :param disk_mapping: ``disk_info['mapping']``; gets the records attached
     :param guest_config: the guest's LibvirtConfigGuest, None without one
     :param configured: the image backend that this host would use now
+    :raises: exception.DiskBeingCopied if a move has not finished with a disk
     """
+    refuse_half_copied(disks)
     for name, _record in disks.items():
         if name.endswith('.rescue') and name not in disk_mapping:
             disks.clear(name)  # the rescue is over
@@ -119,6 +129,23 @@ def take_up(disks, disk_mapping, guest_config, configured,
             record.size = size_of(disks.instance, name, block_device_info)
             disks.set(name, record)
     attach(disks, disk_mapping)
+
+
+def refuse_half_copied(disks):
+    """Refuse to act on disks whose copy isn't whole.
+
+    They are whole where they came from: to make one anew, or to call it
+    unfinished, would be to lose it.
+
+    :raises: exception.DiskBeingCopied
+    """
+    for name, record in disks.items():
+        if (record.is_building and record.migration_id is not None and
+                record.previous is not None and kinds.is_copied(name)):
+            raise exception.DiskBeingCopied(
+                instance_uuid=disks.instance.uuid, disk=name,
+                migration=record.migration_id, dest=record.host,
+                source=record.previous.host)
 
 
 def _is_outdated(record):
@@ -159,14 +186,19 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
                 continue
             _discard(image, record)
         image = image_of(name, {
-            key: value for key, value in mapping.items() if key != 'metadata'})
+            **{key: value for key, value in mapping.items()
+               if key != 'metadata'},
+            # names that can't be had though no volume has them
+            'taken': leftovers.names(disks)})
         fresh = image.metadata(
             size_of(disks.instance, name, block_device_info))
-        if name.startswith('disk.config'):
+        if (name.startswith('disk.config') and
+                fresh.backend != fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
             fresh.format = fields.LibvirtDiskFormat.RAW
         if record is not None:
             # Made anew after a move: the other host's is still kept.
             fresh.previous = record.previous
+            fresh.migration_id = record.migration_id
         disks.set(name, fresh)
     attach(disks, disk_mapping)
 
@@ -285,6 +317,7 @@ def moved(disks) -> None:
     for name, record in records:
         if record.host != CONF.host:
             record.host, record.previous = CONF.host, None
+            record.migration_id = record.expected = None
             disks.set(name, record)
 
 
@@ -311,8 +344,9 @@ def arrived(disks, moved: list[dict]) -> None:
     for name, record in disks.items():
         if record.host != CONF.host:
             before = record.obj_clone()
-            before.previous = None
+            before.previous = before.migration_id = None
             record.previous = before
+            record.migration_id = None
             record.host = CONF.host
             disks.set(name, record)
 
@@ -335,7 +369,7 @@ def confirmed(disks) -> None:
     """Forget what the disks were before a move or resize."""
     for name, record in disks.items():
         if record.previous is not None:
-            record.previous = None
+            record.previous = record.migration_id = None
             disks.set(name, record)
 
 
@@ -384,6 +418,8 @@ def made_before_records(
         if told is not None and told.source_type != 'file':
             record.backend = SOURCE_BACKENDS[told.source_type]
             _place(record, told)
+            if told.source_type == 'volume' and told.driver_format:
+                record.format = told.driver_format
         return record
     noted = _in_disk_info(path)
     if told is not None and told.driver_format:

@@ -29,6 +29,7 @@ from nova import exception
 from nova import objects
 from nova.objects import base
 from nova.objects import fields
+from nova.virt.libvirt.storage.records import old_keys
 
 LOG = logging.getLogger(__name__)
 
@@ -44,7 +45,44 @@ FILE_BACKENDS = (fields.LibvirtDiskBackend.FLAT,
 MAX_LENGTH = 32768
 
 
-# Its own namespace: not an object of the RPC API, whatever imports it.
+# Their own namespace: no objects of the RPC API, whatever imports them.
+@ovo_base.VersionedObjectRegistry.register
+class LibvirtDiskExpected(base.NovaObject):
+    """What a copy must be found to be before it is the disk.
+
+    :ivar length: bytes of the volume's file
+    :ivar checksum: of its content, under key
+    :ivar key: of the checksum
+    :ivar address: under which the libvirt is reached that has the original
+    """
+    # Version 1.0: Initial version
+    VERSION = '1.0'
+
+    OBJ_PROJECT_NAMESPACE = 'nova.virt.libvirt'
+
+    fields = {
+        'length': fields.NonNegativeIntegerField(),
+        'checksum': fields.IntegerField(),
+        'key': fields.IntegerField(),
+        'address': fields.StringField(nullable=True),
+    }
+
+
+@ovo_base.VersionedObjectRegistry.register
+class LibvirtLeftoverVolume(base.NovaObject):
+    """A volume that its host is to delete at its next chance."""
+    # Version 1.0: Initial version
+    VERSION = '1.0'
+
+    OBJ_PROJECT_NAMESPACE = 'nova.virt.libvirt'
+
+    fields = {
+        'host': fields.StringField(),
+        'pool': fields.StringField(),
+        'volume': fields.StringField(),
+    }
+
+
 @ovo_base.VersionedObjectRegistry.register
 class LibvirtDiskMetadata(base.NovaObject):
     """How one local disk is laid out.
@@ -58,11 +96,19 @@ class LibvirtDiskMetadata(base.NovaObject):
     :ivar volume: the volume's name there
     :ivar previous: the copy which is kept until a resize is confirmed or
         reverted
+    :ivar expected: what the disk's copy must be; None once it was found to
+        be that
+    :ivar migration_id: of the Migration that has made previous what it is;
+        None where a move by other means did
     :ivar unmapped: only in the root disk's mapping: by name, the records of
         disks for which there is no mapping
+    :ivar extras: only there: by name, the records of what belongs to a move
+        and is no disk of the instance
+    :ivar leftovers: only there: volumes that are to be deleted yet
     """
     # Version 1.0: Initial version
-    VERSION = '1.0'
+    # Version 1.1: Added expected, migration_id, extras and leftovers
+    VERSION = '1.1'
 
     OBJ_PROJECT_NAMESPACE = 'nova.virt.libvirt'
 
@@ -77,12 +123,21 @@ class LibvirtDiskMetadata(base.NovaObject):
         'pool': fields.StringField(nullable=True),
         'volume': fields.StringField(nullable=True),
         'previous': fields.ObjectField('LibvirtDiskMetadata', nullable=True),
+        'expected': fields.ObjectField('LibvirtDiskExpected', nullable=True),
+        'migration_id': fields.IntegerField(nullable=True),
         'unmapped': fields.DictOfLibvirtDiskMetadataField(nullable=True),
+        'extras': fields.DictOfLibvirtDiskMetadataField(nullable=True),
+        'leftovers': fields.ListOfObjectsField('LibvirtLeftoverVolume',
+                                               nullable=True),
     }
+
+    # What only the root disk's mapping holds.
+    OF_ROOT = ('unmapped', 'extras', 'leftovers')
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for name in ('pool', 'volume', 'previous', 'unmapped'):
+        for name in ('pool', 'volume', 'previous', 'expected',
+                     'migration_id', *self.OF_ROOT):
             if not self.obj_attr_is_set(name):
                 setattr(self, name, None)
 
@@ -91,8 +146,13 @@ class LibvirtDiskMetadata(base.NovaObject):
         return self.state == fields.LibvirtDiskState.BUILDING
 
     def holds_no_disk(self) -> bool:
-        """Whether this is only the place of the unmapped disks."""
+        """Whether this is only the place of what has no mapping."""
         return self.backend is None
+
+    def of_root(self) -> dict[str, ty.Any]:
+        """What is here for want of a mapping of its own."""
+        return {name: getattr(self, name) for name in self.OF_ROOT
+                if getattr(self, name)}
 
     def faults(self) -> ty.Iterator[str]:
         """What makes this record unusable."""
@@ -105,23 +165,34 @@ class LibvirtDiskMetadata(base.NovaObject):
         if given and len(given) != len(required):
             yield 'it has %s without %s' % (
                 ', '.join(given), ', '.join(set(required) - set(given)))
-        if not given and not self.unmapped:
+        if not given and not self.of_root():
             yield 'it is empty'
         if (self.pool is None) != (self.volume is None):
             yield 'it has a pool without a volume, or the reverse'
         if (self.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and
                 self.volume is None):
             yield 'it names no volume'
-        nested = list((self.unmapped or {}).values())
+        nested = [*(self.unmapped or {}).values(),
+                  *(self.extras or {}).values()]
         if self.previous is not None:
             nested.append(self.previous)
+        for part in (self.expected, *(self.leftovers or ())):
+            yield from _unset(part)
         for record in nested:
-            if record.unmapped:
+            if record.of_root():
                 yield 'disks without a mapping are nested'
             elif record.holds_no_disk():
                 yield 'a nested record is empty'
             else:
                 yield from record.faults()
+
+
+def _unset(part):
+    """What makes a part of a record unusable."""
+    if part is not None:
+        for name in part.fields:
+            if not part.obj_attr_is_set(name):
+                yield 'its %s has no %s' % (part.obj_name(), name)
 
 
 def dumps(record: LibvirtDiskMetadata, mapping: str) -> str:
@@ -139,6 +210,8 @@ def _without_changes(value):
     if isinstance(value, dict):
         return {k: _without_changes(v) for k, v in value.items()
                 if k != 'nova_object.changes'}
+    if isinstance(value, list):
+        return [_without_changes(v) for v in value]
     return value
 
 
@@ -182,10 +255,23 @@ def loads(text: str, instance_uuid: str,
     except ovo_exc.VersionedObjectsException as error:
         refuse(str(error))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError,
-            RecursionError) as error:
+            RecursionError, NotImplementedError) as error:
+        # The last is for a field that a nested record has not got.
         refuse('%s: %s' % (type(error).__name__, error))
+    _renew(record)
     record.obj_reset_changes(recursive=True)
     return record
+
+
+def _renew(record):
+    """Let what an older version has written be of this one."""
+    # What was read keeps its version in an attribute of its own.
+    record.VERSION = LibvirtDiskMetadata.VERSION
+    nested = [record.previous, *(record.unmapped or {}).values(),
+              *(record.extras or {}).values()]
+    for other in nested:
+        if other is not None:
+            _renew(other)
 
 
 class InstanceDisks:
@@ -204,6 +290,8 @@ class InstanceDisks:
         self._mappings = mappings
         self._root = root
         self._records: dict[str, LibvirtDiskMetadata] = {}
+        self._extras: dict[str, LibvirtDiskMetadata] = {}
+        self._leftovers: list[tuple[str, str, str]] = []
         self._loaded = False
         self._changed = False
 
@@ -296,9 +384,13 @@ class InstanceDisks:
     def clear(self, name: str | None = None) -> None:
         """Forget a disk, or all, because it is destroyed.
 
-        Works on broken records as well.
+        Works on broken records as well. What is to be deleted yet stays.
         """
         if name is None:
+            try:
+                self._load()
+            except exception.InvalidDiskMetadata as error:
+                LOG.warning('%s', error, instance=self.instance)
             self._records, self._loaded = {}, True
         else:
             self._load()
@@ -322,6 +414,42 @@ class InstanceDisks:
                 self._changed = True
         return marked
 
+    @property
+    def extras(self) -> dict[str, LibvirtDiskMetadata]:
+        """By name, the records of what belongs to a move and is no disk.
+
+        A copy; :meth:`set_extra` changes it.
+        """
+        self._load()
+        return dict(self._extras)
+
+    def set_extra(self, name: str,
+                  record: LibvirtDiskMetadata | None) -> None:
+        """Note what belongs to a move; :meth:`save` makes it last.
+
+        :param record: None to forget it
+        """
+        self._load()
+        if record is not None:
+            self._extras[name] = record
+        elif self._extras.pop(name, None) is None:
+            return
+        self._changed = True
+
+    @property
+    def leftovers(self) -> list[tuple[str, str, str]]:
+        """Host, pool and volume of what is to be deleted yet."""
+        self._load()
+        return list(self._leftovers)
+
+    @leftovers.setter
+    def leftovers(self, places: ty.Iterable[tuple[str, str, str]]) -> None:
+        self._load()
+        wanted = sorted(set(places))
+        if wanted != self._leftovers:
+            self._leftovers = wanted
+            self._changed = True
+
     def building(self) -> list[str]:
         """Names of the disks that were begun and never finished."""
         return [name for name, record in self.items() if record.is_building]
@@ -338,20 +466,23 @@ class InstanceDisks:
         mappings = dict(self._mappings)
         if self._root is not None:
             mappings.setdefault(ROOT, self._root)
-        elif unmapped:
+        elif unmapped or self._extras or self._leftovers:
             LOG.warning('No root disk mapping to hold the records of %s',
-                        ', '.join(sorted(unmapped)), instance=self.instance)
+                        ', '.join(sorted([*unmapped, *self._extras,
+                                          *map(str, self._leftovers)])),
+                        instance=self.instance)
         for name, bdm in mappings.items():
             record = self._records.get(name) if (
                 name in self._mappings) else None
             if bdm is self._root:
-                record = self._with_unmapped(record, unmapped)
+                record = self._as_root(record, unmapped)
             text = None if record is None else dumps(record, bdm.uuid)
             if bdm.driver_info != text:
                 bdm.driver_info = text
         objects.BlockDeviceMappingList(
             context, objects=list(mappings.values())).save_driver_info()
         self._changed = False
+        old_keys.drop(self.instance)
 
     def _is_unsaved(self):
         """Whether an earlier try to save these mappings has failed."""
@@ -367,9 +498,10 @@ class InstanceDisks:
             # What is broken is none of ours.
             return False
 
-    @staticmethod
-    def _with_unmapped(record, unmapped):
-        if record is None and not unmapped:
+    def _as_root(self, record, unmapped):
+        """Return the root's record with what is there for others."""
+        if record is None and not (
+                unmapped or self._extras or self._leftovers):
             return None
         if record is None:
             record = LibvirtDiskMetadata(
@@ -377,13 +509,17 @@ class InstanceDisks:
         else:
             record = record.obj_clone()
         record.unmapped = unmapped or None
+        record.extras = self._extras or None
+        record.leftovers = [
+            LibvirtLeftoverVolume(host=host, pool=pool, volume=volume)
+            for host, pool, volume in self._leftovers] or None
         return record
 
     def _load(self):
         """Read all of the records at once, or none."""
         if self._loaded:
             return
-        records = {}
+        records, extras, leftovers = {}, {}, set()
         places = dict(self._mappings)
         if self._root is not None:
             places.setdefault(ROOT, self._root)
@@ -393,11 +529,20 @@ class InstanceDisks:
             record = loads(bdm.driver_info, self.instance.uuid, bdm.uuid)
             if bdm is self._root:
                 records.update(record.unmapped or {})
-                record.unmapped = None
-            elif record.unmapped:
+                extras = dict(record.extras or {})
+                leftovers = {(left.host, left.pool, left.volume)
+                             for left in record.leftovers or ()}
+                for part in record.OF_ROOT:
+                    setattr(record, part, None)
+            elif record.of_root():
                 raise exception.InvalidDiskMetadata(
                     instance_uuid=self.instance.uuid, mapping=bdm.uuid,
                     reason='only the root disk holds others')
             if not record.holds_no_disk():
                 records[name] = record
+        if old_keys.take_in(
+                (self.instance, records, extras, leftovers),
+                old_keys.Classes(LibvirtDiskMetadata, LibvirtDiskExpected)):
+            self._changed = True
         self._records, self._loaded = records, True
+        self._extras, self._leftovers = extras, sorted(leftovers)

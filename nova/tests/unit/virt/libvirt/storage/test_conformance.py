@@ -27,6 +27,7 @@ from oslo_utils import uuidutils
 
 from nova import exception
 from nova import test
+from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt import config as guest_config
@@ -50,8 +51,8 @@ class Conformance:
     def setUp(self):
         super().setUp()
         self.provide()
-        self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.host.libvirt', self.libvirt))
+        self.useFixture(fakelibvirt.LibvirtModuleFixture(self.libvirt))
+        self.useFixture(nova_fixtures.PrivsepFixture())
         self.name = 'nova-test-%s' % uuidutils.generate_uuid()
         self.path = os.path.join(self.directory, self.name)
         self.xml = ("<pool type='dir'><name>%s</name><target><path>%s</path>"
@@ -204,7 +205,9 @@ class Conformance:
         pool.refresh(0)
         compat = {v.name(): self.parsed(v).compat
                   for v in pool.listAllVolumes(0)}
-        self.assertEqual({'old': None, 'new': '1.1'}, compat)
+        # libvirt 9.0 makes the old version, 11.3 and 12.8 the new one.
+        self.assertIn(compat.pop('old'), (None, '1.1'))
+        self.assertEqual({'new': '1.1'}, compat)
 
     def test_create_errors(self):
         pool = self.make_pool()
@@ -334,8 +337,9 @@ class Conformance:
                     'v%d' % n)).target_format)
         # It would not prove much if libvirt had seen nothing.
         self.assertIn('qcow2', believed)
-        self.assertEqual({'base'}, base_images.in_use(
-            self.conn, 'host-a', self.path))
+        if os.path.isdir(self.path):  # and not in memory
+            self.assertEqual({'base'}, base_images.in_use(
+                self.conn, 'host-a', self.path))
 
     # streams
 
@@ -355,7 +359,12 @@ class Conformance:
         stream.send(b'x' * 10)
         stream.finish()
 
+    # libvirt 10.1 to 12.6 ends, or hangs, of an error in an upload.
+    dies_of_failed_uploads = False
+
     def test_too_many_bytes_are_an_error_at_the_end(self):
+        if self.dies_of_failed_uploads:
+            self.skipTest('this libvirt dies of a write error in an upload')
         volume = self.make(self.make_pool(), 'a')
         stream = self.conn.newStream(0)
         volume.upload(stream, 0, 10, 0)
@@ -407,6 +416,55 @@ class Conformance:
         stream.sendHole(units.Mi - 4099)
         stream.finish()
         self.assertEqual(b'old', self.read(volume, 3))
+
+    @staticmethod
+    def _next_section(_stream, rest):
+        if not rest:
+            return False, 0
+        is_data = isinstance(rest[0], bytes)
+        return is_data, len(rest[0]) if is_data else rest[0]
+
+    @staticmethod
+    def _take(_stream, count, rest):
+        if not rest:
+            return b''
+        data, left = rest[0][:count], rest[0][count:]
+        rest[:1] = [left] if left else []
+        return data
+
+    @staticmethod
+    def _skip(_stream, length, rest):
+        assert rest.pop(0) == length
+        return length
+
+    def test_send_and_receive_all(self):
+        volume = self.make(self.make_pool(), 'a', units.Mi)
+        stream = self.conn.newStream(0)
+        volume.upload(stream, 0, units.Mi, 0)
+        stream.sendAll(self._take, [b'x' * 4096, b'y' * (units.Mi - 4096)])
+        stream.finish()
+        received = []
+        stream = self.conn.newStream(0)
+        volume.download(stream, 0, 0, 0)
+        stream.recvAll(lambda _stream, data, to: to.append(data), received)
+        stream.finish()
+        self.assertEqual(b'x' * 4096 + b'y' * (units.Mi - 4096),
+                         b''.join(received))
+
+    def test_send_all_sparsely(self):
+        volume = self.make(self.make_pool(), 'a', units.Mi)
+        stream = volume.connect().newStream(0)
+        volume.upload(stream, 0, units.Mi, 1)
+        stream.sparseSendAll(
+            self._take, self._next_section, self._skip,
+            [b'x' * 4096, units.Mi // 2 - 4096, b'y' * 4096,
+             units.Mi // 2 - 4096])
+        stream.finish()
+        self.assertEqual(8192, volume.info()[2])
+        self.assertEqual(b'x' * 4096 + bytes(4096),
+                         self.read(volume, 8192))
+        self.assertEqual(b'y' * 4096 + bytes(4096),
+                         self.read(volume, 8192, units.Mi // 2))
 
     def test_abort_leaves_what_was_sent(self):
         pool = self.make_pool()
@@ -516,13 +574,23 @@ class FakeTestCase(Conformance, test.NoDBTestCase):
             if shared:
                 other.file_system = self.conn.file_system
             else:
-                other.file_system.directories.add(self.path)
+                other.file_system.make_directory(self.path)
                 self.assertEqual({}, other.storage)
                 other.storagePoolDefineXML(self.xml, 0)
             pool = other.storagePoolLookupByName(self.name)
             pool.create(0)
             self.assertEqual(['a'] if shared else [], pool.listVolumes())
             pool.destroy()
+
+
+class RealFilesTestCase(Conformance, test.NoDBTestCase):
+    """The fake again, over files that others can open."""
+
+    def provide(self):
+        self.libvirt = fakelibvirt
+        self.conn = fakelibvirt.Connection('qemu:///system')
+        self.conn.file_system = libvirt_storage.RealFileSystem()
+        self.directory = self.useFixture(fixtures.TempDir()).path
 
 
 class DaemonTestCase(Conformance, test.NoDBTestCase):
@@ -540,3 +608,5 @@ class DaemonTestCase(Conformance, test.NoDBTestCase):
         self.conn = libvirt.open(URI)
         self.addCleanup(self.conn.close)
         self.directory = DIRECTORY
+        self.dies_of_failed_uploads = (
+            10001000 <= self.conn.getLibVersion() < 12007000)

@@ -14,6 +14,7 @@ from unittest import mock
 
 import ddt
 import fixtures
+from oslo_concurrency import processutils
 from oslo_utils.fixture import uuidsentinel as uuids
 from oslo_utils import units
 
@@ -23,16 +24,18 @@ from nova import exception
 from nova import objects
 from nova.objects import fields
 from nova import test
+from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.tests.unit.virt.libvirt import test_imagebackend
 from nova.virt import images
 from nova.virt.libvirt import config as vconfig
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import image as backend
-from nova.virt.libvirt.storage.move import undo
 from nova.virt.libvirt.storage.pool import config as storage_config
 from nova.virt.libvirt.storage.pool import ownership as cleanup
 from nova.virt.libvirt.storage.pool import pool
 from nova.virt.libvirt.storage.pool import stream as upload
+from nova.virt.libvirt.storage.records import evacuation
+from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import lifecycle as records
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt import utils as libvirt_utils
@@ -86,12 +89,18 @@ class Pool:
         self.created = []
         self.refreshed = 0
         self.there = True
+        self.busy = False
 
     def exists(self):
         return self.there
 
-    def refresh(self):
+    def refresh(self, timeout=None):
         self.refreshed += 1
+        self.timeout = timeout
+        if self.busy and timeout == 0:
+            raise exception.StoragePoolError(
+                pool=self.name, host=self.host, code=1,
+                reason='asynchronous jobs running')
         if not self.there:
             raise exception.StoragePoolNotFound(
                 pool=self.name, host=self.host)
@@ -108,6 +117,9 @@ class Pool:
             self, config, os.path.join(self.path, name))
         return self.volumes_by_name[name]
 
+    def file_names(self):
+        return {*self.volumes_by_name, *os.listdir(self.path)}
+
     def volumes(self):
         if not self.there:
             raise exception.StoragePoolNotFound(
@@ -120,7 +132,8 @@ class Pool:
                 volume=name, pool=self.name, host=self.host)
         return self.volumes_by_name[name]
 
-    def create(self, config, source=None):
+    def create(self, config, source=None, prealloc_metadata=False):
+        self.prealloc_metadata = prealloc_metadata
         if config.name in self.volumes_by_name:
             raise exception.StorageVolumeExists(
                 volume=config.name, pool=self.name, host=self.host)
@@ -145,6 +158,8 @@ class StorageFixture(fixtures.Fixture):
         }
         self.useFixture(fixtures.MockPatchObject(
             pool, 'StoragePool', side_effect=self.get))
+        self.useFixture(fixtures.MockPatchObject(
+            pool, 'list_pools', return_value=[]))
 
     def get(self, conn, name, host):
         return self.pools[name]
@@ -159,6 +174,7 @@ class LibvirtStorageMixinTestCase(
     def setUp(self):
         self.image_class = backend.LibvirtStorage.bound_to(mock.Mock)
         super().setUp()
+        self.flags(storage_raw_files=True, group='libvirt')
         self.storage = self.useFixture(StorageFixture())
 
     def test_prealloc_image(self):
@@ -187,8 +203,7 @@ class LibvirtStorageMixinTestCase(
         self.assertEqual(2361393152, image.get_disk_size(image.path))
 
 
-@ddt.ddt
-class LibvirtStorageTestCase(test.NoDBTestCase):
+class ImageTestCase(test.NoDBTestCase):
     SIZE = units.Gi
 
     def setUp(self):
@@ -237,6 +252,99 @@ class LibvirtStorageTestCase(test.NoDBTestCase):
         image.record.state = fields.LibvirtDiskState.READY
         return image
 
+
+@ddt.ddt
+class ContainerTestCase(ImageTestCase):
+    """New disks begin with bytes of ours."""
+
+    def setUp(self):
+        super().setUp()
+        self.flags(use_cow_images=False)
+        self.fill = self.useFixture(
+            fixtures.MockPatch('nova.privsep.qemu.fill_image')).mock
+
+    @ddt.data('disk', 'disk.rescue', 'disk.swap', 'disk.eph0', 'disk.local',
+              'disk.config')
+    def test_format(self, name):
+        for use_cow_images in (True, False):
+            self.flags(use_cow_images=use_cow_images)
+            self.assertEqual('qcow2', self._image(name).metadata(1).format)
+
+    def test_raw_files(self):
+        self.flags(storage_raw_files=True, group='libvirt')
+        self.assertEqual('raw', self._image().metadata(1).format)
+        self.flags(use_cow_images=True)
+        self.assertEqual('qcow2', self._image().metadata(1).format)
+        self.assertEqual('raw', self._image('disk.swap').metadata(1).format)
+
+    def test_record_wins(self):
+        record = self._image().metadata(1)
+        record.format = 'raw'
+        self.assertEqual('raw', self._image(record=record).driver_format)
+
+    def test_generated(self):
+        image = self._new('disk.swap')
+
+        def generate(target):
+            with open(target, 'wb') as f:
+                f.write(b'x' * 1000)
+
+        image.create_from_func(generate, self.SIZE, cache_name='swap_1')
+        [(config, source)] = self.disks.created
+        self.assertIsNone(source)
+        self.assertEqual(('qcow2', '1.1', self.SIZE), (
+            config.target_format, config.compat, config.capacity))
+        self.assertTrue(self.disks.prealloc_metadata)
+        volume = self.disks.volume(image.volume_name)
+        self.fill.assert_called_once_with(
+            mock.ANY, 'raw', volume.path, 'qcow2')
+        self.assertFalse(os.path.exists(self.fill.call_args.args[0]))
+        self.upload.assert_not_called()
+
+    def test_copy(self):
+        self._made()
+        [(config, source)] = self.disks.created
+        self.assertEqual(self.base_pool, source.pool)
+        self.assertEqual(('qcow2', '1.1', None), (
+            config.target_format, config.compat, config.backing_store))
+        self.fill.assert_not_called()
+
+    def test_copy_without_libvirt(self):
+        self.base_pool.busy = True
+        image = self._made()
+        self.fill.assert_called_once_with(
+            self.fetch.call_args.kwargs['target'], 'raw',
+            self.disks.volume(image.volume_name).path, 'qcow2')
+
+    def test_reservation_of_what_has_come(self):
+        """A copy has holes where the source had zeroes."""
+        self.flags(preallocate_images='space')
+        image = self._made()
+        with mock.patch.object(image, '_preallocate') as mock_preallocate, (
+                mock.patch.object(image, 'get_backing_file',
+                                  return_value=None)):
+            image.create_from_image(
+                mock.sentinel.context, uuids.image, self.SIZE)
+            image.create_from_func(mock.Mock(), self.SIZE)
+            self.assertEqual([mock.call(self.SIZE)] * 2,
+                             mock_preallocate.mock_calls)
+            image.create_from_image(mock.sentinel.context, uuids.image, None)
+            self.assertEqual(2, mock_preallocate.call_count)
+
+    def test_fill_fails(self):
+        self.base_pool.busy = True
+        self.fill.side_effect = processutils.ProcessExecutionError
+        self.assertRaises(processutils.ProcessExecutionError, self._made)
+        self.assertEqual({}, self.disks.volumes_by_name)
+
+
+@ddt.ddt
+class LibvirtStorageTestCase(ImageTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.flags(storage_raw_files=True, group='libvirt')
+
     def test_no_side_effects(self):
         self._image()
         pool.StoragePool.assert_not_called()
@@ -261,10 +369,10 @@ class LibvirtStorageTestCase(test.NoDBTestCase):
 
     def test_metadata_name_of_what_is_left(self):
         # Gone, and still on the list of what is to be deleted
-        undo.note_left(self.instance, 'here', [
-            (DISKS, '%s_disk' % uuids.instance)])
+        image = self._image()
+        image.disk_info_mapping = {'taken': {'%s_disk' % uuids.instance}}
         self.assertEqual('%s_disk.1' % uuids.instance,
-                         self._image().metadata(self.SIZE).volume)
+                         image.metadata(self.SIZE).volume)
 
     def test_metadata_mapped_pool(self):
         self.flags(group='libvirt', storage_pool_mapping={'swap': 'fast'})
@@ -312,11 +420,15 @@ class LibvirtStorageTestCase(test.NoDBTestCase):
         image.record.state = fields.LibvirtDiskState.READY
         os.makedirs(self.disks.path)
         self.assertFalse(image.exists())
+        self.assertEqual(0, self.disks.refreshed)
         self._fetch(os.path.join(self.disks.path, image.volume_name))
+        # As long as another server's disk may be copied
+        self.disks.busy = True
         self.assertTrue(image.exists())
-        self.assertEqual(2, self.disks.refreshed)
+        self.assertEqual(1, self.disks.refreshed)
+        self.assertGreater(self.disks.timeout, 3600)
         self.assertTrue(image.exists())
-        self.assertEqual(2, self.disks.refreshed)
+        self.assertEqual(1, self.disks.refreshed)
 
     def test_create_overlay(self):
         self.flags(use_cow_images=True)
@@ -385,6 +497,23 @@ class LibvirtStorageTestCase(test.NoDBTestCase):
                 mock.sentinel.context, uuids.image, self.SIZE)
         self.assertEqual(1, self.base_pool.refreshed)
         self.assertEqual('base', self.disks.created[0][1].name)
+
+    @ddt.data('busy', 'off', 'gone')
+    def test_create_copy_while_base_pool_is(self, state):
+        """While the image of another server is copied, say."""
+        self.flags(use_cow_images=False)
+        self.base_pool.busy = state == 'busy'
+        self.base_pool.there = state != 'gone'
+        if state == 'off':
+            self.base_pool.volume = mock.Mock(
+                side_effect=exception.StoragePoolInactive(
+                    pool=BASE, host='here'))
+        image = self._made()
+        [(config, source)] = self.disks.created
+        self.assertIsNone(source)
+        self.upload.assert_called_once_with(
+            self.disks.volume(image.volume_name),
+            self.fetch.call_args.kwargs['target'], sparse=True)
 
     def test_create_unsafe_base(self):
         self.base_info.backing_file = '/etc/shadow'
@@ -520,14 +649,77 @@ class LibvirtStorageTestCase(test.NoDBTestCase):
         mock_resize.assert_called_once_with(
             volume.path, 'raw', 2 * self.SIZE)
         self.assertEqual([], volume.resized)
-        self.assertIn('Nobody will act upon it', self.stdlog.logger.output)
 
     def test_resize(self):
-        self.flags(use_cow_images=False, preallocate_images='space')
+        self.flags(use_cow_images=True, preallocate_images='space')
         image = self._made()
-        image.resize_image(2 * self.SIZE)
-        self.assertEqual([(2 * self.SIZE, True)],
+        with mock.patch.object(image, '_preallocate') as mock_preallocate:
+            image.resize_image(2 * self.SIZE)
+        mock_preallocate.assert_called_once_with(2 * self.SIZE)
+        self.assertEqual([(2 * self.SIZE, False)],
                          self.disks.volume(image.volume_name).resized)
+
+    @mock.patch('nova.privsep.storage.allocate')
+    def test_preallocate_what_nova_can_not_write(self, mock_allocate):
+        self.flags(use_cow_images=True, preallocate_images='space')
+        with mock.patch('os.access', return_value=False):
+            image = self._made()
+        mock_allocate.assert_called_once_with(image.path, self.SIZE)
+
+    @mock.patch('nova.privsep.storage.allocate')
+    def test_preallocate_each_disk_anew(self, mock_allocate):
+        """What one pool's file system can't do another's may."""
+        self.flags(use_cow_images=True, preallocate_images='space')
+        mock_allocate.side_effect = processutils.ProcessExecutionError(
+            stderr='fallocate failed: Operation not supported')
+        image = self._made()
+        image._preallocate(self.SIZE)
+        self.assertEqual(2, mock_allocate.call_count)
+        self.assertIn('%s of storage pool %s is not preallocated' % (
+            image.volume_name, DISKS), self.stdlog.logger.output)
+
+    @mock.patch('nova.privsep.storage.allocate')
+    def test_preallocate_in_a_full_pool(self, mock_allocate):
+        self.flags(use_cow_images=True, preallocate_images='space')
+        mock_allocate.side_effect = processutils.ProcessExecutionError(
+            stderr='fallocate failed: No space left on device')
+        self.assertRaises(processutils.ProcessExecutionError, self._made)
+        self.assertEqual({}, self.disks.volumes_by_name)
+
+    @mock.patch.object(backend.disk_api, 'is_image_extendable')
+    def test_file_system_that_nova_can_not_write(self, mock_extendable):
+        self.flags(use_cow_images=False)
+        image = self._made()
+        with mock.patch('os.access', return_value=False):
+            image.resize_image(2 * self.SIZE)
+        mock_extendable.assert_not_called()
+        self.assertIn('can not write to %s' % image.path,
+                      self.stdlog.logger.output)
+
+    @mock.patch('nova.privsep.qemu.resize_image')
+    def test_resize_what_libvirt_disagrees_about(self, mock_resize):
+        self.flags(use_cow_images=True)
+        image = self._made()
+        volume = self.disks.volume(image.volume_name)
+        volume.seen.target_format = 'raw'
+        image.resize_image(2 * self.SIZE)
+        mock_resize.assert_called_once_with(
+            volume.path, 'qcow2', 2 * self.SIZE)
+        self.assertIn('not acted upon', self.stdlog.logger.output)
+
+    @mock.patch.object(images, 'convert_image')
+    def test_libvirt_looks_into_no_raw_disk(self, mock_convert):
+        """It may fail to, or open what the guest has named there."""
+        image, volume = self._hostile()
+        volume.config = volume.info = mock.Mock(side_effect=AssertionError)
+        with mock.patch('nova.privsep.qemu.resize_image'):
+            image.create_from_image(
+                mock.sentinel.context, uuids.image, 2 * self.SIZE)
+        image.snapshot_extract('/target', 'qcow2')
+        image.flatten()
+        self.assertTrue(image.exists())
+        self.assertEqual(0, self.disks.refreshed)
+        image.delete()
 
     @mock.patch.object(images, 'convert_image')
     @mock.patch.object(images, 'privileged_qemu_img_info')
@@ -549,9 +741,10 @@ class LibvirtStorageTestCase(test.NoDBTestCase):
         mock_convert.assert_called_once()
 
         mock_info.return_value.backing_file = '/etc/shadow'
-        e = self.assertRaises(exception.InvalidDiskInfo,
+        e = self.assertRaises(exception.BaseImageMisplaced,
                               image.snapshot_extract, '/target', 'raw')
         self.assertIn('/etc/shadow', str(e))
+        self.assertIn('/etc/shadow', self.stdlog.logger.output)
         mock_convert.assert_called_once()
 
     def test_shared_nothing(self):
@@ -568,102 +761,6 @@ class LibvirtStorageTestCase(test.NoDBTestCase):
         image.delete()
         self.assertEqual({}, self.disks.volumes_by_name)
         image.delete()
-
-
-class CleanupTestCase(test.NoDBTestCase):
-
-    def setUp(self):
-        super().setUp()
-        self.flags(instances_path=self.useFixture(fixtures.TempDir()).path)
-        self.storage = self.useFixture(StorageFixture())
-        self.disks = self.storage.pools[DISKS]
-        self.instance = objects.Instance(
-            uuid=uuids.instance, system_metadata={})
-        self.flags(group='libvirt', storage_pool_mapping={'swap': 'fast'})
-        for name in ('disk', 'disk.1', 'disk.rescue', 'disk.config.rescue.1'):
-            self.disks.add('%s_%s' % (uuids.instance, name), 'raw')
-        self.storage.pools['fast'].add(
-            '%s_disk.swap' % uuids.instance, 'raw')
-        self.disks.add('%s_disk' % uuids.other, 'raw')
-
-    def _left(self):
-        return sorted(
-            name.replace(uuids.instance, 'it').replace(uuids.other, 'other')
-            for pool_name in (DISKS, 'fast')
-            for name in self.storage.pools[pool_name].volumes_by_name)
-
-    def _delete(self, **kwargs):
-        return cleanup.delete_volumes(None, self.instance, **kwargs)
-
-    def test_delete_volumes(self):
-        self.assertTrue(self._delete())
-        self.assertEqual(['other_disk'], self._left())
-        self.assertTrue(self._delete())
-
-    def test_delete_volumes_of_rescue(self):
-        self.assertTrue(self._delete(rescue=True))
-        self.assertEqual(['it_disk', 'it_disk.1', 'it_disk.swap',
-                          'other_disk'], self._left())
-
-    def test_keep(self):
-        self.assertTrue(self._delete(
-            keep={(DISKS, '%s_disk' % uuids.instance)}))
-        self.assertEqual(['it_disk', 'other_disk'], self._left())
-
-    def test_failure(self):
-        # The others are deleted all the same
-        volume = self.disks.volume('%s_disk' % uuids.instance)
-        volume.fault = exception.StorageVolumeError(
-            pool=DISKS, volume=volume.name, host='here', reason='no', code=1)
-        self.assertFalse(self._delete())
-        self.assertEqual(['it_disk', 'other_disk'], self._left())
-
-    def test_no_pool(self):
-        self.storage.pools['fast'].there = False
-        self.assertTrue(self._delete())
-        self.assertTrue(cleanup.has_pools(None))
-        self.disks.there = False
-        self.assertFalse(cleanup.has_pools(None))
-        self.assertTrue(self._delete())
-
-    def test_has_volumes(self):
-        os.makedirs(self.disks.path)
-        self.assertTrue(cleanup.has_volumes(None, uuids.instance))
-        self.assertFalse(cleanup.has_volumes(None, uuids.third))
-        with open(os.path.join(
-                self.disks.path, '%s_disk' % uuids.third), 'w'):
-            self.assertTrue(cleanup.has_volumes(None, uuids.third))
-
-    def test_has_volumes_ignored(self):
-        os.makedirs(self.disks.path)
-        here = {(v.pool.name, v.name) for v in cleanup.get_volumes(
-            None, uuids.instance)}
-        self.assertFalse(cleanup.has_volumes(None, uuids.instance, here))
-        here.remove((DISKS, '%s_disk.1' % uuids.instance))
-        self.assertTrue(cleanup.has_volumes(None, uuids.instance, here))
-
-    def test_probes(self):
-        os.makedirs(self.disks.path)
-        probes = cleanup.make_probes(None, uuids.instance)
-        self.assertEqual({DISKS, 'fast'}, {p for p, _name in probes})
-        # The other host's pools are others
-        here = self.storage.pools
-        self.storage.pools = {
-            name: Pool(name, self.disks.path) for name in here}
-        self.assertFalse(cleanup.find_probes(None, probes))
-        # An old compute service sends none
-        self.assertFalse(cleanup.find_probes(None, None))
-        # They are the same
-        self.storage.pools[DISKS].path = os.path.join(
-            CONF.instances_path, 'nfs')
-        os.makedirs(self.storage.pools[DISKS].path)
-        with open(os.path.join(
-                self.storage.pools[DISKS].path, probes[0][1]), 'w'):
-            self.assertTrue(cleanup.find_probes(None, probes))
-        self.storage.pools = here
-        cleanup.remove_probes(None, probes)
-        self.assertNotIn('probe', str(self._left()))
-        cleanup.remove_probes(None, probes)
 
 
 @ddt.ddt
@@ -705,19 +802,20 @@ class EvacuationTestCase(test.NoDBTestCase):
             record.previous.host, record.previous.volume = 'here', self.old
             record.previous.state = 'ready'
         else:
-            undo.note_left(self.instance, 'here', [(DISKS, self.old)])
+            leftovers.note(self.records, 'here', [(DISKS, self.old)])
         self.records.set('disk', record)
 
     def _has_volumes(self):
         return cleanup.has_volumes(
-            None, uuids.instance, undo.old_copies(self.instance, self.records))
+            None, uuids.instance,
+            evacuation.old_copies(self.instance, self.records))
 
     def _begin(self):
         """Evacuate to this host.
 
         :return: The record of the disk.
         """
-        stale = undo.after_evacuation(self.instance, self.records)
+        stale = evacuation.after_evacuation(self.instance, self.records)
         records.begin(
             self.records, {'disk': {}}, None,
             lambda name, mapping: self.image_class(
@@ -736,7 +834,7 @@ class EvacuationTestCase(test.NoDBTestCase):
                          (record.state, record.host, record.volume))
         self.assertIn(self.old, self.disks.volumes_by_name)
         self.assertEqual([(DISKS, self.old)],
-                         undo.left(self.instance, 'here'))
+                         leftovers.on_host(self.records, 'here'))
 
     @ddt.data('not confirmed', 'not deleted')
     def test_shared_pool(self, kept):
@@ -748,7 +846,7 @@ class EvacuationTestCase(test.NoDBTestCase):
         self.assertEqual(('ready', 'here', new),
                          (record.state, record.host, record.volume))
         self.assertEqual([(DISKS, self.old)],
-                         undo.left(self.instance, 'here'))
+                         leftovers.on_host(self.records, 'here'))
 
     @ddt.data('', '.1')
     def test_never_arrived(self, suffix):
@@ -758,16 +856,14 @@ class EvacuationTestCase(test.NoDBTestCase):
         record = self._begin()
         self.assertEqual(('ready', 'here', self.old),
                          (record.state, record.host, record.volume))
-        self.assertEqual([], undo.left(self.instance, 'here'))
+        self.assertEqual([], leftovers.on_host(self.records, 'here'))
 
 
 class UploadTestCase(test.NoDBTestCase):
 
     def setUp(self):
         super().setUp()
-        self.libvirt = self.useFixture(fixtures.MockPatch(
-            'nova.virt.libvirt.host.libvirt')).mock
-        self.libvirt.VIR_STORAGE_VOL_UPLOAD_SPARSE_STREAM = 1
+        self.useFixture(fakelibvirt.LibvirtModuleFixture())
         self.path = os.path.join(
             self.useFixture(fixtures.TempDir()).path, 'file')
         self.volume = mock.MagicMock()

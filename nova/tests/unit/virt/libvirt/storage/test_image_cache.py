@@ -12,16 +12,22 @@
 
 import hashlib
 import os
+import shutil
 import time
 from unittest import mock
 
+import ddt
 import fixtures
 
 from nova import exception
 from nova import test
+from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt as fakelibvirt
+from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import image_cache as base_images
+from nova.virt.libvirt.storage.pool import setup
+from nova.virt.libvirt.storage.pool import usage
 
 
 def error(code, message='libvirt says no'):
@@ -30,32 +36,19 @@ def error(code, message='libvirt says no'):
         error_message=message)
 
 
-class Volume:
-    def __init__(self, backing, gone=False):
-        self.backing, self.gone = backing, gone
-
-    def name(self):
-        return 'volume'
-
-    def XMLDesc(self, flags):
-        if self.gone:
-            raise error(fakelibvirt.VIR_ERR_NO_STORAGE_VOL)
-        backing = ('<backingStore><path>%s</path></backingStore>' %
-                   self.backing if self.backing else '')
-        return '<volume><name>volume</name>%s</volume>' % backing
-
-
 class Pool:
-    def __init__(self, name, backing=(), kind='dir', active=True):
+    """A pool over a real directory. Its volumes are never asked for."""
+
+    def __init__(self, name, path, kind='dir', active=True):
         self._name, self.kind, self.active = name, kind, active
-        self.listAllVolumes = mock.Mock(
-            return_value=[Volume(b) for b in backing])
+        self.path = path
 
     def name(self):
         return self._name
 
     def XMLDesc(self, flags):
-        return "<pool type='%s'/>" % self.kind
+        return ("<pool type='%s'><target><path>%s</path></target></pool>" %
+                (self.kind, self.path))
 
     def isActive(self):
         return self.active
@@ -68,8 +61,8 @@ class BaseImagesTestCase(test.NoDBTestCase):
 
     def setUp(self):
         super().setUp()
-        self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.host.libvirt', fakelibvirt))
+        self.useFixture(fakelibvirt.LibvirtModuleFixture())
+        self.useFixture(nova_fixtures.PrivsepFixture())
         self.flags(images_type='libvirt-storage', group='libvirt')
         self.instances_path = self.useFixture(fixtures.TempDir()).path
         self.flags(instances_path=self.instances_path)
@@ -87,9 +80,16 @@ class BaseImagesTestCase(test.NoDBTestCase):
         return self.pools[name]
 
     def add(self, name, *names, **kwargs):
-        self.pools[name] = Pool(name, [
-            n and (n if ':' in n else os.path.join(self.cache, n))
-            for n in names], **kwargs)
+        path = os.path.join(self.instances_path, 'pools', name)
+        shutil.rmtree(path, ignore_errors=True)
+        os.makedirs(path)
+        for number, backing in enumerate(names):
+            if backing and ':' not in backing:
+                backing = os.path.join(self.cache, backing)
+            with open(os.path.join(path, 'volume%d' % number), 'wb') as f:
+                f.write(libvirt_storage.qcow2_header(
+                    1024, backing, 'raw', '1.1') if backing else b'raw')
+        self.pools[name] = Pool(name, path, **kwargs)
         return self.pools[name]
 
     def in_use(self):
@@ -102,20 +102,38 @@ class InUseTestCase(BaseImagesTestCase):
         self.add('nova-disks-pool', 'a', 'b', None, 'a')
         self.add('formerly-ours', 'c')
         self.assertEqual({'a', 'b', 'c'}, self.in_use())
-        for pool in self.pools.values():
-            pool.listAllVolumes.assert_called_once_with(0)
 
-    def test_what_has_no_overlays_is_not_listed(self):
-        for pool in (self.add('nova-base-images-pool', 'a'),
-                     self.add('iscsi', 'a', kind='iscsi'),
-                     self.add('off', 'a', active=False)):
-            self.assertEqual(set(), self.in_use())
-            pool.listAllVolumes.assert_not_called()
+    def test_what_has_no_overlays_is_passed_over(self):
+        self.add('nova-base-images-pool', 'a')
+        self.add('iscsi', 'a', kind='iscsi')
+        self.add('off', 'a', active=False)
+        self.assertEqual(set(), self.in_use())
 
     def test_images_elsewhere_are_not_ours(self):
-        self.add('nova-disks-pool', 'a', '/etc/passwd', 'sub/b', '../c',
-                 'json:{"driver":"nbd"}', 'nbd://h/x')
+        pool = self.add('nova-disks-pool', 'a', '/etc/passwd', 'sub/b', '../c',
+                        'json:{"driver":"nbd"}', 'nbd://h/x')
         self.assertEqual({'a'}, self.in_use())
+        with open(os.path.join(pool.path, 'relative'), 'wb') as f:
+            f.write(libvirt_storage.qcow2_header(1, '../../_base/r'))
+        self.assertEqual({'a', 'r'}, self.in_use())
+
+    def test_hostile_headers(self):
+        """None of them keeps the others from being read."""
+        pool = self.add('nova-disks-pool', 'a', 'x' * 1000)
+        header = libvirt_storage.qcow2_header(1024, 'b', 'raw', '1.1')
+        offset = header[8:16]
+        for number, damaged in enumerate((
+                header[:19], header[:-1], b'QFI\xfb',
+                header.replace(offset, b'\xff' * 8, 1),
+                header.replace(offset, b'\x7f' * 8, 1),
+                header[:16] + b'\xff' * 4 + header[20:],
+                header[:-1] + b'\0', header[:-1] + b'\xff')):
+            with open(os.path.join(pool.path, 'bad%d' % number), 'wb') as f:
+                f.write(damaged)
+        os.mkdir(os.path.join(pool.path, 'directory'))
+        os.mkfifo(os.path.join(pool.path, 'fifo'))
+        os.symlink('/dev/zero', os.path.join(pool.path, 'link'))
+        self.assertIn('a', self.in_use())
 
     def test_other_path_to_the_cache(self):
         other = os.path.join(self.instances_path, 'link')
@@ -124,17 +142,24 @@ class InUseTestCase(BaseImagesTestCase):
         self.assertEqual({'a'}, self.in_use())
 
     def test_volume_deleted_meanwhile(self):
-        pool = self.add('nova-disks-pool', 'a')
-        pool.listAllVolumes.return_value.append(Volume(None, gone=True))
-        self.assertEqual({'a'}, self.in_use())
+        self.add('nova-disks-pool', 'a')
+        listdir = os.listdir
+        with mock.patch('os.listdir', side_effect=lambda path: [
+                *listdir(path), 'gone']):
+            self.assertEqual({'a'}, self.in_use())
 
     def test_our_pool_is_inactive(self):
         self.add('nova-disks-pool', 'a', active=False)
         self.assertRaises(exception.StoragePoolInactive, self.in_use)
 
-    def test_our_pool_can_not_be_listed(self):
-        self.add('nova-disks-pool').listAllVolumes.side_effect = error(38)
+    def test_our_pool_can_not_be_read(self):
+        pool = self.add('nova-disks-pool')
+        os.rmdir(pool.path)
         self.assertRaises(exception.StoragePoolError, self.in_use)
+        os.mkdir(pool.path)
+        with open(os.path.join(pool.path, 'x'), 'wb'), mock.patch(
+                'os.open', side_effect=PermissionError):
+            self.assertRaises(exception.StoragePoolError, self.in_use)
 
     def test_no_storage_driver(self):
         self.conn.listAllStoragePools.side_effect = error(3)
@@ -149,9 +174,64 @@ class InUseTestCase(BaseImagesTestCase):
         mock_refresh.assert_called_once_with(0)
 
     def test_cache_changed_without_a_pool(self):
-        with mock.patch.object(base_images.LOG, 'warning') as mock_warning:
-            base_images.cache_changed(self.conn, 'host-a')
+        base_images.cache_changed(self.conn, 'host-a')
+        self.assertIn('no storage pool nova-base-images-pool',
+                      self.stdlog.logger.output)
+
+
+@ddt.ddt
+class CheckedBaseTestCase(BaseImagesTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.link = os.path.join(self.instances_path, 'link')
+        os.symlink(self.cache, self.link)
+
+    def test_place(self):
+        image = os.path.join(self.cache, 'a')
+        self.assertEqual(image, base_images.checked_base(image))
+        other = os.path.join(self.instances_path, 'link', '..', 'link', 'a')
+        self.assertEqual(os.path.join(self.link, 'a'),
+                         base_images.checked_base(other))
+
+    def test_instances_path_is_a_link(self):
+        link = self.useFixture(fixtures.TempDir()).join('instances')
+        os.symlink(self.instances_path, link)
+        self.flags(instances_path=link)
+        image = os.path.join(self.cache, 'a')
+        self.assertEqual(image, base_images.checked_base(image))
+
+    def test_former_cache(self):
+        """Its images stay below the disks that were made then."""
+        image = os.path.join(self.cache, 'a')
+        self.flags(subdirectory_name='_base_here', group='image_cache')
+        exc = self.assertRaises(exception.BaseImageMisplaced,
+                                base_images.checked_base, image)
+        self.assertIn(setup.CACHE_MARK, str(exc)[:200])
+        setup._mark_cache(self.cache)
+        self.assertEqual(image, base_images.checked_base(image))
+
+    def test_mark_on_its_own(self):
+        with mock.patch.object(setup.LOG, 'warning') as mock_warning:
+            setup._mark_cache(self.cache)
+            setup._mark_cache(self.cache)
+            mock_warning.assert_not_called()
+            setup._mark_cache('/nowhere')
         mock_warning.assert_called_once()
+        self.assertEqual([setup.CACHE_MARK], os.listdir(self.cache))
+
+    @ddt.data('/etc/passwd', 'a', 'nbd://h/_base/a', 'json:{"a":"/_base/b"}')
+    def test_foreign(self, path):
+        exc = self.assertRaises(exception.BaseImageMisplaced,
+                                base_images.checked_base, path)
+        for word in (os.path.normpath(path), self.cache):
+            self.assertIn(word, str(exc))
+
+    def test_below_and_above(self):
+        for path in ('sub/a', '../a', '.', '../_bas/a'):
+            self.assertRaises(
+                exception.BaseImageMisplaced, base_images.checked_base,
+                os.path.join(self.cache, path))
 
 
 class ImageCacheTestCase(BaseImagesTestCase):
@@ -208,6 +288,19 @@ class ImageCacheTestCase(BaseImagesTestCase):
         with mock.patch.object(imagecache.LOG, 'warning') as mock_warning:
             self.assertEqual(sorted(self.names), self.sweep())
         mock_warning.assert_called_once()
+
+    def test_disk_usage_counts_where_disks_are(self):
+        with open(os.path.join(self.cache, self.image), 'wb') as f:
+            f.write(b'x' * 100000)
+        here = os.stat(self.cache).st_dev
+        for devices, counts in (({here}, True), ({-1, here}, True),
+                                ({-1}, False), (set(), False)):
+            with mock.patch.object(usage, 'disk_devices',
+                                   return_value=devices):
+                self.assertEqual(
+                    counts, self.manager.get_disk_usage() >= 100000)
+        self.flags(images_type='qcow2', group='libvirt')
+        self.assertGreaterEqual(self.manager.get_disk_usage(), 100000)
 
     def test_without_pools(self):
         self.flags(images_type='qcow2', group='libvirt')

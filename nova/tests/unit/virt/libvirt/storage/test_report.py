@@ -93,6 +93,16 @@ class TestReport(ReportTestCase):
         self.assertEqual([three], report.half_way(lines))
         self.assertEqual({'qcow2': 1, 'flat': 1}, report.by_host(lines)['b'])
 
+    def test_raw_files_of_pools_are_counted(self):
+        self.add('one', 'a', self.volume())
+        raw = self.volume()
+        raw.format = 'raw'
+        self.add('two', 'a', raw)
+        lines = report.disks(self.context)
+        self.assertEqual({'libvirt-storage': 1, 'libvirt-storage, raw': 1},
+                         report.by_host(lines)['a'])
+        self.assertIn('libvirt-storage, raw', report.as_tables(lines))
+
     def test_one_host(self):
         self.add('one', 'b', self.record())
         two = self.add('two', 'a', self.volume())
@@ -143,7 +153,7 @@ class TestWarning(ReportTestCase):
         self.add('one', 'a', self.volume())
         legacy = sorted([self.add('two', 'a', self.record()),
                          self.add('three', 'a', None)])
-        self.assertIn('2 of the servers', self._text())
+        self.assertIn('2 of the instances', self._text())
         self.assertIn(': %s. ' % ', '.join(legacy), self._text_again())
 
     def _text_again(self):
@@ -154,7 +164,7 @@ class TestWarning(ReportTestCase):
         legacy = sorted(self.add('i%d' % n, 'a', self.record())
                         for n in range(7))
         text = self._text()
-        self.assertIn('7 of the servers', text)
+        self.assertIn('7 of the instances', text)
         self.assertIn(', '.join(legacy[:report.SHOWN]) + ' ...', text)
         self.assertNotIn(legacy[report.SHOWN], text)
 

@@ -18,74 +18,22 @@ import ddt
 import fixtures
 from oslo_concurrency import processutils
 from oslo_utils.fixture import uuidsentinel as uuids
-from oslo_utils import units
 
 from nova import exception
 from nova import objects
 import nova.privsep.storage
 from nova import test
 from nova.tests import fixtures as nova_fixtures
-from nova.virt import fake
-from nova.virt.libvirt import driver as libvirt_driver
+from nova.tests.fixtures import libvirt as fakelibvirt
+from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt.storage import transition
 
 
 class Crash(BaseException):
     """The process is gone: nothing catches it."""
-
-
-class DirectoryVolume:
-    """A volume as libvirt has it: known by its pool, a file below it."""
-
-    def __init__(self, pool, name):
-        self.pool = pool
-        self.name = name
-        self.path = os.path.join(pool.directory, name)
-
-    def info(self):
-        try:
-            return mock.Mock(capacity=os.stat(self.path).st_size)
-        except FileNotFoundError:
-            raise exception.StorageVolumeNotFound(
-                volume=self.name, pool=self.pool.name, host='here')
-
-    def delete(self):
-        os.unlink(self.path)
-        self.pool.known.remove(self.name)
-
-
-class DirectoryPool:
-    """A pool over a real directory; it knows only what it has made."""
-
-    def __init__(self, name, directory):
-        self.name = name
-        self.directory = directory
-        self.known = set()
-        self.made = []
-        self.available = units.Gi
-
-    def info(self):
-        return mock.Mock(available=self.available)
-
-    def volumes(self):
-        return [DirectoryVolume(self, name) for name in sorted(self.known)]
-
-    def volume(self, name):
-        if name not in self.known:
-            raise exception.StorageVolumeNotFound(
-                volume=name, pool=self.name, host='here')
-        return DirectoryVolume(self, name)
-
-    def create(self, config):
-        self.made.append(config)
-        with open(os.path.join(self.directory, config.name), 'xb') as f:
-            f.truncate(config.capacity)
-        self.known.add(config.name)
-        return self.volume(config.name)
-
-    free_name = storage_pool.StoragePool.free_name
 
 
 class FakeDisks:
@@ -96,6 +44,7 @@ class FakeDisks:
         self.records = {
             name: record.obj_clone() for name, record in database.items()}
         self.saves = 0
+        self.leftovers = []
 
     def items(self):
         return list(self.records.items())
@@ -118,14 +67,26 @@ class TransitionTestCase(test.NoDBTestCase):
         top = self.useFixture(fixtures.TempDir()).path
         self.instance_dir = os.path.join(top, 'instance')
         self.base_dir = os.path.join(top, '_base')
-        pool_dir = os.path.join(top, 'disks')
-        for path in (self.instance_dir, self.base_dir, pool_dir):
+        for path in (self.instance_dir, self.base_dir):
             os.mkdir(path)
-        self.pool = DirectoryPool('nova-disks-pool', pool_dir)
+        self.useFixture(fakelibvirt.LibvirtModuleFixture())
+        self.flags(instances_path=top)
+        self.conn = fakelibvirt.Connection('qemu:///system')
+        self.conn.file_system = libvirt_storage.RealFileSystem()
+        self.pool = storage_pool.StoragePool.ensure(
+            self.conn, setup.disks_pool_config(), 'here')
+        self.directory = self.pool.config().target_path
+        self.mock_create = self.useFixture(fixtures.MockPatchObject(
+            self.pool, 'create', wraps=self.pool.create)).mock
         self.instance = objects.Instance(
             uuid=uuids.instance, system_metadata={})
         self.database = {}
         self.content = {}
+
+    @property
+    def made(self):
+        """The configurations of the volumes that were made"""
+        return [call.args[0] for call in self.mock_create.call_args_list]
 
     def legacy(self, name, content=None, backend='flat', format='raw',
                state='ready'):
@@ -158,7 +119,7 @@ class TransitionTestCase(test.NoDBTestCase):
                 os.path.join(self.instance_dir, name)))
         self.assertEqual(
             {record.volume for record in self.database.values()},
-            set(os.listdir(self.pool.directory)))
+            set(os.listdir(self.directory)))
 
     def assert_legacy(self):
         for name, content in self.content.items():
@@ -167,7 +128,7 @@ class TransitionTestCase(test.NoDBTestCase):
             self.assertIsNone(record.volume)
             with open(os.path.join(self.instance_dir, name), 'rb') as f:
                 self.assertEqual(content, f.read())
-        self.assertEqual([], os.listdir(self.pool.directory))
+        self.assertEqual([], os.listdir(self.directory))
 
     def no_hard_links(self, code=errno.EXDEV):
         self.useFixture(fixtures.MockPatchObject(
@@ -198,7 +159,7 @@ class TestTransition(TransitionTestCase):
         self.assertFalse(again.run())
         again.finish()
         self.assertEqual(0, self.disks.saves)
-        self.assertEqual(1, len(self.pool.made))
+        self.assertEqual(1, len(self.made))
         self.assert_moved()
 
     def test_file_keeps_its_inode(self):
@@ -230,7 +191,8 @@ class TestTransition(TransitionTestCase):
     def test_copy_needs_room(self):
         self.legacy('disk')
         self.no_hard_links()
-        self.pool.available = 1
+        fs = self.conn.file_system
+        fs.capacity = fs.used + 1
         e = self.assertRaises(exception.DiskTransitionFailed,
                               self.transition().run)
         self.assertIn('1 bytes left', str(e))
@@ -251,7 +213,7 @@ class TestTransition(TransitionTestCase):
         self.no_hard_links()
         e = self.assertRaises(exception.DiskTransitionFailed,
                               self.transition(guest_is_off=False).run)
-        self.assertIn('hard reboot the server first', str(e))
+        self.assertIn('hard reboot the instance first', str(e))
         self.assert_legacy()
 
     def test_failed_copy_of_the_last_disk_undoes_all(self):
@@ -281,8 +243,8 @@ class TestTransition(TransitionTestCase):
 
     def test_wrong_capacity_in_libvirt_is_refused(self):
         self.legacy('disk')
-        with mock.patch.object(DirectoryVolume, 'info',
-                               return_value=mock.Mock(capacity=7)):
+        with mock.patch.object(storage_pool.StorageVolume, 'physical',
+                               return_value=7):
             e = self.assertRaises(exception.DiskTransitionFailed,
                                   self.transition().run)
         self.assertIn('7 bytes', str(e))
@@ -304,7 +266,7 @@ class TestTransition(TransitionTestCase):
         e = self.assertRaises(exception.DiskTransitionFailed,
                               self.transition().run)
         self.assertIn('disk.eph0', str(e))
-        self.assertEqual([], self.pool.made)
+        self.assertEqual([], self.made)
 
     @ddt.data(exception.InvalidDiskInfo(reason='no answer'),
               exception.DiskNotFound(location='no answer'),
@@ -316,7 +278,7 @@ class TestTransition(TransitionTestCase):
                                   self.transition().run)
         self.assertIn('no answer', str(e))
         self.assertIn(uuids.instance, str(e))
-        self.assertEqual([], self.pool.made)
+        self.assertEqual([], self.made)
         self.assertEqual('qcow2', self.database['disk'].backend)
 
     def test_refusal_is_told_once(self):
@@ -326,11 +288,12 @@ class TestTransition(TransitionTestCase):
         self.assertEqual(1, str(e).count(uuids.instance))
 
     def test_name_of_what_is_left_is_not_taken(self):
-        self.instance.system_metadata = {
-            'libvirt_storage_left_1': '["here", "nova-disks-pool", "%s_disk"]'
-            % uuids.instance}
         self.legacy('disk')
-        self.transition().run()
+        disks = FakeDisks(self.database)
+        disks.leftovers = [
+            ('here', 'nova-disks-pool', '%s_disk' % uuids.instance)]
+        with mock.patch(__name__ + '.FakeDisks', return_value=disks):
+            self.transition().run()
         self.assertEqual('%s_disk.1' % uuids.instance,
                          self.database['disk'].volume)
 
@@ -341,21 +304,21 @@ class TestTransition(TransitionTestCase):
         os.symlink(path + '.real', path)
         self.assertRaises(exception.DiskTransitionFailed,
                           self.transition().run)
-        self.assertEqual([], self.pool.made)
+        self.assertEqual([], self.made)
 
     def test_half_made_disk_stays(self):
         self.legacy('disk', state='building')
         e = self.assertRaises(exception.DiskTransitionFailed,
                               self.transition().run)
         self.assertIn('never finished', str(e))
-        self.assertEqual([], self.pool.made)
+        self.assertEqual([], self.made)
 
     @ddt.data('lvm', 'rbd', 'ploop')
     def test_with_a_disk_of_another_backend_all_stay(self, backend):
         self.legacy('disk', backend=backend)
         self.legacy('disk.config')
         self.assertFalse(self.transition().run())
-        self.assertEqual([], self.pool.made)
+        self.assertEqual([], self.made)
 
     def test_rescue_disks_stay(self):
         self.legacy('disk')
@@ -369,9 +332,9 @@ class TestTransition(TransitionTestCase):
 
     def test_taken_name_gets_a_suffix(self):
         taken = '%s_disk' % uuids.instance
-        self.pool.known = {taken}
-        with open(os.path.join(self.pool.directory, taken), 'wb') as f:
+        with open(os.path.join(self.directory, taken), 'wb') as f:
             f.write(b'other')
+        self.pool.refresh()
         self.legacy('disk')
         moving = self.transition()
         moving.run()
@@ -383,14 +346,29 @@ class TestTransition(TransitionTestCase):
         header = (b'QFI\xfb' + (3).to_bytes(4, 'big') +
                   (104).to_bytes(8, 'big') + (11).to_bytes(4, 'big'))
         self.legacy('disk', header.ljust(104, b'\0') + b'/etc/passwd')
-        with mock.patch('nova.privsep.qemu.privileged_qemu_img_info') as info:
+        # Nor does libvirt look, in whose answers it would be followed.
+        with mock.patch(
+            'nova.privsep.qemu.privileged_qemu_img_info') as info, (
+            mock.patch.object(
+                storage_pool.StorageVolume, 'info')) as libvirt_info:
             moving = self.transition()
             moving.run()
             moving.finish()
         info.assert_not_called()
-        self.assertEqual('raw', self.pool.made[0].target_format)
-        self.assertIsNone(self.pool.made[0].backing_store)
+        libvirt_info.assert_not_called()
+        self.assertEqual('raw', self.made[0].target_format)
+        self.assertIsNone(self.made[0].backing_store)
         self.assert_moved()
+
+    def test_base_by_another_spelling(self):
+        link = self.base_dir + '-link'
+        os.symlink(self.base_dir, link)
+        moving = self.transition()
+        disk = mock.Mock()
+        for path in (self.base_dir + '/abc', link + '/abc',
+                     self.instance_dir + '/../_base/abc'):
+            self.assertEqual(os.path.normpath(path),
+                             moving._checked_base(disk, path))
 
     def _qcow2(self, backing):
         self.legacy('disk', backend='qcow2', format='qcow2')
@@ -402,11 +380,13 @@ class TestTransition(TransitionTestCase):
 
     def test_overlay_keeps_its_base(self):
         base = os.path.join(self.base_dir, 'abc')
+        with open(base, 'wb'):
+            pass
         with self._qcow2(base) as info:
             self.transition().run()
         self.assertEqual({'qcow2'}, {
             call.kwargs['format'] for call in info.call_args_list})
-        config = self.pool.made[0]
+        config = self.made[0]
         self.assertEqual(('qcow2', '1.1'),
                          (config.target_format, config.compat))
         self.assertEqual((base, 'raw'), (config.backing_store.path,
@@ -419,7 +399,7 @@ class TestTransition(TransitionTestCase):
             e = self.assertRaises(exception.DiskTransitionFailed,
                                   self.transition().run)
         self.assertIn('image cache', str(e))
-        self.assertEqual([], self.pool.made)
+        self.assertEqual([], self.made)
 
     def test_rescued_guest_goes_back_to_the_volume(self):
         self.legacy('disk')
@@ -523,94 +503,13 @@ class TestCrash(TransitionTestCase):
         self.assert_moved()
 
     def test_volume_that_libvirt_forgot_the_making_of(self):
-        # Killed within libvirt: the file is there, unknown to the pool.
+        # Killed within libvirt: the file is there, unknown to the pool until
+        # it is started with the daemon.
         self._crash_after('_fill_volumes')
-        self.pool.known.clear()
-        for name in os.listdir(self.pool.directory):
-            self.pool.known.add(name)
+        raw = self.conn.storagePoolLookupByName(self.pool.name)
+        raw.destroy()
+        raw.create()
         moving = self.transition()
         moving.run()
         moving.finish()
         self.assert_moved()
-
-
-class DriverTestCase(test.NoDBTestCase):
-    """When the driver moves disks, and what becomes of a failure."""
-
-    def setUp(self):
-        super().setUp()
-        self.useFixture(nova_fixtures.LibvirtFixture())
-        self.driver = libvirt_driver.LibvirtDriver(fake.FakeVirtAPI())
-        self.flags(images_type='libvirt-storage', group='libvirt')
-        self.instance = objects.Instance(
-            uuid=uuids.instance, image_ref=uuids.image, system_metadata={})
-        self.disks = mock.Mock(has_mappings=True)
-        self.error = exception.DiskTransitionFailed(
-            instance=uuids.instance, reason='a test')
-
-    def move(self, **kwargs):
-        with mock.patch.object(transition, 'Transition') as mock_transition:
-            mock_transition.return_value.run.side_effect = self.error
-            return self.driver._move_disks_to_pools(
-                mock.sentinel.context, self.instance, self.disks, **kwargs)
-
-    def test_a_guest_that_is_off_goes_on_with_its_legacy_disks(self):
-        self.assertIsNotNone(self.move())
-
-    def test_a_guest_that_runs_stays(self):
-        self.assertRaises(exception.DiskTransitionFailed, self.move,
-                          guest_is_off=False)
-
-    def test_migration_is_refused_while_the_guest_runs(self):
-        with test.nested(
-            mock.patch.object(self.driver, '_take_up_disks'),
-            mock.patch.object(self.driver, '_move_disks_to_pools',
-                              side_effect=self.error),
-            mock.patch.object(self.driver, '_get_existing_guest_config'),
-            mock.patch('nova.virt.libvirt.blockinfo.get_disk_info'),
-        ):
-            e = self.assertRaises(
-                exception.InstanceFaultRollback,
-                self.driver._link_disks_into_pools, mock.sentinel.context,
-                self.instance, {})
-        self.assertIs(self.error, e.inner_exception)
-
-    def test_legacy_backend(self):
-        self.flags(images_type='qcow2', group='libvirt')
-        self.assertIsNone(self.move())
-
-    def test_no_mappings(self):
-        self.disks.has_mappings = False
-        self.assertIsNone(self.move())
-
-    def test_finish_that_fails_is_for_next_time(self):
-        moving = mock.Mock()
-        moving.finish.side_effect = OSError
-        self.driver._finish_move_to_pools(self.instance, moving)
-        self.driver._finish_move_to_pools(self.instance, None)
-
-    def test_legacy_names_go_at_revert(self):
-        """They were linked into the pool while the guest ran."""
-        calls = mock.Mock()
-        with test.nested(
-            mock.patch('nova.virt.libvirt.blockinfo.get_disk_info',
-                       return_value={'mapping': {}}),
-            mock.patch('nova.virt.libvirt.storage.move.source.abandon'),
-            mock.patch.object(self.driver, '_image_of'),
-            mock.patch.object(self.driver, '_take_back_disks',
-                              return_value=self.disks),
-            mock.patch.object(self.driver, '_finish_revert_migration_vtpm'),
-            mock.patch.object(self.driver,
-                              '_get_all_assigned_mediated_devices'),
-            mock.patch.object(self.driver, '_get_existing_guest_config'),
-            mock.patch.object(self.driver, '_get_guest_xml'),
-            mock.patch.object(self.driver, '_create_guest_with_network',
-                              calls.create),
-            mock.patch.object(transition, 'Transition', calls.transition),
-        ):
-            self.driver.finish_revert_migration(
-                mock.sentinel.context, self.instance, [], None, {},
-                power_on=False)
-        self.assertEqual(
-            ['create', 'transition', 'transition().finish'],
-            [call[0] for call in calls.mock_calls])

@@ -25,8 +25,6 @@ from nova.tests.unit.virt.libvirt.storage.move import two_hosts
 from nova.virt.libvirt.storage.move import destination as arrival
 from nova.virt.libvirt.storage.move import guest_files as files
 from nova.virt.libvirt.storage.move import source as migration
-from nova.virt.libvirt.storage.move import state as moves
-from nova.virt.libvirt.storage.move import undo
 from nova.virt.libvirt import utils as libvirt_utils
 
 POOL = two_hosts.POOL
@@ -70,9 +68,8 @@ class FilesTestCase(test_move.OutgoingTestCase):
                            self.dest, 'dest:///', mock.Mock())
         self.flags(host='source')
 
-    def left(self):
-        return [key for key in self.instance.system_metadata
-                if key.startswith(moves.LEFT)]
+    def noted(self):
+        return self.load().leftovers
 
 
 @ddt.ddt
@@ -95,7 +92,7 @@ class MoveTestCase(FilesTestCase):
         # Nothing of the volumes is left that carried it.
         self.assertNotIn('files', self.ours(self.dest))
         self.assertNotIn('files', self.ours(self.source))
-        self.assertEqual([], self.left())
+        self.assertEqual([], self.noted())
         self.assertTrue(files.has_tpm(self.instance))
 
     def test_secret_while_on_the_way(self):
@@ -176,7 +173,7 @@ class MoveTestCase(FilesTestCase):
         self.assertRaises(exception.InternalError, self.move)
         self.assertEqual([], self.ours(self.dest))
         self.assertNotIn('files', self.ours(self.source))
-        self.assertEqual([], self.left())
+        self.assertEqual([], self.noted())
         self.assertEqual(b'the state of a TPM', read(
             os.path.join(self.directory, TPM)))
 
@@ -199,7 +196,7 @@ class MoveTestCase(FilesTestCase):
         self.assertEqual(sorted(test_move.AT_SOURCE),
                          self.ours(self.source))
         self.assertEqual(test_move.AT_SOURCE, self.places())
-        self.assertEqual({}, self.instance.system_metadata)
+        self.nothing_of_a_move()
 
     def test_destination_is_killed_while_unpacking(self):
         self.move()
@@ -215,7 +212,7 @@ class MoveTestCase(FilesTestCase):
         self.dest.fail['delete'] = exception.InternalError('busy')
         self.accept()
         self.assertEqual([(POOL, self.volume_name('files'))],
-                         undo.left(self.instance, 'dest'))
+                         self.left('dest'))
 
 
 @ddt.ddt

@@ -19,7 +19,6 @@ import ddt
 import fixtures
 import futurist
 import oslo_messaging as messaging
-from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
 import tenacity
 
@@ -31,10 +30,14 @@ from nova.tests.unit.virt.libvirt.storage.move import two_hosts
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage.move import destination as arrival
 from nova.virt.libvirt.storage.move import guest_files as files
+from nova.virt.libvirt.storage.move import offer
 from nova.virt.libvirt.storage.move import peer
 from nova.virt.libvirt.storage.move import source as migration
 from nova.virt.libvirt.storage.move import state as moves
-from nova.virt.libvirt.storage.move import undo
+from nova.virt.libvirt.storage.records import kinds
+from nova.virt.libvirt.storage.records import leftovers
+from nova.virt.libvirt.storage.records import lifecycle
+from nova.virt.libvirt.storage.records import metadata
 
 CONF = nova.conf.CONF
 
@@ -51,22 +54,44 @@ class OutgoingTestCase(two_hosts.TwoHostsTestCase):
         super().setUp()
         self.jobs = mock.Mock()
         self.cache_base = mock.Mock()
-        self.version = 75
+        self.version = 76
         self.stub_out(
             'nova.objects.Service.get_by_host_and_binary',
             lambda *args: mock.Mock(version=self.version))
 
     def outgoing(self, same_host=False):
-        return migration.Outgoing(
-            self.context, self.host, self.jobs, self.instance,
-            self.migration, self.disks, 'qemu:///system', same_host,
-            '192.0.2.1')
+        self.assertEqual(same_host, self.migration.dest_compute == 'source')
+        return migration.Outgoing(moves.Move(
+            self.context, moves.ThisHost(
+                self.host, 'qemu:///system', '192.0.2.1', self.jobs),
+            self.instance, self.migration, self.disks))
 
     def move(self, same_host=False):
         outgoing = self.outgoing(same_host)
         outgoing.check()
         with outgoing:
             return outgoing.run(self.directory)
+
+    def nothing_of_a_move(self):
+        disks = self.load()
+        self.assertEqual([], disks.leftovers)
+        self.assertEqual({}, disks.extras)
+        self.assertEqual({None}, {r.migration_id for _n, r in disks.items()})
+        self.assertEqual({None}, {r.expected for _n, r in disks.items()})
+        self.assertEqual({}, self.instance.system_metadata)
+
+    def only_swap_is_kept(self):
+        """What waits for confirm or revert beside the disks."""
+        disks = self.load()
+        self.assertEqual({'disk.swap'}, set(disks.extras))
+        self.assertEqual([], disks.leftovers)
+        self.assertEqual({None}, {r.expected for _n, r in disks.items()})
+        self.assertEqual({}, self.instance.system_metadata)
+
+    def delete_left(self):
+        disks = self.load()
+        leftovers.delete(self.source, disks)
+        disks.save(self.context)
 
     def not_confirmed(self):
         """A resize on one host that failed at its end; the server runs on."""
@@ -118,12 +143,12 @@ class CheckTestCase(OutgoingTestCase):
         self.assertTrue(self.dest.closed)
 
     def test_old_destination(self):
-        self.version = 74
+        self.version = 75
         self.assertIn('too old', self.refused())
         self.assertEqual([], self.host.uris)
 
     def test_no_offer(self):
-        del self.instance.system_metadata[moves.OFFER]
+        self.instance.migration_context.driver_info = None
         self.assertIn('no offer', self.refused())
 
     def test_offer_of_an_earlier_migration(self):
@@ -131,9 +156,8 @@ class CheckTestCase(OutgoingTestCase):
         self.assertIn('no offer', self.refused())
 
     def test_kind_of_disk_that_wasnt_offered(self):
-        self.instance.system_metadata[moves.OFFER] = jsonutils.dumps(
-            {'m': 7, 'o': [1, 2], 'p': {POOL: ['disk', 'disk.eph', 'files']},
-             'f': [None], 'd': [0]})
+        offer.save(self.instance, offer.Offer(7, [1, 2], {
+            POOL: offer.OfferedPool(['disk', 'disk.eph', 'files'], None, 0)}))
         self.assertIn('disk.config', self.refused())
 
     def test_peer_refuses(self):
@@ -256,6 +280,13 @@ class CheckTestCase(OutgoingTestCase):
         self.dest.available = 1699
         self.assertIn('1699 bytes available and 1700', self.refused())
 
+    def test_room_where_the_destination_reserves_it(self):
+        # swap, which is made anew, counts: 1000 + 600 + 400 + 100
+        self.flags(preallocate_images='space')
+        self.make_offer()
+        self.dest.available = 2099
+        self.assertIn('2099 bytes available and 2100', self.refused())
+
     @ddt.data(('raw', 300), ('qcow2', 500))
     @ddt.unpack
     def test_room_of_what_is_flattened(self, base_format, growth):
@@ -346,11 +377,9 @@ class CheckTestCase(OutgoingTestCase):
 
 class PrepareTestCase(OutgoingTestCase):
     def prepare(self):
-        driver = mock.Mock(_host=self.host, job_tracker=self.jobs)
-        driver._uri.return_value = 'qemu:///system'
-        driver.get_host_ip_addr.return_value = '192.0.2.1'
-        self.instance.migration_context = objects.MigrationContext(
-            migration_id=self.migration.id)
+        here = moves.ThisHost(
+            self.host, 'qemu:///system', '192.0.2.1', self.jobs)
+        self.instance.migration_context.migration_id = self.migration.id
         self.stub_out(
             'nova.virt.libvirt.storage.records.metadata.InstanceDisks.'
             'from_block_device_info',
@@ -358,7 +387,7 @@ class PrepareTestCase(OutgoingTestCase):
         with mock.patch('nova.objects.Migration.get_by_id_and_instance',
                         return_value=self.migration) as get:
             outgoing = migration.prepare(
-                driver, self.context, self.instance, None)
+                here, self.context, self.instance, None)
         if outgoing is not None:
             get.assert_called_once_with(
                 self.context, self.migration.id, uuids.instance)
@@ -368,7 +397,7 @@ class PrepareTestCase(OutgoingTestCase):
         self.make_offer()
         with self.prepare() as outgoing:
             self.assertEqual(4, len(outgoing.departure.items))
-            self.assertEqual('192.0.2.1', outgoing.departure.address)
+            self.assertEqual('192.0.2.1', outgoing.departure.move.here.address)
         self.assertEqual(AT_SOURCE, self.places())
 
     def test_disks_outside_of_pools(self):
@@ -386,7 +415,7 @@ class PrepareTestCase(OutgoingTestCase):
         with self.prepare():
             pass
         self.assertEqual({None}, {p[3] for p in self.places().values()})
-        self.assertEqual(4, len(undo.left(self.instance, 'source')))
+        self.assertEqual(4, len(self.left('source')))
 
 
 @ddt.ddt
@@ -423,13 +452,14 @@ class RunTestCase(OutgoingTestCase):
 
     def test_records_are_saved_once_and_before_the_first_byte(self):
         self.stub_out(
-            'nova.virt.libvirt.storage.pump.copy', mock.Mock(
+            'nova.virt.libvirt.storage.pump.transfer.copy', mock.Mock(
                 side_effect=lambda *a, **k: (
                     self.assertEqual(1, len(self.saves)),
                     self.assertEqual(ON_THE_WAY, self.places())) and
                 self.pump_copy(*a, **k)))
         self.move()
-        self.assertEqual(1, len(self.saves))
+        # the intent, and what the destination must find
+        self.assertEqual(2, len(self.saves))
 
     @ddt.data(True, False)
     def test_overlay_over_a_generated_file_system(self, is_overlay):
@@ -472,8 +502,9 @@ class RunTestCase(OutgoingTestCase):
                           self.volume_name('disk')), destination)
         self.assertEqual(1000, length)
         self.assertEqual((3 << 20, 17, True),
-                         (kwargs['bandwidth'], kwargs['stall_timeout'],
+                         (kwargs['bandwidth'].total, kwargs['stall_timeout'],
                           kwargs['sparse']))
+        self.assertEqual(1, len({c[3]['bandwidth'] for c in self.copies}))
         self.jobs.add_job.assert_called_with(self.instance, 1234)
         self.jobs.remove_job.assert_called_with(self.instance, 1234)
 
@@ -481,6 +512,15 @@ class RunTestCase(OutgoingTestCase):
         self.dest.types[POOL] = 'logical'
         self.move()
         self.assertEqual([False] * 3, [c[3]['sparse'] for c in self.copies])
+
+    def test_room_is_reserved_where_a_full_disk_ends_libvirt(self):
+        self.dest.version = 11_003_000
+        self.move()
+        self.assertEqual([False] * 3, [c[3]['sparse'] for c in self.copies])
+        for name, length in (('disk', 1000), ('disk.eph0', 600),
+                             ('disk.config', 100)):
+            self.assertEqual(
+                length, self.dest.allocated[self.volume_name(name)])
 
     def test_what_exists_on_the_destination_is_left_alone(self):
         foreign = {'length': 5, 'allocation': 5, 'content': 'foreign'}
@@ -522,8 +562,7 @@ class RunTestCase(OutgoingTestCase):
 
     def test_name_of_what_is_left(self):
         # On the third host of a shared pool it would be deleted as such.
-        undo.note_left(self.instance, 'other',
-                       [(POOL, self.volume_name('disk'))])
+        self.note_left('other', self.volume_name('disk'))
         self.move()
         self.assertEqual('disk.1', self.places()['disk'][2])
 
@@ -559,7 +598,7 @@ class RunTestCase(OutgoingTestCase):
         self.assertIs(error, e)
         self.assertEqual(AT_SOURCE, self.places())
         self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
-        self.assertNotIn(moves.MOVED, self.instance.system_metadata)
+        self.assertIsNone(moves.moved_by(self.load()))
         self.assertTrue(self.dest.closed)
 
     def test_progress_that_cant_be_saved(self):
@@ -650,18 +689,15 @@ class RunTestCase(OutgoingTestCase):
                       lambda departure, here, there: None)
         self.failed(self.copy_error)
         self.assertEqual(COPIED, self.ours(self.dest))
-        left = sorted(jsonutils.loads(value) for key, value
-                      in self.instance.system_metadata.items()
-                      if key.startswith(moves.LEFT))
-        self.assertEqual([['dest', POOL, self.volume_name(name)]
-                          for name in COPIED], left)
+        self.assertEqual([(POOL, self.volume_name(name)) for name in COPIED],
+                         self.left('dest'))
         # the destination's next offer removes them, and nothing else
         self.dest.fail.clear()
         self.dest.pools[POOL]['foreign'] = {}
         self.make_offer()
         self.assertEqual(['foreign'], self.ours(self.dest))
-        self.assertEqual([], [key for key in self.instance.system_metadata
-                              if key.startswith(moves.LEFT)])
+        self.assertEqual([], self.left('dest'))
+        self.disks = self.load()
         # and the next try succeeds
         self.copy_error = None
         self.dest.closed = False
@@ -695,8 +731,7 @@ class EndTestCase(OutgoingTestCase):
             dict(ON_THE_WAY, **{n: ('ready', 'dest', n, 'source')
                                 for n in COPIED}), self.places())
         self.assertEqual(1, len(self.saves))
-        self.assertEqual({moves.MOVED, moves.SWAP},
-                         set(self.instance.system_metadata))
+        self.only_swap_is_kept()
 
     def test_accept_what_was_flattened(self):
         self.lay_over('disk', imagecache.get_cache_fname(uuids.snapshot), 300)
@@ -705,6 +740,62 @@ class EndTestCase(OutgoingTestCase):
         self.assertEqual('ready', self.places()['disk'][0])
         # There need be no base image.
         self.cache_base.assert_not_called()
+
+    @ddt.data('none', 'space')
+    def test_reservation(self, preallocate):
+        self.flags(preallocate_images=preallocate)
+        self.move()
+        self.stub_out('os.access', lambda path, mode: True)
+        with mock.patch('oslo_concurrency.processutils.execute') as execute:
+            self.accept()
+        self.assertEqual(
+            [mock.call('fallocate', '-n', '-l', length,
+                       '/disks/' + self.volume_name(name))
+             for name, length in (('disk', 1000), ('disk.config', 100),
+                                  ('disk.eph0', 600))]
+            if preallocate == 'space' else [], execute.mock_calls)
+
+    def test_reservation_that_fails(self):
+        self.flags(preallocate_images='space')
+        self.move()
+        self.stub_out('os.access', lambda path, mode: True)
+        with mock.patch('oslo_concurrency.processutils.execute',
+                        side_effect=OSError('full')):
+            self.accept()
+        self.assertEqual('ready', self.places()['disk'][0])
+        self.assertIn('No space is reserved', self.stdlog.logger.output)
+
+    def test_hard_reboot_while_it_is_copied(self):
+        # An operator has reset its state (F9).
+        errors = []
+
+        def copy(*args, **kwargs):
+            disks = self.load()
+            self.assertIsNone(migration.unfinished(
+                self.context, self.instance, disks))
+            errors.append(self.assertRaises(
+                exception.DiskBeingCopied, lifecycle.take_up, disks, {}, None,
+                'libvirt-storage', {}))
+            return self.pump_copy(*args, **kwargs)
+
+        self.stub_out('nova.virt.libvirt.storage.pump.transfer.copy', copy)
+        self.move()
+        for part in ('migration 7', 'host dest', 'Wait', 'host source'):
+            self.assertIn(part, str(errors[0]))
+        for word in ('rebuild', 'delete'):
+            self.assertNotIn(word, str(errors[0]))
+
+    def test_hard_reboot_after_the_copy_was_killed(self):
+        self.move()
+        disks = self.load()
+        record = disks.get('disk')
+        record.expected = None
+        disks.set('disk', record)
+        with mock.patch('nova.objects.Migration.get_by_id',
+                        return_value=self.migration) as get:
+            self.assertIs(self.migration, migration.unfinished(
+                self.context, self.instance, disks))
+        get.assert_called_once_with(self.context, 7)
 
     def test_accept_twice_verifies_once(self):
         self.move()
@@ -756,7 +847,10 @@ class EndTestCase(OutgoingTestCase):
 
     def test_accept_without_a_checksum(self):
         self.move()
-        del self.instance.system_metadata[moves.COPY + 'disk']
+        disks = self.load()
+        disks.get('disk').expected = None
+        disks.set('disk', disks.get('disk'))
+        disks.save(self.context)
         self.assertRaises(exception.StorageTransferMismatch, self.accept)
 
     def test_confirm(self):
@@ -766,7 +860,7 @@ class EndTestCase(OutgoingTestCase):
         self.assertEqual([], self.ours(self.source))
         self.assertEqual(COPIED, self.ours(self.dest))
         self.assertEqual({None}, {p[3] for p in self.places().values()})
-        self.assertEqual({}, self.instance.system_metadata)
+        self.nothing_of_a_move()
 
     def test_confirm_twice(self):
         self.test_confirm()
@@ -783,13 +877,13 @@ class EndTestCase(OutgoingTestCase):
         self.assertEqual({None}, {p[3] for p in self.places().values()})
         self.assertEqual(
             {(POOL, self.volume_name(name)) for name in AT_SOURCE},
-            set(undo.left(self.instance, 'source')))
+            set(self.left('source')))
         self.assertEqual({'dest'}, {r.host for _n, r in self.load().items()})
         # The next time it is sent here, it goes.
         self.source.fail.clear()
-        undo.delete_left(self.source, self.instance, self.load())
+        self.delete_left()
         self.assertEqual([], self.ours(self.source))
-        self.assertEqual({}, self.instance.system_metadata)
+        self.nothing_of_a_move()
 
     def forget_swap(self):
         """As a resize to a flavor without swap: its mapping is deleted."""
@@ -803,7 +897,7 @@ class EndTestCase(OutgoingTestCase):
         self.forget_swap()
         migration.confirm(self.context, self.source, self.instance)
         self.assertEqual([], self.ours(self.source))
-        self.assertEqual({}, self.instance.system_metadata)
+        self.nothing_of_a_move()
 
     def test_revert_when_the_swap_is_gone(self):
         self.move()
@@ -812,7 +906,7 @@ class EndTestCase(OutgoingTestCase):
         migration.abandon(self.context, self.host, self.instance,
                           self.migration, self.load())
         self.assertEqual(AT_SOURCE, self.places())
-        self.assertEqual({}, self.instance.system_metadata)
+        self.nothing_of_a_move()
 
     def test_kept_swap_while_reverting_on_one_host(self):
         self.migration.dest_compute = 'source'
@@ -837,10 +931,9 @@ class EndTestCase(OutgoingTestCase):
                          self.ours(self.source))
 
     def test_nothing_to_confirm(self):
-        self.stub_out(
-            'nova.virt.libvirt.storage.'
-            'records.metadata.InstanceDisks.load', None)
         migration.confirm(self.context, self.source, self.instance)
+        self.assertEqual([], self.saves)
+        self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
 
     def test_revert(self):
         self.move()
@@ -857,7 +950,7 @@ class EndTestCase(OutgoingTestCase):
         self.assertEqual(AT_SOURCE, self.places())
         self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
         self.assertEqual(uris, len(self.host.uris))
-        self.assertEqual({}, self.instance.system_metadata)
+        self.nothing_of_a_move()
 
     def test_revert_where_the_destination_keeps_its_disks(self):
         # its instance directory is shared, so it was told not to
@@ -922,13 +1015,13 @@ class EndTestCase(OutgoingTestCase):
              'disk.eph0': ('ready', 'source', 'disk.eph0.1', None),
              'disk.swap': ('ready', 'source', 'disk.swap.1', None)},
             self.places())
-        self.assertNotIn(moves.MOVED, self.instance.system_metadata)
-        self.assertNotIn(moves.SWAP, self.instance.system_metadata)
+        self.assertIsNone(moves.moved_by(self.load()))
+        self.assertEqual({}, self.load().extras)
         # It goes at the next chance, and what is in use does not.
-        undo.delete_left(self.source, self.instance, self.load())
+        self.delete_left()
         self.assertEqual(['disk.1', 'disk.config.1', 'disk.eph0.1'],
                          self.ours(self.source))
-        self.assertEqual({}, self.instance.system_metadata)
+        self.nothing_of_a_move()
 
     def test_settle_what_may_be_reverted_yet(self):
         self.not_confirmed()
@@ -940,14 +1033,13 @@ class EndTestCase(OutgoingTestCase):
     def test_nothing_to_settle(self):
         migration.settle(self.context, self.instance, self.load())
         self.assertEqual([], self.saves)
-        self.instance.save.assert_called_once_with()    # by the offer
 
     def test_what_is_left_has_become_a_disk_again(self):
         place = (POOL, self.volume_name('disk'))
-        undo.note_left(self.instance, 'source', [place])
-        undo.delete_left(self.source, self.instance, self.load())
+        self.note_left('source', place[1])
+        self.delete_left()
         self.assertIn('disk', self.ours(self.source))
-        self.assertEqual([], undo.left(self.instance, 'source'))
+        self.assertEqual([], self.left('source'))
 
     def test_unfinished(self):
         with mock.patch('nova.objects.Migration.get_by_id',
@@ -976,7 +1068,7 @@ class EndTestCase(OutgoingTestCase):
                           self.migration, self.load())
         self.assertEqual([], self.ours(self.dest))
         self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
-        self.assertEqual({}, self.instance.system_metadata)
+        self.nothing_of_a_move()
 
     def test_source_is_killed_while_it_confirms(self):
         self.move()
@@ -986,7 +1078,7 @@ class EndTestCase(OutgoingTestCase):
                           self.source, self.instance)
         self.assertEqual(
             {(POOL, self.volume_name(name)) for name in AT_SOURCE},
-            set(undo.left(self.instance, 'source')))
+            set(self.left('source')))
 
     def test_disks_of_another_kind_are_none_of_the_peer(self):
         # Brought by SSH, or shared: reverted without libvirt's help.
@@ -1009,7 +1101,7 @@ class EndTestCase(OutgoingTestCase):
         migration.abandon(self.context, self.host, self.instance,
                           self.migration, self.load())
         self.assertEqual([], self.ours(self.dest))
-        self.assertEqual({}, self.instance.system_metadata)
+        self.nothing_of_a_move()
 
     def test_restart_of_the_source_while_the_peer_is_gone(self):
         self.move()
@@ -1020,7 +1112,7 @@ class EndTestCase(OutgoingTestCase):
         migration.abandon(self.context, self.host, self.instance,
                           self.migration, self.load())
         self.assertEqual(AT_SOURCE, self.places())
-        self.assertEqual(3, len(self.instance.system_metadata))
+        self.assertEqual(3, len(self.left('dest')))
 
     def test_cross_cell_resize_is_reverted(self):
         # It went by way of Glance: no offer, no copy, and the destination is
@@ -1045,25 +1137,31 @@ class OfferTestCase(two_hosts.TwoHostsTestCase):
     def test_offer(self):
         self.make_offer()
         self.assertEqual(
-            {'m': 7, 'o': [os.geteuid(), os.getegid()],
-             'p': {POOL: ['disk', 'disk.config', 'disk.eph', 'disk.swap',
-                          'files'],
-                   two_hosts.BASES: ['base']},
-             'f': [1 << 40, 1 << 40], 'd': [0, 1]},
-            jsonutils.loads(self.instance.system_metadata[moves.OFFER]))
+            offer.Offer(
+                migration_id=7, owner=[os.geteuid(), os.getegid()], pools={
+                    POOL: offer.OfferedPool(
+                        ['disk', 'disk.config', 'disk.eph', 'disk.swap',
+                         'files'], 1 << 40, 0),
+                    two_hosts.BASES: offer.OfferedPool(
+                        ['base'], 1 << 40, 1)}),
+            offer.load(self.instance))
         self.instance.save.assert_called_once_with()
+        self.assertEqual({}, self.instance.system_metadata)
 
-    def test_many_ephemeral_disks_fit_in(self):
-        for n in range(1, 30):
-            self.add_disk('disk.eph%d' % n, 10)
-        self.make_offer()
-        self.assertLessEqual(
-            len(self.instance.system_metadata[moves.OFFER]), 255)
+    def test_offer_of_an_older_destination(self):
+        self.instance.system_metadata['libvirt_storage_offer'] = (
+            '{"m":7,"o":[1,2],"p":{"a":["disk","files"],"b":["base"]},'
+            '"f":[5,null],"d":[0,0]}')
+        self.assertEqual(
+            offer.Offer(7, [1, 2], {
+                'a': offer.OfferedPool(['disk', 'files'], 5, 0),
+                'b': offer.OfferedPool(['base'], None, 0)}),
+            offer.load(self.instance))
 
     def refused(self):
         e = self.assertRaises(exception.MigrationPreCheckError,
                               self.make_offer)
-        self.assertNotIn(moves.OFFER, self.instance.system_metadata)
+        self.assertIsNone(offer.load(self.instance))
         return str(e)
 
     def test_inactive_pool(self):
@@ -1082,14 +1180,19 @@ class OfferTestCase(two_hosts.TwoHostsTestCase):
 
     def test_directory_not_writable(self):
         self.stub_out('os.access', lambda path, mode: False)
-        self.assertIn("isn't writable", self.refused())
+        self.assertIn('nova-compute write to', self.refused())
 
-    def test_names_too_long(self):
-        self.stub_out('nova.virt.libvirt.storage.pool.pool.pool_name_for',
-                      lambda name: name + 'x' * 100)
-        for kind in (*moves.KINDS, files.NAME):
-            self.dest.pools[kind + 'x' * 100] = {}
-        self.assertIn('too long', self.refused())
+    def test_a_pool_of_a_long_name_for_each_kind_of_disk(self):
+        # More than a value of system_metadata holds (F2)
+        self.stub_out('nova.virt.libvirt.storage.pool.setup.pool_name_for',
+                      lambda name: name.ljust(60, 'x'))
+        for kind in (*kinds.ALL, files.NAME):
+            self.dest.pools[kind.ljust(60, 'x')] = {}
+        self.make_offer()
+        for kind in ('disk', 'disk.config', 'disk.eph', 'disk.swap',
+                     files.NAME):
+            self.assertEqual(kind.ljust(60, 'x'),
+                             offer.load(self.instance).pool_for(kind))
 
     def set_backend(self, backend):
         for name, record in self.disks.items():
@@ -1099,8 +1202,8 @@ class OfferTestCase(two_hosts.TwoHostsTestCase):
 
     def offered(self):
         self.make_offer()
-        return jsonutils.loads(
-            self.instance.system_metadata[moves.OFFER])['p']
+        return {name: pool.kinds for name, pool
+                in offer.load(self.instance).pools.items()}
 
     @ddt.data('flat', 'qcow2')
     def test_legacy_disks_that_become_volumes_on_the_source(self, backend):
@@ -1113,12 +1216,12 @@ class OfferTestCase(two_hosts.TwoHostsTestCase):
         for name, _record in self.disks.items():
             self.disks.clear(name)
         self.disks.save(self.context)
-        self.assertEqual([*moves.KINDS, files.NAME], self.offered()[POOL])
+        self.assertEqual([*kinds.ALL, files.NAME], self.offered()[POOL])
 
     def refuses_nothing(self):
         self.dest.pools.clear()
         self.make_offer()
-        self.assertEqual({}, self.instance.system_metadata)
+        self.assertIsNone(offer.load(self.instance))
         self.instance.save.assert_not_called()
 
     @ddt.data('lvm', 'rbd', 'ploop')
@@ -1142,7 +1245,7 @@ class BaseImageTestCase(OutgoingTestCase):
         self.lay_over('disk', self.fname, 50)
         self.image_error = exception.ImageNotFound(image_id=uuids.image)
         self.stub_out('nova.virt.libvirt.storage.move.destination._adopt_base',
-                      lambda volume, instance, cache_base: None)
+                      lambda *args: None)
 
     def bases(self):
         return sorted(self.dest.pools[two_hosts.BASES])
@@ -1167,29 +1270,24 @@ class BaseImageTestCase(OutgoingTestCase):
             self.assertEqual(os.path.join(
                 CONF.instances_path, '_base', self.fname), new)))
         self.assertTrue(self.accept())
-        self.assertEqual({moves.MOVED, moves.SWAP},
-                         set(self.instance.system_metadata))
+        self.only_swap_is_kept()
 
     @ddt.data(True, False)
     def test_accept_again(self, is_known):
         # A crash after it was put into the cache.
         self.move()
-        key = moves.COPY + 'base'
-        expected = self.instance.system_metadata[key]
         self.stub_out('os.rename', self.rename)
-        self.instance.save.side_effect = exception.InternalError('killed')
-        self.assertRaises(exception.InternalError, self.accept)
+        with mock.patch.object(metadata.InstanceDisks, 'save', side_effect=(
+                exception.InternalError('killed'))):
+            self.assertRaises(exception.InternalError, self.accept)
         self.assertEqual([], self.bases())
         if is_known:
             # libvirt has not looked since
             self.dest.pools[two_hosts.BASES][self.way] = {
                 'length': 50, 'content': None}
-        self.instance.system_metadata[key] = expected
-        self.instance.save.side_effect = None
         self.assertTrue(self.accept())
         self.assertEqual([], self.bases())
-        self.assertEqual({moves.MOVED, moves.SWAP},
-                         set(self.instance.system_metadata))
+        self.only_swap_is_kept()
 
     def test_refresh_fails(self):
         self.move()
@@ -1198,8 +1296,7 @@ class BaseImageTestCase(OutgoingTestCase):
                 exception.InternalError('asynchronous jobs'))):
             self.assertTrue(self.accept())
         self.assertIn('asynchronous jobs', self.stdlog.logger.output)
-        self.assertEqual({moves.MOVED, moves.SWAP},
-                         set(self.instance.system_metadata))
+        self.only_swap_is_kept()
 
     def test_what_nobody_needs_cant_be_deleted(self):
         self.move()
@@ -1207,7 +1304,7 @@ class BaseImageTestCase(OutgoingTestCase):
         self.dest.fail['delete'] = exception.InternalError('busy')
         self.assertTrue(self.accept())
         self.assertEqual([(two_hosts.BASES, self.way)],
-                         undo.left(self.instance, 'dest'))
+                         self.left('dest'))
 
     def test_broken_on_the_way(self):
         self.move()
@@ -1225,6 +1322,12 @@ class BaseImageTestCase(OutgoingTestCase):
         self.image_error = None
         self.move()
         self.assertEqual([], self.bases())
+
+    @ddt.data('deactivated', 'pending_delete', 'queued', None)
+    def test_glance_has_it_and_gives_it_to_nobody(self, status):
+        self.image_error, self.image_status = None, status
+        self.move()
+        self.assertEqual([self.way], self.bases())
 
     def test_destination_has_it(self):
         self.dest.pools[two_hosts.BASES][self.fname] = {}
@@ -1279,12 +1382,13 @@ class AdoptBaseTestCase(two_hosts.TwoHostsTestCase):
     def adopt(self, backing_file, backing_format='raw'):
         inspect = mock.Mock(return_value=mock.Mock(
             backing_file=backing_file, backing_file_format=backing_format))
-        self.stub_out('nova.virt.images.privileged_qemu_img_info', inspect)
+        self.stub_out('nova.virt.libvirt.storage.content.look_at_qcow2',
+                      inspect)
         pool = two_hosts.Pool(self.source, POOL, 'source')
         arrival._adopt_base(pool.volume(self.volume_name('disk')),
-                            self.instance, self.cache_base)
+                            self.instance, self.cache_base, 1000)
         inspect.assert_called_once_with(
-            '/disks/' + self.volume_name('disk'), format='qcow2')
+            '/disks/' + self.volume_name('disk'), 1000)
 
     def base(self, directory):
         return os.path.join(
@@ -1323,7 +1427,7 @@ class AdoptBaseTestCase(two_hosts.TwoHostsTestCase):
               OSError('No space left'))
     def test_base_is_not_to_be_had(self, error):
         self.cache_base.side_effect = error
-        e = self.assertRaises(exception.InvalidDiskInfo, self.adopt,
+        e = self.assertRaises(exception.StorageBaseImageMissing, self.adopt,
                               self.base('/there/_base'))
         for part in (str(error), uuids.image, CONF.host, 'hard reboot',
                      self.volume_name('disk')):

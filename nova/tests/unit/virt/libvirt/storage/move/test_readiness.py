@@ -13,6 +13,7 @@ import contextlib
 from unittest import mock
 
 import ddt
+import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import context
@@ -30,19 +31,26 @@ class ReadinessTestCase(test.NoDBTestCase):
         self.flags(images_type='libvirt-storage', group='libvirt')
         self.flags(host='here')
         self.time, self.broken_pools, self.connected = 0, {}, []
-        self.refusal = None
+        self.refusal, self.pool_type = None, 'dir'
+        self.check_access = self.useFixture(fixtures.MockPatchObject(
+            readiness.storage_pool.StoragePool, 'check_access',
+            autospec=True)).mock
         self.stub_out('time.monotonic', lambda: self.time)
         self.stub_out('nova.virt.libvirt.storage.move.state.check_pool',
                       self._check_pool)
         self.stub_out('nova.virt.libvirt.storage.move.peer.connected',
                       self._connect)
-        self.readiness = readiness.Readiness(mock.Mock(), lambda: '192.0.2.7')
+        host = mock.Mock()
+        self.version = host.get_connection.return_value.getLibVersion
+        self.version.return_value = 9_000_000
+        self.readiness = readiness.Readiness(host, lambda: '192.0.2.7')
 
     def _check_pool(self, pool):
         self.assertEqual('here', pool.host)
         if pool.name in self.broken_pools:
             raise exception.MigrationPreCheckError(
                 reason=self.broken_pools[pool.name])
+        return self.pool_type
 
     @contextlib.contextmanager
     def _connect(self, host, uri):
@@ -79,6 +87,17 @@ class ReadinessTestCase(test.NoDBTestCase):
         self.broken_pools[name] = 'is inactive'
         self.assertIn('is inactive', self.found())
 
+    def test_pool_that_nova_can_not_use(self):
+        self.check_access.side_effect = exception.StoragePoolForbidden(
+            user='nova', pool='nova-disks-pool', host='here', path='/private',
+            mode='drwxr-x--- root:kvm', missing='x')
+        self.assertIn('setfacl -m u:nova:x /private', self.found())
+
+    def test_block_pool_has_no_directory(self):
+        self.pool_type = 'logical'
+        self.assertEqual('ready', self.found())
+        self.check_access.assert_not_called()
+
     def test_without_pools(self):
         self.flags(images_type='qcow2', group='libvirt')
         self.assertEqual({}, self.readiness.stats())
@@ -96,6 +115,14 @@ class ReadinessTestCase(test.NoDBTestCase):
         self.found()
         self.found()
         self.assertEqual(1, log.info.call_count)
+
+    @mock.patch.object(readiness, 'LOG')
+    def test_version_that_ends_of_a_full_disk(self, log):
+        self.version.return_value = 11_003_000
+        self.assertEqual('ready', self.found())
+        self.found()
+        self.assertEqual(1, log.warning.call_count)
+        self.assertEqual(11_003_000, log.warning.call_args.args[1])
 
     def test_hosts_not_ready(self):
         nodes = {

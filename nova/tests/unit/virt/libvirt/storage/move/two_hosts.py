@@ -15,6 +15,7 @@
 import collections
 import os
 from unittest import mock
+import zlib
 
 import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
@@ -31,6 +32,7 @@ from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.virt.libvirt.storage.move import destination as arrival
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pump import transfer as pump
+from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import metadata
 
 CONF = nova.conf.CONF
@@ -41,6 +43,10 @@ VolumeInfo = collections.namedtuple('VolumeInfo', 'type capacity allocation')
 
 POOL = 'nova-disks-pool'
 BASES = 'nova-base-images-pool'
+
+
+def checksum_of(content):
+    return zlib.crc32(repr(content).encode())
 
 
 class Daemon:
@@ -60,6 +66,11 @@ class Daemon:
         self.log = []
         self.fail = {}
         self.closed = False
+        self.version = 9_000_000
+        self.allocated = {}
+
+    def getLibVersion(self):
+        return self.version
 
     def did(self, what, name):
         error = self.fail.get(what)
@@ -86,6 +97,9 @@ class Volume:
 
     def physical(self):
         return self.content['length']
+
+    def file_bytes(self):
+        return self.content['length'], self.content['allocation']
 
     def info(self):
         return VolumeInfo(self.content.get('type', 0), self.content['length'],
@@ -149,6 +163,7 @@ class Pool:
                 volume=config.name, pool=self.name, host=self.host)
         self.volumes_by_name[config.name] = {
             'length': config.capacity, 'allocation': 0}
+        self.daemon.allocated[config.name] = config.allocation
         return Volume(self, config.name)
 
 
@@ -186,12 +201,12 @@ class TwoHostsTestCase(test.NoDBTestCase):
         self.flags(host='source', instances_path=self.useFixture(
             fixtures.TempDir()).path)
         self.flags(images_type='libvirt-storage', group='libvirt')
-        self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.host.libvirt', fakelibvirt))
+        self.useFixture(fakelibvirt.LibvirtModuleFixture())
         self.useFixture(nova_fixtures.PrivsepFixture())
         # what the guest has beside its disks
         self.directory = self.useFixture(fixtures.TempDir()).path
-        for name in ('utils.VTPM_DIR', 'storage.files.NVRAM_DIR'):
+        for name in ('utils.VTPM_DIR',
+                     'storage.move.guest_files.NVRAM_DIR'):
             self.useFixture(fixtures.MonkeyPatch(
                 'nova.virt.libvirt.' + name,
                 self.useFixture(fixtures.TempDir()).path))
@@ -213,11 +228,12 @@ class TwoHostsTestCase(test.NoDBTestCase):
         self.dest = Daemon('dest')
         self.host = FakeHost(self.source, self.dest)
         self.stub_out('nova.virt.libvirt.storage.pool.pool.StoragePool', Pool)
-        self.stub_out('nova.virt.libvirt.storage.pool.pool.pool_name_for',
+        self.stub_out('nova.virt.libvirt.storage.pool.setup.pool_name_for',
                       lambda name: POOL)
-        self.stub_out('nova.virt.libvirt.storage.pool.pool.disks_pool_config',
+        self.stub_out('nova.virt.libvirt.storage.pool.setup.disks_pool_config',
                       lambda: None)
-        self.stub_out('nova.virt.libvirt.storage.pump.copy', self.pump_copy)
+        self.stub_out('nova.virt.libvirt.storage.pump.transfer.copy',
+                      self.pump_copy)
         self.stub_out('nova.virt.libvirt.storage.pump.transfer.verify',
                       self.pump_verify)
         self.context = context.RequestContext('fake', 'fake')
@@ -226,16 +242,22 @@ class TwoHostsTestCase(test.NoDBTestCase):
             'nova.objects.BlockDeviceMappingList._save_driver_info',
             staticmethod(lambda c, i, infos: self.saves.append(infos)))
         self.image_error = None
+        self.image_status = 'active'
         self.stub_out('nova.virt.images.get_info', self.get_image)
         self.stub_out('nova.virt.images.privileged_qemu_img_info',
                       self.qemu_img_info)
+        self.stub_out('nova.virt.libvirt.storage.content.look_at_qcow2',
+                      lambda path, size: self.qemu_img_info(path, 'qcow2'))
+        self.stub_out('nova.virt.libvirt.storage.content.look_at_base',
+                      lambda path: None)
         self.flattened = []
         self.stub_out('nova.privsep.qemu.flatten_image', self.flatten_image)
         self.copies = []
         self.copy_error = None
         self.instance = objects.Instance(
             self.context, uuid=uuids.instance, system_metadata={},
-            image_ref=uuids.image, progress=0)
+            image_ref=uuids.image, progress=0,
+            migration_context=objects.MigrationContext(migration_id=7))
         self.instance.save = mock.Mock()
         self.migration = objects.Migration(
             self.context, id=7, source_compute='source', dest_compute='dest',
@@ -310,13 +332,14 @@ class TwoHostsTestCase(test.NoDBTestCase):
         finally:
             kwargs.setdefault('on_end', mock.Mock())(1234)
         return pump.Result(
-            data=length, holes=0, checksum=hash(content['content']), key=5,
+            data=length, holes=0, key=5,
+            checksum=checksum_of(content['content']),
             physical=length, allocation=length, seconds=1)
 
     def pump_verify(self, volume, length, checksum, **kwargs):
         daemon = self.dest if volume.uri == 'dest:///' else self.source
         content = daemon.pools[volume.pool][volume.name]
-        if (hash(content.get('content')) != checksum or
+        if (checksum_of(content.get('content')) != checksum or
                 content['length'] != length):
             raise exception.StorageTransferMismatch(
                 volume=volume.name, where='dest', reason='it differs')
@@ -324,6 +347,7 @@ class TwoHostsTestCase(test.NoDBTestCase):
     def get_image(self, context, image_id):
         if self.image_error:
             raise self.image_error
+        return {'id': image_id, 'status': self.image_status}
 
     def content_at(self, path):
         """What is in a volume of this host."""
@@ -365,6 +389,15 @@ class TwoHostsTestCase(test.NoDBTestCase):
                           self.load())
         finally:
             self.flags(host='source')
+
+    def left(self, host):
+        return leftovers.on_host(self.load(), host)
+
+    def note_left(self, host, *names):
+        disks = self.load()
+        leftovers.note(disks, host, [(POOL, name) for name in names])
+        disks.save(self.context)
+        self.disks = self.load()
 
     def places(self, disks=None):
         """By disk: state, host, volume's suffix, host of the previous one."""

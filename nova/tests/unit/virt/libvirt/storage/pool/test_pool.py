@@ -22,8 +22,10 @@ import nova.conf
 from nova import exception
 from nova import test
 from nova.tests.fixtures import libvirt as fakelibvirt
+from nova.virt.libvirt.storage.pool import access
 from nova.virt.libvirt.storage.pool import config
 from nova.virt.libvirt.storage.pool import pool
+from nova.virt.libvirt.storage.pool import setup
 
 CONF = nova.conf.CONF
 
@@ -105,8 +107,7 @@ class PoolTestCase(test.NoDBTestCase):
 
     def setUp(self):
         super().setUp()
-        self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.host.libvirt', fakelibvirt))
+        self.useFixture(fakelibvirt.LibvirtModuleFixture())
         for name in ('START_TIMEOUT', 'REFRESH_TIMEOUT'):
             self.useFixture(fixtures.MonkeyPatch(
                 'nova.virt.libvirt.storage.pool.pool.' + name, 0))
@@ -123,7 +124,7 @@ class PoolTestCase(test.NoDBTestCase):
 
     def ensure(self):
         return pool.StoragePool.ensure(
-            self.daemon, pool.disks_pool_config(), 'host-a')
+            self.daemon, setup.disks_pool_config(), 'host-a')
 
 
 class ListPoolsTestCase(PoolTestCase):
@@ -192,6 +193,30 @@ class TestEnsure(PoolTestCase):
         e = self.assertRaises(exception.StoragePoolTooSmall, self.ensure)
         self.assertIn('mounted?', str(e))
 
+    def test_directory_that_nova_can_not_enter(self):
+        self.define(path='/i/private')
+        with mock.patch.object(
+                access, 'obstacle', autospec=True,
+                return_value=access.Obstacle(
+                    '/i/private', 'drwxr-x--- root:kvm', 'x')) as mock_look:
+            e = self.assertRaises(exception.StoragePoolForbidden, self.ensure)
+        mock_look.assert_called_once_with('/i/private', os.X_OK)
+        for part in ('User %s ' % access.user(), 'nova-disks-pool', 'host-a',
+                     '/i/private is drwxr-x--- root:kvm',
+                     'setfacl -m u:%s:x /i/private' % access.user()):
+            self.assertIn(part, str(e)[:200])
+
+    def test_image_cache_that_nova_can_not_write(self):
+        def look(path, needed):
+            if needed & os.W_OK:
+                return access.Obstacle(path, 'drwxr-xr-x root:root', 'wx')
+
+        with mock.patch.object(access, 'obstacle', autospec=True,
+                               side_effect=look):
+            e = self.assertRaises(exception.StoragePoolForbidden,
+                                  setup.ensure_pools, self.daemon, 'host-a')
+        self.assertIn('/i/_base is drwxr-xr-x root:root', str(e))
+
     def test_directory_of_another_pool(self):
         self.define(name='mine', path='/i/./disks/')
         e = self.assertRaises(exception.StoragePoolConflict, self.ensure)
@@ -225,19 +250,19 @@ class TestEnsure(PoolTestCase):
     def test_base_images_pool_has_to_be_over_the_image_cache(self):
         self.define('nova-base-images-pool', path='/somewhere')
         e = self.assertRaises(exception.StoragePoolMisplaced,
-                              pool.ensure_pools, self.daemon, 'host-a')
+                              setup.ensure_pools, self.daemon, 'host-a')
         for word in ('nova-base-images-pool', 'host-a', '/somewhere',
                      '/i/_base'):
             self.assertIn(word, str(e))
         # by whatever path
         self.daemon.pools.clear()
         self.define('nova-base-images-pool', path='/i/../i/_base')
-        pool.ensure_pools(self.daemon, 'host-a')
+        setup.ensure_pools(self.daemon, 'host-a')
 
     def test_all_pools_of_a_host(self):
         self.flags(storage_pool_mapping={'swap': 'fast'}, group='libvirt')
         fast = self.define(name='fast', path='/fast')
-        pool.ensure_pools(self.daemon, 'host-a')
+        setup.ensure_pools(self.daemon, 'host-a')
         self.assertEqual({'nova-disks-pool', 'nova-base-images-pool', 'fast'},
                          set(self.daemon.pools))
         self.assertTrue(fast.active)
@@ -245,7 +270,7 @@ class TestEnsure(PoolTestCase):
     def test_mapped_pool_has_to_be_there(self):
         self.flags(storage_pool_mapping={'swap': 'fast'}, group='libvirt')
         e = self.assertRaises(exception.StoragePoolNotFound,
-                              pool.ensure_pools, self.daemon, 'host-a')
+                              setup.ensure_pools, self.daemon, 'host-a')
         self.assertIn('no storage pool fast on host host-a', str(e))
 
 
@@ -261,11 +286,11 @@ class TestPool(PoolTestCase):
         self.flags(storage_pool_mapping={
             'root': 'r', 'ephemeral': 'e', 'swap': 's', 'config': 'c'},
             group='libvirt')
-        self.assertEqual('reescc', ''.join(map(pool.pool_name_for, (
+        self.assertEqual('reescc', ''.join(map(setup.pool_name_for, (
             'disk', 'disk.local', 'disk.eph1', 'disk.swap', 'disk.config',
             'disk.config.rescue'))))
         self.flags(storage_pool_mapping={}, group='libvirt')
-        self.assertEqual('nova-disks-pool', pool.pool_name_for('disk.rescue'))
+        self.assertEqual('nova-disks-pool', setup.pool_name_for('disk.rescue'))
 
     def test_info(self):
         self.assertEqual(
@@ -281,19 +306,24 @@ class TestPool(PoolTestCase):
 
     def test_refresh_waits_for_jobs(self):
         self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.storage.pool.pool._refresh',
-            pool._refresh.retry_with(
-                stop=pool.tenacity.stop_after_attempt(3),
-                wait=pool.tenacity.wait_none())))
+            'nova.virt.libvirt.storage.pool.pool.REFRESH_TIMEOUT', 0.02))
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.pool.pool._refresh.retry.wait',
+            pool.tenacity.wait_fixed(0.01)))
         busy = error(1, "internal error: pool 'p' has asynchronous jobs "
                         "running.")
         self.raw.refresh.side_effect = [busy, busy, None]
         self.pool.refresh()
-        self.raw.refresh.side_effect = [busy] * 3
+        self.assertEqual(3, self.raw.refresh.call_count)
+        self.raw.refresh.side_effect = busy
         self.assertRaises(exception.StoragePoolError, self.pool.refresh)
-        self.raw.refresh.side_effect = [error(1, 'other'), None]
-        self.assertRaises(exception.StoragePoolError, self.pool.refresh)
-        self.assertEqual(7, self.raw.refresh.call_count)
+        self.assertGreater(self.raw.refresh.call_count, 4)
+        for reason in (busy, error(1, 'other')):
+            self.raw.refresh.reset_mock()
+            self.raw.refresh.side_effect = [reason, None]
+            self.assertRaises(exception.StoragePoolError,
+                              self.pool.refresh, timeout=0)
+            self.raw.refresh.assert_called_once_with(0)
 
     def test_volumes_in_one_call(self):
         raw = [mock.Mock(), mock.Mock()]

@@ -13,19 +13,24 @@
 import os
 from unittest import mock
 
-import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
 from oslo_utils import units
 
+import nova.conf
 from nova import exception
 from nova import objects
 from nova import test
+from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt as fakelibvirt
+from nova.tests.unit.virt.libvirt.storage.pool import base
 from nova.virt import fake
 from nova.virt.libvirt import config as guest_config
 from nova.virt.libvirt import driver as libvirt_driver
 from nova.virt.libvirt import guest as libvirt_guest
+from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.pool import usage
+
+CONF = nova.conf.CONF
 
 CAPTURES = os.path.join(os.path.dirname(__file__), 'captures')
 OVERLAY = '5c9c2d23-9be7-4b6a-8f5f-52f0a4a2c001_disk'
@@ -54,6 +59,9 @@ class Pool:
             raw = self.volumes[volume] = mock.Mock()
             raw.name.return_value = volume
             raw.XMLDesc.return_value = capture(xml)
+            raw.path.return_value = '/srv/nova/instances/disks/' + volume
+            raw.infoFlags.return_value = [0, -1, 64 * units.Mi]
+            raw.info.return_value = [0, -1, 0]
         self.listAllVolumes = mock.Mock(
             side_effect=lambda flags: list(self.volumes.values()))
         self.info = mock.Mock(return_value=[
@@ -73,8 +81,8 @@ class UsageTestCase(test.NoDBTestCase):
 
     def setUp(self):
         super().setUp()
-        self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.host.libvirt', fakelibvirt))
+        self.useFixture(fakelibvirt.LibvirtModuleFixture())
+        self.useFixture(nova_fixtures.PrivsepFixture())
         self.pool = Pool({OVERLAY: 'volume-qcow2-overlay.xml',
                           'raw': 'volume-raw.xml', 'lies': DISGUISED})
         self.pools = {'nova-disks-pool': self.pool}
@@ -114,24 +122,24 @@ class DiskInfoTestCase(UsageTestCase):
         self.assertEqual(0, info['disk_size'])
         self.assertEqual('', info['backing_file'])
 
-    @mock.patch.object(usage.LOG, 'warning')
-    def test_guest_written_header_is_not_believed(self, mock_warning):
+    def test_guest_written_header_is_not_believed(self):
         info = self.volumes.disk_info(disk('lies', 'raw'))
         self.assertEqual('raw', info['type'])
         self.assertEqual(64 * units.Mi, info['virt_disk_size'])
         self.assertEqual('', info['backing_file'])
-        mock_warning.assert_called_once()
 
-    @mock.patch.object(usage.LOG, 'warning')
-    def test_config_drive_is_nothing_to_warn_of(self, mock_warning):
-        xml = capture('volume-raw.xml')
-        self.assertIn("<format type='raw'/>", xml)
-        self.pool.volumes['raw'].XMLDesc.return_value = xml.replace(
-            "<format type='raw'/>", "<format type='iso'/>")
-        info = self.volumes.disk_info(disk('raw', 'raw'))
-        self.assertEqual('raw', info['type'])
-        self.assertEqual(64 * units.Mi, info['virt_disk_size'])
-        mock_warning.assert_not_called()
+    @mock.patch('nova.privsep.storage.file_bytes',
+                return_value=(64 * units.Mi, 4096))
+    def test_libvirt_looks_into_no_raw_disk(self, mock_bytes):
+        """It may fail to, or open what the guest has named there."""
+        raw = self.pool.volumes['lies']
+        for call in (raw.XMLDesc, raw.info, raw.infoFlags):
+            call.side_effect = AssertionError
+        volumes = usage.Volumes(lambda: self.conn, CONF.host)
+        info = volumes.disk_info(disk('lies', 'raw'))
+        self.assertEqual((64 * units.Mi, 4096), (
+            info['virt_disk_size'], info['disk_size']))
+        mock_bytes.assert_called_once_with(raw.path.return_value)
 
     @mock.patch.object(usage.LOG, 'warning')
     def test_another_header_over_a_qcow2_disk(self, mock_warning):
@@ -176,44 +184,101 @@ class DiskInfoTestCase(UsageTestCase):
         self.assertTrue(usage.has_volumes(guest))
 
 
-class LocalInfoTestCase(UsageTestCase):
+class LocalInfoTestCase(base.PoolsTestCase):
 
-    def _info(self, **pools):
-        self.pools.update(pools)
+    def setUp(self):
+        super().setUp()
         self.flags(group='libvirt', storage_pool_mapping={
             'swap': 'swaps', 'ephemeral': 'eph'})
-        return usage.get_local_info(self.conn, 'host-a')
+        self.disks = self.add_pool('nova-disks-pool', path='/a')
+        self.swaps = self.add_pool('swaps', path='/b')
+        self.add_pool('eph', path='/c')
+        self.local_info = usage.LocalInfo('here')
+
+    def file_systems(self, **of_paths):
+        """:param of_paths: path without its slash -> device, total and free"""
+        def find(path):
+            if path[1:] not in of_paths:
+                raise PermissionError(path)
+            return of_paths[path[1:]]
+
+        self.stub_out('nova.virt.libvirt.utils.get_fs_info', lambda path: {
+            'total': find(path)[1], 'free': find(path)[2]})
+        self.stub_out('os.stat', lambda path: mock.Mock(
+            st_dev=find(path)[0]))
+
+    def get(self):
+        info = self.local_info.get(self.conn)
+        self.assertEqual(info['total'], info['used'] + info['free'])
+        return info['total'], info['free']
 
     def test_pool_names(self):
         self.flags(group='libvirt', storage_pool_mapping={
             'swap': 'fast', 'ephemeral': 'nova-disks-pool'})
-        self.assertEqual(['fast', 'nova-disks-pool'], usage.pool_names())
+        self.assertEqual(['fast', 'nova-disks-pool'], setup.pool_names())
 
     def test_directories_out_of_reach_are_judged_by_libvirt(self):
-        info = self._info(swaps=Pool({}), eph=Pool({}))
-        self.assertEqual({'total': 300 * units.Gi, 'free': 180 * units.Gi,
-                          'used': 120 * units.Gi}, info)
+        self.file_systems()
+        self.assertEqual((300 * units.Gi, 300 * units.Gi), self.get())
 
-    @mock.patch('nova.virt.libvirt.utils.get_fs_info',
-                return_value={'free': 33 * units.Gi})
-    @mock.patch('os.stat')
-    def test_one_file_system_counts_once(self, mock_stat, mock_fs):
-        devices = {'/a': 1, '/b': 1, '/c': 2}
-        self.pool.XMLDesc = Pool({}, path='/a').XMLDesc
-        mock_stat.side_effect = lambda p: mock.Mock(st_dev=devices[p])
-        info = self._info(swaps=Pool({}, path='/b'), eph=Pool({}, path='/c'))
-        # free is what the file system says now
-        self.assertEqual({'total': 200 * units.Gi, 'free': 66 * units.Gi,
-                          'used': 134 * units.Gi}, info)
+    def test_one_file_system_counts_once(self):
+        self.file_systems(a=(1, 9, 3), b=(1, 9, 3), c=(2, 7, 5))
+        self.assertEqual((16, 8), self.get())
 
-    def test_inactive_pool_is_not_one_of_0_bytes(self):
-        exc = self.assertRaises(exception.StoragePoolInactive, self._info,
-                                swaps=Pool({}, state=0), eph=Pool({}))
-        self.assertIn('swaps', str(exc))
+    def test_sizes_are_of_now(self):
+        """libvirt's are of its last look at the file system."""
+        self.file_systems(a=(1, 4, 3), b=(2, 1, 1), c=(3, 1, 1))
+        self.assertEqual((6, 5), self.get())
+        self.file_systems(a=(1, 14, 13), b=(2, 1, 1), c=(3, 1, 1))
+        self.assertEqual((16, 15), self.get())
 
-    def test_missing_pool(self):
-        self.assertRaises(exception.StoragePoolNotFound, self._info,
-                          swaps=Pool({}))
+    def test_sick_pool_counts_as_full(self):
+        self.file_systems(a=(1, 10, 6), b=(2, 20, 19), c=(3, 1, 1))
+        self.assertEqual((31, 26), self.get())
+        self.swaps.destroy()
+        with mock.patch.object(usage.LOG, 'warning') as mock_warning:
+            self.assertEqual((31, 7), self.get())
+            self.assertEqual((31, 7), self.get())
+        mock_warning.assert_called_once()
+        self.assertIn('virsh pool-start',
+                      str(mock_warning.call_args.args[1]['error']))
+        self.swaps.create(0)
+        self.assertEqual((31, 26), self.get())
+
+    def test_sick_pool_beside_another_one(self):
+        self.file_systems(a=(1, 10, 6), b=(1, 10, 6), c=(1, 10, 6))
+        self.assertEqual((10, 6), self.get())
+        self.disks.destroy()
+        self.assertEqual((10, 6), self.get())
+
+    def test_pool_that_was_never_well(self):
+        self.file_systems(a=(1, 10, 6), c=(3, 1, 1))
+        self.swaps.destroy()
+        self.swaps.undefine()
+        self.assertEqual((11, 7), self.get())
+
+    def test_no_storage_driver(self):
+        with mock.patch.object(
+                self.conn, 'storagePoolLookupByName',
+                side_effect=lambda name: self.disks._check_active(False)):
+            self.assertEqual((0, 0), self.get())
+
+    def test_what_is_known_outlives_a_call(self):
+        self.file_systems(a=(1, 10, 6), b=(2, 20, 19), c=(3, 1, 1))
+        usage._local_info.cache_clear()
+        self.addCleanup(usage._local_info.cache_clear)
+        before = usage.get_local_info(self.conn, 'here')
+        self.swaps.destroy()
+        after = usage.get_local_info(self.conn, 'here')
+        self.assertEqual((before['total'], before['free'] - 19),
+                         (after['total'], after['free']))
+
+    def test_disk_devices(self):
+        self.file_systems(a=(1, 0, 0), b=(2, 0, 0), c=(1, 0, 0))
+        self.swaps.destroy()  # its directory is known nevertheless
+        self.assertEqual({1, 2}, usage.disk_devices(self.conn, 'here'))
+        self.swaps.undefine()
+        self.assertEqual({1}, usage.disk_devices(self.conn, 'here'))
 
 
 class DriverTestCase(UsageTestCase):
@@ -225,6 +290,7 @@ class DriverTestCase(UsageTestCase):
         self.drvr = libvirt_driver.LibvirtDriver(fake.FakeVirtAPI(), False)
         self.drvr._host = mock.Mock()
         self.drvr._host.get_connection.return_value = self.conn
+        self.drvr._local_disks._local.host = self.drvr._host
         self.guest = guest_config.LibvirtConfigGuest()
         self.guest.name = 'instance-00000001'
 
@@ -273,7 +339,6 @@ class DriverTestCase(UsageTestCase):
         self.assertEqual(
             2 * (units.Gi - 200704) + 64 * units.Mi,
             self.drvr._get_disk_over_committed_size_total())
-        self.pool.listAllVolumes.assert_called_once_with(0)
 
     def test_local_gb(self):
         self.flags(images_type='libvirt-storage', group='libvirt')
@@ -282,9 +347,12 @@ class DriverTestCase(UsageTestCase):
 
     def _check_live_migration(self, *disks):
         instance = objects.Instance(id=1, uuid=uuids.instance)
+        config = guest_config.LibvirtConfigGuest()
+        for device in disks:
+            config.add_device(device)
         self.drvr._host.get_guest.return_value = mock.Mock(
             spec=libvirt_guest.Guest,
-            get_all_disks=mock.Mock(return_value=list(disks)))
+            get_config=mock.Mock(return_value=config))
         # The check goes on after the refusal.
         with mock.patch.object(
                 self.drvr, '_check_shared_storage_test_file',

@@ -26,7 +26,10 @@ from nova.virt import driver
 from nova.virt.libvirt.storage.records import metadata
 
 # Of all fields and their types.
-HASH = '25aa10a5d7043be1a4fb8afd38dffd00'
+HASHES = {
+    'LibvirtDiskExpected': '1.0-c8285c5326d9018c774d63e69e3200f5',
+    'LibvirtDiskMetadata': '1.1-50d6a025b91223136004c666015db99e',
+    'LibvirtLeftoverVolume': '1.0-6e0cebde64c2cbf57dfeed55e7f2414a'}
 
 
 def record(**kwargs):
@@ -92,9 +95,10 @@ class TestRecord(test.NoDBTestCase):
         # A change of the fields takes a new version: older computes must not
         # guess what they read.
         checker = ovo_fixture.ObjectVersionChecker({
-            'LibvirtDiskMetadata': [metadata.LibvirtDiskMetadata]})
-        self.assertEqual({'LibvirtDiskMetadata': '1.0-%s' % HASH},
-                         checker.get_hashes())
+            cls.obj_name(): [cls] for cls in (
+                metadata.LibvirtDiskMetadata, metadata.LibvirtDiskExpected,
+                metadata.LibvirtLeftoverVolume)})
+        self.assertEqual(HASHES, checker.get_hashes())
 
     def test_is_no_object_of_the_rpc_api(self):
         self.assertNotEqual(
@@ -158,13 +162,13 @@ class TestBroken(RecordsTestCase):
     def test_large(self):
         self.assertIn('1048576', self.refused(' ' * units.Mi))
 
-    @ddt.data('1.1', '1.99', '2.0', '0.9', 'x', '', None, 7, [1])
+    @ddt.data('1.2', '1.99', '2.0', '0.9', 'x', '', None, 7, [1])
     def test_version(self, version):
         primitive = self.primitive()
         primitive['nova_object.version'] = version
         message = self.refused(jsonutils.dumps(primitive))
-        if version in ('1.1', '2.0'):
-            self.assertIn('its version %s is unknown here, where 1.0' %
+        if version in ('1.2', '2.0'):
+            self.assertIn('its version %s is unknown here, where 1.1' %
                           version, message)
 
     @ddt.data('Instance', 'Other', None)

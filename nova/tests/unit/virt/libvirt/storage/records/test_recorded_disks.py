@@ -253,7 +253,7 @@ class TestRecordedDisks(test.TestCase):
         primitive = jsonutils.loads(bdms[0].driver_info)
         data = primitive['nova_object.data']
         if kind == 'version':
-            primitive['nova_object.version'] = '1.1'
+            primitive['nova_object.version'] = '1.2'
         elif kind == 'enum':
             data['backend'] = 'zfs'
         elif kind == 'type':
@@ -314,7 +314,6 @@ class TestRecordedDisks(test.TestCase):
     def test_broken_record(self, kind, operation):
         mapping, text = self.broken(kind)
         for method in ('power_off', '_destroy', '_create_guest',
-                       '_refuse_live_migration_of_volumes',
                        '_get_existing_domain_xml'):
             self.patch(method)
         self.driver._get_existing_domain_xml.return_value = '<domain/>'
@@ -378,8 +377,6 @@ class TestRecordedDisks(test.TestCase):
     def test_disks_are_on_record_before_a_live_migration(self):
         bdi = self.bdi()
         with mock.patch.object(
-                self.driver, '_refuse_live_migration_of_volumes'), \
-            mock.patch.object(
                 self.driver, '_check_shared_storage_test_file',
                 side_effect=test.TestingException), \
             mock.patch('os.path.exists', return_value=True), \

@@ -1,0 +1,324 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""An instance whose disks are in storage pools, on its way between hosts."""
+
+import os
+from unittest import mock
+
+from nova import exception
+from nova import objects
+from nova.tests.functional.libvirt import storage_pools
+from nova.virt.libvirt.storage.move import precheck
+
+BASE = storage_pools.BASE
+ALL = {'disk': 'qcow2', 'disk_eph0': 'raw', 'disk_swap': 'raw',
+       'disk_config': 'raw'}
+VOLUMES = ['disk', 'disk.config', 'disk.eph0', 'disk.swap']
+
+
+class MovesTestBase(storage_pools.StoragePoolsTestBase):
+
+    def setUp(self):
+        super().setUp()
+        self.start_compute('compute1')
+        self.start_compute('compute2')
+        self.flags(force_config_drive=True)
+
+    def boot_with_all(self):
+        """Boot a server on compute1 that has written to its disks."""
+        server = self.boot(ephemeral=1, swap=64)
+        self.write('compute1', server, 'disk', b'rooted' * 100, 1 << 20)
+        self.write('compute1', server, 'disk.eph0', b'written' * 100)
+        return server
+
+    def assert_written(self, host, server, suffix=''):
+        for name, offset, content in (('disk', 1 << 20, b'rooted'),
+                                      ('disk.eph0', 0, b'written')):
+            volume = self.raw_pool(host).storageVolLookupByName(
+                '%s_%s%s' % (server['id'], name, suffix))
+            self.assertEqual(
+                content * 100,
+                volume._file().read(offset, len(content) * 100))
+
+    def assert_waits(self, server, source='compute1', dest='compute2'):
+        """Check a server which waits for confirm or revert."""
+        self.assert_ready(dest, server, **ALL)
+        self.assert_written(dest, server)
+        self.assertEqual(VOLUMES, self.volumes(source, server))
+        self.assertEqual(VOLUMES, self.volumes(dest, server))
+        for name, record in self.records(server).items():
+            self.assertEqual(
+                (source, record.volume),
+                (record.previous.host, record.previous.volume))
+        self.assertTrue(os.path.isdir(
+            self.instance_path(source, server) + '_resize'))
+        self.assertTrue(os.path.isdir(self.instance_path(dest, server)))
+
+    def assert_settled(self, server, host, other):
+        """Check a server that is on a host, with nothing on another one."""
+        self.assert_ready(host, server, **ALL)
+        self.assert_written(host, server)
+        self.assertEqual(VOLUMES, self.volumes(host, server))
+        self.assert_nothing_left(server, other)
+        self.assertEqual(
+            {None},
+            {record.previous for record in self.records(server).values()})
+        self.assertEqual({}, self.system_metadata(server))
+        # What is left of the base image's way, the probes, the packed files
+        self.assertEqual([], self.files(other))
+
+    def assert_deleted(self, server):
+        self._delete_server(server)
+        self.assert_nothing_left(server)
+        for host in self.connections:
+            self.assertEqual([], self.files(host))
+
+
+class TestMoves(MovesTestBase):
+
+    def test_migrate_and_confirm(self):
+        server = self.boot_with_all()
+        server = self._migrate_server(server)
+        self.assertEqual('compute2', server['OS-EXT-SRV-ATTR:host'])
+        self.assert_waits(server)
+        # without SSH, and the swap made anew
+        self.assertEqual(
+            {'disk', 'disk.eph0', 'disk.config', 'files'},
+            {source.name.split('_', 1)[1]
+             for source, _destination in self.pump.copied} | {'files'})
+        self.assertFalse([command for command in self.programs.executed
+                          if command[0] in ('ssh', 'scp', 'rsync')])
+        volume = self.config_of('compute2', server, 'disk')
+        self.assertEqual(
+            (1 << 30, os.path.join(
+                self.directories['compute2'], '_base', BASE), 'raw'),
+            (volume.capacity, volume.backing_store.path,
+             volume.backing_store.format))
+        self._confirm_resize(server)
+        self.assert_settled(server, 'compute2', 'compute1')
+        self._reboot_server(server, hard=True)
+        self.assert_settled(server, 'compute2', 'compute1')
+        self.assert_deleted(server)
+
+    def test_migrate_and_revert(self):
+        server = self.boot_with_all()
+        before = {name: record.obj_to_primitive()
+                  for name, record in self.records(server).items()}
+        self._migrate_server(server)
+        self.write('compute2', server, 'disk.eph0', b'lost')
+        server = self._revert_resize(server)
+        self.assertEqual('compute1', server['OS-EXT-SRV-ATTR:host'])
+        self.assert_settled(server, 'compute1', 'compute2')
+        self.assertEqual(before, {
+            name: record.obj_to_primitive()
+            for name, record in self.records(server).items()})
+        self.assert_deleted(server)
+
+    def test_there_and_back_again(self):
+        server = self.boot_with_all()
+        self._migrate_server(server)
+        self._confirm_resize(server)
+        self._migrate_server(server)
+        self.assert_waits(server, 'compute2', 'compute1')
+        self._confirm_resize(server)
+        self.assert_settled(server, 'compute1', 'compute2')
+        self.assert_deleted(server)
+
+    def test_resize(self):
+        server = self.boot_with_all()
+        self._resize_server(
+            server, self.flavor(disk=3, ephemeral=1, swap=128))
+        self.assert_waits(server)
+        self.assertEqual(
+            (3 << 30, 1 << 30),
+            (self.config_of('compute2', server, 'disk').capacity,
+             self.config_of('compute1', server, 'disk').capacity))
+        records = self.records(server)
+        self.assertEqual((3 << 30, 128 << 20), (
+            records['disk'].size, records['disk.swap'].size))
+        self._confirm_resize(server)
+        self.assert_settled(server, 'compute2', 'compute1')
+        self.assert_deleted(server)
+
+    def test_revert_of_a_resize_that_does_away_with_swap(self):
+        server = self.boot_with_all()
+        self._resize_server(server, self.flavor(disk=3, ephemeral=1))
+        self.assertNotIn('disk.swap', self.records(server))
+        self.assertEqual(['disk', 'disk.config', 'disk.eph0'],
+                         self.volumes('compute2', server))
+        self._revert_resize(server)
+        self.assert_settled(server, 'compute1', 'compute2')
+        self.assertEqual(64 << 20, self.records(server)['disk.swap'].size)
+        self.assert_deleted(server)
+
+    def test_confirm_of_a_resize_that_does_away_with_swap(self):
+        server = self.boot_with_all()
+        self._resize_server(server, self.flavor(disk=3, ephemeral=1))
+        self._confirm_resize(server)
+        self.assertEqual(['disk', 'disk.config', 'disk.eph0'],
+                         self.volumes('compute2', server))
+        self.assert_nothing_left(server, 'compute1')
+        self.assertEqual({}, self.system_metadata(server))
+        self.assert_deleted(server)
+
+    def test_stopped_server(self):
+        server = self.boot_with_all()
+        server = self._stop_server(server)
+        self._migrate_server(server)
+        self.assert_waits(server)
+        server = self._revert_resize_of_stopped(server)
+        self.assert_settled(server, 'compute1', 'compute2')
+
+    def _revert_resize_of_stopped(self, server):
+        self.api.post_server_action(server['id'], {'revertResize': None})
+        return self._wait_for_state_change(server, 'SHUTOFF')
+
+    def test_without_cow(self):
+        self.flags(use_cow_images=False)
+        server = self.boot_with_all()
+        self._migrate_server(server)
+        self.assert_ready('compute2', server, **dict(ALL, disk='raw'))
+        self.assert_written('compute2', server)
+        self._confirm_resize(server)
+        self.assert_nothing_left(server, 'compute1')
+        self.assert_deleted(server)
+
+    def test_delete_while_it_waits(self):
+        server = self.boot_with_all()
+        self._migrate_server(server)
+        self.assert_deleted(server)
+
+    def test_base_image_that_glance_has_lost(self):
+        server = self.boot_with_all()
+        del self.glance.images[storage_pools.IMAGE]
+        self._migrate_server(server)
+        self.assert_waits(server)
+        with open(os.path.join(
+                self.directories['compute2'], '_base', BASE), 'rb') as f:
+            self.assertEqual(storage_pools.CONTENT, f.read())
+        self._confirm_resize(server)
+        self.assert_settled(server, 'compute2', 'compute1')
+        self.assert_deleted(server)
+
+    def test_evacuate(self):
+        server = self.boot_with_all()
+        self.computes['compute1'].stop()
+        self._force_down('compute1', True)
+        server = self._evacuate_server(
+            server, expected_host='compute2')
+        self.assert_evacuated(server)
+
+    def _force_down(self, host, down):
+        (service,) = self.api.get_services(
+            host=host, binary='nova-compute')
+        self.api.put_service(service['id'], {'forced_down': down})
+
+    def assert_evacuated(self, server):
+        records = self.records(server)
+        self.assertEqual(
+            {('compute2', 'ready', None)},
+            {(record.host, record.state, record.previous)
+             for record in records.values()})
+        self.assertEqual(VOLUMES, self.volumes('compute2', server))
+        self.assertEqual(VOLUMES, self.volumes('compute1', server))
+        self.restart_compute_service('compute1')
+        self._force_down('compute1', False)
+        self.assert_nothing_left(server, 'compute1')
+        self.assertEqual(VOLUMES, self.volumes('compute2', server))
+        self.assert_deleted(server)
+
+
+class TestRefusedMoves(MovesTestBase):
+    """What can't go runs on where it is, and says why."""
+
+    # An error on a host is none of the API.
+    CAST_AS_CALL = False
+
+    def migrate(self, server):
+        self.api.post_server_action(
+            server['id'], {'migrate': {'host': 'compute2'}})
+
+    def assert_refused(self, server, *words):
+        server = self._wait_for_server_parameter(
+            server, {'status': 'ACTIVE', 'OS-EXT-STS:task_state': None})
+        self._wait_for_migration_status(server, ['error'])
+        self.assertEqual('compute1', server['OS-EXT-SRV-ATTR:host'])
+        self.assert_settled(server, 'compute1', 'compute2')
+        actions = self.api.get_instance_actions(server['id'])
+        (action,) = [a for a in actions if a['action'] == 'migrate']
+        detail = self.api.get_instance_action_details(
+            server['id'], action['request_id'])
+        told = '\n'.join('%s %s' % (event.get('details'), event['traceback'])
+                         for event in detail['events'])
+        for word in words:
+            self.assertIn(word, told)
+
+    def test_pool_is_not_there(self):
+        server = self.boot_with_all()
+        self.set_option('compute2', 'images_type', 'qcow2')
+        pool = self.raw_pool('compute2')
+        pool.destroy()
+        pool.undefine()
+        self.migrate(server)
+        self.assert_refused(server, 'nova-disks-pool', 'define and start it')
+
+    def test_pool_is_inactive(self):
+        server = self.boot_with_all()
+        self.set_option('compute2', 'images_type', 'qcow2')
+        self.raw_pool('compute2').destroy()
+        self.migrate(server)
+        self.assert_refused(server, 'nova-disks-pool', 'inactive')
+
+    def test_too_little_space(self):
+        server = self.boot_with_all()
+        fs = self.connections['compute2'].file_system
+        fs.taken = fs.capacity - fs.used - 4096
+        self.migrate(server)
+        self.assert_refused(server, 'bytes available', 'make room')
+        fs.taken = 0
+        self.migrate(server)
+        self._wait_for_state_change(server, 'VERIFY_RESIZE')
+        self.assert_waits(server)
+
+    def test_old_service_version(self):
+        server = self.boot_with_all()
+        service = objects.Service.get_by_compute_host(
+            self.context, 'compute2')
+        service.version = precheck.MIN_COMPUTE - 1
+        with mock.patch.object(service, '_check_minimum_version'):
+            service.save()
+        self.migrate(server)
+        self.assert_refused(server, 'too old', 'compute2')
+
+    def test_unreachable_libvirt(self):
+        server = self.boot_with_all()
+        storage_pools.fakelibvirt.PEERS.pop(
+            storage_pools.URI % '192.0.2.2')
+        self.migrate(server)
+        self.assert_refused(server, "can't be reached")
+
+    def test_failed_copy(self):
+        server = self.boot_with_all()
+
+        def fail(volume):
+            if volume.name.endswith('disk.eph0'):
+                raise exception.StorageTransferStalled(
+                    volume=volume.name, where='there', seconds=60,
+                    transferred=0, length=1)
+
+        self.pump.fail = fail
+        self.migrate(server)
+        self.assert_refused(server, 'no progress for 60 seconds')
+        self.pump.fail = lambda volume: None
+        self.migrate(server)
+        self._wait_for_state_change(server, 'VERIFY_RESIZE')
+        self.assert_waits(server)

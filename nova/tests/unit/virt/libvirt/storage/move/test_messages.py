@@ -1,0 +1,94 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+import ast
+import glob
+import os
+import re
+
+import ddt
+
+from nova import exception
+from nova import test
+from nova.virt.libvirt.storage import content
+from nova.virt.libvirt.storage import move
+
+# Of a fault, the API's users are shown 255 characters.
+WITHIN = 200
+
+# As long as they get in earnest, by the name in a message's template.
+LONGEST = {
+    'host': 'h' * 64, 'dest': 'h' * 64, 'source': 'h' * 64, 'pool': 'p' * 60,
+    'volume': 'v' * 50, 'disk': 'disk.config', 'name': 'disk.config',
+    'uri': 'qemu+tls://%s/system' % ('h' * 64), 'image': 'u' * 36,
+    'instance_uuid': 'u' * 36, 'migration': 1234567890, 'where': 'w' * 160,
+    'directory': 'd' * 60, 'types': 'dir, fs, netfs, logical, disk',
+    'available': 10 ** 15, 'total': 10 ** 15, 'reason': 'r' * 300,
+    'error': 'e' * 300, 'path': 'p' * 120, 'state': 'building',
+    'backend': 'libvirt-storage', 'kind': 'disk.config', 'type': 'rbd',
+    'offered': 'disk, disk.config, disk.eph, disk.swap, files',
+}
+
+ADVICE = re.compile(
+    r'upgrade the compute service on host h+|try again|hard reboot the server|'
+    r'choose another host|make room|define and start storage pool p+|'
+    r'start storage pool p+|name a pool of one of the types|'
+    r'check \[libvirt\]/migration_inbound_addr|'
+    r'check libvirt and the certificates of both hosts|'
+    r'have the guest overwrite the start of its disk|'
+    r'let the user of nova-compute write to|Do not start a guest',
+    re.IGNORECASE)
+
+# Parts of other messages.
+PARTS = re.compile(
+    r'earlier attempts|no answer within|nothing is known of its checksum|'
+    r'%\(first\)s|^it |^its ')
+
+
+def templates():
+    """The templates of all messages of the rooms, with their files."""
+    for path in [*glob.glob(os.path.join(move.__path__[0], '*.py')),
+                 content.__file__]:
+        with open(path) as f:
+            tree = ast.parse(f.read())
+        for node in ast.walk(tree):
+            if (isinstance(node, ast.Call) and
+                    getattr(node.func, 'id', None) == '_' and
+                    isinstance(node.args[0], ast.Constant)):
+                yield os.path.basename(path), node.args[0].value
+
+
+@ddt.ddt
+class MessagesTestCase(test.NoDBTestCase):
+    def has_advice(self, text):
+        found = ADVICE.search(text)
+        self.assertIsNotNone(found, text)
+        self.assertLessEqual(found.end(), WITHIN, text)
+
+    def test_refusals(self):
+        seen = 0
+        for room, template in templates():
+            if PARTS.search(template):
+                continue
+            seen += 1
+            with self.subTest(room=room, template=template):
+                reason = template % (
+                    LONGEST if '%(' in template else 'h' * 64)
+                self.has_advice(str(
+                    exception.MigrationPreCheckError(reason=reason)))
+        self.assertGreater(seen, 12)
+
+    @ddt.data(
+        exception.UnsafeDiskContent, exception.DiskBeingCopied,
+        exception.StorageBaseImageMissing, exception.StorageTransferMismatch)
+    def test_exceptions(self, cls):
+        self.has_advice(cls(**LONGEST).format_message())

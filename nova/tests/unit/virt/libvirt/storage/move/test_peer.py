@@ -1,0 +1,58 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+from unittest import mock
+
+from nova import exception
+from nova import test
+from nova.virt.libvirt.storage.move import peer
+from nova.virt.libvirt.storage.pool import access
+
+URI = 'qemu+tls://192.0.2.7/system'
+KEY = '/etc/pki/libvirt/private/clientkey.pem'
+# libvirt 9.0's words
+UNREADABLE = ('Unable to set x509 key and certificate: %s, '
+              '/etc/pki/libvirt/clientcert.pem: Error while reading file.' %
+              KEY)
+
+
+class TestKeys(test.NoDBTestCase):
+
+    def refusal(self, error, obstacle=None):
+        host = mock.Mock()
+        host.connect_to_peer.side_effect = RuntimeError(error)
+        with mock.patch.object(access, 'obstacle', autospec=True,
+                               side_effect=obstacle) as mock_look:
+            if not obstacle:
+                mock_look.side_effect = lambda path, needed: None
+            e = self.assertRaises(exception.MigrationPreCheckError,
+                                  peer.connected(host, URI).__enter__)
+        return e.format_message()
+
+    def test_key_that_nova_can_not_read(self):
+        def look(path, needed):
+            if path == KEY:
+                return access.Obstacle(KEY, '-rw------- root:root', 'r')
+
+        told = self.refusal(UNREADABLE, look)
+        for part in ("user %s can't read %s" % (access.user(), KEY),
+                     '-rw------- root:root', 'Give it to a group'):
+            self.assertIn(part, told[:200])
+        self.assertIn(UNREADABLE, told)
+
+    def test_files_are_readable(self):
+        told = self.refusal(UNREADABLE)
+        self.assertIn("libvirt at %s can't be reached" % URI, told)
+
+    def test_no_file_is_named(self):
+        told = self.refusal('Connection refused', AssertionError)
+        self.assertIn('Connection refused', told)

@@ -1,0 +1,101 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+from unittest import mock
+
+from oslo_utils.fixture import uuidsentinel as uuids
+
+from nova import exception
+from nova import objects
+from nova.tests.unit.virt.libvirt.storage.pool import base
+from nova.virt.libvirt.storage.pool import sharing
+
+DISKS = 'nova-disks-pool'
+
+
+class SharingTestCase(base.PoolsTestCase):
+    """This host, and another one."""
+
+    def setUp(self):
+        super().setUp()
+        self.instance = objects.Instance(uuid=uuids.instance)
+        self.here = self.add_pool(DISKS)
+        self.other = self.connection()
+
+    def share(self):
+        self.other.file_system = self.conn.file_system
+
+    def is_same(self):
+        self.add_pool(DISKS, conn=self.other)
+        same = sharing.is_same(
+            self.pool(DISKS), self.pool(DISKS, self.other), self.instance)
+        self.assertEqual([], self.here.listVolumes())
+        self.assertEqual({}, self.other.file_system.files)
+        return same
+
+    def test_two_connections(self):
+        self.assertFalse(self.is_same())
+
+    def test_two_connections_to_one(self):
+        self.share()
+        self.assertTrue(self.is_same())
+
+    def test_two_connections_other_pool_is_off(self):
+        self.add_pool('off', conn=self.other, active=False)
+        self.assertRaises(
+            exception.StoragePoolInactive, sharing.is_same, self.pool(DISKS),
+            self.pool('off', self.other), self.instance)
+        self.assertEqual([], self.here.listVolumes())
+
+    def make(self, **kwargs):
+        return sharing.make_probes(self.conn, uuids.instance, **kwargs)
+
+    def find(self, probes):
+        return sharing.find_probes(self.other, probes)
+
+    def test_probes(self):
+        self.add_pool(DISKS, conn=self.other)
+        probes = self.make()
+        self.assertEqual([DISKS], [pool for pool, _name in probes])
+        self.assertFalse(self.find(probes))
+        self.assertFalse(self.find([]))
+        self.assertFalse(self.find(None))  # an old compute service
+        self.share()
+        self.assertTrue(self.find(probes))
+        sharing.remove_probes(self.conn, probes)
+        self.assertEqual([], self.here.listVolumes())
+        sharing.remove_probes(self.conn, probes)
+
+    def test_pool_that_nova_conf_no_longer_names(self):
+        """What would be deleted there may be another host's disk."""
+        self.add_volume(self.here, '%s_disk' % uuids.instance)
+        self.add_pool('somebodys')
+        self.share()
+        self.add_pool('other-name', path='/nowhere/pools/' + DISKS,
+                      conn=self.other)
+        self.flags(group='libvirt', storage_disks_pool='new')
+        probes = self.make()
+        self.assertEqual([DISKS], [pool for pool, _name in probes])
+        self.assertTrue(self.find(probes))
+
+    def test_pool_that_is_off_is_started(self):
+        self.here.destroy()
+        self.assertEqual([DISKS], [pool for pool, _name in self.make()])
+
+    def test_pool_that_takes_no_volume(self):
+        """Then nothing can be told, and nothing may be deleted."""
+        self.flags(group='libvirt', storage_pool_mapping={'swap': 'swaps'})
+        swaps = self.add_pool('swaps')
+        with mock.patch.object(swaps, 'createXML',
+                               side_effect=lambda *a: swaps.build(0)):
+            self.assertRaises(exception.StorageVolumeError, self.make)
+        self.assertEqual([], self.here.listVolumes())

@@ -1,0 +1,295 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+import os
+from unittest import mock
+
+import ddt
+from oslo_utils.fixture import uuidsentinel as uuids
+
+from nova import exception
+from nova import objects
+from nova.objects import fields
+from nova import test
+from nova.virt.libvirt.storage import operation
+from nova.virt.libvirt.storage import reboot
+from nova.virt.libvirt.storage.records import metadata
+from nova.virt.libvirt.storage import transition
+
+OF_INSTANCE = 'nova.virt.libvirt.storage.records.lifecycle.of_instance'
+
+
+def record(name='disk', **values):
+    return metadata.LibvirtDiskMetadata(**{
+        'backend': fields.LibvirtDiskBackend.LIBVIRT_STORAGE,
+        'format': 'raw', 'size': 1, 'state': 'ready', 'host': 'here',
+        'pool': 'p', 'volume': '%s_%s' % (uuids.instance, name), **values})
+
+
+class OperationTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.flags(images_type='libvirt-storage', group='libvirt')
+        self.flags(host='here', instances_path=self.useFixture(
+            test.fixtures.TempDir()).path)
+        self.local = operation.LocalHost(
+            mock.Mock(), mock.Mock(), mock.Mock(), 'qemu:///system',
+            mock.Mock())
+        self.instance = objects.Instance(
+            id=1, uuid=uuids.instance, image_ref=uuids.image,
+            system_metadata={}, task_state=None, old_flavor=None,
+            trusted_certs=None)
+        self.records = metadata.InstanceDisks(
+            self.instance, {}, mock.Mock(driver_info=None))
+        self.records.clear()
+        self.records.save = mock.Mock()
+        self.of_instance = self.patch(
+            OF_INSTANCE, return_value=self.records)
+        self.error = exception.DiskTransitionFailed(
+            instance=uuids.instance, reason='a test')
+
+    def patch(self, target, **kwargs):
+        patcher = mock.patch(target, **kwargs)
+        self.addCleanup(patcher.stop)
+        return patcher.start()
+
+    def of(self, cls=operation.DiskOperation):
+        return cls(self.local, mock.sentinel.context, self.instance, {})
+
+
+@ddt.ddt
+class DiskOperationTestCase(OperationTestCase):
+
+    @mock.patch('nova.virt.libvirt.storage.records.lifecycle.begin')
+    @mock.patch('nova.virt.libvirt.storage.move.undo.after_evacuation')
+    def test_begin_not_with_an_old_copy(self, mock_after, mock_begin):
+        self.of().begin({'mapping': {}})
+        mock_after.assert_called_once_with(self.instance, self.records)
+        self.assertEqual(mock_after.return_value,
+                         mock_begin.call_args.args[-1])
+        self.records.save.assert_called_once_with(mock.sentinel.context)
+
+    @mock.patch('nova.virt.libvirt.storage.records.lifecycle.begin')
+    def test_begin_leaves_the_directory_to_the_driver(self, mock_begin):
+        directory = os.path.join(
+            operation.CONF.instances_path, uuids.instance)
+        mock_begin.side_effect = lambda *args: os.mkdir(directory)
+        self.of().begin({'mapping': {}})
+        self.assertFalse(os.path.exists(directory))
+
+        mock_begin.side_effect = None
+        os.mkdir(directory)
+        self.of().begin({'mapping': {}})
+        self.assertTrue(os.path.exists(directory))
+
+    @ddt.data(('', 'disk.config'), ('.rescue', 'disk.config.rescue'))
+    @ddt.unpack
+    def test_finish(self, suffix, name):
+        for disk in ('disk.config', 'disk.config.rescue'):
+            self.records.set(disk, record(disk, state='building'))
+        disks = self.of()
+        with mock.patch('nova.virt.libvirt.storage.records.lifecycle.begin'):
+            disks.begin({'mapping': {}}, suffix=suffix)
+        make = mock.Mock()
+        disks.finish(make)
+        make.assert_called_once_with(record=self.records.get(name))
+        self.assertEqual(
+            {name}, {'disk.config', 'disk.config.rescue'} - set(
+                self.records.building()))
+
+    def test_config_drive_without_a_record(self):
+        self.of().image('disk.config')
+        self.local.image_backend.by_name.assert_called_once_with(
+            self.instance, 'disk.config', 'libvirt-storage',
+            disk_info_mapping=None)
+
+    @mock.patch('nova.virt.libvirt.storage.move.destination.accept')
+    def test_accept_caches_the_base_image(self, mock_accept):
+        disk = record()
+        self.records.set('disk', disk)
+        disks = self.of()
+        self.assertEqual('there', disks.may_copy_from('there'))
+        disks.accept()
+        self.assertIsNone(disks.may_copy_from('there'))
+        # Not before there is an overlay that needs it
+        by_name = self.local.image_backend.by_name
+        by_name.assert_not_called()
+        base = mock_accept.call_args.args[-1]()
+        by_name.assert_called_once_with(
+            self.instance, 'disk', None, disk_info_mapping={'metadata': disk})
+        ensure = by_name.return_value.ensure_image_cached
+        ensure.assert_called_once_with(
+            mock.sentinel.context, uuids.image, trusted_certs=None)
+        self.assertEqual(ensure.return_value, base)
+
+    def _move(self, **kwargs):
+        disks = self.of()
+        with mock.patch.object(transition, 'Transition') as mock_transition:
+            moving = mock_transition.return_value
+            moving.run.side_effect = self.error
+            disks.move_to_pools(**kwargs)
+        disks.started()
+        return moving
+
+    def test_a_guest_that_is_off_goes_on_with_its_legacy_disks(self):
+        self.records.set('disk', record())
+        disk_info = {'mapping': {'disk': {}}}
+        self._move(disk_info=disk_info).finish.assert_called_once_with()
+        self.assertEqual(
+            {'disk': {'metadata': self.records.get('disk')}},
+            disk_info['mapping'])
+
+    def test_a_guest_that_runs_stays(self):
+        self.assertRaises(exception.DiskTransitionFailed, self._move,
+                          guest_is_off=False)
+
+    def test_legacy_backend(self):
+        self.flags(images_type='qcow2', group='libvirt')
+        self._move().run.assert_not_called()
+
+    def test_no_mappings(self):
+        self.of_instance.return_value = metadata.InstanceDisks(
+            self.instance, {}, None)
+        self._move().run.assert_not_called()
+
+    def test_finish_that_fails_is_for_next_time(self):
+        disks = self.of()
+        with mock.patch.object(transition, 'Transition') as mock_transition:
+            mock_transition.return_value.finish.side_effect = OSError
+            disks.finish_earlier_move()
+        disks.started()
+
+
+@ddt.ddt
+class RebootTestCase(OperationTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.pool = self.patch('nova.virt.libvirt.storage.pool.pool.'
+                               'StoragePool').return_value
+        self.pool.is_active.return_value = True
+        self.migration = None
+        self.patch('nova.virt.libvirt.storage.move.source.unfinished',
+                   side_effect=lambda *args: self.migration)
+
+    def check(self):
+        disks = self.of(reboot.Reboot)
+        disks.check()
+        return disks
+
+    def test_check_finds_an_inactive_pool(self):
+        self.records.set('disk', record())
+        self.check()
+        self.pool.is_active.return_value = False
+        error = self.assertRaises(exception.StoragePoolInactive, self.check)
+        self.assertIn('p', str(error))
+
+    def test_check_asks_each_pool_once(self):
+        for name in ('disk', 'disk.eph0', 'disk.eph1'):
+            self.records.set(name, record(name))
+        self.check()
+        self.pool.is_active.assert_called_once_with()
+
+    @ddt.data({'host': 'there'}, {'backend': 'flat'})
+    def test_check_does_not_ask_for_pools_that_are_not_used(self, values):
+        self.records.set('disk', record(**values))
+        self.check()
+        self.pool.is_active.assert_not_called()
+
+    def test_check_asks_for_pools_that_are_gone_back_to(self):
+        self.migration = mock.sentinel.migration
+        self.records.set('disk', record(host='there', previous=record()))
+        self.pool.is_active.return_value = False
+        self.assertRaises(exception.StoragePoolInactive, self.check)
+
+    def test_check_finds_a_disk_that_was_never_finished(self):
+        self.records.set('disk', record(state='building'))
+        self.assertRaises(exception.DiskNotFinished, self.check)
+
+    @ddt.data('disk.swap', 'disk.config', 'disk.rescue')
+    def test_check_lets_pass_what_is_made_anew(self, name):
+        self.records.set(name, record(name, state='building'))
+        self.check()
+
+    def test_check_lets_pass_what_has_come(self):
+        self.records.set('disk', record(
+            state='building', previous=record(host='there')))
+        self.check()
+
+    def bring_in_order(self):
+        """:returns: what is called, in its order"""
+        calls = mock.Mock()
+        for name in ('source.abandon', 'source.settle', 'destination.accept',
+                     'guest_files.restore_nvram'):
+            self.patch('nova.virt.libvirt.storage.move.%s' % name,
+                       new=getattr(calls, name.split('.')[1]))
+        self.patch('nova.virt.libvirt.storage.records.lifecycle.take_up',
+                   new=calls.take_up)
+        self.patch('nova.virt.libvirt.storage.records.lifecycle.went_back',
+                   new=calls.went_back)
+        # Whole, once it is accepted.
+        calls.accept.side_effect = lambda *args: self.records.mark('ready')
+        disks = self.check()
+        with mock.patch.object(transition, 'Transition') as mock_transition:
+            calls.attach_mock(mock_transition, 'transition')
+            disks.bring_in_order({'mapping': {}}, None, None, None)
+        return [call[0] for call in calls.mock_calls]
+
+    def test_nothing_to_bring_in_order(self):
+        self.assertEqual(
+            ['take_up', 'settle', 'transition', 'transition().run'],
+            self.bring_in_order())
+
+    def test_disks_that_came(self):
+        # finish_migration has failed; a hard reboot is the way out.
+        self.records.set('disk', record(
+            state='building', previous=record(host='there')))
+        self.assertEqual('accept', self.bring_in_order()[0])
+
+    def test_disks_that_were_copied_and_not_sent(self):
+        # The compute manager has failed on the source after the copy.
+        self.migration = mock.sentinel.migration
+        directory = os.path.join(reboot.CONF.instances_path, uuids.instance)
+        os.mkdir(directory)
+        os.mkdir(directory + '_resize')
+        with open(os.path.join(directory + '_resize', 'disk.info'), 'w'):
+            pass
+        self.assertEqual(
+            ['abandon', 'restore_nvram', 'went_back', 'take_up'],
+            self.bring_in_order()[:4])
+        self.assertEqual(['disk.info'], os.listdir(directory))
+        self.assertFalse(os.path.exists(directory + '_resize'))
+
+    def test_legacy_names_go_at_a_revert(self):
+        # They were linked into the pool while the guest ran.
+        for name in ('source.abandon', 'guest_files.restore_nvram'):
+            self.patch('nova.virt.libvirt.storage.move.%s' % name)
+        disks = self.of(reboot.Return)
+        with mock.patch.object(transition, 'Transition') as mock_transition, \
+                mock.patch.object(disks, 'take_up'), \
+                mock.patch.object(disks, '_disk_info'):
+            disks.take_back(mock.sentinel.migration)
+        mock_transition.return_value.finish.assert_not_called()
+        disks.started()
+        mock_transition.return_value.run.assert_not_called()
+        mock_transition.return_value.finish.assert_called_once_with()
+
+    @ddt.data((None, True, False), (objects.Flavor(), True, True),
+              (objects.Flavor(), False, False))
+    @ddt.unpack
+    def test_brought_tpm(self, old_flavor, is_there, expected):
+        self.instance.old_flavor = old_flavor
+        disks = self.of(reboot.Reboot)
+        with mock.patch('nova.virt.libvirt.storage.move.guest_files.has_tpm',
+                        return_value=is_there):
+            self.assertEqual(expected, disks.brought_tpm)

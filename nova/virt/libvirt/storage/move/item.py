@@ -1,0 +1,129 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""What a move takes along, one class a kind.
+
+Each knows where it is on record, what it is called on the destination, and
+whether bytes are copied.
+"""
+
+from nova.objects import fields
+from nova.virt.libvirt.storage.records import metadata
+
+
+class Item:
+    """One volume on its way.
+
+    :ivar name: of the disk, or of what else it is
+    :ivar pool: the destination's StoragePool
+    :ivar source: its StorageVolume, None if it isn't copied
+    :ivar target: the volume's name there, once chosen
+    :ivar sparse: whether the destination may leave holes
+    :ivar length: bytes of the source (physical, not virtual)
+    :ivar allocation: bytes which that takes up
+    :ivar growth: bytes that come in addition when it is flattened
+    :ivar done: bytes copied
+    :ivar result: the pump's Result
+    """
+    # The permissions of the volume there.
+    mode = 0o644
+    # Whether it may get another name when there is a file in the way.
+    may_be_renamed = True
+
+    def __init__(self, name, pool, source=None):
+        self.name = name
+        self.pool = pool
+        self.source = source
+        self.target = None
+        self.sparse = True
+        self.length = self.allocation = self.growth = self.done = 0
+        self.result = None
+        if source:
+            self.measure()
+
+    def measure(self):
+        """Take the sizes of what is copied, as they are now."""
+        self.length, allocation = self.source.file_bytes()
+        self.allocation = min(allocation, self.length)
+
+    def place_here(self):
+        """Return the name of its pool on this host, None if it has none."""
+        return None
+
+    def reserved(self):
+        """Return the bytes it takes where all of a disk is allocated."""
+        return self.allocation if self.sparse else self.length
+
+    def flattenable(self):
+        """Whether it may be an overlay."""
+        return False
+
+    def on_record(self, disks):
+        return disks.extras[self.name]
+
+    def put(self, disks, record):
+        disks.set_extra(self.name, record)
+
+    def new_record(self):
+        """Return the record to which pool, host and state are added."""
+        return metadata.LibvirtDiskMetadata(
+            backend=fields.LibvirtDiskBackend.LIBVIRT_STORAGE,
+            format=fields.LibvirtDiskFormat.RAW, size=self.length)
+
+
+class RemadeDisk(Item):
+    """A disk that is made anew on the destination.
+
+    :ivar record: the disk's record on this host
+    """
+
+    def __init__(self, name, pool, record, source=None):
+        super().__init__(name, pool, source)
+        self.record = record
+
+    def place_here(self):
+        return self.record.pool
+
+    def reserved(self):
+        return max(self.record.size or 0, self.length)
+
+    def on_record(self, disks):
+        return disks.get(self.name)
+
+    def put(self, disks, record):
+        disks.set(self.name, record)
+
+    def new_record(self):
+        record = self.record.obj_clone()
+        record.previous = self.record.obj_clone()
+        record.previous.previous = None
+        return record
+
+
+class Disk(RemadeDisk):
+    """A disk that is copied."""
+
+    def flattenable(self):
+        return self.record.format == fields.LibvirtDiskFormat.QCOW2
+
+
+class GuestFiles(Item):
+    """The guest's files, packed into a volume for the way."""
+    mode = 0o600
+
+
+class BaseImage(Item):
+    """The base image, for the destination's image cache."""
+    may_be_renamed = False
+
+    def __init__(self, name, pool, source, target):
+        super().__init__(name, pool, source)
+        self.target = target

@@ -1,0 +1,306 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The local disks of one instance, through one operation of the driver.
+
+Between the records of the disks and the image backends: every disk is on
+record before it is made, and marked as whole when it is. Where this host has
+storage pools, legacy disks move into them.
+"""
+
+import dataclasses
+import functools
+import os
+import shutil
+import typing as ty
+
+from oslo_log import log as logging
+from oslo_serialization import jsonutils
+from oslo_utils import units
+
+import nova.conf
+from nova import exception
+from nova.virt.libvirt import blockinfo
+from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage.move import destination
+from nova.virt.libvirt.storage.move import undo
+from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.records import lifecycle
+from nova.virt.libvirt.storage import transition
+from nova.virt.libvirt import utils as libvirt_utils
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class LocalHost:
+    """What the disks of an instance need of the compute that they are on.
+
+    :ivar host: its Host
+    :ivar image_backend: its imagebackend.Backend
+    :ivar job_tracker: its InstanceJobTracker: a copy ends when the instance
+        is deleted
+    :ivar uri: URI of its libvirt
+    :ivar get_address: gives the address under which peers reach its libvirt
+    """
+    host: ty.Any
+    image_backend: ty.Any
+    job_tracker: ty.Any
+    uri: str
+    get_address: ty.Callable[[], str]
+
+    def get_connection(self):
+        return self.host.get_connection()
+
+    def get_guest_config(self, instance):
+        """:returns: LibvirtConfigGuest of a guest, None if there is none"""
+        try:
+            return self.host.get_guest(instance).get_config()
+        except exception.InstanceNotFound:
+            return None
+
+
+def config_drive_image_type() -> str:
+    """The image backend of a config drive that is going to be made."""
+    if CONF.libvirt.images_type in ('rbd', 'libvirt-storage'):
+        return CONF.libvirt.images_type
+    return 'raw'
+
+
+class DiskOperation:
+    """What one operation of the driver does with an instance's disks.
+
+    :param local: the LocalHost
+    :param block_device_info: with the mappings that hold the records
+    :ivar records: the InstanceDisks
+    """
+
+    def __init__(self, local: LocalHost, context, instance,
+                 block_device_info):
+        self._local = local
+        self._context = context
+        self._instance = instance
+        self._block_device_info = block_device_info
+        self._suffix = ''
+        self._transition: transition.Transition | None = None
+        self._has_pool_disks = False
+        self.records = lifecycle.of_new_disks(
+            context, instance, block_device_info)
+
+    def check(self) -> None:
+        """:raises: exception.InvalidDiskMetadata if a record is broken"""
+        self.records.items()
+
+    def image(self, name, mapping=None):
+        """The Image of a disk as on record, or as this host would make it.
+
+        :param mapping: the disk's part of ``disk_info['mapping']``
+        """
+        if mapping is None:
+            mapping = self.mapping(name)
+        return self._local.image_backend.by_name(
+            self._instance, name,
+            config_drive_image_type() if name.startswith('disk.config')
+            else None,
+            disk_info_mapping=mapping)
+
+    def mapping(self, name: str) -> dict | None:
+        """What an image backend needs of a disk that is on record."""
+        record = self.records.get(name)
+        return record and {'metadata': record}
+
+    def is_on_record(self, name: str) -> bool:
+        return self.records.get(name) is not None
+
+    def attach(self, disk_info: dict) -> None:
+        """Let the image backends see the records.
+
+        :param disk_info: gets the records into its mapping
+        """
+        if self.records.has_mappings:
+            lifecycle.attach(self.records, disk_info['mapping'])
+
+    def take_up(self, disk_info, guest_config=None,
+                remade=frozenset()) -> None:
+        """Record the disks that lack a record; attach all to disk_info.
+
+        :param guest_config: the LibvirtConfigGuest that the guest ran with
+        :param remade: names of disks that are made anew after this if they
+            were never finished
+        :raises: exception.DiskNotFinished if another was never finished,
+            exception.InvalidDiskMetadata
+        """
+        if not self.records.has_mappings:
+            return
+        lifecycle.take_up(
+            self.records, disk_info['mapping'], guest_config,
+            self._configured(), self._block_device_info)
+        self.records.save(self._context)
+        unfinished = [name for name in self.records.building()
+                      if name not in remade]
+        if unfinished:
+            raise exception.DiskNotFinished(
+                instance_uuid=self._instance.uuid,
+                disks=', '.join(unfinished))
+
+    def take_up_running(self) -> None:
+        """Have the disks of a guest that runs, or may run, on record.
+
+        :raises: exception.InvalidDiskMetadata, exception.DiskNotFinished
+        """
+        if self.records.has_mappings:
+            self.take_up(self._disk_info(),
+                         self._local.get_guest_config(self._instance))
+
+    def _disk_info(self):
+        return blockinfo.get_disk_info(
+            CONF.libvirt.virt_type, self._instance, self._instance.image_meta,
+            self._block_device_info)
+
+    def _configured(self):
+        return self._local.image_backend.backend().RECORDED_AS
+
+    # Making disks
+
+    def begin(self, disk_info, guest_config=None, suffix='',
+              moved_disks=None) -> None:
+        """Have all disks on record before the first of them is made.
+
+        :param guest_config: the LibvirtConfigGuest that the guest ran with
+        :param suffix: ``.rescue`` if only the disks of a rescue are made
+        :param moved_disks: what migrate_disk_and_power_off has returned on
+            the host that the disks come from
+        """
+        self._suffix = suffix
+        if not self.records.has_mappings:
+            return
+        if moved_disks is not None:
+            lifecycle.arrived(self.records, jsonutils.loads(moved_disks))
+        stale = undo.after_evacuation(self._instance, self.records)
+        instance_dir = libvirt_utils.get_instance_path(self._instance)
+        is_new = not os.path.exists(instance_dir)
+        lifecycle.begin(
+            self.records, disk_info['mapping'], guest_config, self.image,
+            self._configured(), self._block_device_info, suffix, stale)
+        if is_new and os.path.isdir(instance_dir):
+            # Some backends make it when they are asked about a disk; it is
+            # _create_image's to make, which tells who must clean it up.
+            shutil.rmtree(instance_dir)
+        self.records.save(self._context)
+
+    def finish(self, make_config_drive: ty.Callable) -> None:
+        """Make the config drive, the last of the disks; then all are whole.
+
+        :param make_config_drive: makes it if the instance has one; takes the
+            ``record`` of the disk
+        """
+        make_config_drive(
+            record=self.records.get('disk.config' + self._suffix))
+        lifecycle.finished(self.records, self.image, self._suffix)
+        self.records.save(self._context)
+
+    def make_unfinished(self, make_swap: ty.Callable,
+                        make_config_drive: ty.Callable) -> None:
+        """Make swap and config drive, if that was begun and never finished.
+
+        :param make_swap: takes ``target`` (a path), ``swap_mb`` (MiB),
+            ``context`` and ``is_block_dev``
+        """
+        images = lifecycle.discard_unfinished(self.records, self.image)
+        if not images:
+            return
+        swap = images.get('disk.swap')
+        if swap is not None:
+            swap_mb = self.records.get('disk.swap').size // units.Mi
+            swap.create_from_func(
+                functools.partial(
+                    make_swap, swap_mb=swap_mb, context=self._context,
+                    is_block_dev=swap.is_block_dev),
+                swap_mb * units.Mi, cache_name='swap_%s' % swap_mb,
+                context=self._context)
+        self.finish(make_config_drive)
+
+    # From and to other hosts
+
+    def accept(self) -> None:
+        """Take over the pool disks that have come with an instance.
+
+        :raises: exception.StorageTransferMismatch and others
+        """
+        self._has_pool_disks = destination.accept(
+            self._context, self._instance, self.records,
+            self._local.get_connection(), self._local.uri, self._cache_base)
+
+    def may_copy_from(self, host: str) -> str | None:
+        """The host, if base images may be copied from it over SSH.
+
+        They are never for an instance that has come with pool disks.
+        """
+        return None if self._has_pool_disks else host
+
+    def _cache_base(self):
+        return self.image('disk').ensure_image_cached(
+            self._context, self._instance.image_ref,
+            trusted_certs=self._instance.trusted_certs)
+
+    # Into the pools of this host
+
+    def move_to_pools(self, disk_info=None, guest_is_off=True) -> None:
+        """Move legacy disks into storage pools, if this host has pools.
+
+        If that fails the disks stay as they are, and so does the instance.
+        The driver calls :meth:`started` once the guest is defined with them.
+
+        :param disk_info: gets the new records attached
+        :raises: exception.DiskTransitionFailed if the guest is not off
+        """
+        moving = self._new_transition(guest_is_off)
+        if moving is None:
+            return
+        try:
+            moving.run()
+        except exception.DiskTransitionFailed as error:
+            if not guest_is_off:
+                raise
+            LOG.error('%s', error, instance=self._instance)
+        if disk_info is not None:
+            self.attach(disk_info)
+        self._transition = moving
+
+    def finish_earlier_move(self) -> None:
+        """Have :meth:`started` end a move into pools that was cut off."""
+        self._transition = self._new_transition()
+
+    def _new_transition(self, guest_is_off=True):
+        if (CONF.libvirt.images_type != 'libvirt-storage' or
+                not self.records.has_mappings):
+            return None
+        return transition.Transition(
+            self._context, self._instance, self.records,
+            lambda name: storage_pool.StoragePool(
+                self._local.get_connection(), name, CONF.host),
+            libvirt_utils.get_instance_path(self._instance),
+            imagecache.ImageCacheManager().cache_dir, guest_is_off)
+
+    def started(self) -> None:
+        """Take the legacy names away: the guest is defined with pool disks.
+
+        A failure is logged; the next hard reboot tries it again.
+        """
+        if self._transition is None:
+            return
+        try:
+            self._transition.finish()
+        except (exception.NovaException, OSError):
+            LOG.exception('The legacy names of disks are left; the next hard '
+                          'reboot takes them away', instance=self._instance)

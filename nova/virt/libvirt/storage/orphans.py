@@ -1,0 +1,155 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""Volumes on a host that none of its instances has.
+
+A host that was away when an instance was confirmed, or deleted on another
+host, keeps volumes which nobody asks it to delete any more. They are told by
+the UUID that their names begin with; only what is certain is ever deleted.
+"""
+
+import enum
+import re
+import typing as ty
+
+from oslo_log import log as logging
+
+import nova.conf
+from nova import exception
+from nova import objects
+from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.records import leftovers
+from nova.virt.libvirt.storage.records import metadata
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+_OWNED = re.compile(
+    r'(?P<uuid>[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})_.+')
+
+
+class Kind(enum.Enum):
+    """Why a volume is there. Only what is left over is deleted."""
+    LEFT_OVER = 'left over'
+    MOVE = 'wanted by a move'
+    REVERT = 'kept for revert'
+    UNKNOWN = 'unknown'
+
+
+class Orphan(ty.NamedTuple):
+    """A volume whose instance is not on this host.
+
+    :ivar pool: name of the storage pool
+    :ivar volume: the volume's name
+    :ivar instance_uuid: whose it was
+    :ivar kind: a Kind
+    """
+    pool: str
+    volume: str
+    instance_uuid: str
+    kind: Kind
+
+
+def find(context, connection, own) -> list[Orphan]:
+    """List the volumes of instances that are not on this host.
+
+    :param context: an admin's
+    :param connection: this host's libvirt
+    :param own: UUIDs of the instances that are, or are about to be, here
+    :returns: sorted by pool and volume. A pool that is off is left out.
+    """
+    by_uuid: dict[str, list[tuple[str, str]]] = {}
+    for pool in storage_pool.list_pools(connection, CONF.host):
+        for name in _names(pool):
+            match = _OWNED.fullmatch(name)
+            if match and match['uuid'] not in own:
+                by_uuid.setdefault(match['uuid'], []).append(
+                    (pool.name, name))
+    found = []
+    for uuid, places in by_uuid.items():
+        kinds = _kinds_of(context, uuid)
+        found += [Orphan(*place, uuid, kinds(place)) for place in places]
+    return sorted(found, key=lambda orphan: orphan[:2])
+
+
+def sweep(context, connection, own) -> list[Orphan]:
+    """Delete the volumes that are certainly left over, each with a log line.
+
+    :param context: as for find(), as are the others
+    :returns: what is gone
+    """
+    gone = []
+    for orphan in find(context, connection, own):
+        if orphan.kind is not Kind.LEFT_OVER:
+            continue
+        LOG.warning('Deleting volume %(volume)s from storage pool %(pool)s: '
+                    'it is left over of instance %(uuid)s',
+                    {'volume': orphan.volume, 'pool': orphan.pool,
+                     'uuid': orphan.instance_uuid})
+        if not leftovers.delete_volumes(
+                connection, CONF.host, [(orphan.pool, orphan.volume)], None):
+            gone.append(orphan)
+    return gone
+
+
+def _names(pool):
+    try:
+        if not pool.is_active():
+            return []
+        return [volume.name for volume in pool.volumes()]
+    except exception.StoragePoolError as e:
+        LOG.warning('Volumes that are left over are not looked for: %s', e)
+        return []
+
+
+def _kinds_of(context, uuid) -> ty.Callable[[tuple[str, str]], Kind]:
+    """Return what tells the kind of an instance's volume by its place."""
+    try:
+        instance = objects.Instance.get_by_uuid(
+            context.elevated(read_deleted='yes'), uuid)
+    except exception.InstanceNotFound:
+        # Purged from the database, or never of this cloud.
+        return lambda place: Kind.UNKNOWN
+    if instance.deleted:
+        return lambda place: Kind.LEFT_OVER
+    if CONF.host in (instance.host, instance.node):
+        return lambda place: Kind.UNKNOWN
+    try:
+        disks = metadata.InstanceDisks.load(context, instance)
+        return _by_records(disks)
+    except exception.InvalidDiskMetadata as e:
+        LOG.warning('%s', e, instance=instance)
+        return lambda place: Kind.UNKNOWN
+
+
+def _by_records(disks):
+    records = [record for _name, record in disks.items()]
+    extras = list(disks.extras.values())
+    # In a pool that hosts share this is the disk of another one.
+    disk_places = {(record.pool, record.volume) for record in records}
+    moving = {(record.pool, record.volume) for record in [*records, *extras]
+              if record.is_building and record.host == CONF.host}
+    kept = {(record.pool, record.volume)
+            for record in [*(r.previous for r in records if r.previous),
+                           *(r for r in extras if not r.is_building)]
+            if record.host == CONF.host}
+    left = set(leftovers.on_host(disks, CONF.host))
+
+    def kind_of(place):
+        if place in moving:
+            return Kind.MOVE
+        if place in kept:
+            return Kind.REVERT
+        if place in left and place not in disk_places:
+            return Kind.LEFT_OVER
+        return Kind.UNKNOWN
+
+    return kind_of

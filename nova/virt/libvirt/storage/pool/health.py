@@ -1,0 +1,93 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""Whether the pools are well that an instance needs."""
+
+import typing as ty
+
+from oslo_log import log as logging
+
+import nova.conf
+from nova import exception
+from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import setup
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+# services.disabled_reason has 255 characters, with the driver's "AUTO: ".
+_REASON_LENGTH = 240
+
+
+def ready_for(connection, disks) -> None:
+    """Start the pools that an instance's disks are in, if they are off.
+
+    To be called while the guest still runs.
+
+    :param connection: to this host's libvirt
+    :param disks: the instance's InstanceDisks
+    :raises: exception.StoragePoolError if one of them can't be started,
+        exception.InvalidDiskMetadata
+    """
+    here = [record if record.host == CONF.host else record.previous
+            for _name, record in disks.items()]
+    for name in sorted({record.pool for record in here
+                        if record is not None and record.pool and
+                        record.host == CONF.host}):
+        storage_pool.StoragePool(connection, name, CONF.host).start()
+
+
+def why_no_new_instance(connection) -> str | None:
+    """Why this host can't make the disks that every instance has.
+
+    :param connection: to this host's libvirt
+    :returns: None if it can
+    """
+    for name in sorted({setup.pool_name_for('disk'),
+                        setup.pool_name_for('disk.config')}):
+        pool = storage_pool.StoragePool(connection, name, CONF.host)
+        try:
+            if not pool.is_active():
+                raise exception.StoragePoolInactive(pool=name, host=CONF.host)
+        except exception.StoragePoolError as e:
+            return e.format_message()
+    return None
+
+
+class Offering:
+    """Keeps a host from the scheduler for as long as its pools are off.
+
+    :param set_enabled: called with whether the compute service is to be
+        enabled, and why it isn't; leaves alone what an operator has disabled
+    """
+
+    def __init__(self, set_enabled: ty.Callable[[bool, str], None]):
+        self._set_enabled = set_enabled
+        self._reason: str | None = None
+
+    def check(self, connection) -> None:
+        """Look at the pools; to be called with each report of the host.
+
+        :param connection: to this host's libvirt
+        """
+        before, self._reason = self._reason, None
+        if CONF.libvirt.images_type == 'libvirt-storage':
+            self._reason = why_no_new_instance(connection)
+        if self._reason:
+            if self._reason != before:
+                LOG.error('No new instance can be made on this host, and none '
+                          'is sent here: %s', self._reason)
+            # Each time: what has enabled it since doesn't know of this.
+            self._set_enabled(False, self._reason[:_REASON_LENGTH])
+        elif before:
+            LOG.info('New instances can be made on this host again')
+            self._set_enabled(True, '')

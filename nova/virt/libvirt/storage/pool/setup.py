@@ -1,0 +1,130 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""Which storage pools a host keeps its disks in, and making or adopting them.
+
+Knows the names of disks, and no instance.
+"""
+
+import os
+
+from oslo_log import log as logging
+
+import nova.conf
+from nova import exception
+from nova.virt.libvirt.storage.pool import config as storage_config
+from nova.virt.libvirt.storage.pool import pool as storage_pool
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+# An empty file that says that a directory is, or was, Nova's image cache. Its
+# path may change, and older disks are laid over the images that stay there.
+CACHE_MARK = '.nova-image-cache'
+
+# How a disk's name begins -> its kind in [libvirt]/storage_pool_mapping. The
+# first that fits counts.
+DISK_KINDS = (
+    ('disk.swap', 'swap'),
+    ('disk.config', 'config'),
+    ('disk.local', 'ephemeral'),
+    ('disk.eph', 'ephemeral'),
+    ('', 'root'),
+)
+
+
+def kind_of(disk_name: str) -> str:
+    """The kind of a disk, as [libvirt]/storage_pool_mapping calls it.
+
+    :param disk_name: e.g. ``disk``, ``disk.eph0`` or ``disk.config.rescue``
+    """
+    return next(kind for beginning, kind in DISK_KINDS
+                if disk_name.startswith(beginning))
+
+
+def pool_name_for(disk_name: str) -> str:
+    """The pool in which this host makes a disk.
+
+    :param disk_name: e.g. ``disk`` or ``disk.eph0``
+    """
+    return CONF.libvirt.storage_pool_mapping.get(
+        kind_of(disk_name), CONF.libvirt.storage_disks_pool)
+
+
+def pool_names() -> list[str]:
+    """The pools in which this host is configured to make disks."""
+    return sorted({CONF.libvirt.storage_disks_pool,
+                   *CONF.libvirt.storage_pool_mapping.values()})
+
+
+def disks_pool_config() -> 'storage_config.LibvirtConfigStoragePool':
+    """The pool for disks as it is made if there is none."""
+    return _directory_pool(CONF.libvirt.storage_disks_pool,
+                           os.path.join(CONF.instances_path, 'disks'))
+
+
+def base_images_pool_config() -> 'storage_config.LibvirtConfigStoragePool':
+    """The pool over the image cache as it is made if there is none."""
+    return _directory_pool(
+        CONF.libvirt.storage_base_images_pool, os.path.join(
+            CONF.instances_path, CONF.image_cache.subdirectory_name))
+
+
+def _directory_pool(name, path):
+    config = storage_config.LibvirtConfigStoragePool()
+    config.type = 'dir'
+    config.name = name
+    config.target_path = path
+    # libvirt makes the directory as root; Nova puts images there and links
+    # legacy disks into it.
+    config.permissions = storage_pool.permissions(0o755)
+    return config
+
+
+def ensure_pools(conn, host: str) -> None:
+    """Make or adopt all pools that this host is configured to use.
+
+    :param conn: a libvirt.virConnect
+    :param host: its name, for messages
+    :raises: exception.StoragePoolError or one of its subclasses
+    """
+    base_images = base_images_pool_config()
+    cache = storage_pool.StoragePool.ensure(conn, base_images, host)
+    _check_place(cache, base_images)
+    cache.check_access(os.W_OK | os.X_OK)
+    _mark_cache(base_images.target_path)
+    storage_pool.StoragePool.ensure(conn, disks_pool_config(), host)
+    for name in set(CONF.libvirt.storage_pool_mapping.values()):
+        pool = storage_pool.StoragePool(conn, name, host)
+        if not pool.exists():
+            raise exception.StoragePoolNotFound(pool=name, host=host)
+        pool.adopt()
+
+
+def _mark_cache(path):
+    try:
+        with open(os.path.join(path, CACHE_MARK), 'a'):
+            pass
+    except OSError as e:
+        LOG.warning('Should the image cache get another path one day, disks '
+                    'over the images in %(path)s can be neither moved nor '
+                    'saved as images, because it could not be marked: '
+                    '%(error)s', {'path': path, 'error': e})
+
+
+def _check_place(pool, wanted):
+    """Refuse an adopted base images pool that isn't over the image cache."""
+    path = pool.config().target_path
+    if os.path.realpath(path or '') != os.path.realpath(wanted.target_path):
+        raise exception.StoragePoolMisplaced(
+            pool=pool.name, host=pool.host, path=path,
+            expected=wanted.target_path)

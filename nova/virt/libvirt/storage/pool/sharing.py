@@ -1,0 +1,121 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""Whether what one host sees in its pools is what another one sees in its own.
+
+What is shared can't be read off a pool's XML: a directory may be a mount. So a
+volume is made on one side and looked for on the other.
+"""
+
+from oslo_utils import units
+from oslo_utils import uuidutils
+
+import nova.conf
+from nova import exception
+from nova.objects import fields
+from nova.virt.libvirt.storage.pool import config as storage_config
+from nova.virt.libvirt.storage.pool import ownership
+from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import setup
+
+CONF = nova.conf.CONF
+
+
+def _probe_config(instance_uuid):
+    config = storage_config.LibvirtConfigStorageVolume()
+    # A probe that is left over goes with the instance's volumes.
+    config.name = '%s_probe.%s' % (
+        instance_uuid, uuidutils.generate_uuid(dashed=False))
+    config.capacity = units.Mi
+    config.allocation = 0
+    config.target_format = fields.LibvirtDiskFormat.RAW
+    return config
+
+
+def is_same(here, there, instance) -> bool:
+    """Whether two pools, to both of which there is a connection, are one.
+
+    A volume is made here, then one of that name there. A pool which has the
+    file already refuses to make it; asking it for the volume instead would
+    take a refresh, which reads every file of a pool.
+
+    :param here: StoragePool of one host
+    :param there: StoragePool of another one
+    :param instance: whose prefix the volumes get
+    :raises: exception.StorageVolumeError, exception.StoragePoolError if a
+        pool takes no volumes at all
+    """
+    config = _probe_config(instance.uuid)
+    ours = here.create(config)
+    try:
+        theirs = there.create(config)
+    except exception.NovaException:
+        pass
+    else:
+        ownership.delete_volume(theirs, instance)
+        return False
+    finally:
+        ownership.delete_volume(ours, instance)
+    # The name was taken, or something is wrong with that pool: without our
+    # volume it must be possible.
+    ownership.delete_volume(there.create(config), instance)
+    return True
+
+
+def make_probes(connection, instance_uuid, disks=None) -> list[list[str]]:
+    """Make a volume in each pool from which an instance's would be deleted.
+
+    :param connection: to this host's libvirt
+    :param instance_uuid: UUID of the instance that it is about
+    :param disks: its InstanceDisks, if they are known
+    :returns: a list of [pool name, volume name], for :func:`find_probes` on
+        the other host and :func:`remove_probes` on this one
+    :raises: exception.StorageVolumeError, exception.StoragePoolError if one
+        of the pools takes no volumes, so that nothing may be deleted
+    """
+    probes: list[list[str]] = []
+    configured = setup.pool_names()
+    try:
+        for place in ownership.places(connection, disks):
+            if place.pool.name in configured or place.is_on_record:
+                if not place.pool.exists():
+                    continue
+                place.pool.start()
+            elif not place.volumes(instance_uuid):
+                continue  # it is somebody else's pool
+            probe = place.pool.create(_probe_config(instance_uuid))
+            probes.append([place.pool.name, probe.name])
+    except exception.NovaException:
+        remove_probes(connection, probes)
+        raise
+    return probes
+
+
+def find_probes(connection, probes) -> bool:
+    """Whether this host sees any volume which another one has made.
+
+    Then deleting a volume there would delete it here.
+
+    :param connection: to this host's libvirt
+    :param probes: what :func:`make_probes` has returned on the other host
+    """
+    names = {name for _pool, name in probes or ()}
+    return bool(names) and any(
+        names & place.pool.file_names()
+        for place in ownership.places(connection) if place.is_there())
+
+
+def remove_probes(connection, probes) -> None:
+    """Remove the volumes which :func:`make_probes` has made on this host."""
+    for pool_name, name in probes:
+        ownership.delete_named(
+            storage_pool.StoragePool(connection, pool_name, CONF.host), name)

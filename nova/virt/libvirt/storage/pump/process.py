@@ -1,0 +1,264 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+"""The parent's half of a worker process: its start, what it says, its end.
+
+What the job is and what its result means is transfer.py's.
+"""
+
+import collections
+import functools
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import typing as ty
+import urllib.parse
+
+from oslo_serialization import jsonutils
+
+from nova import exception
+from nova.i18n import _
+
+_WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)),
+                       'worker.py')
+
+# What the worker may see of our environment: where client certificates and
+# Kerberos tickets lie, and nothing else.
+_ENVIRONMENT = ('PATH', 'HOME', 'USER', 'XDG_CONFIG_HOME', 'XDG_RUNTIME_DIR',
+                'KRB5CCNAME', 'KRB5_CONFIG', 'KRB5_CLIENT_KTNAME',
+                'SASL_CONF_PATH', 'LIBVIRT_DEBUG', 'LIBVIRT_LOG_OUTPUTS')
+
+# Seconds between two progress reports of a worker.
+_INTERVAL = 0.2
+# Seconds between two looks at the cancel condition and at the deadline.
+_POLL = 0.04
+# Seconds from cancel to SIGKILL.
+_GRACE = 0.05
+
+# What to do, by libvirt's error code.
+# https://libvirt.org/html/libvirt-virterror.html
+_ADVICE_CONNECT = _("check that libvirt listens there and that the "
+                    "certificates are valid; that host's libvirt log has the "
+                    "reason for a refusal")
+_ADVICE = {
+    38: _("see libvirt's log on that host, and its free space"),
+    39: _("see libvirt's log on that host"),
+    49: _("define the storage pool on that host"),
+    50: _("refresh the storage pool on that host and look for the volume"),
+    55: _("start the storage pool on that host"),
+    88: _("let this host's certificate use the storage pool there"),
+}
+
+_REASONS = {
+    'short': _("the volume ended before its length; it was truncated"),
+    'long': _("the volume is longer than its length; it has grown"),
+    'stuck': _("libvirt neither moved data nor reported an error"),
+    'broken': _("libvirt says that it moved more than it was asked to"),
+    'thread': _("no thread could be started"),
+    'worker': _("the worker process failed"),
+}
+
+
+def _readable(files, timeout):
+    """Return those of the files that can be read, within timeout seconds."""
+    if not hasattr(select, 'poll'):
+        # eventlet leaves select alone, as its own
+        return select.select(files, [], [], timeout)[0]
+    # Native select() knows no file descriptors above 1023.
+    poll = select.poll()
+    for f in files:
+        poll.register(f, select.POLLIN)
+    ready = {fd for fd, _event in poll.poll(timeout * 1000)}
+    return [f for f in files if f.fileno() in ready]
+
+
+class WorkerProcess:
+    """One worker process, from start to end.
+
+    :param job: a Job
+    :param watch: a Watch
+    :param extension: path of the compiled extension
+    """
+
+    def __init__(self, job, watch, extension):
+        self.job = job
+        self.watch = watch
+        self.transferred = 0
+        self._request = {
+            'extension': extension, 'source': job.source,
+            'destination': job.destination, 'length': job.length,
+            'sparse': job.sparse, 'key': job.key, 'interval': _INTERVAL}
+        self._requested = False
+        self._stdin_lock = threading.Lock()
+        self._answer = None
+        self._unread = b''
+        self._stderr: ty.Deque = collections.deque(maxlen=16)
+
+    def error(self, cls, **kwargs):
+        """Make an exception that says which volume, where and how far."""
+        job = self.job
+        where = str(job.source)
+        if job.destination:
+            where += ' -> ' + str(job.destination)
+        e = cls(volume=job.source.name, where=where, length=job.length,
+                transferred=self.transferred, **kwargs)
+        e.side = kwargs.get('side')
+        e.transferred = self.transferred
+        e.kind = None
+        e.code = e.domain = 0
+        return e
+
+    def run(self, bandwidth):
+        """Start the worker and wait for its end.
+
+        :param bandwidth: a Bandwidth
+        :returns: what the worker found, see worker.py
+        :raises: StorageTransferError, StorageTransferStalled,
+            StorageTransferCancelled
+        """
+        worker = subprocess.Popen(
+            [sys.executable, '-I', _WORKER], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd='/',
+            start_new_session=True,
+            env={k: os.environ[k] for k in _ENVIRONMENT if k in os.environ})
+        try:
+            self.watch.on_start(worker.pid)
+            with bandwidth.shared(functools.partial(self._tell, worker)):
+                try:
+                    self._follow(worker)
+                finally:
+                    # Before the others are told that they have more.
+                    self._end(worker)
+        finally:
+            self._end(worker)
+            self.watch.on_end(worker.pid)
+        return self._found(worker)
+
+    def _tell(self, worker, bandwidth):
+        """Send the request or, later on, another bandwidth."""
+        message = {'bandwidth': bandwidth}
+        if not self._requested:
+            message.update(self._request)
+            self._requested = True
+        with self._stdin_lock:
+            if worker.stdin.closed:
+                return
+            try:
+                # Not os.write(): eventlet's tries for ever when nobody reads.
+                os.writev(worker.stdin.fileno(),
+                          [jsonutils.dump_as_bytes(message), b'\n'])
+            except BrokenPipeError:
+                pass    # it is dead already: _found() tells
+
+    def _follow(self, worker):
+        """Read what the worker says until it has ended or must be."""
+        last_progress = time.monotonic()
+        open_files = [worker.stdout, worker.stderr]
+        while open_files:
+            for f in _readable(open_files, _POLL):
+                data = os.read(f.fileno(), 65536)
+                if not data:
+                    open_files.remove(f)
+                elif f is worker.stderr:
+                    self._stderr.append(data)
+                elif self._take(data):
+                    last_progress = time.monotonic()
+            if self._answer is not None:
+                return
+            if self.watch.cancelled():
+                raise self.error(exception.StorageTransferCancelled)
+            if time.monotonic() - last_progress > self.watch.stall_timeout:
+                raise self.error(exception.StorageTransferStalled,
+                                 seconds=self.watch.stall_timeout)
+
+    def _take(self, data):
+        """Handle the worker's lines; return whether there was progress."""
+        moved = False
+        *lines, self._unread = (self._unread + data).split(b'\n')
+        for line in lines:
+            try:
+                message = jsonutils.loads(line)
+            except ValueError:
+                # the C library's last words
+                self._stderr.append(line)
+                continue
+            if 'transferred' in message:
+                moved |= message['transferred'] > self.transferred
+                self.transferred = message['transferred']
+                self.watch.progress(self.transferred)
+            else:
+                self._answer = message
+        return moved
+
+    def _end(self, worker):
+        """End the worker: its stdin's end asks for it, SIGKILL makes sure."""
+        with self._stdin_lock:
+            worker.stdin.close()
+        deadline = time.monotonic() + _GRACE
+        while worker.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if worker.poll() is None:
+            worker.send_signal(signal.SIGKILL)
+            worker.wait()
+        worker.stdout.close()
+        worker.stderr.close()
+
+    def _found(self, worker):
+        answer = self._answer
+        if answer is None:
+            raise self._died(worker)
+        if 'error' in answer:
+            raise self._failed(answer['error'])
+        self.transferred = self.job.length
+        self.watch.progress(self.transferred)
+        return answer['result']
+
+    def _died(self, worker):
+        if -worker.returncode in (signal.SIGKILL, signal.SIGTERM):
+            # by the job tracker, when the server is deleted, or by a person
+            return self.error(exception.StorageTransferCancelled)
+        said = b''.join(self._stderr)[-500:].decode(errors='replace').strip()
+        return self.error(
+            exception.StorageTransferError, side='source', operation='run',
+            reason=_("the worker process ended with status %(status)d: "
+                     "%(said)s") % {'status': worker.returncode,
+                                    'said': said})
+
+    def _advice_to_connect(self, side):
+        uri = getattr(self.job, side).uri
+        return (_ADVICE_CONNECT if urllib.parse.urlsplit(uri).netloc
+                else _("check that libvirt runs on this host"))
+
+    def _failed(self, report):
+        self.transferred = report['transferred'] or self.transferred
+        if report['reason'] == 'cancelled':
+            return self.error(exception.StorageTransferCancelled)
+        reason = _REASONS.get(report['reason'], '')
+        if report['message']:
+            reason = '%s%s' % (reason + ': ' if reason else '',
+                               report['message'])
+        if report['reason'] == 'libvirt':
+            reason += _(" (libvirt error code %(code)d, domain %(domain)d)"
+                        ) % report
+            advice = _ADVICE.get(report['code'])
+            if report['operation'] == 'connect':
+                advice = self._advice_to_connect(report['side'])
+            if advice:
+                reason += '; ' + advice
+        e = self.error(exception.StorageTransferError, reason=reason,
+                       side=report['side'], operation=report['operation'])
+        e.kind = report['reason']
+        e.code, e.domain = report['code'], report['domain']
+        return e

@@ -1,0 +1,133 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The disks of an instance which stays, or is again, where it was.
+
+A hard reboot is what an operator does to an instance with which something is
+wrong, so it finishes or undoes whatever an earlier operation has left of the
+disks. Before it destroys the guest it finds out whether it can.
+"""
+
+import os
+import shutil
+import typing as ty
+
+from oslo_log import log as logging
+
+import nova.conf
+from nova import exception
+from nova.virt.libvirt.storage.move import destination
+from nova.virt.libvirt.storage.move import guest_files
+from nova.virt.libvirt.storage.move import source
+from nova.virt.libvirt.storage import operation
+from nova.virt.libvirt.storage.pool import health
+from nova.virt.libvirt.storage.records import lifecycle
+from nova.virt.libvirt import utils as libvirt_utils
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+
+class Return(operation.DiskOperation):
+    """The disks of an instance whose move to another host is given up."""
+
+    def take_back(self, migration) -> None:
+        """Make the disks what they were before a migration.
+
+        The instance's directory has its name again.
+
+        :param migration: the Migration which is given up
+        :raises: exception.InvalidDiskMetadata, exception.DiskNotFinished
+        """
+        self._abandon(migration)
+        if self.records.has_mappings:
+            lifecycle.went_back(self.records)
+            self.take_up(self._disk_info())
+        self.finish_earlier_move()
+
+    def bring_directory_back(self) -> None:
+        """Give the instance's directory its name again, if it has lost it."""
+        directory = libvirt_utils.get_instance_path(self._instance)
+        if os.path.exists(directory + '_resize'):
+            if os.path.exists(directory):
+                shutil.rmtree(directory)
+            os.rename(directory + '_resize', directory)
+
+    def _abandon(self, migration):
+        source.abandon(self._context, self._local.host, self._instance,
+                       migration, self.records)
+        guest_files.restore_nvram(
+            self._instance, libvirt_utils.get_instance_path(self._instance))
+
+
+class Reboot(Return):
+    """The disks of an instance through a hard reboot."""
+
+    def __init__(self, local, context, instance, block_device_info):
+        super().__init__(local, context, instance, block_device_info)
+        self._migration: ty.Any = None
+
+    def check(self) -> None:
+        """Find what would keep the guest from starting, while it still runs.
+
+        :raises: exception.InvalidDiskMetadata, exception.DiskNotFinished,
+            exception.DiskBeingCopied, exception.StoragePoolError
+        """
+        super().check()
+        self._migration = source.unfinished(
+            self._context, self._instance, self.records)
+        self._check_finished()
+        if self._migration is None and any(
+                record.host != CONF.host
+                for _name, record in self.records.items()):
+            # Its copy runs, or the records are another host's to finish.
+            lifecycle.refuse_half_copied(self.records)
+        health.ready_for(self._local.get_connection(), self.records)
+
+    def _check_finished(self):
+        # One with a previous one has come from there, and may be whole.
+        lost = [name for name in self.records.building()
+                if self.records.get(name).previous is None and
+                name not in lifecycle.REMADE and
+                not name.endswith('.rescue')]
+        if lost:
+            raise exception.DiskNotFinished(
+                instance_uuid=self._instance.uuid, disks=', '.join(lost))
+
+    def bring_in_order(self, disk_info: dict, guest_config,
+                       make_swap: ty.Callable,
+                       make_config_drive: ty.Callable) -> None:
+        """Finish or undo what earlier operations have left; the guest is off.
+
+        :param disk_info: gets the records attached
+        :param guest_config: the LibvirtConfigGuest that the guest ran with
+        :param make_swap: see :meth:`DiskOperation.make_unfinished`
+        :param make_config_drive: see :meth:`DiskOperation.finish`
+        :raises: exception.StorageTransferMismatch and others
+        """
+        if self._migration is not None:
+            self.bring_directory_back()
+            self._abandon(self._migration)
+            lifecycle.went_back(self.records)
+        if destination.is_due(self._instance, self.records):
+            # They have come, and finish_migration has failed.
+            self.accept()
+        self.take_up(disk_info, guest_config, remade=lifecycle.REMADE)
+        self.make_unfinished(make_swap, make_config_drive)
+        source.settle(self._context, self._instance, self.records)
+        self.move_to_pools(disk_info)
+
+    @property
+    def brought_tpm(self) -> bool:
+        """Whether the state of a TPM has come and is yet to be taken over."""
+        return guest_files.has_tpm(self._instance) and bool(
+            self._instance.old_flavor)

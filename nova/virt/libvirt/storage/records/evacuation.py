@@ -1,0 +1,112 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""What an instance's records mean on a host to which it is evacuated."""
+
+from oslo_log import log as logging
+
+from nova.compute import task_states
+import nova.conf
+from nova.virt.libvirt.storage.records import kinds
+from nova.virt.libvirt.storage.records import leftovers
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+
+def forget_move(disks):
+    """Let nothing be left of a move but the disks where they are.
+
+    What had come beside the disks, or was kept beside them, is noted as left.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    """
+    for name, record in disks.extras.items():
+        leftovers.note(disks, record.host, [(record.pool, record.volume)])
+        disks.set_extra(name, None)
+    for name, record in disks.items():
+        if record.migration_id is not None and record.previous is None:
+            record.migration_id = record.expected = None
+            disks.set(name, record)
+
+
+def _is_half_copied(name, record):
+    """Whether a disk is still what it was before a move.
+
+    What is building was never booted from.
+    """
+    return (record.is_building and record.previous is not None and
+            kinds.is_copied(name))
+
+
+def old_copies(instance, disks):
+    """Return what is on this host of an instance and is none of its disks.
+
+    That a volume has the name of a disk which another host has on record
+    doesn't make it that disk. A host keeps the volume of a move which was
+    not confirmed (a record's previous), or which couldn't be deleted (a
+    note). Where the hosts have distinct pools, the disk has the same name on
+    the other host. In a pool which both see, no two copies have one name:
+    there a name that is returned here is never the disk's.
+
+    :param disks: the instance's InstanceDisks
+    :returns: set of (pool, volume)
+    """
+    places = set(leftovers.on_host(disks, CONF.host))
+    for name, record in disks.items():
+        previous = record.previous
+        if record.host == CONF.host:
+            if record.is_building:
+                places.add((record.pool, record.volume))
+        elif (previous is not None and previous.host == CONF.host and
+                not _is_half_copied(name, record)):
+            places.add((previous.pool, previous.volume))
+    return {place for place in places if place[1] is not None}
+
+
+def after_evacuation(instance, disks):
+    """On the destination of an evacuation: end moves that nobody ends now.
+
+    Old copies are noted as left.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    :returns: old_copies(); none unless it is evacuated
+    """
+    if instance.task_state != task_states.REBUILD_SPAWNING or all(
+            record.host == CONF.host and record.previous is None
+            for _name, record in disks.items()):
+        return set()
+    places = old_copies(instance, disks)
+    for name, record in disks.items():
+        previous = record.previous
+        if _is_half_copied(name, record):
+            LOG.warning('The copy of disk %(name)s on host %(copy)s was not '
+                        'found whole; the disk is volume %(volume)s in '
+                        'storage pool %(pool)s of host %(host)s',
+                        {'name': name, 'copy': record.host,
+                         'volume': previous.volume, 'pool': previous.pool,
+                         'host': previous.host}, instance=instance)
+            disks.set(name, previous)
+        elif (record.host != CONF.host and previous is not None and
+                previous.host == CONF.host):
+            # Else a later failure would bring it back.
+            record.previous = None
+            disks.set(name, record)
+    unknown = places - set(leftovers.on_host(disks, CONF.host))
+    for pool_name, name in sorted(unknown):
+        LOG.warning('Volume %(volume)s in storage pool %(pool)s is an old '
+                    'copy of the disk or half of one, and is not used; it '
+                    'goes when this server is sent to this host again, or is '
+                    'deleted. Save it before, if its content is needed',
+                    {'volume': name, 'pool': pool_name}, instance=instance)
+    leftovers.note(disks, CONF.host, unknown)
+    forget_move(disks)
+    return places

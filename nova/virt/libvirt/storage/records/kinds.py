@@ -1,0 +1,32 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""The local disks of an instance, by their names."""
+
+# Those that a move may bring, by of().
+ALL = ('disk', 'disk.config', 'disk.eph', 'disk.local', 'disk.swap')
+
+# Made from the flavor and the metadata alone: nothing of the guest's is lost
+# when they are made anew.
+REMADE = frozenset(('disk.swap', 'disk.config'))
+
+# The config drive travels: what is in it may have been injected once only.
+_REMADE_BY_MOVE = frozenset(('disk.swap',))
+
+
+def of(disk_name):
+    """Return a disk's kind: all ephemeral disks of a host are in one pool."""
+    return disk_name.rstrip('0123456789')
+
+
+def is_copied(disk_name):
+    """Whether a move copies a disk, rather than making it anew."""
+    return disk_name not in _REMADE_BY_MOVE

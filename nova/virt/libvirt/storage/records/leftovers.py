@@ -1,0 +1,117 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""Volumes that must be deleted yet, and their deletion; by name alone.
+
+What a host couldn't delete, or mustn't yet, is noted in the instance's
+records, with the host that is to do it. What isn't noted is never touched.
+"""
+
+from oslo_log import log as logging
+
+import nova.conf
+from nova import exception
+from nova.virt.libvirt.storage.pool import pool as storage_pool
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+
+def note(disks, host, places):
+    """Note volumes which a host is to delete at its next chance.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    :param places: iterable of (pool, volume)
+    """
+    disks.leftovers = [*disks.leftovers,
+                       *((host, pool, volume) for pool, volume in places)]
+
+
+def on_host(disks, host):
+    """Return what is noted as left on a host, as list of (pool, volume)."""
+    return [(pool, volume) for where, pool, volume in disks.leftovers
+            if where == host]
+
+
+def names(disks):
+    """Return the names of all volumes that are noted as left anywhere.
+
+    Nothing new may have such a name: it would be deleted as what is left.
+    """
+    return {volume for _host, _pool, volume in disks.leftovers}
+
+
+def forget(disks, host, places):
+    """Take volumes that are gone, or in use, off the notes.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    :param places: iterable of (pool, volume)
+    """
+    gone = {(host, pool, volume) for pool, volume in places}
+    disks.leftovers = [left for left in disks.leftovers if left not in gone]
+
+
+def delete(connection, disks):
+    """Delete what an earlier try has left on this host and couldn't undo.
+
+    :param connection: this host's libvirt
+    :param disks: the instance's InstanceDisks; the caller saves them. What
+        has become a disk since it was noted is no longer left.
+    """
+    places = set(on_host(disks, CONF.host))
+    in_use = {(record.pool, record.volume) for _name, known in disks.items()
+              for record in (known, known.previous)
+              if record is not None and record.host == CONF.host}
+    still = delete_volumes(
+        connection, CONF.host, places - in_use, disks.instance)
+    forget(disks, CONF.host, places - set(still))
+
+
+def delete_volumes(connection, host, places, instance):
+    """Delete volumes by name; one that isn't there is gone.
+
+    :param host: name of the host for messages
+    :param places: iterable of (pool, volume)
+    :returns: list of those that couldn't be deleted
+    """
+    left = []
+    for pool_name, name in places:
+        pool = storage_pool.StoragePool(connection, pool_name, host)
+        try:
+            volume = pool.volume(name)
+        except exception.StorageVolumeNotFound:
+            continue
+        except Exception as e:
+            LOG.error('Volume %(volume)s in storage pool %(pool)s of host '
+                      '%(host)s: %(error)s',
+                      {'volume': name, 'pool': pool_name, 'host': host,
+                       'error': e}, instance=instance)
+            left.append((pool_name, name))
+            continue
+        if not delete_volume(volume, instance):
+            left.append((pool_name, name))
+    return left
+
+
+def delete_volume(volume, instance):
+    """Delete a volume that we have made; an error must not hide another.
+
+    :returns: whether it is gone
+    """
+    try:
+        volume.delete()
+        return True
+    except Exception as e:
+        LOG.error('Volume %(volume)s is left over in storage pool %(pool)s of '
+                  'host %(host)s: %(error)s',
+                  {'volume': volume.name, 'pool': volume.pool.name,
+                   'host': volume.pool.host, 'error': e}, instance=instance)
+        return False

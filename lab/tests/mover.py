@@ -158,7 +158,7 @@ class Compute:
     def migration(self):
         from nova import objects
         return objects.Migration(
-            self.context, id=7, source_compute='host-a',
+            self.context, id=7, status='migrating', source_compute='host-a',
             dest_compute='host-b', dest_host=self.peer)
 
     def disks(self, instance):

@@ -35,10 +35,12 @@ PACKAGES = tuple(sorted(
      'dosfstools', 'genisoimage', 'ipset', 'iptables', 'iputils-ping', 'kmod',
      'mtools', 'python3', 'psmisc'} - {'libvirt-dev', 'libvirt-daemon'}))
 STAMP = 'lab-packages'
+#: Minutes after which a mirror is as good as none.
+LIMIT = 6
 
 
 class Unavailable(LabError):
-    """There is no such root, and the machine's apt reaches none."""
+    """There is no such root, and none can be made from the machine's apt."""
 
 
 def path(release: str) -> pathlib.Path:
@@ -61,7 +63,11 @@ def ensure(release: str, progress) -> pathlib.Path:
         pass
     if missing := packages.missing(['mmdebstrap']):
         with progress.step('mmdebstrap'):
-            packages.install(missing)
+            try:
+                packages.install(missing)
+            except LabError as error:
+                raise Unavailable('mmdebstrap can\'t be installed: %s' % error,
+                                  error.log) from error
     with progress.step('root of Debian %s' % release):
         new = _make(release)
         (new / STAMP).write_text(stamp)
@@ -80,7 +86,8 @@ def _make(release):
     with open(log, 'w') as out:
         done = subprocess.run(
             # Its mounts are nobody else's, and go with it.
-            ['unshare', '--mount', '--propagation', 'private',
+            ['timeout', '--kill-after=10', '%gm' % LIMIT,
+             'unshare', '--mount', '--propagation', 'private',
              'mmdebstrap', '--quiet', '--mode=root', '--variant=minbase',
              '--aptopt=APT::Install-Recommends "false"',
              *('--aptopt=' + line for line in _transport()),
@@ -93,8 +100,10 @@ def _make(release):
             env={**os.environ, 'DEBIAN_FRONTEND': 'noninteractive'})
     if done.returncode:
         shutil.rmtree(new, ignore_errors=True)
-        raise LabError('the root of Debian %s could not be made by '
-                       'mmdebstrap' % release, log)
+        raise Unavailable(
+            'the root of Debian %s could not be made by mmdebstrap%s' % (
+                release, ' in %g minutes' % LIMIT
+                if done.returncode in (124, 137) else ''), log)
     return new
 
 

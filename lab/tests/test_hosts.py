@@ -37,6 +37,7 @@ from lab import lock
 from lab import network
 from lab import preflight
 from lab import process
+from lab import roots
 from lab import state
 
 MIB = 1 << 20
@@ -651,6 +652,27 @@ class TestParts(unittest.TestCase):
             self.assertEqual(os.getpid(), lock.holder())
             taken.set()
         self.assertIsNone(lock.holder())
+
+    def test_root_that_can_not_be_made(self):
+        """Whatever it fails of, no host of that release can be had."""
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            program = pathlib.Path(folder, 'mmdebstrap')
+            program.write_text('#!/bin/sh\nexec sleep 60\n')
+            program.chmod(0o755)
+            for name, value in (('FOLDER', pathlib.Path(folder, 'roots')),
+                                ('LIMIT', .01),
+                                ('mirror', lambda: 'http://127.0.0.1/'),
+                                ('_check_reach', lambda *args: None)):
+                stack.enter_context(unittest.mock.patch.object(
+                    roots, name, value))
+            stack.enter_context(unittest.mock.patch.dict(
+                os.environ, PATH='%s:%s' % (folder, os.environ['PATH'])))
+            self.assertRaisesRegex(roots.Unavailable, 'mmdebstrap in',
+                                   roots._make, 'trixie')
+            program.write_text('#!/bin/sh\nexit 1\n')
+            self.assertRaisesRegex(roots.Unavailable, 'mmdebstrap$',
+                                   roots._make, 'trixie')
 
     def test_needs_are_told_for_each_level(self):
         self.assertEqual(config.NEEDED_MEMORY.keys(),

@@ -128,8 +128,7 @@ def _on_release(tally, release, name):
         # Not even in CI a failure: whether there is a mirror is nothing that
         # the series could mend.
         tally.skipped += 1
-        tally.notes.append('%s skipped: %s' % (
-            title, done.stdout.strip().splitlines()[-1]))
+        tally.notes.append('%s skipped: %s' % (title, _reason(done.stdout)))
     elif done.returncode:
         tally.add(title + ' ready', False, done.stdout)
     else:
@@ -137,6 +136,13 @@ def _on_release(tally, release, name):
             '--test-path', 'lab/tests', '--top-dir', '.'], [
             '--concurrency', '1',
             r'^lab\.tests\.(test_conformance|test_moves)\.'], env=env)
+
+
+def _reason(told):
+    """What a command of the lab says it failed of; a log may follow."""
+    lines = told.strip().splitlines()
+    return next((line.removeprefix('error: ') for line in lines
+                 if line.startswith('error: ')), lines[-1] if lines else '')
 
 
 def _no_lab():

@@ -214,6 +214,19 @@ class TestStages(RunnerTest):
             stages.lab(self.tally)
         self.assertEqual((0, 0, 1), self.sums())
 
+    def test_lab_on_a_release_without_a_root(self):
+        """Not a failure, and the reason isn't the log that follows it."""
+        command = self.top / 'lab' / 'lab'
+        command.parent.mkdir()
+        command.write_text('#!/bin/sh\necho "error: no mirror" >&2\n'
+                           'echo "  E: the log" >&2\nexit 3\n')
+        command.chmod(0o755)
+        with mock.patch.object(stages, 'ROOT', self.top):
+            stages._on_release(self.tally, 'trixie', {'LAB_NAME': 'x'})
+        self.assertEqual((0, 0, 1), self.sums())
+        self.assertEqual(['lab hosts trixie skipped: no mirror'],
+                         self.tally.notes)
+
     def test_notes(self):
         good = self.top / 'x-0123456789abcdef.yaml'
         good.write_text('---\nfeatures:\n  - |\n    Text: more.\n')

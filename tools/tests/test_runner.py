@@ -222,7 +222,7 @@ class TestStages(RunnerTest):
                            'echo "  E: the log" >&2\nexit 3\n')
         command.chmod(0o755)
         with mock.patch.object(stages, 'ROOT', self.top):
-            stages._on_release(self.tally, 'trixie', {'LAB_NAME': 'x'})
+            stages._on_release(self.tally, 'trixie', {'LAB_NAME': 'x'}, False)
         self.assertEqual((0, 0, 1), self.sums())
         self.assertEqual(['lab hosts trixie skipped: no mirror'],
                          self.tally.notes)

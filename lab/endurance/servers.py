@@ -100,8 +100,8 @@ class Subject:
 
     def _resize(self):
         # A disk can't become smaller.
-        self.server.resize(BIGGER if self._flavor() == FLAVOR else
-                           BIGGER + '.same')
+        self.server.resize(BIGGER + '.same' if self._flavor() == BIGGER else
+                           BIGGER)
 
     def _flavor(self):
         return self.server.get().flavor['original_name']

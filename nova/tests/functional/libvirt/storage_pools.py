@@ -29,13 +29,14 @@ from nova.virt.libvirt import config
 from nova.virt.libvirt import driver
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt import imagecache
-from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt import utils as libvirt_utils
 
 IMAGE = '155d900f-4e14-4e4c-a73d-069cbf4541e6'
 CONTENT = b'what is in the image'.ljust(units.Mi, b'.')
 BASE = imagecache.get_cache_fname(IMAGE)
+# Where a guest writes to its disk: behind what a header takes up of the file.
+GUEST = units.Mi
 URI = 'qemu+tls://%s/system'
 
 # What ServersTestBase plays, and is to be real here.
@@ -171,6 +172,16 @@ class StoragePoolsTestBase(base.ServersTestBase):
             disk=disk, ephemeral=ephemeral, swap=swap, vcpu=1,
             memory_mb=memory_mb)
 
+    def wait_for_refusal(self, server):
+        """Wait until a migration has failed, and its task state is reset."""
+        self._wait_for_server_parameter(
+            server, {'status': 'ACTIVE', 'OS-EXT-STS:task_state': None,
+                     'OS-EXT-SRV-ATTR:host': 'compute1'})
+        self._wait_for_migration_status(server, ['error'])
+        # The last that the compute manager does. It resets the task state
+        # just before, which ends what has been begun since.
+        self.notifier.wait_for_versioned_notifications('compute.exception')
+
     # What became of it
 
     def raw_pool(self, host, name='nova-disks-pool'):
@@ -206,12 +217,12 @@ class StoragePoolsTestBase(base.ServersTestBase):
         parsed = libvirt_storage.config.LibvirtConfigStorageVolume
         return parsed.from_xml(volume.XMLDesc(0))
 
-    def content(self, host, server, name, length=512):
+    def content(self, host, server, name, length=512, offset=0):
         volume = self.raw_pool(host).storageVolLookupByName(
             '%s_%s' % (server['id'], name))
-        return volume._file().read(0, length)
+        return volume._file().read(offset, length)
 
-    def write(self, host, server, name, data, offset=0):
+    def write(self, host, server, name, data, offset=GUEST):
         """Write what the guest would write."""
         volume = self.raw_pool(host).storageVolLookupByName(
             '%s_%s' % (server['id'], name))
@@ -225,14 +236,11 @@ class StoragePoolsTestBase(base.ServersTestBase):
         return dict(disks.items())
 
     def system_metadata(self, server):
-        """Return what of a move is noted, but for an offer.
-
-        That is good for one try, and replaced by the next.
-        """
+        """Return what older versions have noted of a move."""
         instance = objects.Instance.get_by_uuid(
             self.context, server['id'], expected_attrs=['system_metadata'])
         return {key: value for key, value in instance.system_metadata.items()
-                if key.startswith('libvirt_storage') and key != state.OFFER}
+                if key.startswith('libvirt_storage')}
 
     def mappings(self, server):
         return block_device.BlockDeviceMappingList.get_by_instance_uuid(

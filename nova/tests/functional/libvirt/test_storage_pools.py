@@ -28,8 +28,8 @@ class TestOnOneHost(storage_pools.StoragePoolsTestBase):
         self.flags(force_config_drive=True)
         return self.boot(ephemeral=1, swap=64)
 
-    ALL = {'disk': 'qcow2', 'disk_eph0': 'raw', 'disk_swap': 'raw',
-           'disk_config': 'raw'}
+    ALL = {'disk': 'qcow2', 'disk_eph0': 'qcow2', 'disk_swap': 'qcow2',
+           'disk_config': 'qcow2'}
 
     def test_boot(self):
         server = self.boot()
@@ -56,7 +56,19 @@ class TestOnOneHost(storage_pools.StoragePoolsTestBase):
     def test_boot_without_cow(self):
         self.flags(use_cow_images=False)
         server = self.boot_with_all()
-        self.assert_ready('compute1', server, **dict(self.ALL, disk='raw'))
+        self.assert_ready('compute1', server, **self.ALL)
+        volume = self.config_of('compute1', server, 'disk')
+        self.assertEqual((1 << 30, 'qcow2', None), (
+            volume.capacity, volume.target_format, volume.backing_store))
+        self._delete_server(server)
+        self.assert_nothing_left(server)
+
+    def test_boot_of_raw_files(self):
+        self.flags(use_cow_images=False)
+        self.flags(storage_raw_files=True, group='libvirt')
+        server = self.boot_with_all()
+        self.assert_ready(
+            'compute1', server, **dict.fromkeys(self.ALL, 'raw'))
         volume = self.config_of('compute1', server, 'disk')
         self.assertEqual((1 << 30, 'raw', None), (
             volume.capacity, volume.target_format, volume.backing_store))
@@ -69,6 +81,7 @@ class TestOnOneHost(storage_pools.StoragePoolsTestBase):
     def test_failed_boot_leaves_nothing(self):
         self.connections['compute1'].file_system.capacity = 2 << 20
         self.flags(use_cow_images=False, preallocate_images='space')
+        self.flags(storage_raw_files=True, group='libvirt')
         server = self._create_server(
             image_uuid=storage_pools.IMAGE, flavor_id=self.flavor(),
             networks='none', expected_state='ERROR')
@@ -87,15 +100,16 @@ class TestOnOneHost(storage_pools.StoragePoolsTestBase):
              for name, record in before.items()},
             {name: record.obj_to_primitive()
              for name, record in self.records(server).items()})
-        self.assertTrue(self.content(
-            'compute1', server, 'disk.eph0').startswith(b'of the guest'))
+        self.assertEqual(b'of the guest', self.content(
+            'compute1', server, 'disk.eph0', 12, storage_pools.GUEST))
 
     def test_header_that_the_guest_has_written_is_not_believed(self):
         self.flags(use_cow_images=False, allow_resize_to_same_host=True)
+        self.flags(storage_raw_files=True, group='libvirt')
         server = self.boot()
         self.write('compute1', server, 'disk',
                    storage_pools.libvirt_storage.qcow2_header(
-                       1 << 40, '/etc/passwd', 'raw'))
+                       1 << 40, '/etc/passwd', 'raw'), offset=0)
         self.raw_pool('compute1').refresh()
         self._reboot_server(server, hard=True)
         self.assert_ready('compute1', server, disk='raw')
@@ -105,7 +119,7 @@ class TestOnOneHost(storage_pools.StoragePoolsTestBase):
     def test_rescue(self):
         server = self.boot_with_all()
         self._rescue_server(server)
-        rescue = {'disk.rescue': 'qcow2', 'disk.config.rescue': 'raw'}
+        rescue = {'disk.rescue': 'qcow2', 'disk.config.rescue': 'qcow2'}
         self.assertEqual(
             {'disk', 'disk.eph0', 'disk.swap', 'disk.config', *rescue},
             set(self.volumes('compute1', server)))
@@ -132,7 +146,7 @@ class TestOnOneHost(storage_pools.StoragePoolsTestBase):
 
     def test_rebuild(self):
         server = self.boot_with_all()
-        self.write('compute1', server, 'disk', b'x' * 4096, 1 << 20)
+        self.write('compute1', server, 'disk', b'x' * 4096)
         self._rebuild_server(server, storage_pools.IMAGE)
         self.assert_ready('compute1', server, **self.ALL)
         self.assertEqual(

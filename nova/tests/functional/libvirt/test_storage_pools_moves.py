@@ -14,14 +14,17 @@
 import os
 from unittest import mock
 
+import fixtures
+
+from nova.cmd import manage
 from nova import exception
 from nova import objects
 from nova.tests.functional.libvirt import storage_pools
 from nova.virt.libvirt.storage.move import precheck
 
 BASE = storage_pools.BASE
-ALL = {'disk': 'qcow2', 'disk_eph0': 'raw', 'disk_swap': 'raw',
-       'disk_config': 'raw'}
+ALL = {'disk': 'qcow2', 'disk_eph0': 'qcow2', 'disk_swap': 'qcow2',
+       'disk_config': 'qcow2'}
 VOLUMES = ['disk', 'disk.config', 'disk.eph0', 'disk.swap']
 
 
@@ -36,18 +39,15 @@ class MovesTestBase(storage_pools.StoragePoolsTestBase):
     def boot_with_all(self):
         """Boot a server on compute1 that has written to its disks."""
         server = self.boot(ephemeral=1, swap=64)
-        self.write('compute1', server, 'disk', b'rooted' * 100, 1 << 20)
+        self.write('compute1', server, 'disk', b'rooted' * 100)
         self.write('compute1', server, 'disk.eph0', b'written' * 100)
         return server
 
     def assert_written(self, host, server, suffix=''):
-        for name, offset, content in (('disk', 1 << 20, b'rooted'),
-                                      ('disk.eph0', 0, b'written')):
-            volume = self.raw_pool(host).storageVolLookupByName(
-                '%s_%s%s' % (server['id'], name, suffix))
-            self.assertEqual(
-                content * 100,
-                volume._file().read(offset, len(content) * 100))
+        for name, content in (('disk', b'rooted'), ('disk.eph0', b'written')):
+            self.assertEqual(content * 100, self.content(
+                host, server, name + suffix, len(content) * 100,
+                storage_pools.GUEST))
 
     def assert_waits(self, server, source='compute1', dest='compute2'):
         """Check a server which waits for confirm or revert."""
@@ -184,9 +184,17 @@ class TestMoves(MovesTestBase):
 
     def test_without_cow(self):
         self.flags(use_cow_images=False)
+        self._test_moves(ALL)
+
+    def test_raw_files(self):
+        self.flags(use_cow_images=False)
+        self.flags(storage_raw_files=True, group='libvirt')
+        self._test_moves(dict.fromkeys(ALL, 'raw'))
+
+    def _test_moves(self, disks):
         server = self.boot_with_all()
         self._migrate_server(server)
-        self.assert_ready('compute2', server, **dict(ALL, disk='raw'))
+        self.assert_ready('compute2', server, **disks)
         self.assert_written('compute2', server)
         self._confirm_resize(server)
         self.assert_nothing_left(server, 'compute1')
@@ -248,10 +256,7 @@ class TestRefusedMoves(MovesTestBase):
             server['id'], {'migrate': {'host': 'compute2'}})
 
     def assert_refused(self, server, *words):
-        server = self._wait_for_server_parameter(
-            server, {'status': 'ACTIVE', 'OS-EXT-STS:task_state': None})
-        self._wait_for_migration_status(server, ['error'])
-        self.assertEqual('compute1', server['OS-EXT-SRV-ATTR:host'])
+        self.wait_for_refusal(server)
         self.assert_settled(server, 'compute1', 'compute2')
         actions = self.api.get_instance_actions(server['id'])
         (action,) = [a for a in actions if a['action'] == 'migrate']
@@ -269,7 +274,8 @@ class TestRefusedMoves(MovesTestBase):
         pool.destroy()
         pool.undefine()
         self.migrate(server)
-        self.assert_refused(server, 'nova-disks-pool', 'define and start it')
+        self.assert_refused(
+            server, 'nova-disks-pool', 'define and start storage pool')
 
     def test_pool_is_inactive(self):
         server = self.boot_with_all()
@@ -305,6 +311,30 @@ class TestRefusedMoves(MovesTestBase):
             storage_pools.URI % '192.0.2.2')
         self.migrate(server)
         self.assert_refused(server, "can't be reached")
+
+    def test_cancelled_copy(self):
+        server = self.boot_with_all()
+        self.flags(storage_migration_parallel_disks=1, group='libvirt')
+        self.stub_out(
+            'nova.virt.libvirt.storage.move.copy._REPORT_INTERVAL', 0)
+        commands = manage.LibvirtCommands()
+        output = self.useFixture(fixtures.StringStream('stdout')).stream
+        self.useFixture(fixtures.MonkeyPatch('sys.stdout', output))
+        returned = []
+
+        def cancel(volume):
+            if not returned:
+                returned.append(commands.cancel_move(server['id']))
+
+        self.pump.fail = cancel
+        self.migrate(server)
+        self.assert_refused(server, 'was cancelled')
+        self.assertEqual([0], returned)
+        # Nothing is copied any more.
+        self.assertEqual(3, commands.cancel_move(server['id']))
+        self.migrate(server)
+        self._wait_for_state_change(server, 'VERIFY_RESIZE')
+        self.assert_waits(server)
 
     def test_failed_copy(self):
         server = self.boot_with_all()

@@ -21,6 +21,8 @@ exception.StoragePoolError if libvirt can't be asked.
 import os
 import typing as ty
 
+from oslo_log import log as logging
+
 from nova.compute import task_states
 import nova.conf
 from nova import context as nova_context
@@ -49,6 +51,7 @@ from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt.storage import report
 
 CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
 
 config_drive_image_type = operation.config_drive_image_type
 
@@ -209,6 +212,9 @@ class LocalDisks:
             destination.offer(
                 self._connection(), instance, migration,
                 metadata.InstanceDisks.load(context, instance))
+            # A pool may have been defined since this service was started.
+            self._has_pools = self._has_pools or ownership.has_pools(
+                self._connection())
         except exception.NovaException as e:
             # Nothing has happened to the instance yet.
             raise exception.InstanceFaultRollback(e)
@@ -327,24 +333,21 @@ class LocalDisks:
 
     # Deleting
 
-    def delete(self, instance, block_device_info=None, rescue=False) -> bool:
+    def delete(self, instance, block_device_info=None) -> bool:
         """Delete an instance's pool disks on this host.
 
-        :param block_device_info: says what stays while a resize is reverted
-        :param rescue: True to delete the disks of its rescue only
+        :param block_device_info: holds the records, which say what stays
+            while a resize is reverted
         :returns: False if something is left and should be tried again
         """
         if not self._has_pools:
             return True
+        records = lifecycle.of_instance(instance, block_device_info)
         keep: ty.Collection = ()
-        records = None
-        if block_device_info:
-            records = lifecycle.of_instance(instance, block_device_info)
-            if not rescue and (
-                    instance.task_state == task_states.RESIZE_REVERTING):
-                keep = source.kept(records)
+        if instance.task_state == task_states.RESIZE_REVERTING:
+            keep = source.kept(records)
         return ownership.delete_volumes(
-            self._connection(), instance, rescue, keep, records)
+            self._connection(), instance, keep=keep, disks=records)
 
     def unrescued(self, context, instance) -> None:
         """Delete the pool disks of a rescue, and take them off the record.
@@ -356,16 +359,22 @@ class LocalDisks:
         records = metadata.InstanceDisks.load(context, instance)
         ownership.delete_volumes(
             self._connection(), instance, rescue=True, disks=records)
-        lifecycle.unrescued(records)
-        records.save(context)
+        try:
+            lifecycle.unrescued(records)
+            records.save(context)
+        except exception.InvalidDiskMetadata as e:
+            # The guest runs already, without its rescue.
+            LOG.warning('%s', e, instance=instance)
 
     def sweep(self, context) -> None:
         """Delete what is certainly left over of instances that are gone."""
-        if self._has_pools:
-            orphans.sweep(
-                context, self._connection(),
-                set(objects.InstanceList.get_uuids_by_host(
-                    context, CONF.host)))
+        if not self._has_pools:
+            return
+        own = set(objects.InstanceList.get_uuids_by_host(context, CONF.host))
+        try:
+            orphans.sweep(context, self._connection(), own)
+        except exception.StoragePoolError as e:
+            LOG.warning('Volumes that are left over are not looked for: %s', e)
 
     def delete_of_deleted(self, instance) -> bool:
         """Delete the pool disks of an instance if it is gone.

@@ -74,6 +74,29 @@ def find(context, instance, here, there):
     return _volume(here, name) or here.volume(name)
 
 
+def room_to_fetch(instance, here, there):
+    """How much room the destination needs to fetch the base image.
+
+    :param here: StoragePool over this host's image cache
+    :param there: StoragePool over the destination's
+    :returns: bytes that it takes here; 0 if the destination has it, or if one
+        of the pools can't say
+    """
+    name = imagecache.get_cache_fname(instance.image_ref)
+    try:
+        there.volume(name)
+        return 0
+    except exception.StorageVolumeNotFound:
+        pass
+    except exception.NovaException:
+        return 0
+    try:
+        _length, allocation = here.volume(name).file_bytes()
+    except exception.NovaException:
+        return 0
+    return allocation
+
+
 def _is_to_be_had(context, image_id):
     """Whether the destination can fetch an image.
 

@@ -99,9 +99,9 @@ def _check_keys(uri, error):
         found = access.obstacle(path, os.R_OK)
         if found:
             raise exception.MigrationPreCheckError(reason=_(
-                "user %(user)s can't read %(path)s on this host: %(obstacle)s "
-                "is %(mode)s. Give it to a group of that user, after each "
-                "renewal anew. Without it libvirt at %(uri)s can't be "
+                "give %(obstacle)s (%(mode)s) to a group of user %(user)s, "
+                "after each renewal anew: it keeps nova on this host from "
+                "reading %(path)s, without which libvirt at %(uri)s can't be "
                 "reached: %(error)s") % {
                     'user': access.user(), 'path': path,
                     'obstacle': found.path, 'mode': found.mode,

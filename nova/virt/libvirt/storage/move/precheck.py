@@ -78,6 +78,8 @@ class Departure:
         self._offer = None
         self._shared = {}
         self._needs_image = False
+        # StoragePool and bytes of what the destination fetches itself
+        self._fetched = []
 
     def check(self, stack):
         """Check all that can be known before the guest is powered off.
@@ -216,11 +218,14 @@ class Departure:
     def _look_at_base(self):
         if self.same_host or not self._needs_image:
             return
+        here = storage_base.pool(self.host.get_connection())
         there = self._there(storage_base.NAME)
-        volume = storage_base.find(
-            self.context, self.instance,
-            storage_base.pool(self.host.get_connection()), there)
-        if volume is not None:
+        volume = storage_base.find(self.context, self.instance, here, there)
+        if volume is None:
+            size = storage_base.room_to_fetch(self.instance, here, there)
+            if size:
+                self._fetched.append((there, size))
+        else:
             pool_type = moves.check_pool(there)
             item = storage_item.BaseImage(
                 storage_base.NAME, there, volume,
@@ -245,16 +250,12 @@ class Departure:
     def _check_room(self):
         """Compare what is to come with what each file system there has."""
         needed = {}
-        for item in self.items:
-            key = self._offer.pools[item.pool.name].file_system
+        incoming = [(item.pool, self._taken_by(item)) for item in self.items]
+        for pool, size in incoming + self._fetched:
+            key = self._offer.pools[pool.name].file_system
             pools, total = needed.get(key, ({}, 0))
-            # What isn't sparse there takes up its whole length.
-            total += self._taken_by(item)
-            total += item.growth
-            if self.same_host or self.is_shared(item):
-                total += item.growth  # the source's volume grows there, too
-            pools[item.pool.name] = item.pool
-            needed[key] = (pools, total)
+            pools[pool.name] = pool
+            needed[key] = (pools, total + size)
         for pools, total in needed.values():
             available = min(self._available(pool, total)
                             for pool in pools.values())
@@ -269,9 +270,13 @@ class Departure:
 
     def _taken_by(self, item):
         """Return the bytes that an item takes on the destination."""
+        growth = item.growth
+        if self.same_host or self.is_shared(item):
+            growth *= 2  # the source's volume grows there, too
         if self._offer.preallocates:
-            return item.reserved()
-        return item.allocation if item.sparse else item.length
+            return item.reserved() + growth
+        # What isn't sparse there takes up its whole length.
+        return (item.allocation if item.sparse else item.length) + growth
 
     def _check_room_here(self):
         """Compare what flattening volumes takes with what their pools have."""

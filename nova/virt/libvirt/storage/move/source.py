@@ -13,10 +13,11 @@
 
 Cold migration and resize of an instance whose disks are volumes. The source
 does the work: it reaches the destination's libvirt, makes new volumes there
-and streams the disks into them (pump.py). Of a peer's libvirt the storage API
-alone is used, so that a URI which reaches no more than that is enough.
+and streams the disks into them (pump/transfer.py). Of a peer's libvirt the
+storage API alone is used, so that a URI which reaches no more than that is
+enough.
 
-In order: the destination makes its offer in prep_resize (arrival.py); the
+In order: the destination makes its offer in prep_resize (destination.py); the
 source checks everything that can be checked while the guest still runs
 (precheck.py); with the guest off it copies (copy.py); the destination compares
 checksums and takes the disks over (destination.py). Until a confirm or

@@ -365,14 +365,6 @@ def went_back(disks) -> None:
     _note_root_size(disks)
 
 
-def confirmed(disks) -> None:
-    """Forget what the disks were before a move or resize."""
-    for name, record in disks.items():
-        if record.previous is not None:
-            record.previous = record.migration_id = None
-            disks.set(name, record)
-
-
 def size_of(instance, name: str, block_device_info) -> int:
     """What a disk's size is by flavor and mappings, in bytes.
 

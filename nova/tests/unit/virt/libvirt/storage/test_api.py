@@ -26,6 +26,7 @@ from nova.virt.libvirt import guest as libvirt_guest
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import api
+from nova.virt.libvirt.storage.records import metadata
 
 STORAGE = 'nova.virt.libvirt.storage.'
 
@@ -157,12 +158,26 @@ class LocalDisksTestCase(test.NoDBTestCase):
     def test_offer(self):
         offer = self.patch('move.destination.offer')
         load = self.patch('records.metadata.InstanceDisks.load')
+        self.api._has_pools = True
         self.api.offer(mock.sentinel.context, self.instance,
                        mock.sentinel.migration)
         load.assert_called_once_with(mock.sentinel.context, self.instance)
         offer.assert_called_once_with(
             self.conn, self.instance, mock.sentinel.migration,
             load.return_value)
+
+    def test_offer_of_a_pool_that_was_defined_later(self):
+        # What comes there is deleted with its instance.
+        self.patch('move.destination.offer')
+        self.patch('records.metadata.InstanceDisks.load')
+        delete = self.patch('pool.ownership.delete_volumes')
+        has_pools = self.patch('pool.ownership.has_pools', return_value=True)
+        for _n in range(2):
+            self.api.offer(mock.sentinel.context, self.instance,
+                           mock.sentinel.migration)
+        has_pools.assert_called_once_with(self.conn)
+        self.api.delete(self.instance)
+        delete.assert_called_once()
 
     def test_offer_refused(self):
         # The instance stays as it is if there is no other host to try
@@ -200,8 +215,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.assertEqual(
             (self.host, mock.sentinel.job_tracker, 'qemu:///system',
              '192.0.2.1'),
-            (given._host, given.job_tracker, given._uri(),
-             given.get_host_ip_addr()))
+            (given.host, given.job_tracker, given.uri, given.address))
 
     def test_give_up_has_the_directory_first(self):
         calls = mock.Mock()
@@ -239,11 +253,105 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.api._has_pools = True
         self.instance.task_state = task_states.RESIZE_REVERTING
         self.assertEqual(delete.return_value, self.api.delete(self.instance))
+        [disks] = kept.call_args.args
         delete.assert_called_once_with(
-            self.conn, self.instance, False, kept.return_value)
+            self.conn, self.instance, keep=kept.return_value, disks=disks)
 
-        self.api.delete(self.instance, rescue=True)
-        delete.assert_called_with(self.conn, self.instance, True, ())
+        kept.reset_mock()
+        self.instance.task_state = task_states.DELETING
+        self.api.delete(self.instance, {})
+        kept.assert_not_called()
+        delete.assert_called_with(
+            self.conn, self.instance, keep=(), disks=mock.ANY)
+
+    def test_delete_looks_into_the_pools_on_record(self):
+        self.api._has_pools = True
+        delete = self.patch('pool.ownership.delete_volumes')
+        of_instance = self.patch('records.lifecycle.of_instance')
+        self.api.delete(self.instance, mock.sentinel.block_device_info)
+        of_instance.assert_called_once_with(
+            self.instance, mock.sentinel.block_device_info)
+        self.assertEqual(of_instance.return_value,
+                         delete.call_args.kwargs['disks'])
+
+    def _rescued(self):
+        disks = metadata.InstanceDisks(
+            self.instance, {}, mock.Mock(driver_info=None))
+        for name in ('disk', 'disk.rescue', 'disk.config.rescue'):
+            disks.set(name, metadata.LibvirtDiskMetadata(
+                backend='libvirt-storage', format='raw', size=1,
+                state='ready', host='here', pool='p', volume=name))
+        disks.save = mock.Mock()
+        self.patch('records.metadata.InstanceDisks.load', return_value=disks)
+        return disks
+
+    @ddt.data(True, False)
+    def test_unrescued(self, is_deleted):
+        # What can't be deleted goes with the instance.
+        delete = self.patch('pool.ownership.delete_volumes',
+                            return_value=is_deleted)
+        disks = self._rescued()
+        self.api._has_pools = True
+        self.api.unrescued(mock.sentinel.context, self.instance)
+        delete.assert_called_once_with(
+            self.conn, self.instance, rescue=True, disks=disks)
+        self.assertEqual(['disk'], [name for name, _r in disks.items()])
+        disks.save.assert_called_once_with(mock.sentinel.context)
+
+    def test_unrescued_with_a_broken_record(self):
+        delete = self.patch('pool.ownership.delete_volumes')
+        disks = self._rescued()
+        self.api._has_pools = True
+        self.patch('records.lifecycle.unrescued',
+                   side_effect=exception.InvalidDiskMetadata(
+                       instance_uuid=uuids.instance, mapping='m',
+                       reason='a test'))
+        self.api.unrescued(mock.sentinel.context, self.instance)
+        delete.assert_called_once()
+        disks.save.assert_not_called()
+        self.assertIn('a test', self.stdlog.logger.output)
+
+    def test_unrescued_without_pools(self):
+        disks = self._rescued()
+        self.api.unrescued(mock.sentinel.context, self.instance)
+        self.conn.assert_not_called()
+        disks.save.assert_not_called()
+
+    @mock.patch.object(objects.InstanceList, 'get_uuids_by_host',
+                       return_value=[uuids.instance])
+    def test_sweep(self, mock_uuids):
+        sweep = self.patch('orphans.sweep')
+        self.api.sweep(mock.sentinel.context)
+        sweep.assert_not_called()
+
+        self.api._has_pools = True
+        self.api.sweep(mock.sentinel.context)
+        mock_uuids.assert_called_once_with(mock.sentinel.context, 'here')
+        sweep.assert_called_once_with(
+            mock.sentinel.context, self.conn, {uuids.instance})
+
+    def test_sweep_where_the_pools_cant_be_listed(self):
+        self.patch('orphans.sweep', side_effect=exception.StoragePoolError(
+            pool='all', host='here', code=38, reason='no daemon'))
+        self.api._has_pools = True
+        with mock.patch.object(objects.InstanceList, 'get_uuids_by_host',
+                               return_value=[]):
+            self.api.sweep(mock.sentinel.context)
+        self.assertIn('no daemon', self.stdlog.logger.output)
+
+    def test_check_pools(self):
+        why = self.patch('pool.health.why_no_new_instance',
+                         return_value='it is off')
+        set_host_enabled = mock.Mock()
+        self.api.check_pools(set_host_enabled)
+        why.assert_called_once_with(self.conn)
+        set_host_enabled.assert_called_once_with(False, 'it is off')
+        # It remembers that it was this which has disabled the host.
+        why.return_value = None
+        self.api.check_pools(set_host_enabled)
+        set_host_enabled.assert_called_with(True, '')
+        self.api.check_pools(set_host_enabled)
+        self.assertEqual(2, set_host_enabled.call_count)
 
     def test_delete_of_deleted(self):
         self.api._has_pools = True

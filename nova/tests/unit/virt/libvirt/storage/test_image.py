@@ -191,9 +191,11 @@ class LibvirtStorageMixinTestCase(
             '%s_%s' % (self.INSTANCE.uuid, self.NAME), 'raw', self.SIZE)
         with test.nested(
             mock.patch('os.access', return_value=False),
+            mock.patch('nova.privsep.storage.allocate'),
             mock.patch('oslo_concurrency.processutils.execute'),
-        ) as (mock_access, mock_execute):
+        ) as (mock_access, mock_allocate, mock_execute):
             image.create_from_image(self.CONTEXT, self.IMAGE_ID, self.SIZE)
+        mock_allocate.assert_called_once_with(image.path, self.SIZE)
         mock_execute.assert_not_called()
 
     def test_get_disk_size(self):
@@ -318,7 +320,6 @@ class ContainerTestCase(ImageTestCase):
 
     def test_reservation_of_what_has_come(self):
         """A copy has holes where the source had zeroes."""
-        self.flags(preallocate_images='space')
         image = self._made()
         with mock.patch.object(image, '_preallocate') as mock_preallocate, (
                 mock.patch.object(image, 'get_backing_file',
@@ -650,12 +651,14 @@ class LibvirtStorageTestCase(ImageTestCase):
             volume.path, 'raw', 2 * self.SIZE)
         self.assertEqual([], volume.resized)
 
-    def test_resize(self):
+    @mock.patch('nova.privsep.storage.allocate')
+    def test_resize(self, mock_allocate):
         self.flags(use_cow_images=True, preallocate_images='space')
         image = self._made()
-        with mock.patch.object(image, '_preallocate') as mock_preallocate:
-            image.resize_image(2 * self.SIZE)
-        mock_preallocate.assert_called_once_with(2 * self.SIZE)
+        image.resize_image(2 * self.SIZE)
+        self.assertEqual([mock.call(image.path, self.SIZE),
+                          mock.call(image.path, 2 * self.SIZE)],
+                         mock_allocate.mock_calls)
         self.assertEqual([(2 * self.SIZE, False)],
                          self.disks.volume(image.volume_name).resized)
 
@@ -686,12 +689,16 @@ class LibvirtStorageTestCase(ImageTestCase):
         self.assertRaises(processutils.ProcessExecutionError, self._made)
         self.assertEqual({}, self.disks.volumes_by_name)
 
+    @mock.patch('nova.privsep.qemu.resize_image')
     @mock.patch.object(backend.disk_api, 'is_image_extendable')
-    def test_file_system_that_nova_can_not_write(self, mock_extendable):
+    def test_file_system_that_nova_can_not_write(
+            self, mock_extendable, mock_resize):
         self.flags(use_cow_images=False)
         image = self._made()
         with mock.patch('os.access', return_value=False):
             image.resize_image(2 * self.SIZE)
+        mock_resize.assert_called_once_with(
+            image.path, 'raw', 2 * self.SIZE)
         mock_extendable.assert_not_called()
         self.assertIn('can not write to %s' % image.path,
                       self.stdlog.logger.output)
@@ -924,10 +931,9 @@ class GuestDiskTestCase(test.NoDBTestCase):
         disk = vconfig.LibvirtConfigGuestDisk()
         disk.source_type = 'volume'
         disk.source_pool, disk.source_volume = DISKS, 'it_disk'
-        disk.driver_format = 'qcow2'
+        disk.driver_format, disk.target_dev = 'qcow2', 'vda'
         guest.get_config.return_value = mock.Mock(
             virt_type='kvm', devices=[disk])
-        path, disk_format = libvirt_utils.find_disk(guest)
-        self.assertEqual('qcow2', disk_format)
-        self.assertEqual('libvirt-storage',
-                         libvirt_utils.get_disk_type_from_path(path))
+        # As LocalDisks.pool_disk() expects it
+        self.assertEqual(('vda', 'qcow2'), libvirt_utils.find_disk(guest))
+        self.assertIsNone(libvirt_utils.get_disk_type_from_path('vda'))

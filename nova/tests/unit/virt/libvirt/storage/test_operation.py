@@ -177,40 +177,55 @@ class RebootTestCase(OperationTestCase):
         super().setUp()
         self.pool = self.patch('nova.virt.libvirt.storage.pool.pool.'
                                'StoragePool').return_value
-        self.pool.is_active.return_value = True
         self.migration = None
         self.patch('nova.virt.libvirt.storage.move.source.unfinished',
                    side_effect=lambda *args: self.migration)
+        self.off = exception.StoragePoolError(
+            pool='p', host='here', code=1, reason='can not be started')
 
     def check(self):
         disks = self.of(reboot.Reboot)
         disks.check()
         return disks
 
-    def test_check_finds_an_inactive_pool(self):
+    def test_check_finds_a_pool_that_cant_be_started(self):
         self.records.set('disk', record())
         self.check()
-        self.pool.is_active.return_value = False
-        error = self.assertRaises(exception.StoragePoolInactive, self.check)
-        self.assertIn('p', str(error))
+        self.pool.start.side_effect = self.off
+        self.assertIs(self.off, self.assertRaises(
+            exception.StoragePoolError, self.check))
 
-    def test_check_asks_each_pool_once(self):
+    def test_check_starts_each_pool_once(self):
         for name in ('disk', 'disk.eph0', 'disk.eph1'):
             self.records.set(name, record(name))
         self.check()
-        self.pool.is_active.assert_called_once_with()
+        self.pool.start.assert_called_once_with()
 
-    @ddt.data({'host': 'there'}, {'backend': 'flat'})
-    def test_check_does_not_ask_for_pools_that_are_not_used(self, values):
+    @ddt.data({'host': 'there'},
+              {'backend': 'flat', 'pool': None, 'volume': None})
+    def test_check_does_not_start_pools_that_are_not_used(self, values):
         self.records.set('disk', record(**values))
         self.check()
-        self.pool.is_active.assert_not_called()
+        self.pool.start.assert_not_called()
 
-    def test_check_asks_for_pools_that_are_gone_back_to(self):
+    def test_check_starts_pools_that_are_gone_back_to(self):
         self.migration = mock.sentinel.migration
         self.records.set('disk', record(host='there', previous=record()))
-        self.pool.is_active.return_value = False
-        self.assertRaises(exception.StoragePoolInactive, self.check)
+        self.pool.start.side_effect = self.off
+        self.assertRaises(exception.StoragePoolError, self.check)
+
+    def test_check_finds_a_disk_that_is_being_copied(self):
+        self.records.set('disk', record(
+            state='building', host='there', migration_id=7,
+            previous=record()))
+        e = self.assertRaises(exception.DiskBeingCopied, self.check)
+        self.assertIn(uuids.instance, str(e))
+        # The guest isn't touched, nor what it runs with.
+        self.pool.start.assert_not_called()
+        # A copy that was cut off is undone.
+        self.migration = mock.sentinel.migration
+        self.check()
+        self.pool.start.assert_called_once_with()
 
     def test_check_finds_a_disk_that_was_never_finished(self):
         self.records.set('disk', record(state='building'))

@@ -30,6 +30,7 @@ from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt.storage import transition
+from nova.virt.libvirt import utils as libvirt_utils
 
 
 class Crash(BaseException):
@@ -191,10 +192,13 @@ class TestTransition(TransitionTestCase):
     def test_copy_needs_room(self):
         self.legacy('disk')
         self.no_hard_links()
-        fs = self.conn.file_system
-        fs.capacity = fs.used + 1
-        e = self.assertRaises(exception.DiskTransitionFailed,
-                              self.transition().run)
+        # What libvirt has seen at its last refresh may be long gone.
+        with mock.patch.object(
+                libvirt_utils, 'get_fs_info',
+                return_value={'total': 9, 'used': 8, 'free': 1}) as mock_free:
+            e = self.assertRaises(exception.DiskTransitionFailed,
+                                  self.transition().run)
+        mock_free.assert_called_once_with(self.directory)
         self.assertIn('1 bytes left', str(e))
         self.assert_legacy()
 

@@ -34,6 +34,8 @@ LONGEST = {
     'directory': 'd' * 60, 'types': 'dir, fs, netfs, logical, disk',
     'available': 10 ** 15, 'total': 10 ** 15, 'reason': 'r' * 300,
     'error': 'e' * 300, 'path': 'p' * 120, 'state': 'building',
+    'user': 'u' * 32, 'obstacle': '/etc/pki/libvirt/private',
+    'mode': 'drwx------ root:root',
     'backend': 'libvirt-storage', 'kind': 'disk.config', 'type': 'rbd',
     'offered': 'disk, disk.config, disk.eph, disk.swap, files',
 }
@@ -45,7 +47,8 @@ ADVICE = re.compile(
     r'check \[libvirt\]/migration_inbound_addr|'
     r'check libvirt and the certificates of both hosts|'
     r'have the guest overwrite the start of its disk|'
-    r'let the user of nova-compute write to|Do not start a guest',
+    r'let the user of nova-compute write to|'
+    r'to a group of user u+|Do not start a guest',
     re.IGNORECASE)
 
 # Parts of other messages.

@@ -28,6 +28,7 @@ from nova import objects
 from nova.objects import fields
 from nova.tests.unit.virt.libvirt.storage.move import two_hosts
 from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage.move import cancel
 from nova.virt.libvirt.storage.move import destination as arrival
 from nova.virt.libvirt.storage.move import guest_files as files
 from nova.virt.libvirt.storage.move import offer
@@ -262,6 +263,30 @@ class CheckTestCase(OutgoingTestCase):
         text = self.refused()
         self.assertIn('1349 bytes available and 1350', text)
         self.assertIn('%s, %s' % (two_hosts.BASES, POOL), text)
+
+    def test_room_of_what_the_destination_fetches(self):
+        name = imagecache.get_cache_fname(uuids.image)
+        self.lay_over('disk', name, 500)
+        for pool in (POOL, two_hosts.BASES):
+            self.devices['/dest/' + pool] = 5
+        self.make_offer()
+        self.dest.available = 1349
+        text = self.refused()
+        self.assertIn('1349 bytes available and 1350', text)
+        self.assertIn('%s, %s' % (two_hosts.BASES, POOL), text)
+        # It has it already.
+        self.dest.pools[two_hosts.BASES][name] = {}
+        with self.outgoing() as outgoing:
+            outgoing.check()
+
+    @ddt.data('source', 'dest')
+    def test_room_of_what_the_destination_fetches_is_not_known(self, host):
+        # It needs no pool to fetch an image.
+        self.lay_over('disk', imagecache.get_cache_fname(uuids.image), 500)
+        getattr(self, host).inactive.add(two_hosts.BASES)
+        self.dest.available = 850
+        with self.outgoing() as outgoing:
+            outgoing.check()
 
     def test_room_that_libvirt_alone_knows(self):
         self.free['/dest/' + POOL] = OSError('no such directory')
@@ -643,6 +668,56 @@ class RunTestCase(OutgoingTestCase):
         self.failed(self.copy_error)
         self.assertEqual([], self.ours(self.dest))
         self.assertEqual(1, len(self.copies))
+
+    def _cancelled(self, asked=True):
+        """Move, and let an operator ask for the end of the first copy."""
+        self.flags(storage_migration_parallel_disks=1, group='libvirt')
+        self.stub_out(
+            'nova.virt.libvirt.storage.move.copy._REPORT_INTERVAL', 0)
+        self.migration.status = 'migrating'
+
+        def save():
+            # It brings what others have written to the row.
+            if asked and self.copies:
+                self.migration.status = cancel.CANCELLING
+
+        self.migration.save.side_effect = save
+        pump_copy = self.pump_copy
+
+        def copy(source, destination, length, *, cancelled, **kwargs):
+            self.assertFalse(cancelled())
+            result = pump_copy(source, destination, length, **kwargs)
+            if cancelled():
+                raise exception.StorageTransferCancelled(
+                    volume=source.name, where='x', transferred=length // 2,
+                    length=length)
+            return result
+
+        self.stub_out('nova.virt.libvirt.storage.pump.transfer.copy', copy)
+        self.move()
+
+    def test_operator_cancels(self):
+        e = self.assertRaises(
+            exception.StorageTransferCancelled, self._cancelled)
+        self.assertIn('was cancelled', str(e))
+        self.assertEqual(1, len(self.copies))
+        self.assertEqual(AT_SOURCE, self.places())
+        self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
+        self.assertEqual([], self.ours(self.dest))
+        self.nothing_of_a_move()
+        self.assertEqual(0, self.instance.progress)
+        self.assertTrue(self.dest.closed)
+        # The job is off the list of what deleting the server has to end.
+        self.assertEqual(self.jobs.add_job.call_count,
+                         self.jobs.remove_job.call_count)
+        # What the compute manager does next: nothing is left to be undone.
+        migration.abandon(self.context, self.host, self.instance,
+                          self.migration, self.load())
+        self.assertEqual(AT_SOURCE, self.places())
+
+    def test_nobody_cancels(self):
+        self._cancelled(asked=False)
+        self.assertEqual(ON_THE_WAY, self.places())
 
     def test_second_volume_cant_be_created(self):
         error = exception.InternalError('full')

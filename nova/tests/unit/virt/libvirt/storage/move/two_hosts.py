@@ -149,6 +149,9 @@ class Pool:
         self.daemon.refreshes += 1
 
     def volume(self, name):
+        if not self.is_active():
+            raise exception.StoragePoolInactive(
+                pool=self.name, host=self.host)
         if name not in self.volumes_by_name:
             raise exception.StorageVolumeNotFound(
                 volume=name, pool=self.name, host=self.host)

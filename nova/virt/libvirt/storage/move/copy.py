@@ -34,6 +34,7 @@ from nova.virt.libvirt.storage.move import offer
 from nova.virt.libvirt.storage.move import room
 from nova.virt.libvirt.storage.move import state as moves
 from nova.virt.libvirt.storage.move import undo
+from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.pool import stream as upload
 from nova.virt.libvirt.storage.pump import transfer as pump
 from nova.virt.libvirt.storage.records import leftovers
@@ -139,7 +140,7 @@ class Transfer:
         self.items.append(item)
 
     def _delete_packed(self, item):
-        if leftovers.delete_volume(item.source, self.instance):
+        if ownership.delete_volume(item.source, self.instance):
             leftovers.forget(self.disks, CONF.host,
                              [(item.source.pool.name, item.source.name)])
 

@@ -15,14 +15,11 @@ What a host couldn't delete, or mustn't yet, is noted in the instance's
 records, with the host that is to do it. What isn't noted is never touched.
 """
 
-from oslo_log import log as logging
-
 import nova.conf
-from nova import exception
+from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 
 CONF = nova.conf.CONF
-LOG = logging.getLogger(__name__)
 
 
 def note(disks, host, places):
@@ -82,36 +79,7 @@ def delete_volumes(connection, host, places, instance):
     :param places: iterable of (pool, volume)
     :returns: list of those that couldn't be deleted
     """
-    left = []
-    for pool_name, name in places:
-        pool = storage_pool.StoragePool(connection, pool_name, host)
-        try:
-            volume = pool.volume(name)
-        except exception.StorageVolumeNotFound:
-            continue
-        except Exception as e:
-            LOG.error('Volume %(volume)s in storage pool %(pool)s of host '
-                      '%(host)s: %(error)s',
-                      {'volume': name, 'pool': pool_name, 'host': host,
-                       'error': e}, instance=instance)
-            left.append((pool_name, name))
-            continue
-        if not delete_volume(volume, instance):
-            left.append((pool_name, name))
-    return left
-
-
-def delete_volume(volume, instance):
-    """Delete a volume that we have made; an error must not hide another.
-
-    :returns: whether it is gone
-    """
-    try:
-        volume.delete()
-        return True
-    except Exception as e:
-        LOG.error('Volume %(volume)s is left over in storage pool %(pool)s of '
-                  'host %(host)s: %(error)s',
-                  {'volume': volume.name, 'pool': volume.pool.name,
-                   'host': volume.pool.host, 'error': e}, instance=instance)
-        return False
+    return [(pool_name, name) for pool_name, name in places
+            if not ownership.delete_named(
+                storage_pool.StoragePool(connection, pool_name, host), name,
+                instance)]

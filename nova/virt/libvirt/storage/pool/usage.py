@@ -30,10 +30,6 @@ from nova.virt.libvirt import utils as libvirt_utils
 LOG = logging.getLogger(__name__)
 
 
-# The name under which the readiness of a host asks for it.
-pool_names = setup.pool_names
-
-
 def has_volumes(guest_config) -> bool:
     """Whether a LibvirtConfigGuest has disks in storage pools."""
     return any(device.root_name == 'disk' and device.source_type == 'volume'

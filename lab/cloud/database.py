@@ -52,6 +52,13 @@ def records(cloud, server_id: str) -> dict[str, dict]:
     return found
 
 
+def system_metadata(cloud, server_id: str) -> dict[str, str]:
+    """What an instance's system_metadata holds."""
+    return dict(query(
+        cloud, "SELECT `key`, value FROM instance_system_metadata WHERE "
+        "deleted = 0 AND instance_uuid = '%s'" % server_id))
+
+
 def set_driver_info(cloud, server_id: str, device: str, text: str | None):
     """Overwrite a record."""
     value = 'NULL' if text is None else "x'%s'" % text.encode().hex()

@@ -18,6 +18,7 @@ step's name first; answers each so. To kill it is to kill a compute service.
 
 import json
 import os
+import signal
 import sys
 import threading
 
@@ -108,6 +109,8 @@ class Compute:
                                'nova_sys_admin')
         self.name, self.database, self.peer = name, database, peer
         self.context = context.get_admin_context()
+        self.step = None
+        self.die_at(None)
         self.host = Host(libvirt)
         self._stand_in(objects)
 
@@ -119,13 +122,8 @@ class Compute:
     def _stand_in(self, objects):
         """The conductor's part."""
         database = self.database
-
-        def save_driver_info(context, instance_uuid, infos):
-            database.update('driver_info', {
-                **database.load()['driver_info'], **infos})
-
         objects.BlockDeviceMappingList._save_driver_info = staticmethod(
-            save_driver_info)
+            lambda context, uuid, infos: self._save(infos))
         objects.BlockDeviceMappingList.get_by_instance_uuid = staticmethod(
             lambda context, uuid: self.bdms())
         objects.Instance.save = lambda instance, **more: database.update(
@@ -186,8 +184,12 @@ class Compute:
         arrival.offer(self.host.get_connection(), instance, self.migration,
                       self.disks(instance))
 
-    def move(self, bandwidth=0, checked=None):
-        """:param checked: a file that is made when the checks are over"""
+    def move(self, bandwidth=0, checked=None, log=None):
+        """Check and copy.
+
+        :param checked: a file that is made when the checks are over
+        :param log: what the guest's console has said
+        """
         from nova.virt.libvirt.storage.move import source as migration
         from nova.virt.libvirt.storage.move import state
         self.conf.set_override('storage_migration_bandwidth', bandwidth,
@@ -204,6 +206,8 @@ class Compute:
                 open(checked, 'w').close()
             directory = '/var/lib/nova/instances/%s_resize' % UUID
             os.makedirs(directory, exist_ok=True)
+            with open(os.path.join(directory, 'console.log'), 'w') as f:
+                f.write(log or '')
             outgoing.run(directory)
 
     def accept(self):
@@ -215,13 +219,53 @@ class Compute:
 
     def revert(self):
         """What the destination does of it: destroy()."""
-        from nova.virt.libvirt.storage.pool import ownership as cleanup
-        from nova.virt.libvirt.storage.move import source as migration
+        from nova.compute import task_states
+        from nova.virt.libvirt.storage.move import destination
+        from nova.virt.libvirt.storage.move import source
         instance = self.instance
-        if not cleanup.delete_volumes(
-                self.host.get_connection(), instance,
-                keep=migration.kept(self.disks(instance))):
+        instance.task_state = task_states.RESIZE_REVERTING
+        disks = self.disks(instance)
+        if not destination.give_back(
+                self.host.get_connection(), instance, disks,
+                source.kept(disks)):
             raise RuntimeError('volumes are left')
+
+    def refuse(self):
+        """What a hard reboot on the destination of a revert does first."""
+        from nova.virt.libvirt.storage.records import leftovers
+        leftovers.refuse_given_back(
+            self.host.get_connection(), self.disks(self.instance))
+
+    def rows(self):
+        """The table of a move."""
+        from nova.virt.libvirt.storage.move import state
+        return state.STEPS
+
+    def die_at(self, row, late=False):
+        """Be killed when a row of the table has been saved.
+
+        :param row: its name
+        :param late: when the next one would be saved
+        """
+        self._die_at, self._late = row, late
+
+    def _die(self):
+        from nova.virt.libvirt.storage.move import state
+        row = state.step_of(self.disks(self.instance))
+        # Two rows look like others.
+        row = {('revert', state.CONFIRM): state.GIVE_BACK,
+               ('abandon', state.OFFER): state.REVERT}.get(
+                   (self.step, row), row)
+        if row == self._die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _save(self, infos):
+        if self._late:
+            self._die()
+        self.database.update('driver_info', {
+            **self.database.load()['driver_info'], **infos})
+        if not self._late:
+            self._die()
 
     def abandon(self):
         """On the source, after a revert or a crash."""
@@ -262,6 +306,7 @@ def main():
     for line in sys.stdin:
         step, arguments = json.loads(line)
         try:
+            compute.step = step
             answer = getattr(compute, step)(**arguments)
         except Exception as error:
             answer = {'error': '%s: %s' % (type(error).__name__, error)}

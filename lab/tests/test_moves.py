@@ -66,6 +66,7 @@ class Compute:
         self.start()
 
     def start(self):
+        self.is_killed = False
         nova_user.write_privsep_helper(self.host, [
             sys.executable, '-c', 'from oslo_privsep import daemon; '
             'daemon.helper_main()'], methods.tree())
@@ -86,6 +87,7 @@ class Compute:
     def answer(self):
         line = self.process.stdout.readline()
         if not line:
+            self.is_killed = True
             raise StepFailed('killed')
         answer = json.loads(line)
         if isinstance(answer, dict) and 'error' in answer:
@@ -502,6 +504,85 @@ class TestKills(MovesTest):
         self.assert_goes()
 
 
+#: Who goes on after a kill in the words of the table: the method for it.
+WAYS = (('abandon()', 'go_back'), ('S: revert', 'go_back'),
+        ('D by', 'take_over'), ('a hard reboot on D is refused', 'refuse'),
+        ('the next try', 'assert_goes'), ('deletes the leftovers', 'end_it'))
+
+
+@ddt.ddt
+class TestRows(MovesTest):
+    """Every row of the table of a move (nova's move/state.py)."""
+
+    @ddt.data(False, True)
+    def test_kill(self, late):
+        """:param late: when the next row would be saved"""
+        for name, host, _record, _disks, goes_on in self.source('rows'):
+            for words, way in ((words, way) for clause in goes_on.split('; ')
+                               for words, way in WAYS if words in clause):
+                with self.subTest(row=name, way=way):
+                    self.make(SIZES)
+                    self.kill_at(name, self.dest if host == 'D' else
+                                 self.source, late)
+                    getattr(self, way)()
+
+    def kill_at(self, row, who, late):
+        for compute in (self.source, self.dest):
+            compute('die_at', row=row, late=late)
+        try:
+            self.run_move(row, late)
+        except StepFailed as error:
+            self.assertEqual('killed', str(error))
+        else:
+            # No record is saved by an offer, and none after a revert.
+            self.assertIn(row, ('offer', 'revert'))
+            who.kill()
+        for compute in (self.source, self.dest):
+            if compute.is_killed:
+                compute.kill()
+            compute('die_at', row=None)
+        self.wait(lambda: not self.workers(self.a), 'end of the worker', 5)
+
+    def run_move(self, row, late):
+        self.dest('offer')
+        if row == 'offer' and not late:
+            return
+        self.source('move', log='it boots')
+        self.dest('accept')
+        if row in ('give back', 'revert'):
+            self.dest('revert')
+            self.source('abandon')
+        else:
+            self.source('confirm')
+
+    def go_back(self):
+        self.source('abandon')
+        self.assert_back()
+        self.assert_goes()
+
+    def take_over(self):
+        self.dest('accept')
+        self.assert_there()
+        self.source('confirm')
+        self.assert_gone()
+
+    def refuse(self):
+        with self.assertRaisesRegex(StepFailed, 'DiskGivenBack'):
+            self.dest('refuse')
+        self.go_back()
+
+    def end_it(self):
+        """The source deletes what is left when the instance comes again."""
+        self.source('offer')
+        self.assert_gone()
+
+    def assert_gone(self):
+        """The destination has all of it, the source nothing."""
+        self.assert_there()
+        self.assertEqual({}, self.files(self.a))
+        self.assertEqual([[], []], self.source('beside'))
+
+
 @ddt.ddt
 class TestWire(MovesTest):
 
@@ -734,7 +815,7 @@ class TestTrust(MovesTest):
                 StepFailed, 'InstanceFaultRollback.*qemu.tls://host-b/system '
                 "can't be reached") as caught:
             self.source('move')
-        return str(caught.exception).partition('. Why this')[0]
+        return str(caught.exception).partition('. If this host')[0]
 
     def go_on(self):
         self.dest('offer')
@@ -868,6 +949,7 @@ FAST = {
     'TestKills': ('test_libvirtd_3___host_a___50_',
                   'test_libvirtd_7___host_b___50_', 'test_source_compute_3_50',
                   'test_destination_compute_while_it_verifies'),
+    'TestRows': ('test_kill_1_False',),
     'TestRoom': ('test_full_in_the_middle', 'test_name_is_taken_1_disk'),
     'TestSizes': ('test_odd_sizes', 'test_twenty_disks',
                   'test_holes_stay_holes'),

@@ -106,9 +106,9 @@ class TestUser(UserCase):
                 self.cloud.set('host-a', 'libvirt', 'storage_disks_pool',
                                'private')
             self.assertRegex(self.service_log('host-a'), (
-                'User nova can not use storage pool private on host host-a: '
-                '%s is drwxr-x--- root:[a-z-]+[.] Allow it: setfacl -m '
-                'u:nova:x %s' % (PRIVATE, PRIVATE)))
+                'Allow it by setfacl -m u:nova:x %s: user nova can not use '
+                'storage pool private on host host-a, as that is drwxr-x--- '
+                'root:[a-z-]+[.]' % PRIVATE))
             # As it says.
             host.run(['setfacl', '-m', 'u:nova:x', PRIVATE])
             self.cloud.restart('host-a', 'nova-compute')

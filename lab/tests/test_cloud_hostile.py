@@ -52,14 +52,17 @@ JUMP = bytes.fromhex(
         '<BBHHHQ', 16, 0, 1, 0x7c00, 0, LOADED_BY)
 
 
-def header(size: int, tables: int) -> bytes:
+def header(size: int, tables: int, secret: str = SECRET,
+           name_at: int = NAME_AT) -> bytes:
     """A qcow2 header, version 2, of an empty overlay on the secret.
 
     :param size: of the disk, in bytes
     :param tables: offset of two clusters of zeroes, in bytes
+    :param name_at: offset of the secret's name, in bytes; libvirt looks for it
+        in the first 33280 alone
     """
     return struct.pack(
-        '>4sIQIIQIIQQIIQ', b'QFI\xfb', 2, NAME_AT, len(SECRET), 16, size, 0,
+        '>4sIQIIQIIQQIIQ', b'QFI\xfb', 2, name_at, len(secret), 16, size, 0,
         size // (512 * MIB), tables, tables + CLUSTER, 1, 0, 0) + bytes(8)
 
 
@@ -106,7 +109,9 @@ class Scenarios:
             self.assert_would_be_followed(server, disk)
         return server, said
 
-    def spoil(self, server, disk):
+    @staticmethod
+    def spoil(server, disk, secret=SECRET):
+        """Have the guest write such a header to its disk."""
         def write(data, offset):
             server.command('write-head', disk,
                            base64.b64encode(data).decode(), offset)
@@ -119,8 +124,8 @@ class Scenarios:
                 'dd if=/dev/zero of=/dev/%%s bs=64k seek=%d count=2 '
                 'conv=notrunc' % (tables // CLUSTER)):
             server.command('sh', command % disk)
-        write(SECRET.encode(), NAME_AT)
-        write(header(GIB, tables) + JUMP, 0)
+        write(secret.encode(), NAME_AT)
+        write(header(GIB, tables, secret) + JUMP, 0)
 
     def assert_would_be_followed(self, server, disk):
         """The header is good: who probes finds the secret."""

@@ -106,9 +106,9 @@ class TestUser(UserCase):
                 self.cloud.set('host-a', 'libvirt', 'storage_disks_pool',
                                'private')
             self.assertRegex(self.service_log('host-a'), (
-                'Allow it by setfacl -m u:nova:x %s: user nova can not use '
-                'storage pool private on host host-a, as that is drwxr-x--- '
-                'root:[a-z-]+[.]' % PRIVATE))
+                'Allow it by setfacl -m u:nova:x %s[.] User nova can not use '
+                'storage pool private on host host-a: %s is drwxr-x--- '
+                'root:[a-z-]+[.]' % (PRIVATE, PRIVATE)))
             # As it says.
             host.run(['setfacl', '-m', 'u:nova:x', PRIVATE])
             self.cloud.restart('host-a', 'nova-compute')

@@ -382,14 +382,16 @@ def bench(runs, cases):
 @click.option('--cloud-only', is_flag=True, help='Only whole servers.')
 @click.option('--keep-going', is_flag=True,
               help='The next level though one has found something.')
-def soak(steps, minutes, seed, hosts_only, cloud_only, keep_going):
+@click.option('--in-a-row', type=int, default=0,
+              help='So many moves without a fault first, between hosts.')
+def soak(steps, minutes, seed, hosts_only, cloud_only, keep_going, in_a_row):
     """Do what clouds do, with faults at random moments (lab/soak)."""
     preflight.check_user()
     if steps is None and minutes is None:
         minutes = 10
     from .endurance import command
     sys.exit(not command.run(steps, minutes, seed, hosts_only, cloud_only,
-                             keep_going))
+                             keep_going, in_a_row))
 
 
 @main.command()

@@ -28,11 +28,21 @@ from . import servers
 POOL = 'nova-disks-pool'
 #: Weights. Each comes at a random moment, stays some seconds, and is undone.
 FAULTS = {'kill nova-compute': 4, 'kill libvirtd': 3, 'pause libvirtd': 1,
-          'cut link': 2, 'slow link': 2, 'fill pool': 2, 'stop pool': 1,
-          'pause nova-conductor': 1, 'restart nova-conductor': 1,
-          'switch use_cow_images': 1, 'none': 3}
+          'pause nova-compute': 1, 'cut link': 2, 'slow link': 2,
+          'fill pool': 2, 'stop pool': 2, 'reboot host': 1,
+          'clock of host': 1, 'pause nova-conductor': 1,
+          'restart nova-conductor': 1, 'switch use_cow_images': 1,
+          'switch preallocate_images': 1, 'switch storage_pool_mapping': 1,
+          'none': 2}
 OPTIONS = {'storage_migration_bandwidth': 4,
            'storage_migration_stall_timeout': 10}
+#: What a setting is switched between; the first is the lab's own.
+SETTINGS = {('DEFAULT', 'use_cow_images'): ('true', 'false'),
+            ('DEFAULT', 'preallocate_images'): ('none', 'space'),
+            ('libvirt', 'storage_pool_mapping'): ('', 'swap:soak-swap')}
+MAPPED, MAPPED_PATH = 'soak-swap', '/var/lib/nova/soak-swap'
+# Of a host that dies: its servers are made anew on the other one.
+EVACUATION = .06
 
 
 class Fault:
@@ -83,7 +93,14 @@ class Fault:
         host, verb = self.host, self.name.split(' ', 1)[0]
         what = self.name.split(' ', 1)[1]
         control = Machine(config.CONTROL)
-        if self.name == 'kill nova-compute':
+        if self.name == 'reboot host':
+            die(host)
+            stack.callback(revive, self.cloud, host)
+        elif verb == 'clock':
+            # What a clock that is wrong does to certificates.
+            stack.callback(host.certificate, 'good')
+            host.certificate('not-yet-valid')
+        elif self.name == 'kill nova-compute':
             host.kill(what)
             stack.callback(self.cloud.start_compute, host.name)
         elif self.name == 'kill libvirtd':
@@ -104,9 +121,11 @@ class Fault:
         elif verb == 'stop':
             self._stop_pool(stack)
         elif verb == 'switch':
-            now = self.cloud.get(host.name, 'DEFAULT', what) or 'true'
-            self.cloud.set(host.name, 'DEFAULT', what,
-                           'false' if now == 'true' else 'true')
+            (section, key), values = next(
+                pair for pair in SETTINGS.items() if pair[0][1] == what)
+            now = self.cloud.get(host.name, section, key) or values[0]
+            self.cloud.set(host.name, section, key,
+                           values[1 - values.index(now)])
 
     def _stop_pool(self, stack):
         for call, virsh in ((None, 'pool-destroy'),
@@ -116,6 +135,20 @@ class Fault:
                 call(self.host.run, argv, check=False)
             else:
                 self.host.run(argv, check=False)
+
+
+def die(host):
+    """A host loses its power."""
+    host.kill('nova-compute')
+    host.kill('libvirtd')
+    # In its own namespace: no process of another host's.
+    host.run(['pkill', '-9', 'qemu-system'], check=False)
+
+
+def revive(cloud, host):
+    host.restart('libvirtd')
+    host.wait_ready()
+    cloud.start_compute(host.name)
 
 
 class Soak:
@@ -140,10 +173,21 @@ class Soak:
             self.cloud.conn.compute.create_flavor(
                 name=servers.BIGGER + '.same', ram=like.ram, vcpus=like.vcpus,
                 disk=like.disk, ephemeral=like.ephemeral, swap=like.swap)
-        for host in config.HOSTS:
-            self.cloud.set_many(host, {
+        for name in config.HOSTS:
+            self._add_pool(Host(name))
+            self.cloud.set_many(name, {
                 ('libvirt', key): value for key, value in OPTIONS.items()})
         self._all(lambda subject: subject.boot_anew())
+
+    @staticmethod
+    def _add_pool(host):
+        virsh = ['virsh', '-c', 'qemu:///system']
+        host.run(['install', '-d', '-o', 'nova', '-g', 'nova', MAPPED_PATH])
+        if host.run([*virsh, 'pool-info', MAPPED], check=False).returncode:
+            host.run([*virsh, 'pool-define-as', MAPPED, 'dir', '--target',
+                      MAPPED_PATH])
+        host.run([*virsh, 'pool-start', MAPPED], check=False)
+        host.run([*virsh, 'pool-autostart', MAPPED])
 
     def _all(self, work):
         with concurrent.futures.ThreadPoolExecutor(
@@ -155,6 +199,9 @@ class Soak:
 
         :raises: servers.Lost, with the attribute subject
         """
+        if self.draw.chance(EVACUATION):
+            return self._evacuation(number, Host(
+                'host-a' if self.draw.chance(.5) else 'host-b'))
         fault = Fault(self.cloud, self.draw.one(FAULTS),
                       'host-a' if self.draw.chance(.5) else 'host-b',
                       self.draw.seconds(0, 12), self.draw.seconds(1, 10))
@@ -174,6 +221,38 @@ class Soak:
 
         with fault.happening():
             self._all(operate)
+        self._judge(steps)
+        return list(steps.values())
+
+    def _evacuation(self, number, host):
+        """A host dies, its servers are made anew, and it comes back."""
+        steps = {subject: plan.Step(
+            number, subject.name, 'evacuate', fault='dead host (%s)' %
+            host.name) for subject in self.subjects
+            if subject.server is not None and
+            subject.server.host == host.name}
+        if not steps:
+            return []
+        self.say(plan.Step(number, '-', 'dead host (%s)' % host.name))
+        die(host)
+        compute = self.cloud.conn.compute
+        service, = compute.services(binary='nova-compute', host=host.name)
+        compute.update_service_forced_down(service.id, forced=True)
+        try:
+            for subject, step in steps.items():
+                try:
+                    subject.evacuate()
+                    step.outcome = 'done'
+                except Exception as error:
+                    step.outcome = 'failed: %s' % str(error)[:160]
+        finally:
+            revive(self.cloud, host)
+            compute.update_service_forced_down(service.id, forced=False)
+        self._judge(steps)
+        return list(steps.values())
+
+    def _judge(self, steps):
+        """:raises: servers.Lost, with the attributes subject and steps"""
         self._wait_services()
         for step in steps.values():
             self.say(step)
@@ -188,20 +267,22 @@ class Soak:
                 raise lost from error
 
         try:
-            self._all(judge)
+            with concurrent.futures.ThreadPoolExecutor(len(steps)) as pool:
+                list(pool.map(judge, steps))
         except servers.Lost as lost:
             lost.steps = list(steps.values())
             raise
-        return list(steps.values())
 
     def _wait_services(self, limit=120):
         """Until both computes are up and enabled again."""
         until = time.monotonic() + limit
         while True:
             with contextlib.suppress(Exception):
-                good = {found.host for found in self.cloud.conn.compute.services(
-                    binary='nova-compute')
-                    if (found.state, found.status) == ('up', 'enabled')}
+                good = {service.host for service in
+                        self.cloud.conn.compute.services(
+                            binary='nova-compute')
+                        if (service.state, service.status) ==
+                        ('up', 'enabled')}
                 if good >= set(config.HOSTS):
                     return
             if time.monotonic() > until:

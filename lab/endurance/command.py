@@ -40,7 +40,8 @@ def _cloud(progress):
             hosts.down()
 
 
-def run(steps, minutes, seed, hosts_only, cloud_only, keep_going) -> bool:
+def run(steps, minutes, seed, hosts_only, cloud_only, keep_going,
+        in_a_row=0) -> bool:
     """Run one or both levels; see the command line for the parameters.
 
     :returns: whether nothing was lost and nothing left
@@ -60,7 +61,7 @@ def run(steps, minutes, seed, hosts_only, cloud_only, keep_going) -> bool:
     for level in levels:
         limit = plan.Limit(steps, share)
         if level == 'hosts':
-            results.append(moves.run(seed, limit, say))
+            results.append(moves.run(seed, limit, say, in_a_row))
         else:
             with _cloud(progress) as up:
                 results.append(cloud_level.run(

@@ -124,7 +124,7 @@ def nobody_s(alive: set[str]) -> dict[str, list[str]]:
     """
     found = {}
     for host in config.HOSTS:
-        root = Machine(host).path('/var/lib/nova/instances')
+        root = Machine(host).path('/var/lib/nova')
         for folder, folders, files in os.walk(root):
             for name in folders + files:
                 match = UUID.search(name)

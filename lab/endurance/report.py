@@ -28,6 +28,7 @@ class Result:
 
     :ivar level: "cloud" or "hosts"
     :ivar memory: KiB of resident memory of each service, round by round
+    :ivar moves: copies that have gone through, at level hosts
     :ivar complaint: what the oracle found; '' if nothing
     """
     level: str
@@ -35,13 +36,22 @@ class Result:
     seconds: float = 0
     steps: list[plan.Step] = dataclasses.field(default_factory=list)
     memory: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    moves: int = 0
     complaint: str = ''
     subject: str = ''
 
     @property
     def faults(self) -> int:
+        # Of a round in a cloud, all servers meet the same one.
         return len({(step.number, step.fault)
                     for step in self.steps if step.fault})
+
+    def kinds(self) -> dict[str, int]:
+        """How many faults of each kind there were."""
+        return dict(sorted(collections.Counter(
+            fault.partition(' after ')[0] for _number, fault in
+            {(step.number, step.fault) for step in self.steps if step.fault}
+        ).items()))
 
     def counts(self) -> dict[str, int]:
         return dict(sorted(collections.Counter(
@@ -58,7 +68,8 @@ def write(results: list[Result], path: pathlib.Path = PATH) -> None:
     path.write_text(json.dumps([{
         'level': result.level, 'seed': result.seed,
         'seconds': round(result.seconds), 'steps': len(result.steps),
-        'faults': result.faults, 'operations': result.counts(),
+        'faults': result.faults, 'kinds': result.kinds(),
+        'moves': result.moves, 'operations': result.counts(),
         'outcomes': result.outcomes(), 'memory': result.memory,
         'complaint': result.complaint,
         'shortened': [str(step) for step in plan.shortened(
@@ -74,6 +85,10 @@ def lines(result: Result) -> list[str]:
     told.append('  ' + ', '.join(
         '%s %d' % pair for pair in
         [*result.counts().items(), *result.outcomes().items()]))
+    told.append('  faults: ' + ', '.join(
+        '%s %d' % pair for pair in result.kinds().items()))
+    if result.moves:
+        told.append('  %d copies went through' % result.moves)
     for name, samples in sorted(result.memory.items()):
         told.append('  %s: %d MiB at first, %d MiB at last' % (
             name, samples[0] // 1024, samples[-1] // 1024))

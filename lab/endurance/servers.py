@@ -13,6 +13,8 @@
 
 import contextlib
 import itertools
+import tempfile
+import time
 
 import openstack.exceptions
 
@@ -25,9 +27,10 @@ FLAVOR, BIGGER = 'lab.small.disks', 'lab.medium.disks'
 OPERATIONS = {'hard_reboot': 3, 'stop_start': 2, 'migrate_confirm': 6,
               'migrate_revert': 4, 'resize_confirm': 2, 'resize_revert': 2,
               'rescue': 1, 'snapshot': 1, 'shelve': 1, 'rebuild': 1,
-              'boot_anew': 1, 'write': 3}
+              'boot_anew': 1, 'write': 3, 'cancel': 1,
+              'migrate_while_deactivated': 1, 'migrate_without_image': 1}
 #: After these a disk that can't be had is no loss: it was given up.
-DESTROY = ('rebuild', 'boot_anew')
+DESTROY = ('rebuild', 'boot_anew', 'evacuate')
 SETTLED = ('ACTIVE', 'SHUTOFF', 'ERROR', 'VERIFY_RESIZE', 'RESCUE',
            'SHELVED_OFFLOADED')
 OTHER = {'host-a': 'host-b', 'host-b': 'host-a'}
@@ -50,8 +53,26 @@ class Subject:
     def __init__(self, cloud, name):
         self.cloud, self.name = cloud, name
         self.server = None
+        self.image = None
         self.expected: dict[str, tuple[str, int]] = {}
         self.gone: list[str] = []  # UUIDs of deleted ones
+
+    def _own_image(self):
+        """An image that nobody else misses: it is deleted under the server.
+
+        :returns: its name
+        """
+        image = self.cloud.conn.image
+        name = 'soak of %s' % self.name
+        if self.image is None:
+            data = image.download_image(self.cloud.image('guest')).content
+            with tempfile.NamedTemporaryFile() as file:
+                file.write(data)
+                file.flush()
+                self.image = self.cloud.conn.create_image(
+                    name, filename=file.name, disk_format='qcow2',
+                    container_format='bare', wait=True)
+        return name
 
     def boot_anew(self):
         if self.server is not None:
@@ -59,9 +80,10 @@ class Subject:
             self.server.delete()
         self.server, self.expected = None, {}
         seed = self._seed()
-        made = self.cloud.boot(self.name, flavor=FLAVOR, wait=False, script=(
-            'boot 1: fill data 8 %s\nboot 1: fill raw 4 %s vdb 64\n' % (
-                seed, seed)))
+        made = self.cloud.boot(
+            self.name, flavor=FLAVOR, wait=False, image=self._own_image(),
+            script='boot 1: fill data 8 %s\nboot 1: fill raw 4 %s vdb 64\n' % (
+                seed, seed))
         self.server = made
         made.wait('ACTIVE')
         made.testimony()
@@ -123,6 +145,47 @@ class Subject:
     def rebuild(self):
         self.expected = {}
         self.server.rebuild()
+
+    def cancel(self):
+        """Migrate it, and change one's mind while its disks are copied."""
+        other = OTHER[self.server.host]
+        self.server.api.migrate_server(self.server.id, host=other)
+        until = time.monotonic() + 30
+        while self.server.get().task_state != 'resize_migrating':
+            if time.monotonic() > until:
+                break
+            time.sleep(.1)
+        # Too early or too late is refused, and either is right.
+        self.cloud.manage('libvirt', 'cancel_move', self.server.id,
+                          check=False)
+        if self.server.wait('ACTIVE', 'SHUTOFF',
+                            'VERIFY_RESIZE').status == 'VERIFY_RESIZE':
+            self.server.revert()
+
+    def migrate_while_deactivated(self):
+        """The image can't be fetched; its base travels along."""
+        if self.image is None:
+            return self.migrate_confirm()
+        image = self.cloud.conn.image
+        image.deactivate_image(self.image.id)
+        try:
+            self.migrate_confirm()
+        finally:
+            image.reactivate_image(self.image.id)
+
+    def migrate_without_image(self):
+        if self.image is not None:
+            self.cloud.conn.image.delete_image(self.image.id)
+            self.image = None
+        self.migrate_confirm()
+
+    def evacuate(self):
+        """Its host is dead: it is made anew from its image."""
+        self.expected = {}
+        other = OTHER[self.server.host]
+        self.server.api.evacuate_server(self.server.id, host=other)
+        # By newer versions of the API it stays off.
+        self.server.wait('ACTIVE', 'SHUTOFF')
 
     def write(self):
         name, seed = 'data', self._seed()

@@ -34,6 +34,22 @@ class TestHostile(test_cloud_hostile.Scenarios, CloudTestCase):
     lab = SERIES
     images_type = 'libvirt-storage'
     options = {'use_cow_images': 'false'}
+    raw_files = 'true'
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.make_raw_files(cls.raw_files)
+        cls.addClassCleanup(cls.make_raw_files, 'false')
+
+    @classmethod
+    def make_raw_files(cls, value):
+        """Whether new disks without a base image are really raw."""
+        key = ('libvirt', 'storage_raw_files')
+        for host in both():
+            now = cls.cloud.get(host.name, *key) or 'false'
+            if now != value:
+                cls.cloud.set(host.name, *key, value)
 
     def settle(self, server):
         """libvirt probes what lies in its pools."""
@@ -63,6 +79,7 @@ class TestHostileTransition(TestHostile):
     images_type = 'flat'
     later = ('libvirt-storage', {})
     pools = False
+    raw_files = 'false'
 
     def become(self):
         super().become()

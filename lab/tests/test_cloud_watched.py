@@ -22,7 +22,6 @@ import stat
 import unittest
 
 from lab.host import both
-from lab.machine import Machine
 from lab.tests import cloud_case
 from lab.tests.cloud_case import GIB
 from lab.tests import opened
@@ -43,6 +42,7 @@ class WatchedCase(test_cloud_pool.TestHostile):
     """The disks that are made here, and what opens files of the host."""
 
     options = {}
+    raw_files = 'false'
 
     @classmethod
     def setUpClass(cls):
@@ -150,21 +150,18 @@ class TestRawFiles(WatchedCase):
     """Really raw files, as the option's help has it: there it happens."""
 
     options = {'use_cow_images': 'false'}
+    raw_files = 'true'
 
     def test_libvirt_opens_what_raw_files_name(self):
-        host = Machine('host-a')
-        self.cloud.set(host.name, 'libvirt', 'storage_raw_files', 'true')
-        try:
-            server, _said = self.hostile_server()
-            self.assert_nothing_opened('the guest has written')
-            self.settle(server)
-            self.assertIn('file of host-a', self.watch.opened())
-            # But not because of us.
-            server.stop()
-            server.start()
-            self.assert_nothing_opened('stop and start')
-        finally:
-            self.cloud.set(host.name, 'libvirt', 'storage_raw_files', 'false')
+        server, _said = self.hostile_server()
+        self.assert_nothing_opened('the guest has written')
+        self.settle(server)
+        self.assertIn('file of host-a', self.watch.opened())
+        # But not because of us.
+        server.stop()
+        server.start()
+        server.hard_reboot()
+        self.assert_nothing_opened('stop, start and hard reboot')
 
 
 load_tests = cloud_case.only_in_full

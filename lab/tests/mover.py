@@ -165,6 +165,25 @@ class Compute:
 
     # -- the steps
 
+    def configure(self, **values):
+        """Override options of [libvirt]; None: as before."""
+        for key, value in values.items():
+            if value is None:
+                self.conf.clear_override(key, 'libvirt')
+            else:
+                self.conf.set_override(key, value, 'libvirt')
+
+    def capacity(self):
+        """What the host reports of its pools, in bytes."""
+        from nova.virt.libvirt.storage.pool import usage
+        return usage.get_local_info(self.host.get_connection(), self.name)
+
+    def delete(self):
+        """All volumes of the instance on this host."""
+        from nova.virt.libvirt.storage.pool import ownership
+        return ownership.delete_volumes(
+            self.host.get_connection(), self.instance)
+
     def adopt(self):
         """Have the volumes of this host on record."""
         from nova.objects import fields

@@ -327,4 +327,5 @@ def run(cloud, seed: int, limit: plan.Limit, count: int,
         result.steps += getattr(lost, 'steps', [])
     finally:
         result.seconds = time.monotonic() - start
+        result.judge_memory()
     return result

@@ -283,6 +283,7 @@ def run(seed: int, limit: plan.Limit, say, in_a_row: int = 0) -> report.Result:
         result.steps += trouble.steps
     finally:
         result.moves = moves.moved
+        result.judge_memory()
         result.seconds = time.monotonic() - start
         case.doClassCleanups()
     return result

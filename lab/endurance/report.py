@@ -15,11 +15,14 @@ import collections
 import dataclasses
 import json
 import pathlib
+import statistics
 
 from .. import config
 from . import plan
 
 PATH = config.ROOT / 'build' / 'soak.json'
+#: Samples of memory in a quarter of a run; of fewer nothing is concluded.
+FEWEST = 4
 
 
 @dataclasses.dataclass
@@ -45,6 +48,18 @@ class Result:
         # Of a round in a cloud, all servers meet the same one.
         return len({(step.number, step.fault)
                     for step in self.steps if step.fault})
+
+    def judge_memory(self) -> None:
+        """Complain of a service that takes more and more, after its start."""
+        for name, samples in sorted(self.memory.items()):
+            quarter = len(samples) // 4
+            if quarter < FEWEST or self.complaint:
+                continue
+            before = statistics.median(samples[quarter:2 * quarter])
+            after = statistics.median(samples[-quarter:])
+            if after > before * 1.3 and after - before > 32 << 10:
+                self.complaint = '%s takes %d MiB, and took %d' % (
+                    name, after // 1024, before // 1024)
 
     def kinds(self) -> dict[str, int]:
         """How many faults of each kind there were."""

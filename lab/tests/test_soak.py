@@ -86,6 +86,19 @@ class TestReport(unittest.TestCase):
             told['seed'], told['faults'], told['complaint']))
         self.assertEqual(3, len(told['shortened']))
 
+    def judged(self, *samples):
+        result = report.Result('hosts', 1, memory={
+            'a service': [mib << 10 for mib in samples]})
+        result.judge_memory()
+        return result.complaint
+
+    def test_memory(self):
+        # It takes more at first, and is killed now and then.
+        self.assertEqual('', self.judged(*range(90, 140, 5), *[150] * 20,
+                                         80, *[150] * 9))
+        self.assertIn('a service takes', self.judged(*range(100, 300, 5)))
+        self.assertEqual('', self.judged(100, 200, 300))
+
 
 class TestOracle(unittest.TestCase):
 

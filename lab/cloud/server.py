@@ -240,7 +240,6 @@ class Server:
         line = ' '.join([number, *map(str, command)])
         if not self._awake:
             self._ready(limit)
-        self._awake = False
         until = time.monotonic() + limit
         with self._typed(line):
             while True:
@@ -253,6 +252,8 @@ class Server:
                         'ends with:\n%s' % (
                             self.id, line, self.console()[-1500:]))
                 time.sleep(POLL / 2)
+        # From now on its console says so.
+        self._awake = False
         if not reply['ok']:
             raise ServerError('the guest of %s could not "%s": %s' % (
                 self.id, line, reply['output']))

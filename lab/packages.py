@@ -26,7 +26,7 @@ HOSTS = (
     'swtpm-tools', 'util-linux')
 SSH = ('openssh-client', 'openssh-server', 'rsync')
 CLOUD = (
-    'busybox-static', 'conntrack', 'dosfstools', 'dropbear-bin', 'fdisk',
+    'bindfs', 'busybox-static', 'conntrack', 'dosfstools', 'dropbear-bin', 'fdisk',
     'g++', 'gcc', 'genisoimage', 'ipset', 'iptables', 'kmod', 'libpcre2-dev',
     'libssl-dev', 'mariadb-server', 'memcached', 'mtools', 'pkg-config',
     'python3-dev', 'python3-venv', 'rabbitmq-server', 'syslinux',

@@ -102,6 +102,20 @@ class MovesCase(CloudTestCase):
                         ignore_missing=True)
         return made
 
+    @classmethod
+    def use(cls, path):
+        """Let the disks of both hosts be in a directory."""
+        for host in (cls.a, cls.b):
+            with contextlib.closing(host.connect()) as connection:
+                pool = connection.storagePoolLookupByName(POOL)
+                pool.destroy()
+                pool.undefine()
+                pool = connection.storagePoolDefineXML(
+                    '<pool type="dir"><name>%s</name><target><path>%s</path>'
+                    '</target></pool>' % (POOL, path))
+                pool.create()
+                pool.setAutostart(1)
+
     # -- the middle of a move
 
     def begin(self, server, host='host-b'):
@@ -675,19 +689,6 @@ class TestSharedPool(MovesCase):
         cls.use(DISKS)
         shutil.rmtree(cls.folder, ignore_errors=True)
         super().tearDownClass()
-
-    @classmethod
-    def use(cls, path):
-        for host in (cls.a, cls.b):
-            with contextlib.closing(host.connect()) as connection:
-                pool = connection.storagePoolLookupByName(POOL)
-                pool.destroy()
-                pool.undefine()
-                pool = connection.storagePoolDefineXML(
-                    '<pool type="dir"><name>%s</name><target><path>%s</path>'
-                    '</target></pool>' % (POOL, path))
-                pool.create()
-                pool.setAutostart(1)
 
     def files(self, server):
         return sorted(path.name.replace(server.id, 'ID')

@@ -1,0 +1,245 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""What goes wrong while a server migrates live, and what is left then.
+
+Whatever dies: one guest, with its data; the next migration succeeds and leaves
+nothing over.
+"""
+
+import contextlib
+import random
+import time
+import unittest
+
+from lab import config
+from lab.tests import cloud_case
+from lab.tests.live_case import LiveCase
+from lab.tests.live_case import POOL
+
+load_tests = cloud_case.only_in_full
+
+
+class FaultCase(LiveCase):
+    """Copies are slow, so that there is a middle."""
+
+    live_rate = 4
+
+    def assert_one_guest(self, server):
+        found = self.runs_on(server)
+        self.assertEqual(1, len(found), 'guests run on %s' % found)
+        return found[0]
+
+    def assert_well(self, server, before, host=None):
+        """It runs where Nova says, and the next migrations are as any.
+
+        :param host: where it has to be; None: wherever it was sent or stayed
+        """
+        found = self.settled(server)
+        self.assertEqual('ACTIVE', found.status, found.fault)
+        if host:
+            self.assertEqual(host, found.compute_host)
+        self.assertEqual(found.compute_host, self.assert_one_guest(server))
+        said = server.look()
+        self.assertEqual(before.boot_id, said.boot_id)
+        self.assert_kept(said)
+        # What is left over goes with the next try at the latest.
+        self.assert_moves(server, said)
+
+
+class TestKills(FaultCase):
+
+    def _killed(self, name, host, percent, after=0):
+        server, before = self.writing_server()
+        self.begin(server)
+        self.wait_middle(server, percent)
+        host.kill(name)
+        time.sleep(after)
+        if name == 'nova-compute':
+            self.cloud.start_compute(host.name)
+        else:
+            host.restart(name)
+            host.wait_ready()
+        self.assert_well(server, before)
+
+    def test_source_libvirtd(self):
+        self._killed('libvirtd', self.a, 50)
+
+    def test_source_libvirtd_at_a_random_point(self):
+        self._killed('libvirtd', self.a, self.random_point())
+
+    def test_destination_libvirtd(self):
+        self._killed('libvirtd', self.b, 50)
+
+    def test_destination_libvirtd_at_a_random_point(self):
+        self._killed('libvirtd', self.b, self.random_point())
+
+    def test_source_compute(self):
+        self._killed('nova-compute', self.a, 50)
+
+    def test_source_compute_at_the_beginning(self):
+        self._killed('nova-compute', self.a, 20)
+
+    def test_source_compute_at_the_end(self):
+        self._killed('nova-compute', self.a, 90)
+
+    def test_source_compute_at_a_random_point(self):
+        self._killed('nova-compute', self.a, self.random_point())
+
+    def test_destination_compute(self):
+        self._killed('nova-compute', self.b, 50, after=2)
+
+    def test_destination_compute_at_a_random_point(self):
+        self._killed('nova-compute', self.b, self.random_point(), after=2)
+
+    def random_point(self):
+        percent = random.randrange(0, 99)
+        print('killed at %d %%' % percent)
+        return percent
+
+    def test_source_compute_until_the_guest_has_gone(self):
+        """libvirt ends the migration by itself; nobody in Nova knows.
+
+        The source has to leave its old copies alone, and to say what an
+        operator has to do.
+        """
+        server, before = self.writing_server()
+        self.begin(server)
+        self.wait_middle(server, 50)
+        self.a.kill('nova-compute')
+        self.wait_for(lambda: self.runs_on(server) == ['host-b'], 180,
+                      'the guest on host-b')
+        self.cloud.start_compute('host-a')
+        self.wait_for(lambda: not server.get().task_state, 120,
+                      'the end of the task')
+        self.assertEqual(['host-b'], self.runs_on(server))
+        if server.host == 'host-b':
+            return self.assert_well(server, before)
+        for action in (lambda: server.api.reboot_server(server.id, 'HARD'),
+                       lambda: server.api.start_server(server.id)):
+            with contextlib.suppress(Exception):
+                action()
+            with contextlib.suppress(Exception):
+                server.wait('ACTIVE', 'SHUTOFF', 'ERROR', limit=60)
+            self.assertEqual(['host-b'], self.runs_on(server))
+        told = (server.get().fault or {}).get('message') or self.fault(server)
+        self.assertIn('nova-manage libvirt settle_live_migration ' +
+                      server.id, told)
+        done = self.cloud.manage('libvirt', 'settle_live_migration',
+                                 server.id, '--moved', check=False)
+        self.assertEqual(0, done.returncode, done.stdout + done.stderr)
+        with contextlib.suppress(Exception):
+            server.api.reset_server_state(server.id, 'active')
+        self.assertEqual('host-b', server.host)
+        server._awake = True
+        self.assert_well(server, before, 'host-b')
+
+    def test_host_starts_its_guests_again(self):
+        """resume_guests_state_on_host_boot boots no old copy."""
+        self.cloud.set('host-a', 'DEFAULT',
+                       'resume_guests_state_on_host_boot', 'true')
+        self.addCleanup(self.cloud.set, 'host-a', 'DEFAULT',
+                        'resume_guests_state_on_host_boot', 'false')
+        server, before = self.writing_server()
+        self.begin(server)
+        self.wait_middle(server, 50)
+        self.a.kill('nova-compute')
+        self.wait_for(lambda: self.runs_on(server) == ['host-b'], 180,
+                      'the guest on host-b')
+        self.cloud.start_compute('host-a')
+        time.sleep(15)
+        self.assertEqual(['host-b'], self.runs_on(server))
+        server._awake = True
+        with server.domain('host-b'):
+            pass
+
+
+class TestWire(FaultCase):
+
+    def test_link_is_cut(self):
+        server, before = self.writing_server()
+        self.begin(server)
+        self.wait_middle(server, 50)
+        with self.b.link.as_cut():
+            time.sleep(40)
+            # The API is not on that wire, the guest's host is.
+            self.assertIn('host-a', self.runs_on(server))
+        # Only now libvirt can let go of the copies.
+        self.assert_well(server, before)
+
+    def test_link_is_cut_for_a_moment(self):
+        server, before = self.writing_server()
+        self.begin(server)
+        self.wait_middle(server, 30)
+        with self.b.link.as_cut():
+            time.sleep(4)
+        self.assert_well(server, before)
+
+    def test_destination_is_full(self):
+        server, before = self.writing_server()
+        server.command('fill', 'more', 64, 'gamma')
+        self.begin(server)
+        self.wait_middle(server, 20)
+        try:
+            self.b.fill(POOL)
+            self.settled(server)
+        finally:
+            self.b.free(POOL)
+        self.assert_well(server, before, 'host-a')
+
+    def test_abort(self):
+        server, before = self.writing_server()
+        self.begin(server)
+        number = self.newest_migration(server)
+        self.wait_middle(server, 30)
+        server.api.abort_server_migration(number, server.id)
+        self.settled(server)
+        self.wait_for(lambda: not server.left_on('host-b'), 30,
+                      'a clean host-b: %s' % server.left_on('host-b'))
+        self.assert_well(server, before, 'host-a')
+
+    def test_force_complete(self):
+        server, before = self.writing_server()
+        self.begin(server)
+        number = self.newest_migration(server)
+        self.wait_middle(server, 30)
+        server.api.force_complete_server_migration(number, server.id)
+        self.assert_well(server, before, 'host-b')
+
+    def test_progress(self):
+        """An operator sees the disks shrink."""
+        server, before = self.writing_server()
+        self.begin(server)
+        number = self.newest_migration(server)
+        seen = []
+
+        def look():
+            with contextlib.suppress(Exception):
+                found = server.api.get_server_migration(number, server.id)
+                seen.append(found.disk_remaining_bytes)
+            return not server.get().task_state
+
+        self.wait_for(look, 240, 'the end of the migration')
+        seen = [value for value in seen if value]
+        self.assertTrue(seen)
+        self.assertGreater(max(seen), min(seen), seen)
+        self.assert_well(server, before, 'host-b')
+
+    def test_server_is_deleted_afterwards(self):
+        server, before = self.writing_server()
+        self.begin(server)
+        self.assertEqual('host-b', self.settled(server).compute_host)
+        server.delete()
+        self.assert_nothing_left(server, *config.HOSTS)
+
+
+if __name__ == '__main__':
+    unittest.main()

@@ -17,6 +17,7 @@ import contextlib
 import rich.console
 
 from . import cases
+from . import live
 from . import methods
 from . import pools
 from . import report
@@ -32,7 +33,8 @@ def run(runs: int, chosen, console: rich.console.Console) -> list[cases.Row]:
 
     :param chosen: names of cases; all if empty
     """
-    clouds = {'spawn': pools.spawn, 'servers': servers.measure}
+    clouds = {'spawn': pools.spawn, 'servers': servers.measure,
+              'live': live.measure}
     known = (*cases.Cases.IN_MEMORY, *cases.Cases.ON_DISK, 'sweep', *clouds)
     unknown = set(chosen) - set(known)
     if unknown:

@@ -19,6 +19,8 @@ the disks goes on to call them raw, and so does the guest's definition (bug
 """
 
 import json
+import os
+import time
 import unittest
 
 from lab import cloud as lab_cloud
@@ -113,6 +115,34 @@ class TestStock(cloud_case.CloudTestCase):
         said = server.testimony(after=before)
         self.assert_data(said, **DATA)
         self.assertEqual({'vdc': True}, said.swap)
+
+
+class TestLiveStock(cloud_case.CloudTestCase):
+    """What a live block migration doesn't take along."""
+
+    lab = cloud_case.STOCK
+    images_type = 'qcow2'
+
+    def test_config_drive(self):
+        """QEMU can't mirror a read-only disk: it arrives as zeroes."""
+        server = self.boot(flavor='lab.small.disks', script=SCRIPT)
+        said = server.testimony()
+        server.command('keep-writing', 256)
+        for number in range(int(os.environ.get('LAB_LIVE_MOVES', '3'))):
+            start = time.monotonic()
+            server.live_migrate('host-a' if number % 2 else 'host-b')
+            print('stock: move %d: %.1f s' % (
+                number + 1, time.monotonic() - start))
+            found = server.look()
+            self.assertEqual(said.boot_id, found.boot_id)
+            self.assert_data(found, **DATA)
+        self.assertEqual('iso9660', said.config['format'])
+        device = '/dev/' + said.config['device']
+        forget = 'umount /config; echo 3 >/proc/sys/vm/drop_caches; '
+        self.assertEqual('0', server.command(
+            'sh', forget + r"tr -d '\0' <%s | wc -c" % device).strip())
+        with self.assertRaises(ServerError):
+            server.command('sh', 'mount -t iso9660 -o ro %s /config' % device)
 
 
 load_tests = cloud_case.only_in_full

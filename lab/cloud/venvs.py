@@ -67,6 +67,19 @@ def ensure(folder: pathlib.Path, step, network: bool = False) -> None:
                 done.result()
 
 
+def ensure_one(folder: pathlib.Path, name: str, wanted, step) -> None:
+    """Make another environment beside these unless it is there.
+
+    :param wanted: what pip installs into it
+    :param step: see ensure()
+    :raises VenvError: what pip said
+    """
+    with open(folder / 'lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _there(folder / name, wanted):
+            _make(folder / name, wanted, step)
+
+
 def _sum(wanted):
     return hashlib.sha256(repr((wanted, sys.version_info[:2])).encode()).hexdigest()
 

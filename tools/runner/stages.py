@@ -70,6 +70,15 @@ def style(tally, tree=TREE, since='base', title=''):
             *(
                 folder for folder in ('tools', 'lab')
                 if (ROOT / folder).is_dir())], ROOT)
+        _ci_style(tally)
+
+
+def _ci_style(tally):
+    """What runs elsewhere only: the DevStack plugin and the Zuul jobs."""
+    scripts = [ROOT / '.ci/run', *sorted((ROOT / 'devstack').glob('*'))]
+    counting.command(tally, 'shellcheck', ['shellcheck', *scripts], ROOT)
+    counting.command(tally, 'yamllint', [
+        'yamllint', '--strict', ROOT / '.zuul.d'], ROOT)
 
 
 def unit(tally):

@@ -37,6 +37,8 @@ MIB = 1 << 20
 DISK_BYTES = 48 << 30
 #: Memory and disk that must be free before a level is brought up.
 NEEDED_MEMORY = {'hosts': 512 * MIB, 'cloud': 6 << 30}
+#: More of it for the storage machine.
+STORAGE_MEMORY = 768 * MIB
 #: More of it where the hosts' disks lie in memory.
 DISKS_IN_MEMORY = 10 << 30
 NEEDED_DISK = {'hosts': 1 << 30, 'cloud': 8 << 30}

@@ -33,6 +33,7 @@ from . import process
 from . import roots
 from . import ssh
 from . import state
+from . import storage
 from . import ui
 from .errors import LabError
 from .machine import Machine
@@ -48,6 +49,9 @@ def prepare(options, progress: ui.Steps) -> None:
             packages.install(missing)
     if options.host_root:
         roots.ensure(options.host_root, progress)
+    if options.storage:
+        with progress.step('kernel and packages of the storage machine'):
+            storage.prepare()
 
 
 def up(options: state.Options, progress: ui.Steps | None = None) -> None:
@@ -88,6 +92,9 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
             machine.finish(process_)
         for machine in machines[1:]:
             machine.make_users()
+    beside = storage.StorageVM() if options.storage else None
+    if beside:
+        beside.begin()
     with progress.step('certificates, as the admin guide says'):
         _certificates(*machines)
     with progress.step('virtlogd, libvirtd'):
@@ -95,6 +102,9 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
             machine.start_daemons()
         for machine in machines[1:]:
             machine.wait_ready()
+    if beside:
+        with progress.step('storage machine: volume group, NFS exports'):
+            beside.wait_ready()
     now = state.find()
     now.certificates = {name: 'good' for name in config.HOSTS}
     if options.level == 'hosts':
@@ -279,10 +289,12 @@ class Hosts:
     """Two hosts as a context; a lab that was up before stays up.
 
     :param ssh: with sshd and keys
+    :param storage: what there is beside them, see state.Options
     """
 
-    def __init__(self, ssh: bool = False, progress: ui.Steps | None = None):
-        self.options = state.Options(level='hosts', ssh=ssh)
+    def __init__(self, ssh: bool = False, progress: ui.Steps | None = None,
+                 storage: str = ''):
+        self.options = state.Options(level='hosts', ssh=ssh, storage=storage)
         self.progress = progress
         self.mine = False
 
@@ -296,6 +308,10 @@ class Hosts:
                                    '(lab/lab down)' % (
                                        'with' if known.options.ssh
                                        else 'without'))
+                if self.options.storage not in ('', known.options.storage):
+                    raise LabError('a lab is up without --storage %s; take it '
+                                   'down first (lab/lab down)' %
+                                   self.options.storage)
             else:
                 self.mine = True
                 try:

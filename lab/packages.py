@@ -32,6 +32,13 @@ CLOUD = (
     'python3-dev', 'python3-venv', 'rabbitmq-server', 'syslinux',
     'syslinux-common')
 OVS = ('dnsmasq-base', 'openssh-client', 'openvswitch-switch')
+STORAGE = ('busybox-static', 'kmod', 'qemu-system-common')
+#: Unpacked for the storage machine, with what they need; never installed.
+STORAGE_UNPACKED = (
+    'dmeventd', 'keyutils', 'libaio1', 'libdevmapper-event1.02.1', 'libedit2',
+    'libevent-core-2.1-7', 'libnfsidmap1', 'libreadline8', 'libtirpc-common',
+    'libtirpc3', 'libwrap0', 'lvm2', 'nfs-common', 'nfs-kernel-server',
+    'rpcbind', 'thin-provisioning-tools', 'udev')
 BENCH = ('libnbd-bin', 'nbdkit', *SSH)
 
 POLICY = pathlib.Path('/usr/sbin/policy-rc.d')
@@ -43,6 +50,8 @@ def wanted(options) -> list[str]:
     names = set(HOSTS)
     if options.ssh:
         names.update(SSH)
+    if options.storage:
+        names.update(STORAGE)
     if options.level == 'cloud':
         names.update(CLOUD)
         if options.network == 'ovs':

@@ -66,7 +66,8 @@ def check(options, leftover: bool) -> None:
                        'choose another name with LAB_NAME' % (
                            config.netns(taken[0]), _user_of(taken[0])))
     need = config.NEEDED_MEMORY[options.level] + (
-        options.memory and config.DISKS_IN_MEMORY)
+        options.memory and config.DISKS_IN_MEMORY) + (
+        config.STORAGE_MEMORY if options.storage else 0)
     have = available_memory()
     if have < need:
         raise LabError('level %s takes %d MiB of memory, %d MiB are '

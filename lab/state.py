@@ -30,6 +30,8 @@ class Options:
         roots.RELEASES; none: the machine's own
     :ivar root: nova-compute runs as root, for comparison
     :ivar memory: the hosts' disks lie in memory, so that none is measured
+    :ivar storage: what there is beside the hosts: "vm" for the storage
+        machine
     """
 
     level: str = 'hosts'
@@ -40,6 +42,7 @@ class Options:
     threading: str = 'native'
     memory: bool = False
     root: bool = False
+    storage: str = ''
     host_root: str = dataclasses.field(
         default_factory=lambda: os.environ.get('LAB_HOST_ROOT', ''))
 

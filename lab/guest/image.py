@@ -58,7 +58,7 @@ class GuestError(LabError):
     """The guest image could not be made; says which step and why."""
 
 
-def _run(*argv, cwd=None, input=None, **kwargs):
+def run(*argv, cwd=None, input=None, **kwargs):
     argv = [str(word) for word in argv]
     done = subprocess.run(
         argv, cwd=cwd, input=input, capture_output=True, **kwargs)
@@ -102,7 +102,7 @@ def ensure(folder: pathlib.Path) -> pathlib.Path:
         work = folder / 'work'
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
-        kernel = _kernel(folder, work)
+        kernel = unpack_kernel(folder, work)
         _initramfs(kernel, work)
         _disk(work)
         for name in ('guest.raw', 'guest.qcow2', 'vmlinuz', 'initrd',
@@ -113,9 +113,14 @@ def ensure(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def _kernel(folder, work):
-    """Unpack Debian's kernel package; it need not be installed."""
-    lines = _run('apt-cache', 'depends', KERNEL_PACKAGE).decode().split('\n')
+def unpack_kernel(folder, work):
+    """Unpack Debian's kernel package; it need not be installed.
+
+    :param folder: where the package is kept
+    :param work: where vmlinuz comes
+    :returns: the folder of its modules
+    """
+    lines = run('apt-cache', 'depends', KERNEL_PACKAGE).decode().split('\n')
     package = next((line.split()[1] for line in lines
                     if line.strip().startswith('Depends:')), None)
     if package is None:
@@ -125,16 +130,16 @@ def _kernel(folder, work):
     found = sorted(folder.glob(package + '_*.deb'))
     if not found:
         # Root's own download: apt's sandbox user can't write here.
-        _run('apt-get', 'download', '-q', '-o', 'APT::Sandbox::User=root',
-             package, cwd=folder)
+        run('apt-get', 'download', '-q', '-o', 'APT::Sandbox::User=root',
+            package, cwd=folder)
         found = sorted(folder.glob(package + '_*.deb'))
-    _run('dpkg', '-x', found[-1], work / 'kernel')
+    run('dpkg', '-x', found[-1], work / 'kernel')
     shutil.copy(next((work / 'kernel/boot').glob('vmlinuz-*')),
                 work / 'vmlinuz')
     return next((work / 'kernel/lib/modules').iterdir())
 
 
-def _module_order(kernel):
+def module_order(kernel, names=MODULES):
     """Modules and all they depend on, in order of loading."""
     files = {path.stem.replace('-', '_'): path
              for path in (kernel / 'kernel').rglob('*.ko')}
@@ -144,18 +149,18 @@ def _module_order(kernel):
         path = files.get(name.replace('-', '_'))
         if path is None or path in order:
             return
-        depends = _run('modinfo', '-F', 'depends', path).decode().strip()
+        depends = run('modinfo', '-F', 'depends', path).decode().strip()
         for other in filter(None, depends.split(',')):
             want(other)
         order.append(path)
 
-    for name in MODULES:
+    for name in names:
         want(name)
     return order
 
 
 def _libraries(program):
-    for line in _run('ldd', program).decode().split('\n'):
+    for line in run('ldd', program).decode().split('\n'):
         for word in line.split():
             if word.startswith('/'):
                 yield pathlib.Path(word)
@@ -167,7 +172,7 @@ def _initramfs(kernel, work):
                    'lib64', 'root', 'usr/bin', 'usr/sbin'):
         (root / folder).mkdir(parents=True)
     shutil.copy('/bin/busybox', root / 'bin')
-    modules = _module_order(kernel)
+    modules = module_order(kernel)
     for path in modules:
         shutil.copy(path, root / 'lib/modules')
     (root / 'etc/modules').write_text(
@@ -178,7 +183,7 @@ def _initramfs(kernel, work):
         for library in _libraries(program):
             target = 'lib64' if library.name.startswith('ld-') else 'lib'
             shutil.copy(library, root / target / library.name)
-    _run('gcc', '-O2', '-static', '-o', work / 'pattern', HERE / 'pattern.c')
+    run('gcc', '-O2', '-static', '-o', work / 'pattern', HERE / 'pattern.c')
     shutil.copy(work / 'pattern', root / 'bin')
     for name, place in zip(OURS, ('init', 'bin/network'), strict=True):
         shutil.copy(HERE / name, root / place)
@@ -187,9 +192,9 @@ def _initramfs(kernel, work):
         (root / 'etc' / name).write_text(content)
     names = '\n'.join(str(path.relative_to(root))
                       for path in sorted(root.rglob('*')))
-    archive = _run('/bin/busybox', 'cpio', '-o', '-H', 'newc', cwd=root,
-                   input=names.encode())
-    (work / 'initrd').write_bytes(_run('gzip', '-6', '-n', input=archive))
+    archive = run('/bin/busybox', 'cpio', '-o', '-H', 'newc', cwd=root,
+                  input=names.encode())
+    (work / 'initrd').write_bytes(run('gzip', '-6', '-n', input=archive))
 
 
 def _disk(work):
@@ -198,19 +203,19 @@ def _disk(work):
         file.truncate(SIZE)
     table = ('start=%d, size=%d, type=6, bootable\nstart=%d, size=%d, type=83\n'
              % tuple(value // 512 for value in BOOT + DATA))
-    _run('/usr/sbin/sfdisk', '-q', '--label', 'dos', disk,
-         input=table.encode())
-    _run('/usr/sbin/mkfs.vfat', '-F', '16', '-n', 'LABBOOT', '--offset',
-         BOOT[0] // 512, disk, BOOT[1] // 1024)
-    _run('/usr/sbin/mkfs.ext4', '-q', '-F', '-L', 'labdata', '-b', '4096',
-         '-E', 'offset=%d,lazy_itable_init=1' % DATA[0], disk,
-         '%dk' % (DATA[1] // 1024))
+    run('/usr/sbin/sfdisk', '-q', '--label', 'dos', disk,
+        input=table.encode())
+    run('/usr/sbin/mkfs.vfat', '-F', '16', '-n', 'LABBOOT', '--offset',
+        BOOT[0] // 512, disk, BOOT[1] // 1024)
+    run('/usr/sbin/mkfs.ext4', '-q', '-F', '-L', 'labdata', '-b', '4096',
+        '-E', 'offset=%d,lazy_itable_init=1' % DATA[0], disk,
+        '%dk' % (DATA[1] // 1024))
     (work / 'syslinux.cfg').write_text(SYSLINUX)
-    _run('syslinux', '--offset', BOOT[0], '--install', disk)
+    run('syslinux', '--offset', BOOT[0], '--install', disk)
     with open(disk, 'r+b') as file:
         file.write(pathlib.Path('/usr/lib/syslinux/mbr/mbr.bin')
                    .read_bytes()[:440])
-    _run('mcopy', '-i', '%s@@%d' % (disk, BOOT[0]), work / 'vmlinuz',
-         work / 'initrd', work / 'syslinux.cfg', '::/')
-    _run('qemu-img', 'convert', '-f', 'raw', '-O', 'qcow2', disk,
-         work / 'guest.qcow2')
+    run('mcopy', '-i', '%s@@%d' % (disk, BOOT[0]), work / 'vmlinuz',
+        work / 'initrd', work / 'syslinux.cfg', '::/')
+    run('qemu-img', 'convert', '-f', 'raw', '-O', 'qcow2', disk,
+        work / 'guest.qcow2')

@@ -21,7 +21,8 @@ from .errors import LabError
 
 HOSTS = (
     'acl', 'e2fsprogs', 'ethtool', 'gnutls-bin', 'iproute2', 'libvirt-clients',
-    'libvirt-daemon', 'libvirt-daemon-system', 'libvirt-dev', 'mount',
+    'libnbd-dev', 'libvirt-daemon', 'libvirt-daemon-system', 'libvirt-dev',
+    'mount',
     'ovmf', 'procps', 'qemu-system-x86', 'qemu-utils', 'sudo', 'swtpm',
     'swtpm-tools', 'util-linux')
 SSH = ('openssh-client', 'openssh-server', 'rsync')

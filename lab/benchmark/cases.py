@@ -21,6 +21,8 @@ MIB = 1 << 20
 
 # The way that tells what C is worth.
 PYTHON = 'Python worker'
+# The pump into qemu-nbd, as a destination without libvirt starts it.
+NBD = 'pump over NBD'
 
 RANDOM = '''for _ in range(%d):
     out.write(os.urandom(1 << 20))'''
@@ -185,6 +187,57 @@ class Cases:
                    here / MIB, 1.02)
         self.bench.forget(name)
 
+    def _nbd_ways(self, name, length, sparse=False):
+        """Over NBD; what the libvirt way needs is there to compare."""
+        bench = self.bench
+
+        def pump(run, *args):
+            return lambda: run(*args)[0]
+
+        ways = {
+            NBD: pump(bench.pump_nbd, name, length),
+            NBD + ', nbdkit': pump(bench.pump_nbd, name, length, 'nbdkit'),
+            'pump': pump(bench.pump, [name], length)}
+        for connections in (1, 4):
+            way = 'nbdcopy -C %d' % connections
+            ways[way] = functools.partial(bench.nbdcopy, name, length,
+                                          connections)
+            ways[way + ', qemu-nbd'] = functools.partial(
+                bench.nbdcopy_psk, name, length, connections)
+        ways['nbdcopy -C 4, nbdkit PSK'] = functools.partial(
+            bench.nbdcopy_psk, name, length, 4, 'nbdkit')
+        ways['rsync -S' if sparse else 'rsync'] = functools.partial(
+            bench.rsync, name, length, sparse)
+        if not sparse:
+            ways['scp'] = functools.partial(bench.scp, name, length)
+        return ways
+
+    def nbd(self, size=GIB):
+        """A disk full of data into an NBD server on the other host."""
+        name, case = 'nbd', 'NBD, %g GiB random' % (size / GIB)
+        length = self.bench.make(name, RANDOM % (size >> 20))
+        costs = self.paired(name, length, self._nbd_ways(name, length))
+        yield from rows(case, costs, {
+            'nbdcopy -C 1': 1.0, 'nbdcopy -C 4': 1.0, 'rsync': 2.0,
+            'scp': 2.0}, NBD)
+        for way in costs:
+            if way != NBD:
+                yield less(case, 'CPU s/GiB', *per_gib(costs[NBD], size), way,
+                           *per_gib(costs[way], size),
+                           1.1 if way == 'nbdcopy -C 4' else None)
+        yield less(case, 'peak MiB', median(costs[NBD], 'memory') / MIB,
+                   'limit', 64, 1.0)
+        self.bench.forget(name)
+
+    def nbd_sparse(self, size=10 * GIB):
+        """5 % of data, in extents of 1 MiB."""
+        name, case = 'nbd-sparse', 'NBD, %g GiB with 5 %%' % (size / GIB)
+        length = self.bench.make(name, SPREAD % (size, size // 20))
+        costs = self.paired(name, length, self._nbd_ways(name, length, True))
+        yield from rows(case, costs, {
+            'nbdcopy -C 1': 1.0, 'nbdcopy -C 4': 1.0, 'rsync -S': 30.0}, NBD)
+        self.bench.forget(name)
+
     def empty(self, size=10 * GIB):
         name, case = 'empty', '%g GiB empty' % (size / GIB)
         length = self.bench.make(name, 'out.truncate(%d)' % size)
@@ -269,7 +322,7 @@ class Cases:
         self.bench.forget(name)
 
     IN_MEMORY = ('tiny', 'empty', 'random', 'sparse', 'overlay', 'three',
-                 'slow')
+                 'slow', 'nbd', 'nbd_sparse')
     ON_DISK = ('large',)
 
 
@@ -281,9 +334,9 @@ def per_gib(costs, size):
     return (median(costs, 'cpu') * GIB / size,)
 
 
-def rows(case, costs, targets):
+def rows(case, costs, targets, ours='pump'):
     """Our time against each other way's."""
     for way in costs:
-        if way != 'pump':
-            yield faster(case, median(costs['pump'], 'wall'), way,
+        if way != ours:
+            yield faster(case, median(costs[ours], 'wall'), way,
                          median(costs[way], 'wall'), targets.get(way))

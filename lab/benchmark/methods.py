@@ -12,11 +12,15 @@
 
 """Each way to bring volumes from host-a to host-b."""
 
+import dataclasses
 import json
 import os
 import pathlib
+import resource
+import secrets
 import subprocess
 import sys
+import time
 
 from . import measure
 from .. import config
@@ -29,6 +33,34 @@ POOL_XML = '''<pool type='dir'><name>%s</name><target><path>%s</path>
 VOLUME_XML = '''<volume><name>%s</name><capacity>%d</capacity>
 <allocation>0</allocation><target><format type='raw'/></target></volume>'''
 NBD_PORT = 10809
+
+# Receivers of one disk over NBD with TLS and a pre-shared key: a socket that
+# was made before, and an end when the client has gone.
+KEYS = '/run/bench-keys'
+# Not ChaCha20, on which GnuTLS agrees with such a key as a rule.
+PRIORITY = 'NORMAL:-VERS-ALL:+VERS-TLS1.3:-CIPHER-ALL:+AES-128-GCM'
+SYSTEM_PRIORITY = '[overrides]\ntls-disabled-cipher = CHACHA20-POLY1305\n'
+RECEIVERS = {
+    'qemu-nbd': [
+        'qemu-nbd', '-f', 'raw', '-e', '{connections}', '--cache', 'writeback',
+        '--aio', 'threads', '--discard', 'unmap', '--detect-zeroes', 'off',
+        '--object', 'tls-creds-psk,id=t,endpoint=server,dir=%s,priority=%s' % (
+            KEYS, PRIORITY), '--tls-creds', 't', '{path}'],
+    'nbdkit': [
+        'nbdkit', '--foreground', '--filter=exitlast', '--tls=require',
+        '--tls-psk=%s/keys.psk' % KEYS, 'file', '{path}']}
+LISTEN = '''import os, socket, sys
+listening = socket.socket()
+listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+listening.bind((sys.argv[1], 0))
+listening.listen(16)
+os.dup2(listening.fileno(), 3)
+os.set_inheritable(3, True)     # it may have been that
+print(listening.getsockname()[1], flush=True)
+os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()),
+                  GNUTLS_SYSTEM_PRIORITY_FILE='%s/priority')
+os.execvp(sys.argv[2], sys.argv[2:])
+''' % KEYS
 
 
 def tree() -> pathlib.Path:
@@ -75,6 +107,48 @@ class Runner:
         self.process.stdout.close()
 
 
+class Receiver:
+    """A server in a host that takes one disk in; a context manager.
+
+    :param name: of the volume, whose file is there
+    :param kind: key of RECEIVERS
+    """
+
+    def __init__(self, host, name, kind, connections=1):
+        self.host = host
+        self.path = '%s/%s' % (FOLDER, name)
+        self.argv = [part.format(path=self.path, connections=connections)
+                     for part in RECEIVERS[kind]]
+
+    def __enter__(self):
+        before = _children_cpu()
+        self.process = self.host.popen(
+            [sys.executable, '-c', LISTEN, self.host.address, *self.argv],
+            stdout=subprocess.PIPE,
+            stderr=open(self.host.logs / 'bench.log', 'ab'), text=True)
+        self.port = int(self.process.stdout.readline())
+        # What a server costs until it is ready is no part of a copy.
+        time.sleep(1)
+        self.before = before + measure.daemon_cpu([self.process])
+        return self
+
+    def __exit__(self, kind, *error):
+        if kind:
+            self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def cost(self, cost) -> measure.Cost:
+        """A copy's cost with ours; after the end."""
+        return dataclasses.replace(
+            cost, daemons=_children_cpu() - self.before - cost.client)
+
+
+def _children_cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 class Bench:
     """Two hosts with a pool each, and what the ways need.
 
@@ -95,6 +169,11 @@ class Bench:
             '--tls-certificates=/etc/pki/qemu', '--ipaddr', b.address,
             '--port', NBD_PORT, 'file', 'dir=' + FOLDER])
         b.wait_port(NBD_PORT, 10, 'nbdkit')
+        self.key = secrets.token_hex(32)
+        for host in (a, b):
+            host.run(['mkdir', '-p', '-m', '700', KEYS])
+            host.path(KEYS + '/keys.psk').write_text('nova:%s\n' % self.key)
+            host.path(KEYS + '/priority').write_text(SYSTEM_PRIORITY)
         self.runner, self.peer = Runner(a), Runner(b)
 
     def close(self) -> None:
@@ -237,10 +316,38 @@ class Bench:
             '%s/%s' % (FOLDER, name), self.a.uri(self.b), POOL, name],
             self._services('libvirtd'))
 
-    def nbdcopy(self, name, length, connections=1):
-        """Into a file that is there and empty, which it is told."""
+    def pump_nbd(self, name, length, kind='qemu-nbd'):
+        """The pump into a file that is there and empty."""
+        self._make_file(name, length)
+        with Receiver(self.b, name, kind) as receiver:
+            answer = self.runner(
+                'copy', source='qemu:///system', destination='',
+                volumes=[[POOL, name, '', '', length]],
+                exports=[[self.b.address, receiver.port, '', 'nova',
+                          self.key]])
+        # The runner is a child that hasn't ended: its use isn't in ours.
+        cost = measure.Cost(answer['wall'], 0, 0, answer['memory'])
+        return dataclasses.replace(receiver.cost(cost),
+                                   client=answer['client']), answer
+
+    def nbdcopy_psk(self, name, length, connections, kind='qemu-nbd'):
+        """nbdcopy into the same."""
+        self._make_file(name, length)
+        with Receiver(self.b, name, kind, connections) as receiver:
+            cost = measure.command(self.a, [
+                'nbdcopy', '--destination-is-zero', '--flush',
+                '--connections=%d' % connections, '%s/%s' % (FOLDER, name),
+                'nbds://nova@%s:%d/?tls-psk-file=%s/keys.psk' % (
+                    self.b.address, receiver.port, KEYS)], [])
+        return receiver.cost(cost)
+
+    def _make_file(self, name, length):
         with open(self.b.path('%s/%s' % (FOLDER, name)), 'wb') as out:
             out.truncate(length)
+
+    def nbdcopy(self, name, length, connections=1):
+        """Into a file that is there and empty, which it is told."""
+        self._make_file(name, length)
         return measure.command(self.a, [
             'nbdcopy', '--destination-is-zero', '--connections=%d' %
             connections, '%s/%s' % (FOLDER, name),

@@ -62,9 +62,11 @@ def _cpu():
 
 def copy(pump, request):
     """Copy volumes, at once or one after the other."""
+    exports = request.get('exports')
     jobs = [(pump.Volume(request['source'], *names[:2]),
+             pump.Export(*exports[n]) if exports else
              pump.Volume(request['destination'], *names[2:4]), names[4])
-            for names in request['volumes']]
+            for n, names in enumerate(request['volumes'])]
 
     def one(job):
         return pump.copy(*job, bandwidth=request.get('bandwidth', 0))

@@ -366,6 +366,7 @@ live_migration_scheme = tls
 live_migration_with_native_tls = true
 live_migration_inbound_addr = {host}
 images_type = {layout.images_type}
+storage_migration_transport = libvirt
 [compute]
 live_migration_wait_for_vif_plug = false
 [nova_sys_admin]

@@ -31,7 +31,11 @@ CLOUD = (
     'g++', 'gcc', 'genisoimage', 'ipset', 'iptables', 'kmod', 'libpcre2-dev',
     'libssl-dev', 'mariadb-server', 'memcached', 'mtools', 'pkg-config',
     'python3-dev', 'python3-venv', 'rabbitmq-server', 'syslinux',
-    'syslinux-common')
+    'syslinux-common', 'syslinux-efi')
+#: SASL of libvirt, and the KDC.
+SASL = ('krb5-user', 'libsasl2-modules', 'libsasl2-modules-gssapi-mit',
+        'sasl2-bin')
+KDC = ('krb5-admin-server', 'krb5-kdc')
 OVS = ('dnsmasq-base', 'openssh-client', 'openvswitch-switch')
 STORAGE = ('busybox-static', 'kmod', 'qemu-system-common')
 #: Unpacked for the storage machine, with what they need; never installed.
@@ -48,7 +52,7 @@ REFUSAL = '#!/bin/sh\n# while the Nova lab installs packages\nexit 101\n'
 
 def wanted(options) -> list[str]:
     """The packages for what `up` was asked for."""
-    names = set(HOSTS)
+    names = {*HOSTS, *SASL, *KDC}
     if options.ssh:
         names.update(SSH)
     if options.storage:

@@ -55,6 +55,7 @@ class Layout:
     :ivar threading: "native" or "eventlet"
     :ivar user: nova-compute runs as nova, else as root
     :ivar umask: of nova-compute, octal
+    :ivar environment: of nova-compute, added to the lab's
     """
 
     folder: pathlib.Path
@@ -68,6 +69,7 @@ class Layout:
     threading: str = 'native'
     user: bool = True
     umask: str = ''
+    environment: dict = dataclasses.field(default_factory=dict)
 
     @property
     def etc(self) -> pathlib.Path:

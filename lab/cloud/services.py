@@ -185,6 +185,7 @@ def nova_compute(layout, host) -> Service:
     if layout.user:
         argv = nova_user.command(argv, layout.umask)
         env.update(nova_user.environment())
+    env.update(layout.environment)
     return Service('nova-compute', host, tuple(argv), env, CONSUMING)
 
 

@@ -14,12 +14,15 @@
 import contextlib
 import dataclasses
 import os
+import re
 import unittest
 
 from lab import config
 from lab import nova_user
+from lab.cloud import config as cloud_config
+from lab.cloud import services
+from lab.cloud.cloud import STOP
 from lab.cloud.server import ServerError
-from lab.errors import LabError
 from lab.host import Host
 from lab.tests import cloud_case
 
@@ -28,6 +31,9 @@ IN_FULL = unittest.skipUnless(os.environ.get('LAB_SCENARIOS') == 'all',
 SCRIPT = 'boot 1: fill data 4 alpha\n'
 DATA = {'data': ('alpha', 4)}
 KEY = '/etc/pki/libvirt/private/clientkey.pem'
+INSTANCES = '/var/lib/nova/instances'
+SUDOERS = '/etc/sudoers.d/nova-common'
+SOCKET = '/run/libvirt/libvirt-sock'
 PRIVATE = '/var/lib/nova/private'
 POOL = ('<pool type="dir"><name>private</name><target><path>%s</path>'
         '</target></pool>' % PRIVATE)
@@ -92,33 +98,83 @@ class TestUser(UserCase):
         server.migrate('host-b')
         server.confirm()
 
-    def test_pool_that_nova_can_not_enter(self):
-        """nova-compute doesn't start, and says which directory it is."""
-        host = Host('host-a')
-        host.run(['install', '-d', '-o', 'root', '-g', 'libvirt-qemu', '-m',
-                  '0750', PRIVATE])
-        with contextlib.closing(host.connect()) as connection:
+
+class TestPermissions(UserCase):
+    """Each made wrong alone: nova-compute doesn't start, and says why."""
+
+    def setUp(self):
+        super().setUp()
+        self.host = Host('host-a')
+
+    def assert_refused(self, said, *mend):
+        """Start it, read its log, do what that says, start it again.
+
+        :param said: regular expression
+        :param mend: a command
+        """
+        self.host.stop('nova-compute', timeout=STOP)
+        log = self.cloud.compute_log('host-a')
+        before = log.stat().st_size
+        service = services.nova_compute(self.cloud.layout, 'host-a')
+        self.host.start('nova-compute', service.argv, env=service.env)
+
+        def tells():
+            with open(log, errors='replace') as file:
+                file.seek(before)
+                self.told = file.read()
+            return re.search(said, self.told)
+
+        try:
+            self.host.wait(tells, 60, 'refused with: ' + said)
+            self.assertNotIn(services.CONSUMING, self.told)
+        finally:
+            self.host.run(mend)
+            # With native threads it waits for its thread pools for ever.
+            self.cloud.restart('host-a', 'nova-compute')
+
+    def test_pool(self):
+        self.host.run(['install', '-d', '-o', 'root', '-g', 'libvirt-qemu',
+                       '-m', '0750', PRIVATE])
+        overrides = self.cloud.layout.overrides('host-a')
+        with contextlib.closing(self.host.connect()) as connection:
             pool = connection.storagePoolDefineXML(POOL)
             pool.create()
+        cloud_config.set_option(
+            overrides, 'libvirt', 'storage_disks_pool', 'private')
         try:
-            # With native threads it waits for its thread pools for ever.
-            with self.assertRaisesRegex(LabError, 'has ended|not serving'):
-                self.cloud.set('host-a', 'libvirt', 'storage_disks_pool',
-                               'private')
-            self.assertRegex(self.service_log('host-a'), (
+            self.assert_refused(
                 'Allow it by setfacl -m u:nova:x %s[.] User nova can not use '
                 'storage pool private on host host-a: %s is drwxr-x--- '
-                'root:[a-z-]+[.]' % (PRIVATE, PRIVATE)))
-            # As it says.
-            host.run(['setfacl', '-m', 'u:nova:x', PRIVATE])
-            self.cloud.restart('host-a', 'nova-compute')
+                'root:[a-z-]+' % (PRIVATE, PRIVATE),
+                'setfacl', '-m', 'u:nova:x', PRIVATE)
         finally:
             self.cloud.set('host-a', 'libvirt', 'storage_disks_pool',
                            'nova-disks-pool')
-            with contextlib.closing(host.connect()) as connection:
+            with contextlib.closing(self.host.connect()) as connection:
                 pool = connection.storagePoolLookupByName('private')
                 pool.destroy()
                 pool.undefine()
+
+    def test_instances_directory(self):
+        self.host.run(['chown', 'root:root', INSTANCES])
+        self.assert_refused(
+            'Give user nova the permissions rwx for %s on host host-a, which '
+            'is drwxr-xr-x root:root' % INSTANCES,
+            'chown', 'nova:nova', INSTANCES)
+
+    def test_sudoers(self):
+        self.host.run(['mv', SUDOERS, '/root/nova-common'])
+        self.assert_refused(
+            'Let user nova on host host-a run the command in .nova_sys_admin'
+            './helper_command as root, which sudoers',
+            'mv', '/root/nova-common', SUDOERS)
+
+    def test_socket(self):
+        """Stock Nova's own words are enough."""
+        self.host.run(['chmod', '0700', SOCKET])
+        self.assert_refused(
+            "Failed to connect socket to '.*libvirt-sock': Permission denied",
+            'chmod', '0770', SOCKET)
 
 
 @IN_FULL

@@ -164,8 +164,12 @@ class TestConnections(HostsTest):
         """Those that the lab's own set-up does not run."""
         named = {name.removeprefix(guide.PREFIX)
                  for name in guide._blocks(guide.find())}
-        self.assertEqual({'ca', 'crl', 'certificate', 'install', 'install-nova',
-                          'libvirtd', 'qemu', 'dn', 'check', 'renew', 'revoke'}, named)
+        self.assertEqual({
+            'ca', 'crl', 'certificate', 'install', 'install-nova', 'libvirtd',
+            'qemu', 'dn', 'check', 'renew', 'revoke',
+            # test_sasl.py
+            'sasl-principals', 'sasl-install', 'sasl-libvirtd', 'sasl-check',
+            'sasl-scram'}, named)
         for one, other in ((self.a, self.b), (self.b, self.a)):
             for peer in (other.name, other.address):
                 self.assertEqual(other.name, guide.run(

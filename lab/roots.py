@@ -31,9 +31,9 @@ FOLDER = config.CACHE / 'roots'
 RELEASES = ('bookworm', 'trixie', 'sid')
 #: What hosts run, at either level; python3 brings what a Python links to.
 PACKAGES = tuple(sorted(
-    {*packages.HOSTS, *packages.SSH, *packages.OVS, 'acl', 'conntrack',
-     'dosfstools', 'genisoimage', 'ipset', 'iptables', 'iputils-ping', 'kmod',
-     'mtools', 'python3', 'psmisc'} - {'libvirt-dev', 'libvirt-daemon'}))
+    {*packages.HOSTS, *packages.SASL, *packages.SSH, *packages.OVS, 'acl',
+     'conntrack', 'dosfstools', 'genisoimage', 'ipset', 'iptables',
+     'iputils-ping', 'kmod', 'mtools', 'python3', 'psmisc'} - {'libvirt-dev', 'libvirt-daemon'}))
 STAMP = 'lab-packages'
 #: Minutes after which a mirror is as good as none.
 LIMIT = 6
@@ -47,15 +47,19 @@ def path(release: str) -> pathlib.Path:
     return FOLDER / release
 
 
-def ensure(release: str, progress) -> pathlib.Path:
+def ensure(release: str, progress, name: str = '',
+           wanted=PACKAGES) -> pathlib.Path:
     """Make the root of a release unless it is there.
 
     :param release: one of RELEASES
+    :param name: of the root, where it isn't the one for hosts
+    :param wanted: Debian packages
     :returns: the directory
     :raises: Unavailable
     """
-    found = path(release)
-    stamp = hashlib.sha256(repr(PACKAGES).encode()).hexdigest()
+    name = name or release
+    found = path(name)
+    stamp = hashlib.sha256(repr(wanted).encode()).hexdigest()
     try:
         if (found / STAMP).read_text() == stamp:
             return found
@@ -68,21 +72,21 @@ def ensure(release: str, progress) -> pathlib.Path:
             except LabError as error:
                 raise Unavailable('mmdebstrap can\'t be installed: %s' % error,
                                   error.log) from error
-    with progress.step('root of Debian %s' % release):
-        new = _make(release)
+    with progress.step('root of Debian %s' % name):
+        new = _make(release, name, wanted)
         (new / STAMP).write_text(stamp)
         shutil.rmtree(found, ignore_errors=True)
         new.rename(found)
     return found
 
 
-def _make(release):
+def _make(release, name, wanted):
     source = mirror()
     _check_reach(source, release)
-    new = FOLDER / (release + '.new')
+    new = FOLDER / (name + '.new')
     shutil.rmtree(new, ignore_errors=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    log = FOLDER / (release + '.log')
+    log = FOLDER / (name + '.log')
     with open(log, 'w') as out:
         done = subprocess.run(
             # Its mounts are nobody else's, and go with it.
@@ -91,7 +95,7 @@ def _make(release):
              'mmdebstrap', '--quiet', '--mode=root', '--variant=minbase',
              '--aptopt=APT::Install-Recommends "false"',
              *('--aptopt=' + line for line in _transport()),
-             '--include=' + ','.join(PACKAGES),
+             '--include=' + ','.join(wanted),
              # Nothing is installed there later.
              '--customize-hook=rm -rf "$1"/etc/apt/sources.list* '
              '"$1"/etc/apt/apt.conf.d/99mmdebstrap',

@@ -13,8 +13,8 @@
 """Make the test guest's disk image from Debian's cloud kernel and busybox.
 
 The image has a partition table (Glance and Nova refuse raw data whose boot
-sector is none), a FAT partition with SYSLINUX, kernel and initramfs, and an
-ext4 partition which the guest grows to the end of its disk at every boot.
+sector is none), a FAT partition with SYSLINUX for BIOS and UEFI, kernel and
+initramfs, and an ext4 partition which the guest grows to the end of its disk at every boot.
 """
 
 import fcntl
@@ -33,7 +33,7 @@ DATA = (40 * MIB, 15 * MIB)
 MODULES = (
     'button', 'evdev', 'virtio_pci', 'virtio_blk', 'virtio_net', 'ata_piix',
     'sd_mod', 'sr_mod', 'virtio_scsi', 'virtio-rng', 'nls_cp437', 'nls_ascii',
-    'nls_utf8', 'vfat', 'isofs', 'crc32c_generic', 'ext4')
+    'nls_utf8', 'vfat', 'isofs', 'crc32c_generic', 'ext4', 'efivarfs')
 PROGRAMS = ('/usr/sbin/resize2fs', '/usr/sbin/e2fsck', '/usr/sbin/blkid',
             '/usr/bin/fallocate', '/usr/sbin/dropbear', '/usr/bin/dropbearkey')
 OURS = ('init', 'network')  # scripts, beside this file
@@ -41,6 +41,9 @@ ACCOUNTS = {'passwd': 'root:x:0:0:root:/root:/bin/sh\n', 'group': 'root:x:0:\n',
             'shadow': 'root:*:19000:0:99999:7:::\n', 'shells': '/bin/sh\n'}
 KERNEL_PACKAGE = 'linux-image-cloud-amd64'
 # tsc, timer and mitigations: seconds of the boot under emulation.
+#: SYSLINUX for UEFI, where firmware looks for it.
+EFI = {'BOOTX64.EFI': '/usr/lib/SYSLINUX.EFI/efi64/syslinux.efi',
+       'ldlinux.e64': '/usr/lib/syslinux/modules/efi64/ldlinux.e64'}
 COMMAND_LINE = ('console=ttyS0 panic=-1 quiet loglevel=1 tsc=unstable '
                 'no_timer_check mitigations=off random.trust_cpu=on')
 SYSLINUX = """\
@@ -48,8 +51,8 @@ DEFAULT l
 PROMPT 0
 TIMEOUT 0
 LABEL l
- KERNEL vmlinuz
- INITRD initrd
+ KERNEL /vmlinuz
+ INITRD /initrd
  APPEND %s
 """ % COMMAND_LINE
 
@@ -217,5 +220,9 @@ def _disk(work):
                    .read_bytes()[:440])
     run('mcopy', '-i', '%s@@%d' % (disk, BOOT[0]), work / 'vmlinuz',
         work / 'initrd', work / 'syslinux.cfg', '::/')
+    boot = '%s@@%d' % (disk, BOOT[0])
+    run('mmd', '-i', boot, '::/EFI', '::/EFI/BOOT')
+    for name, path in EFI.items():
+        run('mcopy', '-i', boot, path, '::/EFI/BOOT/' + name)
     run('qemu-img', 'convert', '-f', 'raw', '-O', 'qcow2', disk,
         work / 'guest.qcow2')

@@ -14,6 +14,7 @@
 import atexit
 import os
 import pathlib
+import tempfile
 import unittest
 
 from lab import cloud as lab_cloud
@@ -134,6 +135,20 @@ class CloudTestCase(unittest.TestCase):
         server.wait('ACTIVE')
         server.testimony()
         return server
+
+    def copy_image(self, name, **properties):
+        """An image of its own with the guest's content."""
+        content = self.cloud.conn.image.download_image(
+            self.cloud.image('guest')).content
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(content)
+            file.flush()
+            made = self.cloud.conn.create_image(
+                name, filename=file.name, disk_format='qcow2',
+                container_format='bare', wait=True, **properties)
+        self.addCleanup(self.cloud.conn.image.delete_image, made.id,
+                        ignore_missing=True)
+        return made
 
     # -- what a guest says
 

@@ -5,7 +5,7 @@ RUN = PYTHONPATH=tools $(PYTHON) -m runner
 
 .DEFAULT_GOAL := help
 .PHONY: help ready tree save check series wheel test style unit functional \
-	each lab lab-down lab-test bench demo
+	newer-python each lab lab-down lab-test bench demo
 
 help:         ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -37,6 +37,9 @@ style:        ## the style checks alone
 
 unit:         ## Nova's unit tests that the series can affect, alone
 	@$(RUN) unit
+
+newer-python: ## the unit tests on the Python of the next Debian, compiled there (part of lab-test)
+	@$(RUN) newer_python
 
 functional:   ## Nova's functional tests of the libvirt driver, and ours
 	@$(RUN) functional

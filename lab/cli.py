@@ -107,6 +107,10 @@ def _cloud():
 @click.option('--host-root', type=click.Choice(['', *roots.RELEASES]),
               default=lambda: os.environ.get('LAB_HOST_ROOT', ''),
               help='The hosts\' Debian; the machine\'s own by default.')
+@click.option('--modular', is_flag=True,
+              default=lambda: os.environ.get('LAB_MODULAR', '') == '1',
+              help='virtqemud, virtstoraged, virtproxyd in place of libvirtd; '
+              'with --host-root trixie.')
 def up(**arguments):
     """Bring the lab up; if it is, say so."""
     options = state.Options(**arguments)
@@ -361,6 +365,18 @@ def prepare(level):
         if level == 'cloud':
             from . import cloud
             cloud.prepare(options, ui.Console())
+
+
+@main.command(name='root', hidden=True)
+@click.argument('release', type=click.Choice(roots.RELEASES))
+@click.argument('name')
+@click.argument('wanted', nargs=-1, required=True)
+def root_(release, name, wanted):
+    """Make a root of a release with these packages; prints its path."""
+    preflight.check_user()
+    with lock.held():
+        found = roots.ensure(release, ui.Steps(), name, tuple(wanted))
+    click.echo(found)
 
 
 @main.command(hidden=True)

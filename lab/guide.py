@@ -84,4 +84,5 @@ def run(machine, name: str, cwd='/', as_nova=False, **variables: str) -> str:
     if as_nova:
         argv = nova_user.command(argv)
         variables.update(nova_user.environment())
+    variables.setdefault('DAEMON', getattr(machine, 'front', ''))
     return machine.run(argv, cwd=cwd, env=variables).stdout

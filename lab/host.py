@@ -22,10 +22,12 @@ import uuid
 from . import config
 from . import faults
 from . import guide
+from . import modular
 from . import nova_user
 from . import pki
 from . import roots
 from . import ssh
+from . import state
 from .errors import LabError
 from .machine import Machine
 
@@ -42,6 +44,12 @@ auth_unix_ro = "none"
 unix_sock_group = "libvirt"
 unix_sock_rw_perms = "0770"
 tls_no_sanity_certificate = %(no_sanity)d
+host_uuid = "%(uuid)s"
+log_outputs = "2:stderr"
+'''
+# Of a modular daemon that nobody but virtproxyd speaks to.
+DAEMON_CONF = '''auth_unix_rw = "none"
+auth_unix_ro = "none"
 host_uuid = "%(uuid)s"
 log_outputs = "2:stderr"
 '''
@@ -72,16 +80,17 @@ class Host(Machine):
 
     def prepare(self, with_ssh: bool = False,
                 memory: pathlib.Path | None = None,
-                root: str = '') -> None:
+                root: str = '', modular_: bool = False) -> None:
         """Make the folders of which the host is built.
 
         :param memory: where /var/lib/nova lies in place of a disk
         :param root: a release of Debian, see roots.RELEASES
+        :param modular_: with modular daemons in place of libvirtd
         """
         super().prepare()
         for path in OWN:
             (self.folder / path.lstrip('/')).mkdir(parents=True, exist_ok=True)
-        self._root = root
+        self._root, self._modular = root, modular_
         if root:
             qemu = roots.user(root, 'libvirt-qemu')
         else:
@@ -111,6 +120,9 @@ class Host(Machine):
             spec['root_at'] = str(self.folder / 'root')
             spec['overlays'] = []
             spec['keep'] += roots.python()
+        if self._modular:
+            spec['binds'] += [[str(modular.path(name)), '/usr/sbin/' + name]
+                              for name in modular.DAEMONS]
         spec['binds'] += [[str(self.folder / path.lstrip('/')), path]
                           for path in OWN]
         if os.path.exists(KVM):
@@ -150,24 +162,41 @@ class Host(Machine):
             'name': self.name, 'address': self.address, 'uuid': self._uuid,
             'no_sanity': no_sanity}
         etc = self.folder / 'etc/libvirt'
-        (etc / 'libvirtd.conf').write_text(LIBVIRTD_CONF % values)
+        (etc / (self.front + '.conf')).write_text(LIBVIRTD_CONF % values)
+        if self.front == modular.FRONT:
+            for name in modular.DAEMONS[:-1]:
+                (etc / (name + '.conf')).write_text(DAEMON_CONF % values)
         (etc / 'qemu.conf').write_text(QEMU_CONF % values)
         guide.run(self, 'libvirtd', ALLOWED=', '.join(
             '"CN=%s"' % name for name in config.HOSTS))
         guide.run(self, 'qemu')
 
     def start_daemons(self) -> None:
-        """Start virtlogd, libvirtd and, with --ssh, sshd; don't wait."""
+        """Start virtlogd, libvirtd and, with --ssh, sshd; don't wait.
+
+        With modular daemons the service "libvirtd" is virtproxyd.
+        """
         if self._with_ssh:
             self.start('sshd', ['/usr/sbin/sshd', '-D', '-e', '-f',
                                 '/etc/ssh/lab_sshd_config'])
         self.start('virtlogd', ['/usr/sbin/virtlogd'])
-        self.start('libvirtd', ['/usr/sbin/libvirtd', '--listen'])
+        if self.front == modular.FRONT:
+            for name in modular.DAEMONS[:-1]:
+                self.start(name, ['/usr/sbin/' + name])
+            self.start('libvirtd', ['/usr/sbin/' + modular.FRONT])
+        else:
+            self.start('libvirtd', ['/usr/sbin/libvirtd', '--listen'])
 
     def wait_ready(self, timeout: float = 30) -> None:
         self.wait_port(config.TLS_PORT, timeout, 'libvirtd')
         socket = self.path('/run/libvirt/libvirt-sock')
         self.wait(socket.exists, timeout, 'answering', 'libvirtd')
+
+    @property
+    def front(self) -> str:
+        """The daemon that listens: libvirtd or virtproxyd."""
+        known = state.find()
+        return modular.FRONT if known and known.options.modular else 'libvirtd'
 
     # -- using it ------------------------------------------------------------
 
@@ -235,7 +264,6 @@ class Host(Machine):
                     guide.run(peer, 'renew')
 
     def _note(self, variant: str) -> None:
-        from . import state
         known = state.find()
         if known:
             known.certificates[self.name] = variant

@@ -25,6 +25,7 @@ from . import config
 from . import guide
 from . import host
 from . import lock
+from . import modular
 from . import network
 from . import packages
 from . import pki
@@ -52,6 +53,8 @@ def prepare(options, progress: ui.Steps) -> None:
     if options.storage:
         with progress.step('kernel and packages of the storage machine'):
             storage.prepare()
+    if options.modular:
+        modular.ensure(progress)
 
 
 def up(options: state.Options, progress: ui.Steps | None = None) -> None:
@@ -83,7 +86,7 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
         memory = _memory() if options.memory else None
         jobs.append(pool.submit(machines[0].prepare))
         jobs += [pool.submit(m.prepare, options.ssh, memory,
-                             options.host_root)
+                             options.host_root, options.modular)
                  for m in machines[1:]]
         for job in jobs:
             job.result()
@@ -97,7 +100,8 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
         beside.begin()
     with progress.step('certificates, as the admin guide says'):
         _certificates(*machines)
-    with progress.step('virtlogd, libvirtd'):
+    with progress.step('virtlogd, %s' % (
+            'modular daemons' if options.modular else 'libvirtd')):
         for machine in machines[1:]:
             machine.start_daemons()
         for machine in machines[1:]:

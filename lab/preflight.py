@@ -18,6 +18,7 @@ import shutil
 
 from . import config
 from . import lock
+from . import modular
 from . import network
 from .errors import LabError
 
@@ -60,6 +61,9 @@ def check(options, leftover: bool) -> None:
     :raises: LabError, one line
     """
     check_user()
+    if options.modular and options.host_root != modular.RELEASE:
+        raise LabError('modular daemons are compiled for Debian %s alone; add '
+                       '--host-root %s' % (modular.RELEASE, modular.RELEASE))
     taken = network.existing()
     if taken and not leftover:
         raise LabError('the network namespace %s is in use%s; end that, or '

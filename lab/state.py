@@ -28,6 +28,7 @@ class Options:
 
     :ivar host_root: release of Debian whose root the hosts have, one of
         roots.RELEASES; none: the machine's own
+    :ivar modular: libvirt's modular daemons in place of libvirtd
     :ivar root: nova-compute runs as root, for comparison
     :ivar memory: the hosts' disks lie in memory, so that none is measured
     :ivar storage: what there is beside the hosts: "vm" for the storage
@@ -45,6 +46,8 @@ class Options:
     storage: str = ''
     host_root: str = dataclasses.field(
         default_factory=lambda: os.environ.get('LAB_HOST_ROOT', ''))
+    modular: bool = dataclasses.field(
+        default_factory=lambda: os.environ.get('LAB_MODULAR', '') == '1')
 
 
 def boot_id() -> str:

@@ -100,15 +100,17 @@ class _Counter(testtools.StreamResult):
 
 
 def stestr(tally: Tally, title: str, cwd: pathlib.Path, where: list[str],
-           what: list[str], env: dict | None = None) -> None:
+           what: list[str], env: dict | None = None,
+           python: tuple = (sys.executable,)) -> None:
     """Run tests under stestr and count each.
 
     :param where: arguments before ``run``, such as --test-path
     :param what: arguments after it, such as a pattern
+    :param python: the command that is the interpreter
     """
     with tempfile.TemporaryFile() as errors:
         with Line(title) as line, subprocess.Popen(
-                [sys.executable, '-m', 'stestr', *where, 'run', '--subunit',
+                [*python, '-m', 'stestr', *where, 'run', '--subunit',
                  *what], cwd=cwd, stdout=subprocess.PIPE, stderr=errors,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **(env or {})}) as process:

@@ -22,6 +22,7 @@ import tomllib
 
 from . import counting
 from . import machine
+from . import newer_python as newer_python_
 from .progress import Line
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -88,6 +89,28 @@ def unit(tally):
         *WORKERS, counting.modules(names)], env=TESTS['environment'])
 
 
+def newer_python(tally):
+    """The unit stage on the next Debian's Python, compiled there."""
+    title = 'unit on %s' % newer_python_.RELEASE
+    if reason := _no_lab():
+        tally.skip(title, reason)
+        return
+    try:
+        python = newer_python_.prepare(ROOT, TREE, NO_ROOT)
+    except newer_python_.Unavailable as error:
+        tally.skipped += 1
+        tally.notes.append('%s skipped: %s' % (title, error))
+        return
+    except machine.NotReady as error:
+        tally.add(title + ' ready', False, str(error))
+        return
+    names = [UNIT + name for name in TESTS['unit']]
+    names += tests_of(TREE, touched(TREE, 'base'))
+    counting.stestr(tally, title, TREE, [], [
+        *WORKERS, counting.modules(names)], env=TESTS['environment'],
+        python=python)
+
+
 def functional(tally):
     names = ['nova.tests.functional.' + name for name in TESTS['functional']]
     counting.stestr(tally, 'functional', TREE, [
@@ -121,16 +144,22 @@ def lab(tally):
             # In full also on what comes after the next Debian.
             for release in ('trixie', *(['sid'] if full else [])):
                 _on_release(tally, release, name, full)
+            if full:
+                _on_release(tally, 'trixie', name, full, modular=True)
+    if full:
+        newer_python(tally)
 
 
-def _on_release(tally, release, name, full):
+def _on_release(tally, release, name, full, modular=False):
     """The scenarios that libvirt's version matters to, on another Debian.
 
     :param full: all moves; else those that meet a full disk, or holes, which
         is where versions of libvirt and QEMU differ
+    :param modular: with libvirt's modular daemons
     """
-    title = 'lab hosts %s' % release
-    env = {**name, 'LAB_HOST_ROOT': release}
+    title = 'lab hosts %s' % release + (' modular' if modular else '')
+    env = {**name, 'LAB_HOST_ROOT': release,
+           'LAB_MODULAR': '1' if modular else ''}
     with Line(title + ' ready') as line:
         done = subprocess.run(
             [ROOT / 'lab/lab', 'prepare', '--level', 'hosts'], cwd=ROOT,

@@ -46,7 +46,8 @@ def prepare(project: pathlib.Path, tree: pathlib.Path, no_root: int) -> tuple:
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True)
     if done.returncode == no_root:
-        raise Unavailable(done.stderr.strip().splitlines()[0])
+        raise Unavailable(done.stderr.strip().splitlines()[0].removeprefix(
+            'error: '))
     if done.returncode:
         raise machine.NotReady(done.stderr)
     root = pathlib.Path(done.stdout.strip().splitlines()[-1])

@@ -23,6 +23,7 @@ from unittest import mock
 
 from runner import counting
 from runner import machine
+from runner import newer_python
 from runner import notes
 from runner import stages
 
@@ -226,6 +227,34 @@ class TestStages(RunnerTest):
         self.assertEqual((0, 0, 1), self.sums())
         self.assertEqual(['lab hosts trixie skipped: no mirror'],
                          self.tally.notes)
+
+    def test_newer_python_without_a_root(self):
+        command = self.top / 'lab' / 'lab'
+        command.parent.mkdir()
+        command.write_text('#!/bin/sh\necho "error: no mirror" >&2\nexit 3\n')
+        command.chmod(0o755)
+        with mock.patch.object(stages, 'ROOT', self.top), (
+                mock.patch.object(stages, '_no_lab', return_value=None)):
+            stages.newer_python(self.tally)
+        self.assertEqual((0, 0, 1), self.sums())
+        self.assertEqual(['unit on trixie skipped: no mirror'],
+                         self.tally.notes)
+
+    def test_copy_for_the_newer_python(self):
+        """What git knows or could know, as it is in the checkout."""
+        tree, copy = self.top / 'tree', self.top / 'copy'
+        tree.mkdir()
+        subprocess.run(['git', 'init', '-q', tree], check=True)
+        (tree / '.gitignore').write_text('*.so\n')
+        for name in ('known', 'gone', 'new', 'built.so'):
+            (tree / name).write_text(name)
+        subprocess.run(['git', 'add', 'known', 'gone'], cwd=tree, check=True)
+        (tree / 'gone').unlink()
+        (tree / 'known').write_text('changed')
+        newer_python._copy(tree, copy)
+        self.assertEqual(['.gitignore', 'known', 'new'],
+                         sorted(path.name for path in copy.iterdir()))
+        self.assertEqual('changed', (copy / 'known').read_text())
 
     def test_notes(self):
         good = self.top / 'x-0123456789abcdef.yaml'

@@ -52,7 +52,9 @@ class UefiCase:
         if 'image' not in more:
             more['image'] = self.copy_image(
                 'uefi-' + self.id().rpartition('.')[2][:40],
-                hw_firmware_type='uefi', hw_machine_type='q35').id
+                hw_firmware_type='uefi', hw_machine_type='q35',
+                # The guest's kernel has no driver for q35's SATA.
+                hw_cdrom_bus='scsi', hw_scsi_model='virtio-scsi').id
         try:
             return super().boot(name, **more)
         except ServerError:

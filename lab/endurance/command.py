@@ -14,6 +14,8 @@
 import contextlib
 import secrets
 
+import rich.markup
+
 from . import cloud as cloud_level
 from . import moves
 from . import plan
@@ -52,7 +54,8 @@ def run(steps, minutes, seed, hosts_only, cloud_only, keep_going,
     results = []
 
     def say(step):
-        progress.say(str(step))
+        # "[libvirt]" is no markup.
+        progress.say(rich.markup.escape(str(step)))
 
     levels = [level for level, skipped in (('hosts', cloud_only),
                                            ('cloud', hosts_only))

@@ -38,7 +38,7 @@ style:        ## the style checks alone
 unit:         ## Nova's unit tests that the series can affect, alone
 	@$(RUN) unit
 
-newer-python: ## the unit tests on the Python of the next Debian, compiled there (part of lab-test)
+newer-python: ## the unit tests on the Python of the next Debian, compiled there
 	@$(RUN) newer_python
 
 functional:   ## Nova's functional tests of the libvirt driver, and ours

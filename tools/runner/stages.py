@@ -144,22 +144,16 @@ def lab(tally):
             # In full also on what comes after the next Debian.
             for release in ('trixie', *(['sid'] if full else [])):
                 _on_release(tally, release, name, full)
-            if full:
-                _on_release(tally, 'trixie', name, full, modular=True)
-    if full:
-        newer_python(tally)
 
 
-def _on_release(tally, release, name, full, modular=False):
+def _on_release(tally, release, name, full):
     """The scenarios that libvirt's version matters to, on another Debian.
 
     :param full: all moves; else those that meet a full disk, or holes, which
         is where versions of libvirt and QEMU differ
-    :param modular: with libvirt's modular daemons
     """
-    title = 'lab hosts %s' % release + (' modular' if modular else '')
-    env = {**name, 'LAB_HOST_ROOT': release,
-           'LAB_MODULAR': '1' if modular else ''}
+    title = 'lab hosts %s' % release
+    env = {**name, 'LAB_HOST_ROOT': release}
     with Line(title + ' ready') as line:
         done = subprocess.run(
             [ROOT / 'lab/lab', 'prepare', '--level', 'hosts'], cwd=ROOT,

@@ -238,18 +238,6 @@ class TestPool(Scenarios, CloudTestCase):
 
     test_hostile_head = TestFlat.test_hostile_head
 
-    def test_live_migrate(self):
-        """Refused before anything has happened, until it can be done."""
-        server, before = self.server()
-        # The conductor tells its caller no more; host-a's log says why.
-        with self.assertRaisesRegex(Exception, 'No valid host|pools?'):
-            server.live_migrate('host-b')
-        self.assertRegex(self.service_log('host-a'), '%s can not be live '
-                         'migrated, because it has disks in storage pools' %
-                         server.id)
-        self.assertEqual('host-a', server.host)
-        self.assertEqual(before.boot_id, server.look().boot_id)
-
 
 class TestLegacyOnSeries(TestDefault):
     """Legacy disks on the series, without SSH: what needs none."""

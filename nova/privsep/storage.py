@@ -162,6 +162,36 @@ def allocate(path: str, size: int) -> None:
 
 
 @nova.privsep.sys_admin_pctxt.entrypoint
+def write_over(source: str, target: str, sparse: bool) -> None:
+    """Write a file's content to the begin of another one that is there.
+
+    The target stays the file that it is, with its owner, mode and at least
+    its length.
+
+    :param sparse: leave out what is zeroes, as the target reads so already
+    :raises: processutils.ProcessExecutionError (a full disk)
+    """
+    processutils.execute(
+        'dd', 'if=%s' % source, 'of=%s' % target, 'bs=1M', 'status=none',
+        'iflag=nofollow', 'oflag=nofollow',
+        'conv=nocreat,notrunc' + (',sparse' if sparse else ''),
+        env_variables={'LC_ALL': 'C'})
+
+
+@nova.privsep.sys_admin_pctxt.entrypoint
+def sync(path: str) -> None:
+    """Have all that was written to a file or device on the disk.
+
+    :raises: OSError
+    """
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@nova.privsep.sys_admin_pctxt.entrypoint
 def dig_holes(path: str) -> None:
     """Give back the blocks of a file that hold nothing but zeroes.
 

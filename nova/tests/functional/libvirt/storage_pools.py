@@ -64,6 +64,8 @@ class StoragePoolsTestBase(base.ServersTestBase):
     ADMIN_API = True
     #: by host, where that is another one than libvirt-storage
     images_types: dict[str, str] = {}
+    transport = 'libvirt'
+    network = '192.0.2.%d'
 
     def setUp(self):
         self.hosts = self.useFixture(libvirt_hosts.Hosts())
@@ -116,7 +118,7 @@ class StoragePoolsTestBase(base.ServersTestBase):
     ):
         if hostname not in self.connections:
             directory = self.useFixture(fixtures.TempDir()).path
-            address = '192.0.2.%d' % (len(self.connections) + 1)
+            address = self.network % (len(self.connections) + 1)
             connection = self._get_connection(hostname=hostname)
             connection.file_system = libvirt_storage.RealFileSystem()
             self.connections[hostname] = connection
@@ -128,6 +130,7 @@ class StoragePoolsTestBase(base.ServersTestBase):
                 ('libvirt', 'images_type'): self.images_types.get(
                     hostname, 'libvirt-storage'),
                 ('libvirt', 'migration_inbound_addr'): address,
+                ('libvirt', 'storage_migration_transport'): self.transport,
             }
             fakelibvirt.PEERS[URI % address] = connection
         with self.hosts.on(hostname):

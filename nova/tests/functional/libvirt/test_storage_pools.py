@@ -16,6 +16,9 @@ import os
 from nova.tests.functional.libvirt import storage_pools
 
 BASE = storage_pools.BASE
+VOLUME_GROUP = (
+    "<pool type='logical'><name>nova-disks-pool</name><source><name>vg</name>"
+    "</source><target><path>/dev/vg</path></target></pool>")
 
 
 class TestOnOneHost(storage_pools.StoragePoolsTestBase):
@@ -210,3 +213,74 @@ class TestOnOneHost(storage_pools.StoragePoolsTestBase):
         self.assertEqual({}, self.system_metadata(server))
         self._delete_server(server)
         self.assert_nothing_left(server)
+
+
+class TestOnAVolumeGroup(storage_pools.StoragePoolsTestBase):
+    """The disks are logical volumes."""
+
+    ALL = dict.fromkeys(
+        ('disk', 'disk_eph0', 'disk_swap', 'disk_config'), 'raw')
+    NAMES = ['disk', 'disk.config', 'disk.eph0', 'disk.swap']
+
+    def setUp(self):
+        super().setUp()
+        self.flags(force_config_drive=True)
+        self.start_compute()
+        self.group = self.connections['compute1'].volume_group('vg')
+
+    def _get_connection(self, *args, **kwargs):
+        connection = super()._get_connection(*args, **kwargs)
+        connection.storagePoolDefineXML(VOLUME_GROUP)
+        return connection
+
+    def boot_with_all(self):
+        return self.boot(ephemeral=1, swap=64)
+
+    def test_boot(self):
+        server = self.boot_with_all()
+        self.assert_ready('compute1', server, **self.ALL)
+        self.assertEqual(self.NAMES, self.volumes('compute1', server))
+        # None of them is a snapshot, and all are whole extents.
+        self.assertEqual({None}, {
+            device.room for device in self.group.devices.values()})
+        self.assertEqual(1 << 30, self.config_of(
+            'compute1', server, 'disk').capacity)
+        self.assertEqual(
+            storage_pools.CONTENT[:512],
+            self.content('compute1', server, 'disk'))
+        self._delete_server(server)
+        self.assert_nothing_left(server)
+        self.assertEqual({}, self.group.devices)
+
+    def test_nothing_of_another_server(self):
+        server = self.boot_with_all()
+        for name in self.NAMES:
+            self.write('compute1', server, name, b'secret')
+        self.flags(volume_clear='none', group='libvirt')
+        self._delete_server(server)
+        server = self.boot_with_all()
+        for name, device in self.group.devices.items():
+            self.assertNotIn(b'secret', device.read(
+                storage_pools.GUEST, 512), name)
+
+    def test_hard_reboot_and_rescue(self):
+        server = self.boot_with_all()
+        self.write('compute1', server, 'disk', b'of the guest')
+        self._reboot_server(server, hard=True)
+        self._rescue_server(server)
+        self.assertEqual(
+            {*self.NAMES, 'disk.rescue', 'disk.config.rescue'},
+            set(self.volumes('compute1', server)))
+        self._unrescue_server(server)
+        self.assert_ready('compute1', server, **self.ALL)
+        self.assertEqual(self.NAMES, self.volumes('compute1', server))
+        self.assertEqual(b'of the guest', self.content(
+            'compute1', server, 'disk', 12, storage_pools.GUEST))
+
+    def test_group_that_is_full(self):
+        self.group.capacity = 512 << 20
+        server = self._create_server(
+            image_uuid=storage_pools.IMAGE, flavor_id=self.flavor(),
+            networks='none', expected_state='ERROR')
+        self.assertEqual({}, self.group.devices)
+        self._delete_server(server)

@@ -17,6 +17,7 @@ from unittest import mock
 import fixtures
 
 from nova.cmd import manage
+from nova.compute import instance_actions
 from nova import exception
 from nova import objects
 from nova.tests.functional.libvirt import storage_pools
@@ -81,6 +82,11 @@ class MovesTestBase(storage_pools.StoragePoolsTestBase):
         self.assert_nothing_left(server)
         for host in self.connections:
             self.assertEqual([], self.files(host))
+
+    def force_down(self, host, down):
+        (service,) = self.api.get_services(
+            host=host, binary='nova-compute')
+        self.api.put_service(service['id'], {'forced_down': down})
 
 
 class TestMoves(MovesTestBase):
@@ -220,15 +226,10 @@ class TestMoves(MovesTestBase):
     def test_evacuate(self):
         server = self.boot_with_all()
         self.computes['compute1'].stop()
-        self._force_down('compute1', True)
+        self.force_down('compute1', True)
         server = self._evacuate_server(
             server, expected_host='compute2')
         self.assert_evacuated(server)
-
-    def _force_down(self, host, down):
-        (service,) = self.api.get_services(
-            host=host, binary='nova-compute')
-        self.api.put_service(service['id'], {'forced_down': down})
 
     def assert_evacuated(self, server):
         records = self.records(server)
@@ -239,10 +240,54 @@ class TestMoves(MovesTestBase):
         self.assertEqual(VOLUMES, self.volumes('compute2', server))
         self.assertEqual(VOLUMES, self.volumes('compute1', server))
         self.restart_compute_service('compute1')
-        self._force_down('compute1', False)
+        self.force_down('compute1', False)
         self.assert_nothing_left(server, 'compute1')
         self.assertEqual(VOLUMES, self.volumes('compute2', server))
         self.assert_deleted(server)
+
+
+class TestCutOff(MovesTestBase):
+    """What was cut off is ended by what an operator has at hand."""
+
+    # An error on a host is none of the API.
+    CAST_AS_CALL = False
+
+    def test_revert_is_cut_off_on_the_destination(self):
+        server = self.boot_with_all()
+        server = self._migrate_server(server)
+        with mock.patch(
+                'nova.virt.libvirt.storage.pool.ownership.delete_volumes',
+                side_effect=exception.InternalError('killed')):
+            self.api.post_server_action(server['id'], {'revertResize': None})
+            self._wait_for_state_change(server, 'ERROR')
+        # Nothing boots from what may be half deleted.
+        self.api.post_server_action(
+            server['id'], {'reboot': {'type': 'HARD'}})
+        self._wait_for_action_fail_completion(
+            server, instance_actions.REBOOT, 'compute_reboot_instance')
+        server = self.api.get_server(server['id'])
+        self.assertEqual(('ERROR', 'compute2'), (
+            server['status'], server['OS-EXT-SRV-ATTR:host']))
+        self.assertIn('on host compute1 and evacuate the server there',
+                      server['fault']['message'])
+
+        self.connections['compute1'].lookupByUUIDString(
+            server['id']).undefine()
+        self.computes['compute2'].stop()
+        self.force_down('compute2', True)
+        # The migration that was to be reverted stays in error.
+        server = self._evacuate_server(
+            server, {'host': 'compute1'}, expected_host='compute1',
+            expected_state='ACTIVE', expected_migration_status='error')
+        self.assert_ready('compute1', server, **ALL)
+        self.assert_written('compute1', server)
+        self.restart_compute_service('compute2')
+        self.force_down('compute2', False)
+        self.assert_nothing_left(server, 'compute2')
+        self._reboot_server(server, hard=True)
+        self._migrate_server(server)
+        self._confirm_resize(server)
+        self.assert_settled(server, 'compute2', 'compute1')
 
 
 class TestRefusedMoves(MovesTestBase):

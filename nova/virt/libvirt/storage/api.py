@@ -18,21 +18,26 @@ is one of Cinder. Methods which name no other exception raise
 exception.StoragePoolError if libvirt can't be asked.
 """
 
+import functools
 import os
 import typing as ty
 
 from oslo_log import log as logging
+from oslo_utils import units
 
 from nova.compute import task_states
 import nova.conf
 from nova import context as nova_context
 from nova import exception
-from nova.i18n import _
 from nova import objects
-from nova.objects import fields
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import image_cache
+from nova.virt.libvirt.storage.live import offer as live_offer
+from nova.virt.libvirt.storage.live import plan
+from nova.virt.libvirt.storage.live import receive
+from nova.virt.libvirt.storage.live import send
+from nova.virt.libvirt.storage.live import settle
 from nova.virt.libvirt.storage.move import destination
 from nova.virt.libvirt.storage.move import readiness
 from nova.virt.libvirt.storage.move import source
@@ -49,6 +54,7 @@ from nova.virt.libvirt.storage import reboot
 from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt.storage import report
+from nova.virt.libvirt.storage import transition
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -97,6 +103,11 @@ class LocalDisks:
         """Make or adopt the storage pools that disks are kept in."""
         if makes_pool_disks():
             setup.ensure_pools(self._connection(), CONF.host)
+            if not CONF.libvirt.live_migration_with_native_tls:
+                LOG.warning('Disks in storage pools are live migrated in '
+                            'plain text, unless [libvirt]/'
+                            'live_migration_with_native_tls is set')
+        self._local.intake.start()
         # Disks made there stay, whatever images_type says now.
         self._has_pools = ownership.has_pools(self._connection())
 
@@ -107,6 +118,7 @@ class LocalDisks:
 
     def stats(self) -> dict[str, str]:
         """What goes into ComputeNode.stats."""
+        self._local.intake.look_after()
         return self._readiness.stats()
 
     def check_pools(self, set_host_enabled) -> None:
@@ -145,11 +157,14 @@ class LocalDisks:
 
         :returns: a DiskOperation: begin() before the first disk is made,
             finish() for the last one
-        :raises: exception.InvalidDiskMetadata
+        :raises: exception.InvalidDiskMetadata, exception.StoragePoolError,
+            exception.DisksMayBeElsewhere
         """
         disks = operation.DiskOperation(
             self._local, context, instance, block_device_info)
+        settle.settle(context, self._local.host, disks.records)
         disks.check()
+        disks.start_pools()
         return disks
 
     def check_reboot(self, context, instance,
@@ -159,12 +174,30 @@ class LocalDisks:
         :returns: a Reboot: bring_in_order() once the guest is destroyed,
             started() when it runs
         :raises: exception.InvalidDiskMetadata, exception.DiskNotFinished,
-            exception.StoragePoolInactive, exception.StoragePoolError
+            exception.DiskBeingCopied, exception.DiskGivenBack,
+            exception.DisksMayBeElsewhere, exception.StoragePoolInactive,
+            exception.StoragePoolError
         """
         disks = reboot.Reboot(
             self._local, context, instance, block_device_info)
+        settle.settle(context, self._local.host, disks.records)
         disks.check()
         return disks
+
+    def start_pools(self, context, instance) -> None:
+        """Start the pools that a guest needs, before anything is done to it.
+
+        :raises: exception.StoragePoolError if one of them can't be started
+        """
+        if not self._has_pools:
+            return
+        try:
+            health.ready_for(
+                self._connection(),
+                metadata.InstanceDisks.load(context, instance))
+        except exception.InvalidDiskMetadata as e:
+            # The guest's own definition says where its disks are.
+            LOG.warning('%s', e, instance=instance)
 
     def ensure_base_cached(self, context, instance, info,
                            fallback_from_host=None) -> None:
@@ -219,6 +252,16 @@ class LocalDisks:
             # Nothing has happened to the instance yet.
             raise exception.InstanceFaultRollback(e)
 
+    def take_in(self, context, instance, migration, request: dict):
+        """On the destination: do what the source asks for over RPC.
+
+        :returns: plain values
+        :raises: exception.StorageIntakeRefused, exception.StorageIntakeError,
+            and what libvirt says of pools and volumes
+        """
+        return self._local.intake.handle(
+            context, instance, migration, request)
+
     def depart(self, context, instance, block_device_info):
         """On the source: check a migration while the guest runs.
 
@@ -231,10 +274,11 @@ class LocalDisks:
         disks = operation.DiskOperation(
             self._local, context, instance, block_device_info)
         try:
+            settle.settle(context, self._local.host, disks.records)
             disks.take_up_running()
             disks.move_to_pools(guest_is_off=False)
         except (exception.InvalidDiskMetadata, exception.DiskNotFinished,
-                exception.DiskBeingCopied,
+                exception.DiskBeingCopied, exception.DisksMayBeElsewhere,
                 exception.DiskTransitionFailed) as error:
             raise exception.InstanceFaultRollback(error)
         return source.prepare(
@@ -252,6 +296,7 @@ class LocalDisks:
         """
         disks = operation.DiskOperation(
             self._local, context, instance, block_device_info)
+        disks.start_pools()
         disks.accept()
         return disks
 
@@ -289,46 +334,138 @@ class LocalDisks:
 
     # Live migration
 
-    def check_live_migration(self, context, instance,
-                             block_device_info) -> None:
-        """On the source: refuse pool disks, and have all disks on record.
+    def offer_live(self, context, instance) -> dict:
+        """On the destination: say which pools take an instance's disks.
 
+        :returns: fields of LibvirtLiveMigrateData
+        :raises: exception.MigrationPreCheckError
+        """
+        if not self._has_pools:
+            return {}
+        return live_offer.make(
+            self._connection(), instance,
+            metadata.InstanceDisks.load(context, instance),
+            self._local.get_address())
+
+    def withdraw_live(self, data) -> None:
+        """On the destination: remove what offer_live() has made."""
+        live_offer.withdraw(self._connection(), data)
+
+    def plan_live(self, context, instance, block_device_info, data) -> None:
+        """On the source: have all disks on record, and plan their ways.
+
+        :param data: the LibvirtLiveMigrateData; says of each disk what
+            becomes of it, if they are pool disks
         :raises: exception.MigrationPreCheckError,
             exception.InvalidDiskMetadata, exception.DiskNotFinished
         """
         disks = operation.DiskOperation(
             self._local, context, instance, block_device_info)
-        self._refuse_live_migration(instance, disks)
+        settle.settle(context, self._local.host, disks.records)
         disks.take_up_running()
+        if plan.is_pool_backed(disks.records):
+            plan.Plan(self._local, context, disks.records, data).make()
+            return
+        plan.refuse_unknown(instance, self._local.get_guest_config(instance))
+        if ('dst_takes_legacy' in data and data.dst_takes_legacy and
+                transition.is_due(disks.records)):
+            self._plan_transition(context, disks.records, data)
 
-    def _refuse_live_migration(self, instance, disks):
-        # They would be left out of what is copied, and the guest would go on
-        # with empty ones. What the guest runs with and what is on record
-        # counts, and not what is configured. The two differ after a cold
-        # migration that was refused when the legacy disks had been linked
-        # into the pool.
-        config = self._local.get_guest_config(instance)
-        if config is None:
-            return  # nothing that could migrate
-        names = ['%s (%s/%s)' % (disk.target_dev, disk.source_pool,
-                                 disk.source_volume)
-                 for disk in config.devices if disk.root_name == 'disk' and
-                 disk.source_type == 'volume']
-        names = names or [
-            '%s/%s' % (record.pool, record.volume)
-            for _name, record in disks.records.items()
-            if record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE]
-        if names:
-            raise exception.MigrationPreCheckError(reason=_(
-                'Instance %(uuid)s can not be live migrated, because it has '
-                'disks in storage pools of libvirt: %(disks)s. Migrate it '
-                'cold instead.') % {
-                    'uuid': instance.uuid, 'disks': ', '.join(names)})
+    def _plan_transition(self, context, disks, data):
+        """Let files become pool disks on the way, all of them or none."""
+        moving = plan.Plan(self._local, context, disks, data)
+        reason: ty.Any = 'both hosts see the instance directory'
+        if moving.takes_files():
+            try:
+                moving.make()
+                return
+            except Exception as e:
+                reason = e
+        LOG.warning('The disks stay files in the live migration, and go into '
+                    'storage pools at the next hard reboot: %s', reason,
+                    instance=disks.instance)
+
+    def check_live(self, context, instance, data) -> None:
+        """On the destination: the last word before a live migration begins.
+
+        :raises: exception.MigrationPreCheckError
+        """
+        if plan.planned(data):
+            self._receiver(context, instance, data).check()
+
+    def receive_live(self, context, instance, data) -> bool:
+        """On the destination: make the volumes, and say where they are.
+
+        :param data: the LibvirtLiveMigrateData, or None
+        :returns: whether the disks are, or are to be, pool disks
+        """
+        if not plan.planned(data):
+            return False
+        self._receiver(context, instance, data).receive(functools.partial(
+            operation.cache_base, self._local, context, instance))
+        return True
+
+    def _receiver(self, context, instance, data):
+        return receive.Receiver(
+            self._local, context,
+            metadata.InstanceDisks.load(context, instance), data)
+
+    def send_live(self, context, instance, data) -> None:
+        """On the source: what has to be done before QEMU copies the disks.
+
+        :raises: exception.MigrationError and others; the guest runs on
+        """
+        if plan.planned(data):
+            send.Sender(
+                self._local, metadata.InstanceDisks.load(context, instance),
+                data).send()
+
+    def copied_live(self, guest, data) -> tuple[list, list[str]] | None:
+        """On the source: the devices of a guest that QEMU copies.
+
+        :returns: as the driver's _live_migration_copy_disk_paths(); None if
+            the disks are no pool disks
+        :raises: exception.MigrationError if one would be left out
+        """
+        if not plan.planned(data):
+            return None
+        return [], plan.devices_to_copy(guest, data)
+
+    def gb_live(self, data) -> float:
+        """How much QEMU copies of pool disks, in GiB; 2 at least of each."""
+        return sum(max(2, size / units.Gi)
+                   for size in plan.bytes_to_copy(data))
+
+    def leave_live(self, context, instance, data) -> bool:
+        """On the source: delete the pool disks that the guest has left.
+
+        The guest runs on the destination: an error is only logged.
+
+        :param data: the LibvirtLiveMigrateData, or None
+        :returns: whether the disks are, or were to be, pool disks
+        """
+        if not plan.planned(data):
+            return False
+        try:
+            settle.leave(context, self._connection(),
+                         metadata.InstanceDisks.load(context, instance))
+        except Exception:
+            LOG.exception('Volumes of the instance may be left on this host; '
+                          'they go before its next migration to it',
+                          instance=instance)
+        return True
+
+    def abandon_live(self, context, instance, data) -> None:
+        """On the destination: delete what was made for a live migration."""
+        if plan.planned(data):
+            settle.abandon(context, self._connection(),
+                           metadata.InstanceDisks.load(context, instance),
+                           plan.planned(data))
 
     def live_migrated(self, context, instance, block_device_info) -> None:
         """On the destination: the disks are this host's now."""
         records = lifecycle.of_instance(instance, block_device_info)
-        lifecycle.moved(records)
+        settle.arrived(records)
         records.save(context)
 
     # Deleting
@@ -342,12 +479,15 @@ class LocalDisks:
         """
         if not self._has_pools:
             return True
+        # Nobody has to write to what is deleted.
+        self._local.intake.close(instance)
         records = lifecycle.of_instance(instance, block_device_info)
-        keep: ty.Collection = ()
         if instance.task_state == task_states.RESIZE_REVERTING:
-            keep = source.kept(records)
+            return destination.give_back(
+                self._connection(), instance, records,
+                keep=source.kept(records))
         return ownership.delete_volumes(
-            self._connection(), instance, keep=keep, disks=records)
+            self._connection(), instance, keep=(), disks=records)
 
     def unrescued(self, context, instance) -> None:
         """Delete the pool disks of a rescue, and take them off the record.

@@ -34,6 +34,9 @@ LOG = logging.getLogger(__name__)
 # Longer than what the inspector and we read of a header of qcow2.
 _HEADER_LENGTH = 4096
 
+# By which libvirt tells a ploop image.
+_PLOOP = b'WithouFreSpacExt'
+
 
 def look_at_qcow2(path, size=0):
     """Refuse a qcow2 file that would make QEMU open another file, or fail.
@@ -95,6 +98,23 @@ def _header_faults(header):
         yield 'encryption', _('it is encrypted')
     if snapshots:
         yield 'snapshots', _('it has internal snapshots')
+
+
+def is_ploop(path):
+    """Whether libvirt takes a raw disk for ploop, hence for a directory.
+
+    libvirt itself isn't asked: it would open what a header names.
+
+    :param path: of the file on this host
+    :returns: whether its first bytes are ploop's; False if root can't read it
+    """
+    try:
+        return nova.privsep.storage.read_start(
+            path, len(_PLOOP)) == _PLOOP
+    except (OSError, ValueError) as e:
+        LOG.debug('%(path)s is not looked at: %(error)s',
+                  {'path': path, 'error': e})
+        return False
 
 
 def _refuse(path, check, fault):

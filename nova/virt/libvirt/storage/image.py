@@ -26,7 +26,6 @@ import os
 from oslo_concurrency import processutils
 from oslo_log import log as logging
 from oslo_utils import fileutils
-from oslo_utils.imageutils import format_inspector
 from oslo_utils import strutils
 
 from nova.compute import utils as compute_utils
@@ -41,8 +40,10 @@ from nova.virt.image import model as imgmodel
 from nova.virt import images
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.pool import access
+from nova.virt.libvirt.storage.pool import clearing
 from nova.virt.libvirt.storage.pool import config as storage_config
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
@@ -75,7 +76,7 @@ def record_of(disk):
 
 
 class LibvirtStorage(imagebackend.Image):
-    """A disk which is a volume of a file based storage pool.
+    """A disk which is a volume of a storage pool.
 
     Use :meth:`bound_to` to get a class whose disks are on a host.
     """
@@ -131,6 +132,10 @@ class LibvirtStorage(imagebackend.Image):
     def _get_pool(self, name):
         return storage_pool.StoragePool(
             self._get_connection(), name, CONF.host)
+
+    def _kind(self):
+        """Return what libvirt can do with the pool which the disk is in."""
+        return self._get_pool(self.pool_name).kind()
 
     @property
     def pool_name(self):
@@ -200,18 +205,29 @@ class LibvirtStorage(imagebackend.Image):
             name which nothing has in that pool.
         """
         pool_name = setup.pool_name_for(self.disk_name)
+        pool = self._get_pool(pool_name)
         # While a resize is not confirmed, or in a pool which hosts share,
         # there is another disk of that name.
-        volume_name = self._get_pool(pool_name).free_name(
+        volume_name = pool.free_name(
             '%s_%s' % (self.instance.uuid, self.disk_name),
             (self.disk_info_mapping or {}).get('taken', ()))
         return metadata.LibvirtDiskMetadata(
             backend=fields.LibvirtDiskBackend.LIBVIRT_STORAGE,
-            format=self._get_new_format(), size=size,
-            state=fields.LibvirtDiskState.BUILDING, host=CONF.host,
+            format=(self._get_new_format() if pool.kind().has_overlays
+                    else RAW),
+            size=size, state=fields.LibvirtDiskState.BUILDING, host=CONF.host,
             pool=pool_name, volume=volume_name)
 
     # How libvirt is told
+
+    def libvirt_info(self, *args, **kwargs):
+        info = super().libvirt_info(*args, **kwargs)
+        # QEMU has no native I/O through the host's page cache.
+        if info.driver_cache in ('none', 'directsync') and (
+                not self._kind().sparse):
+            # No write has to wait for blocks to be allocated.
+            info.driver_io = 'native'
+        return info
 
     def _set_source(self, info):
         info.source_type = 'volume'
@@ -249,7 +265,9 @@ class LibvirtStorage(imagebackend.Image):
                                capacity):
                 self._preallocate(capacity)
         else:
-            with self._created(self._create_copy, base, base_info, capacity):
+            with self._created(self._create_copy, base, base_info,
+                               capacity) as volume:
+                clearing.clear_rest(volume, base_info.virtual_size)
                 # A conversion ignores the capacity that is asked for.
                 self._grow(capacity)
                 if self.driver_format == QCOW2:
@@ -274,6 +292,7 @@ class LibvirtStorage(imagebackend.Image):
             with self._created(self._create_empty,
                                max(size or 0, length)) as volume:
                 self._write(volume, generated, RAW)
+                clearing.clear_rest(volume, length)
                 self._grow(size)
                 self._preallocate(size or length)
         finally:
@@ -306,7 +325,7 @@ class LibvirtStorage(imagebackend.Image):
     def _preallocate(self, size):
         # As nova alone it would fail in a directory or on a file that is not
         # nova's, as a disk isn't that has run where libvirt keeps no owners.
-        if not self.preallocate:
+        if not self.preallocate or not self._kind().sparse:
             return
         try:
             nova.privsep.storage.allocate(self.path, size)
@@ -335,15 +354,9 @@ class LibvirtStorage(imagebackend.Image):
         :return: What qemu-img says of it, given its format.
         :raises: exception.InvalidDiskInfo if it is not safe to use
         """
-        if not CONF.workarounds.disable_deep_image_inspection:
-            # NOTE(danms): We do this each time because additional safety
-            # checks could have been added since we downloaded the image.
-            try:
-                images.get_image_format(base).safety_check()
-            except format_inspector.SafetyCheckFailed as e:
-                LOG.warning('Base image %s failed safety check: %s', base, e)
-                raise exception.InvalidDiskInfo(
-                    reason=_('Base image failed safety check'))
+        # NOTE(danms): We do this each time because additional safety
+        # checks could have been added since we downloaded the image.
+        content.look_at_base(base)
         info = images.qemu_img_info(
             base, format=imagebackend._get_base_format(base))
         if info.file_format == 'vmdk':
@@ -496,7 +509,8 @@ class LibvirtStorage(imagebackend.Image):
         volume = self._get_volume()
         # libvirt resizes what it takes the content for. What a guest may have
         # written to its raw disk it isn't even asked about.
-        if (self.driver_format == QCOW2 and
+        if not self._kind().resizes or (
+                self.driver_format == QCOW2 and
                 self._get_libvirt_format(volume) == QCOW2):
             volume.resize(size)
         else:

@@ -31,8 +31,11 @@ import nova.conf
 from nova import exception
 from nova.virt.libvirt import blockinfo
 from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage.intake import intake
 from nova.virt.libvirt.storage.move import destination
+from nova.virt.libvirt.storage.move import handover
 from nova.virt.libvirt.storage.move import undo
+from nova.virt.libvirt.storage.pool import health
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage import transition
@@ -59,6 +62,10 @@ class LocalHost:
     uri: str
     get_address: ty.Callable[[], str]
 
+    def __post_init__(self):
+        # What peers write to of the disks of this compute.
+        self.intake = intake.Intake(self.get_connection, self.get_address)
+
     def get_connection(self):
         return self.host.get_connection()
 
@@ -68,6 +75,18 @@ class LocalHost:
             return self.host.get_guest(instance).get_config()
         except exception.InstanceNotFound:
             return None
+
+
+def cache_base(local, context, instance) -> str:
+    """Have an instance's image in the image cache of this host.
+
+    :param local: the LocalHost
+    :returns: its path
+    """
+    return local.image_backend.by_name(
+        instance, 'disk', 'libvirt-storage').ensure_image_cached(
+            context, instance.image_ref,
+            trusted_certs=instance.trusted_certs)
 
 
 def config_drive_image_type() -> str:
@@ -94,12 +113,21 @@ class DiskOperation:
         self._suffix = ''
         self._transition: transition.Transition | None = None
         self._has_pool_disks = False
+        self._arrivals: list[handover.Arrival] = []
         self.records = lifecycle.of_new_disks(
             context, instance, block_device_info)
 
     def check(self) -> None:
         """:raises: exception.InvalidDiskMetadata if a record is broken"""
         self.records.items()
+
+    def start_pools(self) -> None:
+        """Start the pools that the disks are in, if they are off.
+
+        :raises: exception.StoragePoolError if one of them can't be started,
+            exception.InvalidDiskMetadata
+        """
+        health.ready_for(self._local.get_connection(), self.records)
 
     def image(self, name, mapping=None):
         """The Image of a disk as on record, or as this host would make it.
@@ -203,11 +231,16 @@ class DiskOperation:
 
         :param make_config_drive: makes it if the instance has one; takes the
             ``record`` of the disk
+        :raises: exception.StorageTransferMismatch,
+            exception.UnsafeDiskContent if what has come is no longer what it
+            was
         """
         make_config_drive(
             record=self.records.get('disk.config' + self._suffix))
         lifecycle.finished(self.records, self.image, self._suffix)
         self.records.save(self._context)
+        # The guest is started next.
+        self.look_again()
 
     def make_unfinished(self, make_swap: ty.Callable,
                         make_config_drive: ty.Callable) -> None:
@@ -237,9 +270,26 @@ class DiskOperation:
 
         :raises: exception.StorageTransferMismatch and others
         """
+        # What is compared and taken over, nobody may write to any more.
+        self._local.intake.close(self._instance)
+        arriving = handover.arriving(self.records)
         self._has_pool_disks = destination.accept(
             self._context, self._instance, self.records,
             self._local.get_connection(), self._local.uri, self._cache_base)
+        if arriving:
+            self._arrivals = handover.look(
+                self._local.get_connection(), arriving)
+
+    def look_again(self) -> None:
+        """Compare disks that have come with what they were when they came.
+
+        :raises: exception.StorageTransferMismatch,
+            exception.UnsafeDiskContent
+        """
+        if self._arrivals:
+            handover.look_again(
+                self._context, self._local.get_connection(), self.records,
+                self._arrivals)
 
     def may_copy_from(self, host: str) -> str | None:
         """The host, if base images may be copied from it over SSH.

@@ -24,6 +24,7 @@ from oslo_log import log as logging
 
 import nova.conf
 from nova import exception
+from nova.i18n import _
 from nova import objects
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.records import leftovers
@@ -58,17 +59,26 @@ class Orphan(ty.NamedTuple):
     kind: Kind
 
 
-def find(context, connection, own) -> list[Orphan]:
+class Unread(ty.NamedTuple):
+    """A storage pool that was passed over, and why."""
+    pool: str
+    reason: str
+
+
+def find(context, connection, own,
+         unread: list[Unread] | None = None) -> list[Orphan]:
     """List the volumes of instances that are not on this host.
 
     :param context: an admin's
     :param connection: this host's libvirt
     :param own: UUIDs of the instances that are, or are about to be, here
-    :returns: sorted by pool and volume. A pool that is off is left out.
+    :param unread: gets the pools that are off or can't be read, if given
+    :returns: sorted by pool and volume
     """
     by_uuid: dict[str, list[tuple[str, str]]] = {}
+    unread = [] if unread is None else unread
     for pool in storage_pool.list_pools(connection, CONF.host):
-        for name in _names(pool):
+        for name in _names(pool, unread):
             match = _OWNED.fullmatch(name)
             if match and match['uuid'] not in own:
                 by_uuid.setdefault(match['uuid'], []).append(
@@ -86,8 +96,18 @@ def sweep(context, connection, own) -> list[Orphan]:
     :param context: as for find(), as are the others
     :returns: what is gone
     """
+    return delete(connection, find(context, connection, own))
+
+
+def delete(connection, orphans: list[Orphan]) -> list[Orphan]:
+    """Delete those that are certainly left over, each with a log line.
+
+    :param connection: this host's libvirt
+    :param orphans: what find() has just returned
+    :returns: what is gone
+    """
     gone = []
-    for orphan in find(context, connection, own):
+    for orphan in orphans:
         if orphan.kind is not Kind.LEFT_OVER:
             continue
         LOG.warning('Deleting volume %(volume)s from storage pool %(pool)s: '
@@ -100,14 +120,15 @@ def sweep(context, connection, own) -> list[Orphan]:
     return gone
 
 
-def _names(pool):
+def _names(pool, unread):
     try:
-        if not pool.is_active():
-            return []
-        return [volume.name for volume in pool.volumes()]
+        if pool.is_active():
+            return [volume.name for volume in pool.volumes()]
+        unread.append(Unread(pool.name, _('it is not active')))
     except exception.StoragePoolError as e:
         LOG.warning('Volumes that are left over are not looked for: %s', e)
-        return []
+        unread.append(Unread(pool.name, str(e)))
+    return []
 
 
 def _kinds_of(context, uuid) -> ty.Callable[[tuple[str, str]], Kind]:
@@ -135,7 +156,9 @@ def _by_records(disks):
     extras = list(disks.extras.values())
     # In a pool that hosts share this is the disk of another one.
     disk_places = {(record.pool, record.volume) for record in records}
-    moving = {(record.pool, record.volume) for record in [*records, *extras]
+    coming = [r.next for r in records if r.next]
+    moving = {(record.pool, record.volume)
+              for record in [*records, *extras, *coming]
               if record.is_building and record.host == CONF.host}
     kept = {(record.pool, record.volume)
             for record in [*(r.previous for r in records if r.previous),

@@ -29,7 +29,7 @@ from nova.virt.libvirt.storage.move import destination
 from nova.virt.libvirt.storage.move import guest_files
 from nova.virt.libvirt.storage.move import source
 from nova.virt.libvirt.storage import operation
-from nova.virt.libvirt.storage.pool import health
+from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt import utils as libvirt_utils
 
@@ -46,8 +46,10 @@ class Return(operation.DiskOperation):
         The instance's directory has its name again.
 
         :param migration: the Migration which is given up
-        :raises: exception.InvalidDiskMetadata, exception.DiskNotFinished
+        :raises: exception.InvalidDiskMetadata, exception.DiskNotFinished,
+            exception.StoragePoolError
         """
+        self.start_pools()
         self._abandon(migration)
         if self.records.has_mappings:
             lifecycle.went_back(self.records)
@@ -80,7 +82,8 @@ class Reboot(Return):
         """Find what would keep the guest from starting, while it still runs.
 
         :raises: exception.InvalidDiskMetadata, exception.DiskNotFinished,
-            exception.DiskBeingCopied, exception.StoragePoolError
+            exception.DiskBeingCopied, exception.DiskGivenBack,
+            exception.StoragePoolError
         """
         super().check()
         self._migration = source.unfinished(
@@ -91,7 +94,9 @@ class Reboot(Return):
                 for _name, record in self.records.items()):
             # Its copy runs, or the records are another host's to finish.
             lifecycle.refuse_half_copied(self.records)
-        health.ready_for(self._local.get_connection(), self.records)
+            leftovers.refuse_given_back(
+                self._local.get_connection(), self.records)
+        self.start_pools()
 
     def _check_finished(self):
         # One with a previous one has come from there, and may be whole.
@@ -123,6 +128,8 @@ class Reboot(Return):
             self.accept()
         self.take_up(disk_info, guest_config, remade=lifecycle.REMADE)
         self.make_unfinished(make_swap, make_config_drive)
+        # From here on the source's copies are no longer kept.
+        self.look_again()
         source.settle(self._context, self._instance, self.records)
         self.move_to_pools(disk_info)
 

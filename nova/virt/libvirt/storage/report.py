@@ -48,6 +48,7 @@ class DiskLine:
     :ivar backend: backend on record, ``-`` without a record, ``broken`` where
         the record can't be read
     :ivar size: virtual size in bytes
+    :ivar next: where it goes in a live migration: host, pool and volume
     """
     host: str
     instance_uuid: str
@@ -58,10 +59,16 @@ class DiskLine:
     pool: str | None = None
     volume: str | None = None
     state: str | None = None
+    next: str | None = None
 
     @property
     def in_pool(self) -> bool:
         return self.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE
+
+    @property
+    def is_raw_in_pool(self) -> bool:
+        """Whether the guest writes the first bytes, and libvirt reads them."""
+        return self.in_pool and self.format == fields.LibvirtDiskFormat.RAW
 
 
 def disks(context: 'nova_context.RequestContext',
@@ -76,6 +83,17 @@ def disks(context: 'nova_context.RequestContext',
     lines = of_all_cells(context, _disks_of_cell, host)
     return sorted(lines, key=lambda line: (
         line.host, line.instance_uuid, line.disk))
+
+
+def disks_of(context: 'nova_context.RequestContext',
+             instance: 'objects.Instance') -> list[DiskLine]:
+    """List the local disks of one instance.
+
+    :param context: an admin's, of the instance's cell
+    """
+    bdms = objects.BlockDeviceMappingList.get_by_instance_uuid(
+        context, instance.uuid)
+    return list(_disks_of_instance(instance, bdms))
 
 
 def of_all_cells(context: 'nova_context.RequestContext',
@@ -97,14 +115,11 @@ def of_all_cells(context: 'nova_context.RequestContext',
 
 
 def by_host(lines: list[DiskLine]) -> dict[str, collections.Counter]:
-    """Count each host's disks by backend; raw files of a pool on their own.
-
-    The guest writes the first bytes of these, and libvirt looks there.
-    """
+    """Count each host's disks by backend; raw ones of a pool on their own."""
     counts: dict[str, collections.Counter] = {}
     for line in lines:
         kind = line.backend
-        if line.in_pool and line.format == fields.LibvirtDiskFormat.RAW:
+        if line.is_raw_in_pool:
             kind += ', raw'
         counts.setdefault(line.host, collections.Counter())[kind] += 1
     return counts
@@ -201,7 +216,9 @@ def _disks_of_instance(instance, bdms) -> ty.Iterator[DiskLine]:
             continue
         yield DiskLine(
             instance.host, instance.uuid, name, record.backend, record.format,
-            record.size, record.pool, record.volume, record.state)
+            record.size, record.pool, record.volume, record.state,
+            record.next and '%s %s/%s' % (
+                record.next.host, record.next.pool, record.next.volume))
     if not found and any(
             bdm.source_type in ('image', 'blank') and
             bdm.destination_type == 'local' for bdm in bdms):

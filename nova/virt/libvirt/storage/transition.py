@@ -42,7 +42,7 @@ from nova.i18n import _
 from nova import objects
 from nova.objects import fields
 import nova.privsep.storage
-from nova.virt import images
+from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.pool import config as storage_config
 from nova.virt.libvirt.storage.pool import pool as storage_pool
@@ -71,6 +71,7 @@ class LegacyDisk:
     :ivar volume: the volume's name there, once chosen
     :ivar size: virtual size in bytes
     :ivar backing_path: the base image of a qcow2 overlay
+    :ivar backing_format: of that, as the overlay's own header names it
     """
     name: str
     path: str
@@ -79,6 +80,7 @@ class LegacyDisk:
     volume: str | None = None
     size: int = 0
     backing_path: str | None = None
+    backing_format: str | None = None
 
     @property
     def is_raw(self) -> bool:
@@ -198,6 +200,12 @@ class Transition:
                 self._refuse(_('disk %s was never finished') % name)
             pool = self._get_pool(
                 record.pool or setup.pool_name_for(name))
+            if pool.directory() is None:
+                self._refuse(_(
+                    'name a pool that is a directory for it in nova.conf. '
+                    'Disk %(name)s is a file, and storage pool %(pool)s '
+                    'of host %(host)s holds none') % {
+                        'name': name, 'pool': pool.name, 'host': pool.host})
             disk = LegacyDisk(name, path, record, pool, volume=record.volume)
             self._measure(disk)
             plan.append(disk)
@@ -216,9 +224,11 @@ class Transition:
                 'name': disk.name, 'error': error})
         disk.size = length
         if disk.record.format == fields.LibvirtDiskFormat.QCOW2:
-            info = images.privileged_qemu_img_info(disk.path, format='qcow2')
+            # It may have come from another host, by SSH.
+            info = content.look_at_qcow2(disk.path)
             disk.size = info.virtual_size
             disk.backing_path = self._checked_base(disk, info.backing_file)
+            disk.backing_format = info.backing_file_format
         elif disk.record.format != fields.LibvirtDiskFormat.RAW:
             self._refuse(_('disk %(name)s is of format %(format)s, and a '
                            'volume is either raw or qcow2') % {
@@ -274,14 +284,9 @@ class Transition:
             config.backing_store = (
                 storage_config.LibvirtConfigStorageBackingStore())
             config.backing_store.path = disk.backing_path
-            config.backing_store.format = self._base_format(disk)
+            config.backing_store.format = (
+                disk.backing_format or fields.LibvirtDiskFormat.RAW)
         return config
-
-    @staticmethod
-    def _base_format(disk):
-        """The base's format, as the overlay's own header names it."""
-        info = images.privileged_qemu_img_info(disk.path, format='qcow2')
-        return info.backing_file_format or fields.LibvirtDiskFormat.RAW
 
     def _fill_volumes(self):
         for disk in self._moving:

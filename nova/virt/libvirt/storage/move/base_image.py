@@ -27,6 +27,7 @@ from nova import utils
 from nova.virt import images
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import content
+from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 
 CONF = nova.conf.CONF
@@ -48,9 +49,9 @@ def name_on_the_way(instance):
 def is_kept(instance, disk_name, backing_file):
     """Whether an overlay goes to another host as an overlay.
 
-    The destination can have the server's image alone. What is generated for
+    The destination can have the instance's image alone. What is generated for
     ephemeral and swap disks, it would generate anew, with another UUID; and
-    the snapshot that a server was unshelved from is gone from Glance.
+    the snapshot that an instance was unshelved from is gone from Glance.
     """
     return disk_name == 'disk' and os.path.basename(backing_file) == (
         imagecache.get_cache_fname(instance.image_ref))
@@ -60,44 +61,54 @@ def find(context, instance, here, there):
     """Look for the base image that has to be sent.
 
     :param here: StoragePool over this host's image cache
-    :param there: StoragePool over the destination's
+    :param there: PeerPool over the destination's
     :returns: its StorageVolume, or None if the destination gets it otherwise
-    :raises: StorageVolumeNotFound if it is nowhere to be had
+    :raises: StorageVolumeNotFound if no host has it
     """
-    if _is_to_be_had(context, instance.image_ref):
+    if _is_available(context, instance.image_ref):
         return None
-    LOG.info('Image %s is no longer to be had from Glance',
+    LOG.info('Image %s is no longer available in Glance',
              instance.image_ref, instance=instance)
     name = imagecache.get_cache_fname(instance.image_ref)
-    if _volume(there, name):
+    if there.has(name, refresh=True):
         return None
-    return _volume(here, name) or here.volume(name)
+    return ownership.find(here, name) or here.volume(name)
+
+
+def can_be_had(context, instance, here):
+    """Whether any destination can get the base image, if only from here.
+
+    :param here: StoragePool over this host's image cache
+    """
+    return _is_available(context, instance.image_ref) or ownership.find(
+        here, imagecache.get_cache_fname(instance.image_ref)) is not None
+
+
+def is_lost(context, instance):
+    """Whether this host can get the base image from another host only."""
+    return not is_cached(instance) and not _is_available(
+        context, instance.image_ref)
 
 
 def room_to_fetch(instance, here, there):
     """How much room the destination needs to fetch the base image.
 
     :param here: StoragePool over this host's image cache
-    :param there: StoragePool over the destination's
+    :param there: PeerPool over the destination's
     :returns: bytes that it takes here; 0 if the destination has it, or if one
         of the pools can't say
     """
     name = imagecache.get_cache_fname(instance.image_ref)
     try:
-        there.volume(name)
-        return 0
-    except exception.StorageVolumeNotFound:
-        pass
-    except exception.NovaException:
-        return 0
-    try:
+        if there.has(name):
+            return 0
         _length, allocation = here.volume(name).file_bytes()
     except exception.NovaException:
         return 0
     return allocation
 
 
-def _is_to_be_had(context, image_id):
+def _is_available(context, image_id):
     """Whether the destination can fetch an image.
 
     Only an active one can be downloaded: one that was deactivated, say, is
@@ -108,17 +119,6 @@ def _is_to_be_had(context, image_id):
     except (exception.ImageNotFound, exception.ImageNotAuthorized):
         return False
     return image.get('status') == 'active'
-
-
-def _volume(pool, name):
-    """Look a volume up which libvirt may not know of yet."""
-    for known in (False, True):
-        try:
-            return pool.volume(name)
-        except exception.StorageVolumeNotFound:
-            if not known:
-                pool.refresh()
-    return None
 
 
 def _cached_path(instance):
@@ -153,7 +153,7 @@ def take(instance, volume):
     try:
         volume.pool.refresh()
     except exception.NovaException as e:
-        # Who needs the image as a volume looks again.
+        # Whoever needs the image as a volume looks again.
         LOG.warning('The storage pool over the image cache could not be '
                     'refreshed after base image %(name)s was put there: '
                     '%(error)s', {'name': name, 'error': e},

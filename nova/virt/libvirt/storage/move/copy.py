@@ -31,8 +31,8 @@ from nova.virt.libvirt.storage.move import cancel
 from nova.virt.libvirt.storage.move import guest_files as files
 from nova.virt.libvirt.storage.move import item as storage_item
 from nova.virt.libvirt.storage.move import offer
-from nova.virt.libvirt.storage.move import room
 from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.move import transport
 from nova.virt.libvirt.storage.move import undo
 from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.pool import stream as upload
@@ -132,7 +132,7 @@ class Transfer:
             here, name, os.path.getsize(path), (os.geteuid(), os.getegid()),
             0o600)
         item = storage_item.GuestFiles(files.NAME, there, volume)
-        item.sparse = room.is_sparse(departure.peer, moves.check_pool(there))
+        item.sparse = departure.peer.is_sparse(there.check())
         stack.callback(self._delete_packed, item)
         upload.upload_file(volume, path)
         os.unlink(path)
@@ -158,15 +158,15 @@ class Transfer:
             item.measure()
 
     def _flatten(self, item):
-        """Let an overlay go that is over anything but the server's image."""
+        """Free an overlay of any base image but the instance's own."""
         path = item.source.path
         info = images.privileged_qemu_img_info(
             path, format=fields.LibvirtDiskFormat.QCOW2)
         if not info.backing_file or storage_base.is_kept(
                 self.instance, item.name, info.backing_file):
             return
-        LOG.info('Volume %(volume)s takes over what it has of %(base)s, which '
-                 'host %(host)s can not have',
+        LOG.info('Making volume %(volume)s independent of base image '
+                 "%(base)s, which host %(host)s can't have",
                  {'volume': item.source.name, 'base': info.backing_file,
                   'host': self.migration.dest_compute},
                  instance=self.instance)
@@ -222,10 +222,7 @@ class Transfer:
         """
         for tries_left in reversed(range(_NAMES_TRIED)):
             try:
-                return moves.create_volume(
-                    item.pool, item.target, item.length, self.departure.owner,
-                    item.mode, item.length
-                    if room.is_reserved(self.departure.peer) else 0)
+                return item.pool.create(item.target, item.length, item.mode)
             except exception.InsufficientStoragePoolSpace:
                 raise
             except exception.StorageVolumeError as e:
@@ -282,7 +279,7 @@ class Transfer:
             for _n in range(parallel - 1)]
         work()
         for future in futures:
-            # One that no thread was free for has nothing left to do.
+            # One that never got a thread has nothing left to do.
             if not future.cancel():
                 future.result()
         if errors:
@@ -290,7 +287,13 @@ class Transfer:
         self._report(total, start, last=True)
 
     def _copy(self, item):
+        is_connected = False
+
         def progress(done):
+            nonlocal is_connected
+            if not is_connected:
+                is_connected = True
+                target.connected()
             item.done = done
             self._tick()
 
@@ -301,25 +304,31 @@ class Transfer:
             self.job_tracker.add_job(self.instance, pid)
 
         LOG.info('Copying volume %(volume)s (%(length)d bytes, %(allocation)d '
-                 'allocated) to pool %(pool)s at %(uri)s as %(target)s',
+                 'allocated) to pool %(pool)s at %(where)s as %(target)s',
                  {'volume': item.source.name, 'length': item.length,
                   'allocation': item.allocation, 'pool': item.pool.name,
-                  'uri': self.departure.uri, 'target': item.target},
+                  'where': self.departure.peer.where, 'target': item.target},
                  instance=self.instance)
-        item.result = pump.copy(
-            pump.Volume(self.here.uri, item.source.pool.name,
-                        item.source.name),
-            pump.Volume(self.departure.uri, item.pool.name, item.target),
-            item.length, sparse=item.sparse,
-            bandwidth=self._bandwidth,
-            stall_timeout=CONF.libvirt.storage_migration_stall_timeout,
-            progress=progress, cancelled=self._cancelled,
-            on_start=started,
-            on_end=lambda pid: self.job_tracker.remove_job(self.instance, pid))
+        with self.departure.peer.target(
+                item.pool.name, item.target) as target:
+            item.result = pump.copy(
+                pump.Volume(self.here.uri, item.source.pool.name,
+                            item.source.name),
+                target.end, item.length,
+                # Holes of a block device are written there as zeroes.
+                sparse=self.departure.peer.takes_holes(),
+                bandwidth=self._bandwidth,
+                stall_timeout=CONF.libvirt.storage_migration_stall_timeout,
+                progress=progress, cancelled=self._cancelled,
+                on_start=started,
+                on_end=lambda pid: self.job_tracker.remove_job(
+                    self.instance, pid))
         progress(item.length)
-        LOG.info('Copied volume %(volume)s: %(data)d bytes of data in '
-                 '%(seconds).1f s, %(rate).1f MiB/s',
-                 {'volume': item.source.name, 'data': item.result.data,
+        LOG.info('Copied volume %(volume)s, read %(how)s: %(data)d bytes of '
+                 'data in %(seconds).1f s, %(rate).1f MiB/s',
+                 {'volume': item.source.name,
+                  'how': 'directly' if item.result.direct else
+                  'through libvirt', 'data': item.result.data,
                   'seconds': item.result.seconds,
                   'rate': (item.result.data / units.Mi /
                            max(item.result.seconds, 0.001))},
@@ -361,6 +370,9 @@ class Transfer:
                 record = item.on_record(self.disks)
                 record.expected = metadata.LibvirtDiskExpected(
                     length=item.length, checksum=item.result.checksum,
-                    key=item.result.key, address=self.here.address)
+                    key=item.result.key,
+                    address=(self.here.address
+                             if transport.LIBVIRT in transport.ways()
+                             else None))
                 item.put(self.disks, record)
         self.disks.save(self.context)

@@ -28,20 +28,23 @@ from nova import exception
 from nova.i18n import _
 from nova.objects import fields
 import nova.privsep.qemu
+import nova.privsep.storage
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import content
-from nova.virt.libvirt.storage.move import base_image as storage_base
-from nova.virt.libvirt.storage.move import guest_files as files
+from nova.virt.libvirt.storage.move import item
 from nova.virt.libvirt.storage.move import offer as storage_offer
 from nova.virt.libvirt.storage.move import peer
 from nova.virt.libvirt.storage.move import room
 from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.move import transport
+from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.pump import transfer as pump
 from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import leftovers
+from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt import utils as libvirt_utils
 
@@ -67,8 +70,8 @@ def offer(connection, instance, migration, disks):
         pools.setdefault(setup.pool_name_for(kind), []).append(kind)
     if not pools:
         return
-    pools.setdefault(setup.pool_name_for(files.NAME), []).append(
-        files.NAME)
+    pools.setdefault(setup.pool_name_for(item.GuestFiles.NAME), []).append(
+        item.GuestFiles.NAME)
     for pool_name in pools:
         if (pool_name == CONF.libvirt.storage_disks_pool and
                 CONF.libvirt.images_type == 'libvirt-storage'):
@@ -77,13 +80,14 @@ def offer(connection, instance, migration, disks):
         else:
             pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
         moves.check_pool(pool)
+        pool.check_mounted()
     if not os.access(CONF.instances_path, os.W_OK):
         raise exception.MigrationPreCheckError(reason=_(
             "let the user of nova-compute write to %(directory)s of host "
             "%(host)s") % {
                 'directory': CONF.instances_path, 'host': CONF.host})
     pools.setdefault(CONF.libvirt.storage_base_images_pool, []).append(
-        storage_base.NAME)
+        item.BaseImage.NAME)
     free, file_systems = zip(*[_file_system(connection, name, number)
                                for number, name in enumerate(pools)])
     storage_offer.save(instance, storage_offer.Offer(
@@ -106,10 +110,12 @@ def _file_system(connection, pool_name, number):
     """
     pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
     try:
-        path = pool.config().target_path
+        path = pool.directory()
+        if path is None:
+            return pool.info().available, number
         return (libvirt_utils.get_fs_info(path)['free'],
                 ('device', _device_of(path)))
-    except (exception.StoragePoolError, OSError, TypeError):
+    except (exception.StoragePoolError, OSError):
         return None, number
 
 
@@ -152,10 +158,9 @@ def accept(context, instance, disks, connection, local_uri, cache_base):
     """
     came = []
     extras = disks.extras
-    if storage_base.NAME in extras:
-        _take_base(context, disks, connection, local_uri)
-    if files.NAME in extras:
-        _take_files(context, disks, connection, local_uri)
+    for extra in item.EXTRAS:
+        if extra.NAME in extras:
+            _take_extra(context, disks, connection, local_uri, extra)
     if leftovers.on_host(disks, CONF.host):
         leftovers.delete(connection, disks)
         disks.save(context)
@@ -167,9 +172,13 @@ def accept(context, instance, disks, connection, local_uri, cache_base):
             _verify(instance, record, local_uri)
         except exception.StorageTransferMismatch as e:
             _copy_again(instance, record, connection, local_uri, e)
-        volume = storage_pool.StoragePool(
-            connection, record.pool, CONF.host).volume(record.volume)
+        pool = storage_pool.StoragePool(connection, record.pool, CONF.host)
+        pool.check_mounted()
+        volume = pool.volume(record.volume)
         room.give_back(connection, volume, instance)
+        if not pool.kind().is_directory:
+            # Of a file the verification has seen to that.
+            nova.privsep.storage.sync(volume.path)
         if record.format == fields.LibvirtDiskFormat.QCOW2:
             _adopt_base(volume, instance, cache_base, record.size)
         _reserve(connection, instance, record)
@@ -190,31 +199,51 @@ def is_due(instance, disks):
 
     :param disks: the instance's InstanceDisks
     """
-    return bool(disks.building()) or files.NAME in disks.extras
+    return bool(disks.building()) or any(
+        extra.NAME in disks.extras for extra in item.EXTRAS)
 
 
-def _take_base(context, disks, connection, local_uri):
-    instance, record = disks.instance, disks.extras[storage_base.NAME]
-    place = (record.pool, record.volume)
-    if storage_base.is_cached(instance):
-        # An earlier call has put it there, or somebody was faster.
-        leftovers.note(disks, CONF.host, leftovers.delete_volumes(
-            connection, CONF.host, [place], instance))
-    else:
+def give_back(connection, instance, disks, keep):
+    """Delete this host's volumes of an instance whose move is reverted.
+
+    The records name the source's volumes before the first one is deleted:
+    what is left of the others is never booted from.
+
+    :param connection: this host's libvirt
+    :param disks: the instance's InstanceDisks
+    :param keep: (pool, volume) of what stays
+    :returns: False if something is left and should be tried again
+    """
+    places = [(record.pool, record.volume) for _name, record in disks.items()
+              if record.host == CONF.host and record.backend ==
+              fields.LibvirtDiskBackend.LIBVIRT_STORAGE]
+    if places:
+        lifecycle.destroyed(disks)
+        leftovers.note(disks, CONF.host, places)
+        disks.save(instance._context)
+    is_gone = ownership.delete_volumes(
+        connection, instance, keep=keep, disks=disks)
+    if places and is_gone:
+        leftovers.forget(disks, CONF.host, places)
+        disks.save(instance._context)
+    return is_gone
+
+
+def _take_extra(context, disks, connection, local_uri, extra):
+    """Take over what has come beside the disks.
+
+    Done twice it comes to the same.
+
+    :param extra: its class of item.EXTRAS
+    """
+    instance, record = disks.instance, disks.extras[extra.NAME]
+    if not extra.is_here(instance):
         _verify(instance, record, local_uri)
-        storage_base.take(instance, storage_pool.StoragePool(
-            connection, record.pool, CONF.host).volume(record.volume))
-    disks.set_extra(storage_base.NAME, None)
-    disks.save(context)
-
-
-def _take_files(context, disks, connection, local_uri):
-    instance, record = disks.instance, disks.extras[files.NAME]
-    _verify(instance, record, local_uri)
-    pool = storage_pool.StoragePool(connection, record.pool, CONF.host)
-    files.unpack(instance, pool.volume(record.volume),
-                 libvirt_utils.get_instance_path(instance))
-    disks.set_extra(files.NAME, None)
+        volume = storage_pool.StoragePool(
+            connection, record.pool, CONF.host).volume(record.volume)
+        room.give_back(connection, volume, instance)
+        extra.take(instance, volume)
+    disks.set_extra(extra.NAME, None)
     # Noted before nothing else names it: this compute may be killed.
     leftovers.note(disks, CONF.host, [(record.pool, record.volume)])
     disks.save(context)
@@ -248,8 +277,10 @@ def _reserve(connection, instance, record):
     """
     if not preallocates() or not record.size:
         return
-    path = storage_pool.StoragePool(
-        connection, record.pool, CONF.host).volume(record.volume).path
+    pool = storage_pool.StoragePool(connection, record.pool, CONF.host)
+    if not pool.kind().sparse:
+        return
+    path = pool.volume(record.volume).path
     if not os.access(path, os.W_OK):
         return
     try:
@@ -265,7 +296,7 @@ def _reserve(connection, instance, record):
 def _copy_again(instance, record, connection, local_uri, mismatch):
     """Fetch a disk that is not what was sent from the source once more.
 
-    The source keeps it until a confirm, and a server which is here already
+    The source keeps it until a confirm, and an instance which is here already
     can't be sent back.
 
     :param record: the disk's record
@@ -273,7 +304,10 @@ def _copy_again(instance, record, connection, local_uri, mismatch):
     :raises: StorageTransferMismatch
     """
     expected = record.expected
-    if expected is None:
+    if expected is None or record.previous.host != CONF.host and (
+            expected.address is None or
+            transport.LIBVIRT not in transport.ways()):
+        # A copy over NBD the source alone can begin.
         raise mismatch
     LOG.warning('%s It is copied again.', mismatch, instance=instance)
     before = record.previous
@@ -290,7 +324,7 @@ def _copy_again(instance, record, connection, local_uri, mismatch):
                         peer.uri_of(expected.address),
                         before.pool, before.volume),
             pump.Volume(local_uri, record.pool, record.volume), length,
-            sparse=room.is_sparse(connection, moves.check_pool(pool)),
+            sparse=not room.is_reserved(connection),
             bandwidth=CONF.libvirt.storage_migration_bandwidth * units.Mi,
             stall_timeout=CONF.libvirt.storage_migration_stall_timeout)
         _verify(instance, record, local_uri)
@@ -345,7 +379,8 @@ def _adopt_base(volume, instance, cache_base, size=0):
     nova.privsep.qemu.rewrite_backing_file(
         volume.path, fields.LibvirtDiskFormat.QCOW2, base, base_format)
     try:
-        # Which base images are in use, the image cache is told by libvirt.
+        # libvirt would go on to look for the base image where the source has
+        # it, and fail whenever it is asked about the volume.
         volume.pool.refresh()
     except exception.NovaException as e:
         LOG.warning('Storage pool %(pool)s could not be refreshed after the '

@@ -9,7 +9,7 @@
 #    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 #    License for the specific language governing permissions and limitations
 #    under the License.
-"""What a server has on its host beside its disks, on its way to another.
+"""What an instance has on its host beside its disks, on its way to another.
 
 The state of its emulated TPM, the variables of its UEFI firmware and the end
 of its console log are files. They travel packed into one volume, as the peer's
@@ -32,6 +32,7 @@ from nova import exception
 from nova.i18n import _
 import nova.privsep.path
 import nova.privsep.storage
+from nova.virt.libvirt.storage.pool import access
 from nova.virt.libvirt.storage.pool import stream as upload
 from nova.virt.libvirt import utils as libvirt_utils
 
@@ -57,8 +58,25 @@ _PACK = 'files.tar'
 
 
 def are_needed(instance):
-    """Whether a server would lose something if its disks alone travelled."""
+    """Whether an instance would lose something without them."""
     return os.path.exists(os.path.join(libvirt_utils.VTPM_DIR, instance.uuid))
+
+
+def check_access(instance):
+    """Check that the state of a server's TPM isn't overlooked.
+
+    :raises: MigrationPreCheckError
+    """
+    found = access.obstacle(libvirt_utils.VTPM_DIR, os.X_OK)
+    if found and instance.uuid in nova.privsep.storage.names_in(
+            libvirt_utils.VTPM_DIR):
+        raise exception.MigrationPreCheckError(reason=_(
+            "run 'setfacl -m u:%(user)s:x %(obstacle)s' on host %(host)s: it "
+            "is %(mode)s, so that nova-compute can't look for the state of "
+            "the server's TPM in %(directory)s") % {
+                'obstacle': found.path, 'user': access.user(),
+                'mode': found.mode, 'host': CONF.host,
+                'directory': libvirt_utils.VTPM_DIR})
 
 
 def has_tpm(instance):
@@ -95,8 +113,8 @@ def pack(host, instance, directory, same_host):
     if not names:
         os.unlink(path)
         return None
-    LOG.info('Beside the disks these files are moved: %s', ', '.join(names),
-             instance=instance)
+    LOG.info('Moving these files along with the disks: %s',
+             ', '.join(names), instance=instance)
     return path
 
 
@@ -150,8 +168,8 @@ def restore_nvram(instance, directory):
     wanted = re.compile(re.escape(instance.name) + r'_VARS\.(fd|qcow2)')
     for name in os.listdir(saved):
         if not wanted.fullmatch(name):
-            LOG.warning('File %(name)s is not restored: it is not named as '
-                        'the variables of firmware are', {'name': name},
+            LOG.warning("File %(name)s is not restored: it doesn't have the "
+                        "name of firmware variables", {'name': name},
                         instance=instance)
             continue
         nova.privsep.storage.copy_as_its_directory(
@@ -187,8 +205,8 @@ def _extract(instance, tar, member, directory):
             not re.fullmatch('%s|%s|%s' % (tpm, nvram, re.escape(_CONSOLE)),
                              member.name, re.ASCII)):
         raise exception.UnsafeDiskContent(path=member.name, reason=_(
-            "it has come along with the disks of server %s, and isn't one of "
-            "the files that may") % instance.uuid)
+            "it has come along with the disks of instance %s, and isn't one "
+            "of the files that may") % instance.uuid)
     target = os.path.join(directory, member.name)
     if member.name == _CONSOLE and os.path.exists(target):
         return  # from an earlier try, and libvirt's by now

@@ -16,14 +16,18 @@ whether bytes are copied.
 """
 
 from nova.objects import fields
+from nova.virt.libvirt.storage.move import base_image
+from nova.virt.libvirt.storage.move import guest_files
+from nova.virt.libvirt.storage.pool import kinds
 from nova.virt.libvirt.storage.records import metadata
+from nova.virt.libvirt import utils as libvirt_utils
 
 
 class Item:
     """One volume on its way.
 
     :ivar name: of the disk, or of what else it is
-    :ivar pool: the destination's StoragePool
+    :ivar pool: the destination's PeerPool
     :ivar source: its StorageVolume, None if it isn't copied
     :ivar target: the volume's name there, once chosen
     :ivar sparse: whether the destination may leave holes
@@ -105,6 +109,9 @@ class RemadeDisk(Item):
         record = self.record.obj_clone()
         record.previous = self.record.obj_clone()
         record.previous.previous = None
+        if not self.source and not kinds.of_type(
+                self.pool.check()).has_overlays:
+            record.format = fields.LibvirtDiskFormat.RAW
         return record
 
 
@@ -117,13 +124,37 @@ class Disk(RemadeDisk):
 
 class GuestFiles(Item):
     """The guest's files, packed into a volume for the way."""
+    NAME = guest_files.NAME
     mode = 0o600
+
+    @staticmethod
+    def is_here(instance):
+        return False
+
+    @staticmethod
+    def take(instance, volume):
+        guest_files.unpack(instance, volume,
+                           libvirt_utils.get_instance_path(instance))
 
 
 class BaseImage(Item):
     """The base image, for the destination's image cache."""
+    NAME = base_image.NAME
     may_be_renamed = False
 
     def __init__(self, name, pool, source, target):
         super().__init__(name, pool, source)
         self.target = target
+
+    @staticmethod
+    def is_here(instance):
+        # An earlier call has put it there, or somebody was faster.
+        return base_image.is_cached(instance)
+
+    take = staticmethod(base_image.take)
+
+
+# What comes beside the disks, in the order in which it is taken over: NAME as
+# on record; is_here(), whether there is nothing left to take; take(), of an
+# instance and of its volume here, which is known to be what was sent.
+EXTRAS = (BaseImage, GuestFiles)

@@ -47,6 +47,12 @@ _lock = threading.Lock()
 # In libvirt's errors: a key, a certificate, a CA's certificate or list.
 _KEY_FILE = re.compile(r'/[^\s\'":,]+\.pem')
 
+# libvirt's errors about what auth_tls = "sasl" asks for beside certificates.
+# Of a server's certificate it says "authentication failed", too.
+_SASL = re.compile(r'SASL|GSSAPI|Kerberos|auth credentials|'
+                   r'authentication failed: authentication failed|'
+                   r'authentication request for', re.IGNORECASE)
+
 _HOST_NAME = re.compile(r'[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?'
                         r'(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*')
 
@@ -80,12 +86,13 @@ def connected(host, uri):
         connection = _connect(host, uri)
     except Exception as e:
         _check_keys(uri, str(e))
+        _check_sasl(uri, str(e))
         raise exception.MigrationPreCheckError(reason=_(
             "check libvirt and the certificates of both hosts, libvirt at "
-            "%(uri)s can't be reached: %(error)s. Why this host refused it is "
-            "in nova-compute's standard error, why it refused this host in "
-            "its own log. It has to listen there, its certificate to name "
-            "this address, and this host's to be accepted") % {
+            "%(uri)s can't be reached: %(error)s. If this host refused it, "
+            "nova-compute's standard error says why; if it refused this host, "
+            "its own log does. It must listen there with a certificate that "
+            "names this address, and accept the certificate of this host") % {
                 'uri': uri, 'error': e})
     try:
         yield connection
@@ -106,6 +113,17 @@ def _check_keys(uri, error):
                     'user': access.user(), 'path': path,
                     'obstacle': found.path, 'mode': found.mode,
                     'uri': uri, 'error': error})
+
+
+def _check_sasl(uri, error):
+    """Say what to do where it is SASL that keeps this host out."""
+    if _SASL.search(error):
+        raise exception.MigrationPreCheckError(reason=_(
+            "check the Kerberos ticket or keytab of user %(user)s here, and "
+            "sasl_allowed_username_list there: libvirt at %(uri)s can't be "
+            "reached, as this host does not authenticate: %(error)s. With "
+            "SCRAM check auth.conf here and passwd.db there") % {
+                'user': access.user(), 'uri': uri, 'error': error})
 
 
 def _connect(host, uri):

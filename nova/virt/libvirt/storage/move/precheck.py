@@ -16,6 +16,7 @@ libvirt is reachable and trusted, that its pools are there and have room, that
 the disks are in order. Whatever is wrong, the guest runs on.
 """
 
+import os
 
 from oslo_log import log as logging
 
@@ -31,12 +32,11 @@ from nova.virt.libvirt.storage.move import base_image as storage_base
 from nova.virt.libvirt.storage.move import guest_files as files
 from nova.virt.libvirt.storage.move import item as storage_item
 from nova.virt.libvirt.storage.move import offer as storage_offer
-from nova.virt.libvirt.storage.move import peer
-from nova.virt.libvirt.storage.move import room
-from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.move import transport
+from nova.virt.libvirt.storage.pool import kinds as pool_kinds
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
-from nova.virt.libvirt.storage.pool import sharing
+from nova.virt.libvirt.storage.pool import usage
 from nova.virt.libvirt.storage.records import kinds
 
 CONF = nova.conf.CONF
@@ -48,7 +48,7 @@ MIN_COMPUTE = 76
 
 
 def _refused(reason):
-    """Return the exception that keeps the server running as it is."""
+    """Return the exception that keeps the instance running as it is."""
     return exception.InstanceFaultRollback(
         exception.MigrationPreCheckError(reason=reason))
 
@@ -57,9 +57,7 @@ class Departure:
     """An instance's disks before they leave this host.
 
     :param move: a Move, whose instance still runs
-    :ivar uri: URI of the destination's libvirt
-    :ivar peer: connection to that
-    :ivar owner: user and group id of Nova there
+    :ivar peer: the destination as a Peer, None if nothing is copied
     :ivar items: list of Item
     """
 
@@ -71,9 +69,7 @@ class Departure:
         self.migration = move.migration
         self.disks = move.disks
         self.same_host = move.same_host
-        self.uri = None
         self.peer = None
-        self.owner = None
         self.items = []
         self._offer = None
         self._shared = {}
@@ -87,12 +83,13 @@ class Departure:
         :param stack: an ExitStack; closes the connection to the peer
         :raises: InstanceFaultRollback; the guest runs on
         """
-        if not self.disks.items() and not files.are_needed(self.instance):
-            return
         try:
+            files.check_access(self.instance)
+            if not self.disks.items() and not files.are_needed(self.instance):
+                return
             self._check_versions()
             self._take_offer()
-            self._connect(stack)
+            self.peer = transport.reach(stack, self.move, self._offer)
             self._look_at_disks()
             self._look_at_base()
             self._check_room()
@@ -107,7 +104,7 @@ class Departure:
     def pool_of_files(self):
         """Where what is no disk goes on its way.
 
-        :returns: StoragePool here and StoragePool there
+        :returns: StoragePool here and PeerPool there
         """
         records = [record for _name, record in self.disks.items()]
         here = (records[0].pool if records else
@@ -129,7 +126,7 @@ class Departure:
         if service is None or service.version < MIN_COMPUTE:
             raise _refused(
                 _("upgrade the compute service on host %s or choose another "
-                  "host: it is too old to take the disks of this server, "
+                  "host: it is too old to take the disks of this instance, "
                   "which are volumes of libvirt storage pools") %
                 self.migration.dest_compute)
 
@@ -139,9 +136,8 @@ class Departure:
                 self._offer.migration_id != self.migration.id):
             raise _refused(
                 _("try again, or upgrade the compute service on host %s: it "
-                  "has made no offer for this server's volumes") %
+                  "has made no offer for this instance's volumes") %
                 self.migration.dest_compute)
-        self.owner = self._offer.owner
 
     def _there(self, kind):
         """The destination's pool for a kind of disk."""
@@ -152,17 +148,7 @@ class Departure:
                   "%(kind)s, only for %(offered)s") % {
                       'host': self.migration.dest_compute, 'kind': kind,
                       'offered': ', '.join(self._offer.kinds)})
-        return storage_pool.StoragePool(
-            self.peer, name, self.migration.dest_compute)
-
-    def _connect(self, stack):
-        if self.same_host:
-            self.uri = self.move.here.uri
-            self.peer = self.host.get_connection()
-            return
-        self.uri = peer.uri_of(self.migration.dest_host)
-        self.peer = stack.enter_context(
-            peer.connected(self.host, self.uri))
+        return self.peer.pool(name)
 
     def _look_at_disks(self):
         local = self.host.get_connection()
@@ -172,27 +158,38 @@ class Departure:
             if (record.backend != fields.LibvirtDiskBackend.LIBVIRT_STORAGE or
                     record.is_building or record.host != CONF.host):
                 raise _refused(
-                    _("hard reboot the server, which brings its disks in "
+                    _("hard reboot the instance, which brings its disks in "
                       "order: disk %(name)s is on record as %(state)s on "
                       "host %(host)s, backend %(backend)s") % {
                           'name': name, 'state': record.state,
                           'host': record.host, 'backend': record.backend})
             here = storage_pool.StoragePool(local, record.pool, CONF.host)
             there = self._there(kinds.of(name))
-            pool_type = moves.check_pool(there)
+            pool_type = there.check()
             if kinds.is_copied(name):
+                self._check_format(name, record, there, pool_type)
                 volume = here.volume(record.volume)
-                _check_type(volume)
+                _check_streams(record, volume)
                 item = storage_item.Disk(name, there, record, volume)
                 if item.flattenable():
                     item.growth = self._look_at_overlay(
                         name, volume, record.size)
             else:
                 item = storage_item.RemadeDisk(name, there, record)
-            item.sparse = room.is_sparse(self.peer, pool_type)
+            item.sparse = self.peer.is_sparse(pool_type)
             self.items.append(item)
             self._probe(here, there)
-        moves.check_pool(self._there(files.NAME))
+        self._there(files.NAME).check()
+
+    def _check_format(self, name, record, there, pool_type):
+        if (record.format != fields.LibvirtDiskFormat.RAW and
+                not pool_kinds.of_type(pool_type).has_overlays):
+            raise _refused(
+                _("choose another host: disk %(name)s is of format "
+                  "%(format)s, and storage pool %(pool)s of host %(host)s "
+                  "takes raw disks alone, as it isn't a directory") % {
+                      'name': name, 'format': record.format,
+                      'pool': there.name, 'host': there.host})
 
     def _look_at_overlay(self, name, volume, size):
         """Check what the destination will check, and the base image.
@@ -226,11 +223,11 @@ class Departure:
             if size:
                 self._fetched.append((there, size))
         else:
-            pool_type = moves.check_pool(there)
+            pool_type = there.check()
             item = storage_item.BaseImage(
                 storage_base.NAME, there, volume,
                 storage_base.name_on_the_way(self.instance))
-            item.sparse = room.is_sparse(self.peer, pool_type)
+            item.sparse = self.peer.is_sparse(pool_type)
             self.items.append(item)
 
     def _probe(self, here, there):
@@ -241,7 +238,7 @@ class Departure:
         if self.same_host:
             self._shared[key] = here.name == there.name
             return
-        self._shared[key] = sharing.is_same(here, there, self.instance)
+        self._shared[key] = there.is_shared(here, self.instance)
         LOG.debug('Storage pool %(here)s and pool %(there)s of host %(host)s '
                   'are the same: %(same)s',
                   {'here': here.name, 'there': there.name, 'host': there.host,
@@ -287,7 +284,7 @@ class Departure:
                     item.source.pool.name, (item.source.pool, 0))
                 needed[pool.name] = (pool, total + item.growth)
         for pool, total in needed.values():
-            available = _measured(pool, total)
+            _device, _total, available = usage.measure(pool)
             if total > available:
                 raise _refused(
                     _("make room first: storage pool %(pool)s of host "
@@ -299,27 +296,24 @@ class Departure:
                           'available': available, 'total': total})
 
     def _available(self, pool, wanted):
-        """How many bytes a pool of the destination has room for."""
-        available = _measured(pool, wanted)
+        """How many bytes a pool of the destination has room for.
+
+        Of a peer, libvirt alone can be asked, and what it has offered.
+        """
+        available = pool.available(wanted)
         free = self._offer.pools[pool.name].free
         # Or taken it.
         return available if free is None else min(available, free)
 
 
-def _measured(pool, wanted):
-    """How many bytes libvirt takes a pool to have room for."""
-    available = pool.info().available
-    if wanted > available:
-        # libvirt measures at a refresh; since then somebody may have made
-        # room.
-        pool.refresh()
-        available = pool.info().available
-    return available
+def _check_streams(record, volume):
+    """Refuse what libvirt takes for a directory, and so won't stream.
 
-
-def _check_type(volume):
-    """Refuse what libvirt takes for a directory, and so won't stream."""
-    if storage_pool.is_directory(volume.info().type):
+    Where Nova may read the file itself, libvirt doesn't have to.
+    """
+    path = volume.path
+    if (record.format == fields.LibvirtDiskFormat.RAW and
+            not os.access(path, os.R_OK) and content.is_ploop(path)):
         raise _refused(
             _("have the guest overwrite the start of its disk, then refresh "
               "storage pool %(pool)s: libvirt takes volume %(volume)s for a "

@@ -19,14 +19,19 @@ import time
 import typing as ty
 
 from oslo_log import log as logging
+from oslo_utils import versionutils
 
 import nova.conf
 from nova import context as nova_context
 from nova import exception
+from nova.i18n import _
 from nova import objects
+from nova.virt.libvirt.storage.intake import export
 from nova.virt.libvirt.storage.move import peer
+from nova.virt.libvirt.storage.move import peer_service
 from nova.virt.libvirt.storage.move import room
 from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.move import transport
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage import report
@@ -38,6 +43,8 @@ LOG = logging.getLogger(__name__)
 # or what is in the way.
 STAT = 'libvirt_storage'
 READY = 'ready'
+# Likewise: the ways by which disks can come, e.g. "nbd,libvirt".
+WAYS = 'libvirt_storage_ways'
 
 # Seconds for which a connection that worked is taken to work on.
 _CONNECTED_FOR = 600
@@ -56,9 +63,10 @@ class Readiness:
         self._connected = float('-inf')
         self._told: str | None = None
         self._looked_at_version = False
+        self._closed: dict[str, str | None] = {}
 
     def stats(self) -> dict[str, str]:
-        """Look at the pools, and connect to oneself as a peer would.
+        """Look at the pools, and at the ways by which a peer would come.
 
         What changes is logged.
 
@@ -69,10 +77,10 @@ class Readiness:
         try:
             self._look_at_version()
             self._check_pools()
-            self._check_connection()
+            ways = self._open_ways()
             found = READY
         except exception.NovaException as e:
-            found = e.format_message()
+            found, ways = e.format_message(), []
         if found != self._told:
             if found != READY:
                 LOG.warning("Volumes can't come to this host by cold "
@@ -80,25 +88,61 @@ class Readiness:
             elif self._told is not None:
                 LOG.info('Volumes can come to this host again')
             self._told = found
-        return {STAT: found}
+        return {STAT: found, WAYS: ','.join(ways)}
 
     def _look_at_version(self):
         if self._looked_at_version:
             return
         connection = self._host.get_connection()
         if room.is_reserved(connection):
-            LOG.warning('libvirt %d on this host ends, or answers nobody, '
-                        'when a disk becomes full in an upload. Upgrade it to '
-                        '12.7; until then leave room in the storage pools.',
-                        connection.getLibVersion())
+            version = connection.getLibVersion()
+            LOG.warning('libvirt %(version)s of this host, as all from '
+                        '%(faulty)s, ends or answers nobody when a disk '
+                        'becomes full in an upload. Nova takes the room '
+                        'beforehand; whoever else uploads has to leave some. '
+                        'Upgrade libvirt to 12.7.',
+                        {'faulty': room.FAULTY_VERSIONS,
+                         'version': versionutils.convert_version_to_str(
+                             version)})
         self._looked_at_version = True
 
     def _check_pools(self):
         connection = self._host.get_connection()
         for name in setup.pool_names():
             pool = storage_pool.StoragePool(connection, name, CONF.host)
-            if moves.check_pool(pool) in moves.FILE_POOLS:
-                pool.check_access()
+            moves.check_pool(pool)
+            pool.check_access()
+            pool.check_mounted()
+
+    def _open_ways(self):
+        """Look which of the configured ways disks can come by.
+
+        :raises: exception.NovaException if there is none
+        """
+        checks = {transport.NBD: self._check_export,
+                  transport.LIBVIRT: self._check_connection}
+        closed: dict[str, ty.Any] = {}
+        for way in transport.ways():
+            try:
+                checks[way]()
+                closed[way] = None
+            except exception.NovaException as e:
+                closed[way] = e
+        found = [way for way, error in closed.items() if error is None]
+        if not found:
+            raise next(iter(closed.values()))
+        for way, error in closed.items():
+            said = error and error.format_message()
+            if said and said != self._closed.get(way):
+                LOG.info("Volumes can't come to this host by %(way)s: "
+                         "%(error)s", {'way': way, 'error': said})
+            self._closed[way] = said
+        return found
+
+    def _check_export(self):
+        export.check(self._get_address())
+        # What can't be sent back is no way either.
+        peer_service.check_pump()
 
     def _check_connection(self):
         if time.monotonic() < self._connected + _CONNECTED_FOR:
@@ -113,8 +157,25 @@ def hosts_not_ready(
 
     :raises: exception.CellTimeout if a cell's database doesn't answer
     """
-    return sorted(
-        (node.host, node.stats[STAT])
-        for node in report.of_all_cells(
-            context, objects.ComputeNodeList.get_all)
-        if (node.stats or {}).get(STAT, READY) != READY)
+    nodes = {node.host: node.stats or {} for node in report.of_all_cells(
+        context, objects.ComputeNodeList.get_all)}
+    found = [(host, stats[STAT]) for host, stats in nodes.items()
+             if stats.get(STAT, READY) != READY]
+    return sorted(found + _hosts_apart(nodes))
+
+
+def _hosts_apart(nodes):
+    """List the hosts which have no way in common with another one."""
+    alone = {host: stats[WAYS] for host, stats in sorted(nodes.items())
+             if stats.get(WAYS) and ',' not in stats[WAYS]}
+    apart = []
+    for host, way in alone.items():
+        other = next((other for other in alone if alone[other] != way), None)
+        if other:
+            apart.append((host, _(
+                "disks come by %(way)s alone, and to host %(other)s by "
+                "%(theirs)s alone: see nova-compute's log for what keeps the "
+                "other way closed, or set "
+                "[libvirt]/storage_migration_transport") % {
+                    'way': way, 'other': other, 'theirs': alone[other]}))
+    return apart

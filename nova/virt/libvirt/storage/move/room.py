@@ -22,14 +22,12 @@ from oslo_concurrency import processutils
 from oslo_log import log as logging
 
 import nova.privsep.storage
-from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.pool import kinds
+from nova.virt.libvirt.storage.pool import stream
 
 LOG = logging.getLogger(__name__)
 
-# By libvirt's news: "Fix virStream hole handling" of 10.1.0, "Fix stale
-# virStream status" of 12.7.0. 9.0, 11.3 and 12.8 have been seen.
-_SINCE = 10_001_000
-_MENDED = 12_007_000
+FAULTY_VERSIONS = stream.FAULTY_VERSIONS
 
 
 def is_reserved(connection) -> bool:
@@ -37,7 +35,7 @@ def is_reserved(connection) -> bool:
 
     :param connection: a libvirt.virConnect to the destination
     """
-    return _SINCE <= connection.getLibVersion() < _MENDED
+    return stream.must_fit(connection)
 
 
 def is_sparse(connection, pool_type: str) -> bool:
@@ -46,7 +44,22 @@ def is_sparse(connection, pool_type: str) -> bool:
     :param connection: a libvirt.virConnect to the destination
     :param pool_type: of the destination's pool
     """
-    return pool_type in moves.FILE_POOLS and not is_reserved(connection)
+    return kinds.of_type(pool_type).sparse and not is_reserved(connection)
+
+
+def measured(pool, wanted: int) -> int:
+    """How many bytes libvirt takes a pool to have room for.
+
+    :param pool: StoragePool
+    :param wanted: bytes
+    """
+    available = pool.info().available
+    if wanted > available:
+        # libvirt measures at a refresh; since then somebody may have made
+        # room.
+        pool.refresh()
+        available = pool.info().available
+    return available
 
 
 def give_back(connection, volume, instance) -> None:
@@ -55,10 +68,10 @@ def give_back(connection, volume, instance) -> None:
     A file system that can't is no reason to refuse the copy.
 
     :param connection: this host's libvirt
-    :param volume: StorageVolume that has been found right
+    :param volume: StorageVolume of this host that has been found right
     """
     if (not is_reserved(connection) or
-            volume.pool.config().type not in moves.FILE_POOLS):
+            not kinds.of_type(volume.pool.config().type).sparse):
         return
     try:
         nova.privsep.storage.dig_holes(volume.path)

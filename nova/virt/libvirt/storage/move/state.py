@@ -26,7 +26,7 @@ pack (S): ready@S, leftovers
     killed here: S: revert, which deletes the files
 
 intent (S): building@D, previous ready@S
-    lies there: disk / part
+    lies there: disk, files / part
     killed here: S: abandon()
 
 expect (S): as before, expected
@@ -45,6 +45,10 @@ confirm (S): ready@D, leftovers
     lies there: disk / disk
     killed here: S at its next chance: deletes the leftovers
 
+give back (D): ready@S, leftovers
+    lies there: disk / disk
+    killed here: S: abandon(); a hard reboot on D is refused
+
 revert (S): ready@S
     lies there: disk / -
     killed here: S: abandon()
@@ -60,15 +64,15 @@ import nova.conf
 from nova import exception
 from nova.i18n import _
 from nova.objects import fields
+from nova.virt.libvirt.storage.pool import clearing
 from nova.virt.libvirt.storage.pool import config as storage_config
+from nova.virt.libvirt.storage.pool import kinds as pool_kinds
 from nova.virt.libvirt.storage.records import kinds
 
 CONF = nova.conf.CONF
 
-# Pool types which libvirt can stream into. A new file reads as zeroes and so
-# may have holes; on a block device what lies under a hole stays.
-FILE_POOLS = ('dir', 'fs', 'netfs')
-BLOCK_POOLS = ('logical', 'disk')
+# For who works on volumes that are files.
+FILE_POOLS = pool_kinds.FILE_TYPES
 
 
 class Step(ty.NamedTuple):
@@ -93,8 +97,8 @@ STEPS = (
          'nobody has to; the next try makes its own'),
     Step('pack', 'S', 'ready@S, leftovers', 'disk, files / -',
          'S: revert, which deletes the files'),
-    Step('intent', 'S', 'building@D, previous ready@S', 'disk / part',
-         'S: abandon()'),
+    Step('intent', 'S', 'building@D, previous ready@S',
+         'disk, files / part', 'S: abandon()'),
     Step('expect', 'S', 'as before, expected', 'disk / whole',
          'S by a hard reboot: abandon(); D by one: accept()'),
     Step('take', 'D', 'as before, extras gone', 'disk / whole',
@@ -103,12 +107,14 @@ STEPS = (
          'D by a hard reboot'),
     Step('confirm', 'S', 'ready@D, leftovers', 'disk / disk',
          'S at its next chance: deletes the leftovers'),
+    Step('give back', 'D', 'ready@S, leftovers', 'disk / disk',
+         'S: abandon(); a hard reboot on D is refused'),
     Step('revert', 'S', 'ready@S', 'disk / -',
          'S: abandon()'),
 )
 
 # The names of the rows, by which step_of() tells them.
-(OFFER, PACK, INTENT, EXPECT, TAKE, VERIFY, CONFIRM, REVERT) = (
+(OFFER, PACK, INTENT, EXPECT, TAKE, VERIFY, CONFIRM, GIVE_BACK, REVERT) = (
     step.name for step in STEPS)
 
 
@@ -116,8 +122,8 @@ def step_of(disks):
     """Return the row of the table that an instance's records are in.
 
     Before and after a move a record says the same: OFFER stands for an
-    instance that isn't on its way, PACK and CONFIRM for one of which
-    something is to be deleted yet.
+    instance that isn't on its way, PACK and CONFIRM (or GIVE_BACK) for one of
+    which something is to be deleted yet.
 
     :param disks: the instance's InstanceDisks
     """
@@ -149,7 +155,7 @@ class ThisHost:
     :ivar uri: of its libvirt
     :ivar address: under which other hosts reach that
     :ivar job_tracker: the driver's InstanceJobTracker: a copy ends when the
-        server is deleted
+        instance is deleted
     """
     host: ty.Any
     uri: str
@@ -216,11 +222,14 @@ def create_volume(pool, name, length, owner, mode=0o644, allocation=0):
     config.permissions = storage_config.LibvirtConfigStoragePermissions()
     config.permissions.mode = mode
     config.permissions.owner, config.permissions.group = owner
-    return pool.create(config)
+    volume = pool.create(config)
+    # Longer than asked for it shows what others have written there.
+    clearing.clear_rest(volume, length)
+    return volume
 
 
 def check_pool(pool):
-    """Check that a pool is there, active, and of a type that takes streams.
+    """Check that a pool is there, active, and of a type that holds disks.
 
     :returns: its type
     """
@@ -232,13 +241,13 @@ def check_pool(pool):
                    "inactive")
     else:
         pool_type = pool.config().type
-        if pool_type in FILE_POOLS + BLOCK_POOLS:
+        if pool_kinds.of_type(pool_type).holds_disks:
             return pool_type
         reason = _("name a pool of one of the types %(types)s in nova.conf: "
                    "storage pool %(pool)s of host %(host)s is of type "
                    "%(type)s")
         raise exception.MigrationPreCheckError(reason=reason % {
             'pool': pool.name, 'host': pool.host, 'type': pool_type,
-            'types': ', '.join(FILE_POOLS + BLOCK_POOLS)})
+            'types': ', '.join(pool_kinds.DISK_TYPES)})
     raise exception.MigrationPreCheckError(
         reason=reason % {'pool': pool.name, 'host': pool.host})

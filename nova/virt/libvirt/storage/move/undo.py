@@ -16,7 +16,8 @@ import tenacity
 
 import nova.conf
 from nova import exception
-from nova.virt.libvirt.storage.move import peer
+from nova.virt.libvirt.storage.move import peer_libvirt
+from nova.virt.libvirt.storage.move import transport
 from nova.virt.libvirt.storage.records import evacuation
 from nova.virt.libvirt.storage.records import leftovers
 
@@ -55,13 +56,13 @@ def restore(disks, migration):
         disks.set_extra(name, None)
 
 
-def delete_at_peer(connection, host, disks, migration, places):
+def delete_at_peer(peer, host, disks, migration, places):
     """Delete the destination's volumes of a move that has failed.
 
     What can't be deleted is noted, for the destination's next offer.
 
-    :param connection: to the destination's libvirt, which may have been cut
-        by what made the move fail; None if there is none
+    :param peer: the destination as a Peer, which may be out of reach for
+        what made the move fail; None if there is none
     :param disks: the instance's InstanceDisks; the caller saves them
     :param places: list of (pool, volume)
     """
@@ -71,10 +72,10 @@ def delete_at_peer(connection, host, disks, migration, places):
     wanted = set(places)
     dest = migration.dest_compute
     if dest == CONF.host:
-        connection = host.get_connection()
-    if connection is not None:
-        places = leftovers.delete_volumes(connection, dest, places, instance)
-    if places and dest != CONF.host:
+        peer = peer_libvirt.LibvirtPeer(host.get_connection(), dest, dest)
+    if peer is not None:
+        places = peer.delete(places, instance)
+    if places and dest != CONF.host and (peer is None or peer.may_be_cut):
         try:
             places = _delete_anew(host, instance, migration, places)
         except exception.NovaException as e:
@@ -82,8 +83,8 @@ def delete_at_peer(connection, host, disks, migration, places):
     leftovers.forget(disks, dest, wanted)
     for place in places:
         LOG.error('Volume %(volume)s is left over in storage pool %(pool)s of '
-                  'host %(host)s; it goes when this server is sent to that '
-                  'host again, or must be deleted there',
+                  'host %(host)s; it is deleted when this instance is sent to '
+                  'that host again. Otherwise delete it there.',
                   {'volume': place[1], 'pool': place[0], 'host': dest},
                   instance=instance)
     leftovers.note(disks, dest, places)
@@ -95,7 +96,4 @@ def delete_at_peer(connection, host, disks, migration, places):
     reraise=True, stop=tenacity.stop_after_delay(_PEER_IS_BACK),
     wait=tenacity.wait_fixed(1))
 def _delete_anew(host, instance, migration, places):
-    with peer.connected(
-            host, peer.uri_of(migration.dest_host)) as connection:
-        return leftovers.delete_volumes(
-            connection, migration.dest_compute, places, instance)
+    return transport.delete_again(host, instance, migration, places)

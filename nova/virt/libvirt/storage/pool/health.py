@@ -58,6 +58,7 @@ def why_no_new_instance(connection) -> str | None:
         try:
             if not pool.is_active():
                 raise exception.StoragePoolInactive(pool=name, host=CONF.host)
+            pool.check_mounted()
         except exception.StoragePoolError as e:
             return e.format_message()
     return None

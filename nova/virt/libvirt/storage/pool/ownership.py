@@ -82,12 +82,15 @@ def pools_on_record(disks) -> set[str]:
     try:
         records = [record for _name, known in (disks.items() if disks else ())
                    for record in (known, known.previous) if record]
+        left = disks.leftovers if disks else ()
     except exception.InvalidDiskMetadata as e:
         LOG.warning('The pools of the instance are looked for without its '
                     'records: %s', e, instance=disks.instance)
         return set()
-    return {record.pool for record in records
-            if record.host == CONF.host and record.pool}
+    return {pool for host, pool in (
+        *((record.host, record.pool) for record in records),
+        *((host, pool) for host, pool, _volume in left))
+        if host == CONF.host and pool}
 
 
 def places(connection, disks=None) -> list[Place]:
@@ -169,6 +172,23 @@ def get_volumes(connection, instance_uuid, rescue=False, disks=None):
             unread = unread or e
     if unread:
         raise unread
+
+
+def find(pool, name: str):
+    """Look a volume up which libvirt may not know of yet.
+
+    :param pool: the StoragePool
+    :returns: its StorageVolume, None if there is no such volume or pool
+    """
+    for is_refreshed in (False, True):
+        try:
+            return pool.volume(name)
+        except exception.StoragePoolNotFound:
+            return None
+        except exception.StorageVolumeNotFound:
+            if not is_refreshed:
+                pool.refresh()
+    return None
 
 
 def delete_volume(volume, instance=None) -> bool:

@@ -23,16 +23,23 @@ import inspect
 import os
 import typing as ty
 
+from oslo_concurrency import processutils
 from oslo_log import log as logging
 from oslo_utils import units
 import tenacity
 
 import nova.conf
 from nova import exception
+from nova.i18n import _
+import nova.privsep.fs
 import nova.privsep.storage
 from nova import utils
 from nova.virt.libvirt.storage.pool import access
+from nova.virt.libvirt.storage.pool import clearing
 from nova.virt.libvirt.storage.pool import config as storage_config
+from nova.virt.libvirt.storage.pool import export
+from nova.virt.libvirt.storage.pool import kinds
+from nova.virt.libvirt.storage.pool import mounts
 
 try:
     import libvirt
@@ -43,30 +50,8 @@ CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
 
-class PoolKind(ty.NamedTuple):
-    """What libvirt can do with pools of a type.
-
-    :ivar holds_disks: whether the disks of guests can be its volumes
-    :ivar takes_streams: whether a volume's content can be up- and downloaded
-    :ivar sparse: whether what is not written of a new volume reads as zeroes
-    """
-    holds_disks: bool
-    takes_streams: bool
-    sparse: bool
-
-
-# The volumes of the first three are files of one directory. Logical and rbd
-# pools make no volume from another one, or serve no <disk type='volume'>; on a
-# block device what lies under a hole stays. All others can't make volumes.
-POOL_KINDS = {
-    'dir': PoolKind(True, True, True),
-    'fs': PoolKind(True, True, True),
-    'netfs': PoolKind(True, True, True),
-    'logical': PoolKind(False, True, False),
-    'disk': PoolKind(False, True, False),
-}
-SUPPORTED_TYPES = tuple(
-    name for name, kind in POOL_KINDS.items() if kind.holds_disks)
+# For who works on volumes that are files.
+SUPPORTED_TYPES = kinds.FILE_TYPES
 
 # A pool that holds not even the smallest flavors was not meant for disks.
 MIN_CAPACITY = units.Gi
@@ -76,6 +61,7 @@ MIN_CAPACITY = units.Gi
 REFRESH_TIMEOUT = 10  # seconds
 COPY_TIMEOUT = 6 * 3600  # seconds
 START_TIMEOUT = 3  # seconds
+BUSY_TIMEOUT = 3  # seconds
 REFRESH_INTERVAL = 0.2  # seconds
 
 
@@ -97,18 +83,6 @@ class VolumeInfo(ty.NamedTuple):
     type: int
     capacity: int
     allocation: int
-
-
-def is_directory(volume_type: int) -> bool:
-    """Whether libvirt takes a volume for a directory.
-
-    A guest that writes the header of a ploop image to its raw disk makes
-    libvirt think so. It then neither streams nor deletes the volume.
-
-    :param volume_type: a VolumeInfo's
-    """
-    return volume_type not in (libvirt.VIR_STORAGE_VOL_FILE,
-                               libvirt.VIR_STORAGE_VOL_BLOCK)
 
 
 def _wrap(obj):
@@ -154,6 +128,7 @@ class StoragePool:
         self._conn = conn
         self.name = name
         self.host = host
+        self._kind: kinds.PoolKind | None = None
 
     @classmethod
     def ensure(cls, conn, config: 'storage_config.LibvirtConfigStoragePool',
@@ -209,28 +184,40 @@ class StoragePool:
         """Check that the pool can hold disks, and start it if it is off.
 
         :raises: exception.StoragePoolUnsupported,
-            exception.StoragePoolTooSmall, exception.StoragePoolForbidden,
-            exception.StoragePoolError
+            exception.StoragePoolNotMounted, exception.StoragePoolTooSmall,
+            exception.StoragePoolTaken,
+            exception.StoragePoolForbidden, exception.StoragePoolError
         """
         if not self.kind().holds_disks:
             raise exception.StoragePoolUnsupported(
                 pool=self.name, host=self.host, type=self.config().type,
-                supported=', '.join(SUPPORTED_TYPES))
+                supported=', '.join(kinds.DISK_TYPES))
         self.start()
-        capacity = self.info().capacity
-        if capacity < MIN_CAPACITY:
+        info = self.info()
+        if info.capacity < MIN_CAPACITY:
             raise exception.StoragePoolTooSmall(
-                pool=self.name, host=self.host, capacity=capacity,
+                pool=self.name, host=self.host, capacity=info.capacity,
                 minimum=MIN_CAPACITY)
+        if (self.kind().keeps_blocks and info.available < MIN_CAPACITY and
+                not self.volumes()):
+            raise exception.StoragePoolTaken(
+                pool=self.name, host=self.host, available=info.available)
         self.check_access()
+        if self.kind().is_remote:
+            export.check(self)
 
     def check_access(self, needed: int = os.X_OK) -> None:
         """Check that this process may use files in the pool's directory.
 
+        A pool that isn't a directory has none to be checked.
+
         :param needed: as for os.access(); to make files takes os.W_OK too
         :raises: exception.StoragePoolForbidden
         """
-        found = access.obstacle(self.config().target_path, needed)
+        path = self.directory()
+        if path is None:
+            return
+        found = access.obstacle(path, needed)
         if found:
             raise exception.StoragePoolForbidden(
                 pool=self.name, host=self.host, user=access.user(),
@@ -239,13 +226,40 @@ class StoragePool:
     def start(self) -> None:
         """Start the pool if it is off.
 
-        :raises: exception.StoragePoolError if it can't be started
+        :raises: exception.StoragePoolError if it can't be started,
+            exception.StoragePoolNotMounted if it should have been long ago
         """
         pool = self._lookup()
         with self._errors():
             if not pool.isActive():
                 LOG.info('Starting storage pool %s', self.name)
                 _start(pool)
+        self.check_mounted()
+
+    def check_mounted(self) -> None:
+        """Check that what libvirt has mounted for the pool is still there.
+
+        Of another host nothing is known.
+
+        :raises: exception.StoragePoolNotMounted
+        """
+        if self.host != CONF.host or not self.kind().is_mounted:
+            return
+        config = self.config()
+        path = os.path.realpath(config.target_path or '')
+        try:
+            found = mounts.source_at(path)
+        except OSError as e:
+            LOG.debug('What is mounted at %(path)s is not known: %(error)s',
+                      {'path': path, 'error': e})
+            return
+        if found is None or self.kind().is_remote and (
+                found.rstrip('/') not in {
+                    name.rstrip('/')
+                    for name in mounts.sources_of(config.source)}):
+            raise exception.StoragePoolNotMounted(
+                pool=self.name, host=self.host, path=path,
+                found=found or _('nothing'))
 
     @contextlib.contextmanager
     def _errors(self, volume: str | None = None):
@@ -265,8 +279,7 @@ class StoragePool:
             if code == libvirt.VIR_ERR_NO_STORAGE_VOL:
                 raise exception.StorageVolumeNotFound(**names) from error
             if code == libvirt.VIR_ERR_STORAGE_VOL_EXIST or (
-                    # what createXMLFrom says, as an internal error
-                    volume and 'already in use' in names['reason']):
+                    volume and _says(error, kinds.NAME_IS_TAKEN)):
                 raise exception.StorageVolumeExists(**names) from error
             if 'is not active' in names['reason']:
                 raise exception.StoragePoolInactive(**names) from error
@@ -302,10 +315,21 @@ class StoragePool:
             return storage_config.LibvirtConfigStoragePool.from_xml(
                 pool.XMLDesc(0))
 
-    def kind(self) -> PoolKind:
+    def kind(self) -> kinds.PoolKind:
         """What libvirt can do with a pool of this type."""
-        return POOL_KINDS.get(
-            self.config().type, PoolKind(False, False, False))
+        if self._kind is None:
+            self._kind = kinds.of_type(self.config().type)
+        return self._kind
+
+    def directory(self) -> str | None:
+        """The directory in which volumes are files; None if they are none.
+
+        The path of another pool, such as /dev/VG, is in a file system that
+        has nothing to do with it.
+        """
+        config = self.config()
+        return (config.target_path if kinds.of_type(config.type).is_directory
+                else None)
 
     def info(self) -> PoolInfo:
         """State and sizes of the pool, as of its last refresh or change."""
@@ -318,8 +342,12 @@ class StoragePool:
 
         Costs a probe of each file, in which libvirt believes what a guest has
         written to its raw disk, and opens the file that is named there. What
-        it finds is a guess, see LibvirtStorage. So this is for a file that
-        libvirt has to learn of, and for nothing else.
+        it finds is a guess, see LibvirtStorage. So of a pool for disks this is
+        for what can be had in no other way: to measure one that libvirt takes
+        for full before a disk is refused; to see what another host has made in
+        a shared one; to have libvirt forget a file that it couldn't delete, or
+        the path of a base image on another host; and to list a directory that
+        root may not list.
 
         :param timeout: for how many seconds to wait for the end of jobs;
             REFRESH_TIMEOUT if None
@@ -363,7 +391,9 @@ class StoragePool:
         :returns: name of the file -> path that its header has
         :raises: exception.StoragePoolError if not all of them can be read
         """
-        path = self.config().target_path
+        path = self.directory()
+        if path is None:
+            return {}
         try:
             found = nova.privsep.storage.backing_files(path)
             # A relative path is one from the overlay's directory.
@@ -381,6 +411,20 @@ class StoragePool:
         pool = self._lookup()
         with self._errors(name):
             return StorageVolume(self, pool.storageVolLookupByName(name))
+
+    def find(self, name: str,
+             refresh: bool = False) -> ty.Optional['StorageVolume']:
+        """The volume of that name, None if there is none.
+
+        :param refresh: look for one that libvirt doesn't know of yet
+        """
+        try:
+            return self.volume(name)
+        except exception.StorageVolumeNotFound:
+            if not refresh:
+                return None
+        self.refresh()
+        return self.find(name)
 
     def free_name(self, wanted: str,
                   taken: ty.Container[str] = ()) -> str:
@@ -407,6 +451,8 @@ class StoragePool:
                prealloc_metadata: bool = False) -> 'StorageVolume':
         """Make a volume; it is Nova's to write unless config says otherwise.
 
+        A device is root's, whatever config says.
+
         :param prealloc_metadata: write all of a qcow2 volume's tables now
         :raises: exception.StorageVolumeExists,
             exception.InsufficientStoragePoolSpace,
@@ -415,6 +461,9 @@ class StoragePool:
         flags = (libvirt.VIR_STORAGE_VOL_CREATE_PREALLOC_METADATA
                  if prealloc_metadata else 0)
         pool = self._lookup()
+        self.check_mounted()
+        if not self.kind().sparse:
+            config.allocation = config.capacity
         with self._errors(config.name):
             return StorageVolume(self, pool.createXML(
                 self._with_permissions(config).to_xml(), flags))
@@ -430,22 +479,41 @@ class StoragePool:
         :raises: as :meth:`create` does
         """
         pool = self._lookup()
+        self.check_mounted()
+        if not self.kind().sparse:
+            # libvirt takes the larger capacity by itself.
+            config.capacity = max(config.capacity or 0,
+                                  source.info().capacity)
+            config.allocation = config.capacity
         with self._errors(config.name):
             return StorageVolume(self, pool.createXMLFrom(
                 self._with_permissions(config).to_xml(), source.raw, 0))
 
-    @staticmethod
-    def _with_permissions(config):
-        if config.permissions is None:
+    def _with_permissions(self, config):
+        if not self.kind().is_directory:
+            # udev says whose a device is: not everybody's to read.
+            config.permissions = None
+        elif config.permissions is None:
             config.permissions = permissions(0o644)
         return config
 
 
 def _is_full(error):
     return (error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR and
-            error.get_int1() == errno.ENOSPC) or (
-        os.strerror(errno.ENOSPC) in (error.get_error_message() or '') or
-        'Not enough free space' in (error.get_error_message() or ''))
+            error.get_int1() == errno.ENOSPC) or _says(
+            error, kinds.POOL_IS_FULL)
+
+
+def _says(error, texts):
+    message = error.get_error_message() or ''
+    return any(text in message for text in texts)
+
+
+def _is_no_directory(error):
+    """Whether a path turned out to be something else than a directory."""
+    return error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR and (
+        error.get_int1() == errno.ENOTDIR or
+        os.strerror(errno.ENOTDIR) in (error.get_error_message() or ''))
 
 
 def _is_libvirt_error(error):
@@ -473,6 +541,19 @@ def _start(pool):
     wait=tenacity.wait_fixed(REFRESH_INTERVAL))
 def _refresh(pool):
     pool.refresh(0)
+
+
+def _is_in_use(error):
+    return _is_libvirt_error(error) and _says(error, kinds.VOLUME_IS_BUSY)
+
+
+# udev, for one, opens each device that was written to when it is closed.
+@tenacity.retry(
+    retry=tenacity.retry_if_exception(_is_in_use), reraise=True,
+    stop=tenacity.stop_after_delay(BUSY_TIMEOUT),
+    wait=tenacity.wait_fixed(REFRESH_INTERVAL))
+def _delete(raw):
+    raw.delete(0)
 
 
 class StorageVolume:
@@ -554,27 +635,53 @@ class StorageVolume:
 
         :param capacity: in bytes
         :param allocate: take the space from the pool now
+        :raises: exception.InsufficientStoragePoolSpace,
+            exception.StorageVolumeError
         """
+        if not self.pool.kind().resizes:
+            self._extend(capacity)
+            return
         flags = libvirt.VIR_STORAGE_VOL_RESIZE_ALLOCATE if allocate else 0
         with self._errors():
             self.raw.resize(capacity, flags)
 
+    def _extend(self, capacity):
+        """Let a logical volume grow: libvirt can't, and must be told."""
+        before = self.physical()
+        if capacity <= before:
+            return
+        try:
+            nova.privsep.fs.lvextend(self.path, capacity)
+        except processutils.ProcessExecutionError as e:
+            error = (exception.InsufficientStoragePoolSpace
+                     if any(text in (e.stderr or '')
+                            for text in kinds.POOL_IS_FULL)
+                     else exception.StorageVolumeError)
+            raise error(pool=self.pool.name, volume=self.name,
+                        host=self.pool.host, code=e.exit_code,
+                        reason=(e.stderr or '').strip() or e) from e
+        self.pool.refresh()
+        clearing.clear_rest(self.pool.volume(self.name), before)
+
     def delete(self) -> None:
         """Delete the volume, whatever its guest has written to it.
 
-        libvirt takes a raw disk with the header of a ploop image for ploop,
-        hence for a directory, and fails to delete it: on this host its file
-        is deleted without libvirt. Already gone is fine.
+        Where a new volume would show what this one holds, it is overwritten
+        first. libvirt takes a raw disk with the header of a ploop image for
+        ploop, hence for a directory, and fails to delete it: on this host its
+        file is deleted without libvirt, which isn't asked what it takes it
+        for: it would open what the header names. Already gone is fine.
 
         :raises: exception.StorageVolumeError, exception.StoragePoolError
         """
         try:
-            with contextlib.suppress(exception.StorageVolumeNotFound), (
-                    self._errors()):
-                self.raw.delete(0)
-        except exception.StorageVolumeError:
-            if self.pool.host != CONF.host or not is_directory(
-                    self.info().type):
+            with contextlib.suppress(exception.StorageVolumeNotFound):
+                clearing.clear(self)
+                with self._errors():
+                    _delete(self.raw)
+        except exception.StorageVolumeError as e:
+            if self.pool.host != CONF.host or not _is_no_directory(
+                    e.__cause__):
                 raise
             self._remove_file()
 

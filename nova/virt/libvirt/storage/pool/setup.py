@@ -21,6 +21,9 @@ from oslo_log import log as logging
 
 import nova.conf
 from nova import exception
+import nova.privsep.storage
+from nova.virt.libvirt.storage import disk_kinds
+from nova.virt.libvirt.storage.pool import access
 from nova.virt.libvirt.storage.pool import config as storage_config
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 
@@ -31,25 +34,6 @@ LOG = logging.getLogger(__name__)
 # path may change, and older disks are laid over the images that stay there.
 CACHE_MARK = '.nova-image-cache'
 
-# How a disk's name begins -> its kind in [libvirt]/storage_pool_mapping. The
-# first that fits counts.
-DISK_KINDS = (
-    ('disk.swap', 'swap'),
-    ('disk.config', 'config'),
-    ('disk.local', 'ephemeral'),
-    ('disk.eph', 'ephemeral'),
-    ('', 'root'),
-)
-
-
-def kind_of(disk_name: str) -> str:
-    """The kind of a disk, as [libvirt]/storage_pool_mapping calls it.
-
-    :param disk_name: e.g. ``disk``, ``disk.eph0`` or ``disk.config.rescue``
-    """
-    return next(kind for beginning, kind in DISK_KINDS
-                if disk_name.startswith(beginning))
-
 
 def pool_name_for(disk_name: str) -> str:
     """The pool in which this host makes a disk.
@@ -57,7 +41,8 @@ def pool_name_for(disk_name: str) -> str:
     :param disk_name: e.g. ``disk`` or ``disk.eph0``
     """
     return CONF.libvirt.storage_pool_mapping.get(
-        kind_of(disk_name), CONF.libvirt.storage_disks_pool)
+        disk_kinds.of_disk(disk_name).mapped_as,
+        CONF.libvirt.storage_disks_pool)
 
 
 def pool_names() -> list[str]:
@@ -95,8 +80,10 @@ def ensure_pools(conn, host: str) -> None:
 
     :param conn: a libvirt.virConnect
     :param host: its name, for messages
-    :raises: exception.StoragePoolError or one of its subclasses
+    :raises: exception.StoragePoolError or one of its subclasses,
+        exception.StorageUserForbidden, exception.StoragePrivilegeMissing
     """
+    _check_user(host)
     base_images = base_images_pool_config()
     cache = storage_pool.StoragePool.ensure(conn, base_images, host)
     _check_place(cache, base_images)
@@ -108,6 +95,23 @@ def ensure_pools(conn, host: str) -> None:
         if not pool.exists():
             raise exception.StoragePoolNotFound(pool=name, host=host)
         pool.adopt()
+
+
+def _check_user(host):
+    """Refuse now what would fail in the middle of an operation."""
+    path = CONF.instances_path
+    found = access.obstacle(path, os.R_OK | os.W_OK | os.X_OK)
+    if found:
+        raise exception.StorageUserForbidden(
+            host=host, user=access.user(), **found._asdict())
+    try:
+        nova.privsep.storage.names_in(path)
+    except OSError as e:
+        LOG.debug('%(path)s can not be listed: %(error)s',
+                  {'path': path, 'error': e})
+    except Exception as e:
+        raise exception.StoragePrivilegeMissing(
+            host=host, user=access.user(), reason=e) from e
 
 
 def _mark_cache(path):

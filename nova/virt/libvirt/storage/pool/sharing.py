@@ -16,6 +16,8 @@ What is shared can't be read off a pool's XML: a directory may be a mount. So a
 volume is made on one side and looked for on the other.
 """
 
+import typing as ty
+
 from oslo_utils import units
 from oslo_utils import uuidutils
 
@@ -31,10 +33,14 @@ CONF = nova.conf.CONF
 
 
 def _probe_config(instance_uuid):
-    config = storage_config.LibvirtConfigStorageVolume()
     # A probe that is left over goes with the instance's volumes.
-    config.name = '%s_probe.%s' % (
-        instance_uuid, uuidutils.generate_uuid(dashed=False))
+    return _named_probe_config('%s_probe.%s' % (
+        instance_uuid, uuidutils.generate_uuid(dashed=False)))
+
+
+def _named_probe_config(name):
+    config = storage_config.LibvirtConfigStorageVolume()
+    config.name = name
     config.capacity = units.Mi
     config.allocation = 0
     config.target_format = fields.LibvirtDiskFormat.RAW
@@ -44,12 +50,24 @@ def _probe_config(instance_uuid):
 def is_same(here, there, instance) -> bool:
     """Whether two pools, to both of which there is a connection, are one.
 
+    :param here: StoragePool of one host
+    :param there: StoragePool of another one
+    :param instance: whose prefix the volumes get
+    :raises: see is_seen()
+    """
+    return is_seen(here, lambda name: take_probe(there, name, instance),
+                   instance)
+
+
+def is_seen(here, take: ty.Callable[[str], ty.Any], instance) -> bool:
+    """Whether another host's pool is one with a pool of this host.
+
     A volume is made here, then one of that name there. A pool which has the
     file already refuses to make it; asking it for the volume instead would
     take a refresh, which reads every file of a pool.
 
-    :param here: StoragePool of one host
-    :param there: StoragePool of another one
+    :param here: StoragePool of this host
+    :param take: does what take_probe() does, in the other host's pool
     :param instance: whose prefix the volumes get
     :raises: exception.StorageVolumeError, exception.StoragePoolError if a
         pool takes no volumes at all
@@ -57,18 +75,28 @@ def is_same(here, there, instance) -> bool:
     config = _probe_config(instance.uuid)
     ours = here.create(config)
     try:
-        theirs = there.create(config)
+        take(config.name)
     except exception.NovaException:
         pass
     else:
-        ownership.delete_volume(theirs, instance)
         return False
     finally:
         ownership.delete_volume(ours, instance)
     # The name was taken, or something is wrong with that pool: without our
     # volume it must be possible.
-    ownership.delete_volume(there.create(config), instance)
+    take(config.name)
     return True
+
+
+def take_probe(pool, name: str, instance) -> None:
+    """Make a probe in a pool, and delete it.
+
+    :param pool: StoragePool
+    :param name: of another host's probe
+    :raises: exception.StorageVolumeError, exception.StoragePoolError
+    """
+    ownership.delete_volume(
+        pool.create(_named_probe_config(name)), instance)
 
 
 def make_probes(connection, instance_uuid, disks=None) -> list[list[str]]:

@@ -30,44 +30,24 @@ from nova.virt.libvirt import utils as libvirt_utils
 LOG = logging.getLogger(__name__)
 
 
-def has_volumes(guest_config) -> bool:
-    """Whether a LibvirtConfigGuest has disks in storage pools."""
-    return any(device.root_name == 'disk' and device.source_type == 'volume'
-               for device in guest_config.devices)
-
-
 class Volumes:
     """The volumes that are the disks of a host's guests.
 
     :param get_connection: returns a libvirt.virConnect; called only if there
         is something to look up
     :param host: its name, for messages
-    :param many: whether so many volumes will be asked for that it is better
-        to list each pool once; what is made later is not found then
     """
 
-    def __init__(self, get_connection: ty.Callable, host: str,
-                 many: bool = False):
+    def __init__(self, get_connection: ty.Callable, host: str):
         self._get_connection = get_connection
         self._host = host
-        self._many = many
-        self._listed: dict[str, dict[str, storage_pool.StorageVolume]] = {}
 
     def get(self, pool: str, volume: str) -> storage_pool.StorageVolume:
         """:raises: exception.StorageVolumeNotFound,
             exception.StoragePoolError
         """
-        storage = storage_pool.StoragePool(
-            self._get_connection(), pool, self._host)
-        if not self._many:
-            return storage.volume(volume)
-        if pool not in self._listed:
-            self._listed[pool] = {v.name: v for v in storage.volumes()}
-        try:
-            return self._listed[pool][volume]
-        except KeyError:
-            raise exception.StorageVolumeNotFound(
-                pool=pool, volume=volume, host=self._host)
+        return storage_pool.StoragePool(
+            self._get_connection(), pool, self._host).volume(volume)
 
     def disk_info(self, disk) -> dict:
         """What the driver wants to know of a guest's disk.
@@ -125,17 +105,21 @@ def measure(
 
     :returns: what the pools of one file system have in common; total and free
         bytes
-    :raises: exception.StoragePoolInactive, exception.StoragePoolError
+    :raises: exception.StoragePoolInactive, exception.StoragePoolNotMounted,
+        exception.StoragePoolError
     """
     info = pool.info()
     if not info.is_running:
         # It would count as one of 0 bytes.
         raise exception.StoragePoolInactive(pool=pool.name, host=pool.host)
-    path = pool.config().target_path
+    pool.check_mounted()
+    path = pool.directory()
+    if path is None:
+        return pool.name, info.capacity, info.available
     try:
         sizes = libvirt_utils.get_fs_info(path)
         return os.stat(path).st_dev, sizes['total'], sizes['free']
-    except (OSError, TypeError) as e:
+    except OSError as e:
         LOG.debug('Storage pool %(pool)s is judged by libvirt alone: '
                   '%(error)s', {'pool': pool.name, 'error': e})
         return pool.name, info.capacity, info.available
@@ -210,7 +194,9 @@ def disk_devices(conn, host: str) -> set[int]:
     for name in setup.pool_names():
         pool = storage_pool.StoragePool(conn, name, host)
         try:
-            devices.add(os.stat(pool.config().target_path).st_dev)
+            path = pool.directory()
+            if path is not None:
+                devices.add(os.stat(path).st_dev)
         except exception.StoragePoolError as e:
             LOG.debug('Storage pool %(pool)s is passed over: %(error)s',
                       {'pool': name, 'error': e})

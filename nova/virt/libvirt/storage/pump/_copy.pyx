@@ -27,6 +27,10 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.pycapsule cimport PyCapsule_IsValid
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport uint64_t
+from libc.stdlib cimport calloc
+from libc.stdlib cimport free
+from libc.stdlib cimport realloc
+from libc.string cimport memset
 
 from nova.virt.libvirt.storage.pump cimport _loop as loop
 from nova.virt.libvirt.storage.pump cimport _thread as th
@@ -37,9 +41,12 @@ from nova.virt.libvirt.storage.pump._checksum cimport checksum_t
 from nova.virt.libvirt.storage.pump._checksum cimport checksum_value
 from nova.virt.libvirt.storage.pump._checksum cimport PRIME
 from nova.virt.libvirt.storage.pump._end cimport end_t
+from nova.virt.libvirt.storage.pump._end cimport NBD_ERRORS
 from nova.virt.libvirt.storage.pump._file cimport file_end
 from nova.virt.libvirt.storage.pump._file cimport file_t
 from nova.virt.libvirt.storage.pump._stream cimport stream_end
+from nova.virt.libvirt.storage.pump._table cimport table_begin
+from nova.virt.libvirt.storage.pump._table cimport table_t
 
 # A stream's packet holds at most 262,120 bytes (libvirt's RPC: the payload of
 # VIR_NET_MESSAGE_LEGACY_PAYLOAD_MAX less the header), and a read of a file
@@ -48,25 +55,33 @@ from nova.virt.libvirt.storage.pump._stream cimport stream_end
 DEF_SLOT_SIZE = 262144
 DEF_SLOTS = 16
 
+# Of a table, in bytes. Smaller blocks than these hardly send less when a guest
+# writes at random.
+MIN_BLOCK = 65536
+MAX_TABLE = 32 << 20
+# Of all slots together, where blocks are large.
+MAX_SLOTS = 16 << 20
+
 
 class PumpError(Exception):
     """A copy failed.
 
     :ivar side: 'source' or 'destination'
     :ivar operation: what was being done there
-    :ivar reason: 'libvirt' (or the end's own error), 'short', 'long',
+    :ivar reason: 'libvirt' (or the end's own error), 'nbd', 'short', 'long',
         'stuck', 'broken', 'cancelled', 'thread'; see failure_t in _loop.pxd
-    :ivar code: libvirt's virErrorNumber, 0 where the error isn't libvirt's
+    :ivar code: libvirt's virErrorNumber, for 'nbd' errno; 0 if there is none
     :ivar domain: libvirt's virErrorDomain
-    :ivar message: libvirt's message
+    :ivar message: libvirt's or libnbd's message
     :ivar transferred: bytes that had come from the source, holes included
     """
 
     def __init__(self, side, operation, reason, code, domain, message,
                  transferred):
-        super().__init__("%s: %s: %s (libvirt code %d, domain %d) after %d "
-                         "bytes" % (side, operation, message or reason, code,
-                                    domain, transferred))
+        super().__init__("%s: %s: %s (%s code %d, domain %d) after %d bytes" %
+                         (side, operation, message or reason,
+                          'nbd' if reason == 'nbd' else 'libvirt', code,
+                          domain, transferred))
         self.side = side
         self.operation = operation
         self.reason = reason
@@ -81,6 +96,12 @@ _REASONS = {loop.FAILED: 'libvirt', loop.SHORT: 'short', loop.LONG: 'long',
             loop.CANCELLED: 'cancelled', loop.NO_THREAD: 'thread'}
 
 
+cdef object _reason(loop.copy_t *copy):
+    if copy.failure == loop.FAILED and copy.error.domain == NBD_ERRORS:
+        return 'nbd'
+    return _REASONS[copy.failure]
+
+
 cdef class File:
     """A file of this host as the source of a copy.
 
@@ -92,18 +113,89 @@ cdef class File:
     :param length: bytes of it that are read
     :param sync: have on disk, too, what was read, whoever has written it; a
         failure of that is one of the copy
+    :param direct: it was opened with O_DIRECT; that is taken from it where it
+        doesn't work
     """
 
     cdef file_t _file
     cdef end_t _end
     cdef readonly object _o
 
-    def __cinit__(self, int fd, long long length, *, bint sync=False):
+    def __cinit__(self, int fd, long long length, *, bint sync=False,
+                  bint direct=False):
         self._file.fd = fd
         self._file.length = length
         self._file.sync = sync
+        self._file.direct = direct
         file_end(&self._end, &self._file)
         self._o = PyCapsule_New(&self._end, b"nova.pump.end", NULL)
+
+
+cdef class Table:
+    """A checksum for each block of a content.
+
+    Copies fill it. It is of no use after one that has failed. Memory is taken
+    up for blocks with data alone.
+
+    :param length: bytes of the content
+    :param key: of the checksums, as for Copy
+    :param block_size: bytes; by default the least power of two, from 64 KiB
+        on, with which the table takes up at most 32 MiB
+    """
+
+    cdef table_t _table
+    cdef size_t _blocks
+    cdef uint64_t _key
+    cdef bint _filled
+
+    def __cinit__(self, long long length, uint64_t key, *,
+                  size_t block_size=0):
+        if length <= 0 or block_size % 32 or key % PRIME == 0:
+            raise ValueError("length, key or block_size is out of range")
+        self._key = key
+        self._table.block_size = block_size or MIN_BLOCK
+        while not block_size and self._count(length) * 8 > MAX_TABLE:
+            self._table.block_size *= 2
+        self._blocks = self._count(length)
+        self._table.values = <uint64_t *>calloc(self._blocks, 8)
+        if self._table.values == NULL:
+            raise MemoryError()
+
+    cdef size_t _count(self, long long length):
+        return (length + self._table.block_size - 1) // self._table.block_size
+
+    def __dealloc__(self):
+        free(self._table.values)
+
+    def grow(self, long long length):
+        """Have room for a longer content; what is new counts as zeroes.
+
+        :param length: bytes; if there is room for more, that stays
+        """
+        cdef size_t blocks = self._count(length)
+        cdef uint64_t *values
+        if blocks <= self._blocks:
+            return
+        values = <uint64_t *>realloc(self._table.values, blocks * 8)
+        if values == NULL:
+            raise MemoryError()
+        memset(values + self._blocks, 0, (blocks - self._blocks) * 8)
+        self._table.values = values
+        self._blocks = blocks
+
+    @property
+    def block_size(self):
+        return self._table.block_size
+
+    @property
+    def filled(self):
+        """Whether a copy has filled it."""
+        return self._filled
+
+    @property
+    def values(self):
+        """The checksum of each block; for looking at few blocks."""
+        return [self._table.values[i] for i in range(self._blocks)]
 
 
 cdef int _take_end(object stream, end_t *end) except -1:
@@ -127,19 +219,28 @@ cdef class Copy:
     :param sparse: pass holes on as holes; else as zeroes. Only a new volume
         may be given holes, since what lies under them stays.
     :param bandwidth: bytes a second at most, holes not counted; 0: no limit
-    :param key: of the checksum, any number but 0 modulo 2^61 - 1
+    :param key: of the checksum, any number but 0 modulo 2^61 - 1; not with a
+        table, which has its own
+    :param table: a Table to fill, for as many bytes as the content has or
+        more. Slots are no smaller than its blocks.
+    :param only_changes: send the blocks alone whose checksums aren't those in
+        the table: it tells what stands at the destination. Whatever became a
+        hole is sent as one, and so sparse is of a destination that makes
+        zeroes of it.
     :param slot_size: bytes
     :param slots: how many slots the ring has; at least 2
     """
 
     cdef loop.copy_t _copy
     cdef object _streams
+    cdef Table _table
     cdef bint _made
     cdef bint _ran
     cdef bint _ended
 
     def __cinit__(self, source, destination, long long length, *,
                   bint sparse=True, long long bandwidth=0, uint64_t key=1,
+                  Table table=None, bint only_changes=False,
                   size_t slot_size=DEF_SLOT_SIZE, size_t slots=DEF_SLOTS):
         if length <= 0 or bandwidth < 0 or slot_size == 0 or slots < 2:
             raise ValueError("length, bandwidth, slot_size or slots is out "
@@ -159,6 +260,22 @@ cdef class Copy:
         self._copy.sparse = sparse
         self._copy.limit.bandwidth = bandwidth
         checksum_init(&self._copy.checksum, key)
+        if table is not None:
+            self._table = table
+            self._copy.table = &table._table
+            if table._count(length) > table._blocks:
+                raise ValueError("the table is for fewer bytes")
+            # whole blocks
+            slot_size = max(slot_size, table._table.block_size)
+            slot_size -= slot_size % table._table.block_size
+            slots = max(2, min(slots, MAX_SLOTS // slot_size))
+        if only_changes:
+            if table is None or not table._filled:
+                raise ValueError("what stands at the destination isn't known")
+            if self._copy.destination.skip == NULL or not sparse:
+                raise TypeError("changes alone can't be sent to %r" % (
+                    destination,))
+            self._copy.only_changes = True
         self._made = True
         if loop.copy_init(&self._copy, slot_size, slots) < 0:
             raise MemoryError()
@@ -178,15 +295,20 @@ cdef class Copy:
             raise RuntimeError("a copy runs once")
         self._ran = True
         cdef bint failed
+        if self._table is not None:
+            self._table._filled = False
+            table_begin(&self._table._table, self._table._key)
         with nogil:
             failed = loop.run(&self._copy)
         self._ended = True
+        if self._table is not None:
+            self._table._filled = not failed
         if failed:
             raise PumpError(
                 'source' if self._copy.side == loop.SOURCE else 'destination',
                 (<bytes>self._copy.operation).decode(),
-                _REASONS[self._copy.failure],
-                self._copy.error.code, self._copy.error.domain,
+                _reason(&self._copy), self._copy.error.code,
+                max(self._copy.error.domain, 0),
                 (<bytes>self._copy.error.message).decode(errors='replace'),
                 self._copy.received)
 
@@ -213,8 +335,8 @@ cdef class Copy:
 
     @property
     def transferred(self):
-        """Bytes sent on so far, holes included."""
-        return self.data + self.holes
+        """Bytes done so far, holes and what was unchanged included."""
+        return self.data + self.holes + self.unchanged
 
     @property
     def data(self):
@@ -227,11 +349,16 @@ cdef class Copy:
         return th.load(&self._copy.holes_sent)
 
     @property
+    def unchanged(self):
+        """Bytes that stood at the destination already."""
+        return th.load(&self._copy.unchanged)
+
+    @property
     def checksum(self):
         """Of what was received, as an int; not before run() has ended."""
         if not self._ended:
             raise RuntimeError("the copy hasn't ended")
-        return checksum_value(&self._copy.checksum)
+        return self._copy.value
 
 
 def checksum(parts, uint64_t key):

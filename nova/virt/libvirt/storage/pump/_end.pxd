@@ -17,15 +17,21 @@ one, on which run() was called. recv() and recv_hole() of the source are called
 on the first, while send() and send_hole() of the destination are called on the
 second; all else comes on the second when the first has ended. So no two
 functions of one end are ever at work at the same time, and an end needs no
-lock unless it shares something with another.
+lock unless it shares something with another. stop() alone comes on any thread
+at any time.
 
-All may block, apart from last_error(); a blocked one holds up a cancel, too.
+All may block, apart from last_error() and stop(); a blocked one holds up a
+cancel, too, unless stop() ends it.
 None may take the GIL for long or raise.
 
 Each returns -1 for a failure of which last_error() knows more. -2, libvirt's
 "would block", is no answer of a blocking stream: the copy fails as "stuck",
 since waiting for what isn't told would never end.
 """
+
+cdef enum:
+    # A domain that libvirt doesn't have: code is an errno, the rest libnbd's.
+    NBD_ERRORS = -1
 
 cdef struct error_t:
     int code            # virErrorNumber, 0 if it isn't libvirt's
@@ -54,16 +60,28 @@ cdef struct end_t:
     # next call. 0 is "stuck", since a blocking stream takes something. NULL
     # where nothing can be sent: the end is no destination.
     int (*send)(void *stream, const char *data, size_t nbytes) noexcept nogil
+    # How many of the bytes that send() took must still stay where they lie,
+    # counted back from the last one. Waits until they are no more than most;
+    # -1 for a failure, also of an earlier send(). Called after send() and
+    # send_hole(); finish() needs none after its return. NULL where send()
+    # needs nothing when it has returned.
+    long long (*settle)(void *stream, long long most) noexcept nogil
     # Leave length bytes out, at least one. Never partial: 0 for all of them.
     # flags is always 0. NULL with send; not called unless the copy is sparse.
     int (*send_hole)(void *stream, long long length,
                      unsigned int flags) noexcept nogil
+    # length bytes, at least one, stand there already: 0. NULL where what
+    # stands there can't be kept; called by a copy of changes alone.
+    int (*skip)(void *stream, long long length) noexcept nogil
     # All has been received or sent: 0 if that holds. Called once, if nothing
     # has failed, of the source first.
     int (*finish)(void *stream) noexcept nogil
     # Something has failed, here or at the other end, perhaps in finish() or
     # after it. Called once then; what it returns isn't looked at.
     int (*abort)(void *stream) noexcept nogil
+    # The copy has failed or was cancelled: what waits shall return -1 soon,
+    # also when it is called later. NULL where nothing can be done about it.
+    void (*stop)(void *stream) noexcept nogil
     # Tell of the failure for which a function of this end has just returned
     # -1, on the same thread. error comes zeroed. Called at most once for each
     # of them; must not block.

@@ -39,6 +39,11 @@ cdef extern from *:
         while (n < 0 && errno == EINTR);
         return n;
     }
+    static int pump_drop_direct(int fd)
+    {
+        int flags = fcntl(fd, F_GETFL);
+        return flags < 0 ? -1 : fcntl(fd, F_SETFL, flags & ~O_DIRECT);
+    }
     static int pump_sync_range(int fd, long long offset, long long nbytes)
     {
         if (sync_file_range(fd, offset, nbytes, SYNC_FILE_RANGE_WAIT_BEFORE |
@@ -56,12 +61,14 @@ cdef extern from *:
     long long pump_seek_hole(int fd, long long offset) nogil
     long long pump_size(int fd) nogil
     int pump_read(int fd, char *data, size_t nbytes, long long offset) nogil
+    int pump_drop_direct(int fd) nogil
     int pump_sync_range(int fd, long long offset, long long nbytes) nogil
     int fsync(int fd) nogil
     const char *pump_message(int number) nogil
     # Beyond the last data of a file.
     enum:
         NO_DATA "ENXIO"
+        EINVAL
 
 cdef enum:
     # VIR_ERR_SYSTEM_ERROR and VIR_FROM_STORAGE: what libvirt's own error
@@ -71,9 +78,12 @@ cdef enum:
     # How much is read between two waits for the disk. A single fsync() of a
     # huge file would show no progress for minutes.
     SYNC_STEP = 8 * 1024 * 1024
+    # O_DIRECT reads in multiples of the device's blocks, the last one, too.
+    DIRECT_STEP = 4096
 
 cdef struct file_t:
     int fd
+    bint direct         # it was opened with O_DIRECT
     bint sync           # have on disk what is read
     long long synced    # up to here it is
     long long length    # how much of it is read
@@ -96,6 +106,22 @@ cdef inline long long file_next_data(file_t *self) noexcept nogil:
     if data < 0:
         return max(end, self.offset) if pump_errno() == NO_DATA else -1
     return min(data, end)
+
+
+cdef inline int file_read(file_t *self, char *data, size_t nbytes,
+                          size_t room) noexcept nogil:
+    # Reads nbytes, and beyond them as far as there is room if that must be.
+    cdef size_t whole = (nbytes + DIRECT_STEP - 1) // DIRECT_STEP * DIRECT_STEP
+    cdef int n
+    if self.direct:
+        n = pump_read(self.fd, data, min(whole, room), self.offset)
+        if n >= 0:
+            return min(<size_t>n, nbytes)
+        if pump_errno() != EINVAL or pump_drop_direct(self.fd) < 0:
+            return -1
+        # Blocks are larger here, or what is read doesn't begin with one.
+        self.direct = False
+    return pump_read(self.fd, data, nbytes, self.offset)
 
 
 cdef inline int file_recv(void *stream, char *data, size_t nbytes,
@@ -123,8 +149,8 @@ cdef inline int file_recv(void *stream, char *data, size_t nbytes,
         self.data_end = min(self.data_end, self.length)
         if self.offset >= self.data_end:
             return 0
-    nbytes = min(nbytes, <size_t>(self.data_end - self.offset))
-    n = pump_read(self.fd, data, nbytes, self.offset)
+    n = file_read(self, data,
+                  min(nbytes, <size_t>(self.data_end - self.offset)), nbytes)
     if n < 0:
         return file_failed(self, False)
     self.offset += n
@@ -169,7 +195,10 @@ cdef inline void file_end(end_t *end, file_t *self) noexcept nogil:
     end.recv = file_recv
     end.recv_hole = file_recv_hole
     end.send = NULL
+    end.settle = NULL
     end.send_hole = NULL
+    end.skip = NULL
     end.finish = file_finish
     end.abort = file_abort
+    end.stop = NULL
     end.last_error = file_last_error

@@ -15,6 +15,7 @@
 Nothing here needs the GIL. The first failure wins; it stops both threads.
 """
 
+from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc
 from libc.stdlib cimport free
 from libc.string cimport memset
@@ -26,6 +27,7 @@ from nova.virt.libvirt.storage.pump cimport _thread as th
 from nova.virt.libvirt.storage.pump._checksum cimport checksum_data
 from nova.virt.libvirt.storage.pump._checksum cimport checksum_hole
 from nova.virt.libvirt.storage.pump._checksum cimport checksum_t
+from nova.virt.libvirt.storage.pump._checksum cimport checksum_value
 from nova.virt.libvirt.storage.pump._end cimport end_t
 from nova.virt.libvirt.storage.pump._end cimport error_t
 from nova.virt.libvirt.storage.pump._limit cimport limit_delay
@@ -35,13 +37,20 @@ from nova.virt.libvirt.storage.pump._ring cimport ring_emptied
 from nova.virt.libvirt.storage.pump._ring cimport ring_end
 from nova.virt.libvirt.storage.pump._ring cimport ring_filled
 from nova.virt.libvirt.storage.pump._ring cimport ring_free
+from nova.virt.libvirt.storage.pump._ring cimport ring_held
 from nova.virt.libvirt.storage.pump._ring cimport ring_init
 from nova.virt.libvirt.storage.pump._ring cimport ring_slot_to_empty
 from nova.virt.libvirt.storage.pump._ring cimport ring_slot_to_fill
+from nova.virt.libvirt.storage.pump._ring cimport ring_slot_to_take
 from nova.virt.libvirt.storage.pump._ring cimport ring_stop
 from nova.virt.libvirt.storage.pump._ring cimport ring_stopped
 from nova.virt.libvirt.storage.pump._ring cimport ring_t
+from nova.virt.libvirt.storage.pump._ring cimport ring_taken
 from nova.virt.libvirt.storage.pump._ring cimport slot_t
+from nova.virt.libvirt.storage.pump._table cimport table_data
+from nova.virt.libvirt.storage.pump._table cimport table_end
+from nova.virt.libvirt.storage.pump._table cimport table_hole
+from nova.virt.libvirt.storage.pump._table cimport table_t
 
 cdef enum side_t:
     SOURCE = 0
@@ -69,10 +78,19 @@ cdef struct copy_t:
     # The receiving thread's, and when that has ended anybody's.
     long long received
     checksum_t checksum
+    table_t *table      # NULL: one checksum is enough
+    uint64_t value      # the content's checksum, when all has come
+    bint only_changes   # send what has another value than in the table
+    long long hole      # bytes of one that has come and isn't passed on yet
+    long long skip      # bytes that stand at the destination, not told yet
+
+    # The calling thread's: bytes of data in the slots that it holds.
+    long long held
 
     # Written by the calling thread, read by any.
     long long data_sent
     long long holes_sent
+    long long unchanged     # the receiving thread writes this one
 
     limit_t limit
 
@@ -117,6 +135,10 @@ cdef inline void fail(copy_t *self, failure_t failure, side_t side,
         self.error = error
     th.pthread_mutex_unlock(&self.lock)
     ring_stop(&self.ring)
+    if self.source.stop != NULL:
+        self.source.stop(self.source.stream)
+    if self.has_destination and self.destination.stop != NULL:
+        self.destination.stop(self.destination.stream)
 
 
 cdef inline failure_t without_progress(int answer) noexcept nogil:
@@ -125,51 +147,75 @@ cdef inline failure_t without_progress(int answer) noexcept nogil:
 
 # -- the receiving thread ---------------------------------------------------
 
+cdef inline int receive_data(copy_t *self, slot_t *slot) noexcept nogil:
+    # Adds to the slot what comes next; returns 1 for that, 0 at the stream's
+    # end, -3 if a hole comes next, -1 after fail().
+    cdef size_t room = self.ring.slot_size - slot.length
+    cdef int n
+    if ring_stopped(&self.ring):
+        return -1
+    n = self.source.recv(self.source.stream, slot.data + slot.length, room,
+                         lv.VIR_STREAM_RECV_STOP_AT_HOLE)
+    if n == 0 or n == -3:
+        return n
+    if n < 0:
+        fail(self, without_progress(n), SOURCE, b"receive")
+        return -1
+    if <size_t>n > room:
+        fail(self, BROKEN, SOURCE, b"receive")
+        return -1
+    slot.length += n
+    self.received += n
+    if self.received > self.length:
+        fail(self, LONG, SOURCE, b"receive")
+        return -1
+    return 1
+
+
 cdef inline int receive_slot(copy_t *self, slot_t *slot) noexcept nogil:
     # Fills the slot as far as it goes; returns 0 at the stream's end, 1 if a
     # hole comes next, 2 if the slot is full, -1 after fail().
-    cdef size_t room
     cdef int n
     slot.length = 0
     slot.hole = 0
     while slot.length < self.ring.slot_size:
-        if ring_stopped(&self.ring):
-            return -1
-        room = self.ring.slot_size - slot.length
-        n = self.source.recv(self.source.stream, slot.data + slot.length,
-                             room, lv.VIR_STREAM_RECV_STOP_AT_HOLE)
+        n = receive_data(self, slot)
         if n == 0:
             return 0
         if n == -3:
             return 1
         if n < 0:
-            fail(self, without_progress(n), SOURCE, b"receive")
-            return -1
-        if <size_t>n > room:
-            fail(self, BROKEN, SOURCE, b"receive")
-            return -1
-        slot.length += n
-        self.received += n
-        if self.received > self.length:
-            fail(self, LONG, SOURCE, b"receive")
             return -1
     return 2
 
 
-cdef inline int receive_hole(copy_t *self, slot_t *slot) noexcept nogil:
-    cdef int n = self.source.recv_hole(self.source.stream, &slot.hole, 0)
+cdef inline int receive_hole(copy_t *self, long long *hole) noexcept nogil:
+    cdef int n = self.source.recv_hole(self.source.stream, hole, 0)
     if n < 0:
         fail(self, without_progress(n), SOURCE, b"receive a hole")
         return -1
-    if slot.hole <= 0:
+    if hole[0] <= 0:
         fail(self, STUCK, SOURCE, b"receive a hole")
         return -1
-    if slot.hole > self.length - self.received:
+    if hole[0] > self.length - self.received:
         fail(self, LONG, SOURCE, b"receive a hole")
         return -1
-    slot.length = 0
-    self.received += slot.hole
+    self.received += hole[0]
     return 0
+
+
+cdef inline void account_data(copy_t *self, slot_t *slot) noexcept nogil:
+    if self.table != NULL:
+        table_data(self.table, slot.data, slot.length)
+    else:
+        checksum_data(&self.checksum, <unsigned char *>slot.data, slot.length)
+
+
+cdef inline void account_hole(copy_t *self, slot_t *slot) noexcept nogil:
+    if self.table != NULL:
+        table_hole(self.table, slot.hole)
+    else:
+        checksum_hole(&self.checksum, slot.hole)
 
 
 cdef inline void *receive_all(void *arg) noexcept nogil:
@@ -184,20 +230,136 @@ cdef inline void *receive_all(void *arg) noexcept nogil:
         if what < 0:
             return NULL
         if slot.length:
-            checksum_data(&self.checksum, <unsigned char *>slot.data,
-                          slot.length)
+            account_data(self, slot)
             ring_filled(&self.ring)
         if what == 0:
             break
         if what == 1:
             slot = ring_slot_to_fill(&self.ring)
-            if slot == NULL or receive_hole(self, slot) < 0:
+            if slot == NULL or receive_hole(self, &slot.hole) < 0:
                 return NULL
-            checksum_hole(&self.checksum, slot.hole)
+            slot.length = 0
+            account_hole(self, slot)
             ring_filled(&self.ring)
     if self.received < self.length:
         fail(self, SHORT, SOURCE, b"receive")
         return NULL
+    self.value = (checksum_value(&self.checksum) if self.table == NULL else
+                  table_end(self.table, self.received))
+    ring_end(&self.ring)
+    return NULL
+
+
+# -- the receiving thread, where most stands at the destination -------------
+
+cdef inline int receive_blocks(copy_t *self, slot_t *slot) noexcept nogil:
+    # Fills the slot with whole blocks, small holes among them as zeroes. Stops
+    # before a block that is all hole, of which self.hole tells; returns 1
+    # then, 0 at the stream's end, 2 if the slot is full, -1 after fail().
+    cdef size_t size = self.table.block_size, n
+    cdef int got
+    slot.length = 0
+    slot.hole = 0
+    while slot.length < self.ring.slot_size:
+        if self.hole:
+            n = size - slot.length % size
+            if n == size and self.hole >= <long long>size:
+                return 1
+            n = min(n, <size_t>self.hole)
+            memset(slot.data + slot.length, 0, n)
+            slot.length += n
+            self.hole -= n
+            continue
+        got = receive_data(self, slot)
+        if got == -3:
+            got = receive_hole(self, &self.hole)
+        elif got == 0:
+            return 0
+        if got < 0:
+            return -1
+    return 2
+
+
+cdef inline void stands(copy_t *self, long long nbytes) noexcept nogil:
+    self.skip += nbytes
+    th.add(&self.unchanged, nbytes)
+
+
+cdef inline bint has_changed(copy_t *self, slot_t *slot) noexcept nogil:
+    # Leaves of the slot what there is from the first block that has changed up
+    # to the last one; whether there is one.
+    cdef size_t size = self.table.block_size
+    cdef size_t at = 0, end = 0, n, length = slot.length
+    while at < length:
+        n = min(size, length - at)
+        self.table.changed = False
+        table_data(self.table, slot.data + at, n)
+        if n < size:
+            # the last one of all: its value is that with zeroes behind it
+            self.value = table_end(self.table, self.received)
+        if self.table.changed:
+            if not end:
+                slot.start = at
+            end = at + n
+        at += n
+    if not end:
+        stands(self, length)
+        return False
+    stands(self, slot.start)
+    slot.skip = self.skip
+    slot.length = end - slot.start
+    self.skip = 0
+    stands(self, length - end)
+    return True
+
+
+cdef inline int pass_hole_on(copy_t *self) noexcept nogil:
+    # The blocks that are all hole: those that were no zeroes become such.
+    cdef long long size = self.table.block_size, nbytes
+    cdef slot_t *slot
+    cdef bint zero
+    while self.hole >= size:
+        zero = self.table.values[self.table.block] == 0
+        nbytes = 0
+        while self.hole >= size and zero == (
+                self.table.values[self.table.block] == 0):
+            table_hole(self.table, size)
+            nbytes += size
+            self.hole -= size
+        if zero:
+            stands(self, nbytes)
+            continue
+        slot = ring_slot_to_fill(&self.ring)
+        if slot == NULL:
+            return -1
+        slot.skip = self.skip
+        slot.length = 0
+        slot.hole = nbytes
+        self.skip = 0
+        ring_filled(&self.ring)
+    return 0
+
+
+cdef inline void *receive_changes(void *arg) noexcept nogil:
+    cdef copy_t *self = <copy_t *>arg
+    cdef slot_t *slot
+    cdef int what = 2
+    while what:
+        slot = ring_slot_to_fill(&self.ring)
+        if slot == NULL:
+            return NULL
+        what = receive_blocks(self, slot)
+        if what < 0:
+            return NULL
+        if has_changed(self, slot):
+            ring_filled(&self.ring)
+        if pass_hole_on(self) < 0:
+            return NULL
+    if self.received < self.length:
+        fail(self, SHORT, SOURCE, b"receive")
+        return NULL
+    if self.length % <long long>self.table.block_size == 0:
+        self.value = table_end(self.table, self.received)
     ring_end(&self.ring)
     return NULL
 
@@ -260,21 +422,63 @@ cdef inline int send_hole(copy_t *self, long long nbytes) noexcept nogil:
     return 0
 
 
+cdef inline long long settle(copy_t *self, long long most) noexcept nogil:
+    # How many of the bytes sent must stay; -1 after fail().
+    if not self.has_destination or self.destination.settle == NULL:
+        return 0
+    cdef long long kept = self.destination.settle(self.destination.stream,
+                                                  most)
+    if kept < 0:
+        fail(self, FAILED if kept == -1 else STUCK, DESTINATION, b"send")
+        return -1
+    if kept > most:
+        fail(self, BROKEN, DESTINATION, b"send")
+        return -1
+    return kept
+
+
+cdef inline int give_back(copy_t *self) noexcept nogil:
+    # Gives back the slots that need not stay. Half of them are for the
+    # receiving thread in any case.
+    cdef long long after
+    cdef long long kept = settle(self, self.held)
+    if kept < 0:
+        return -1
+    while ring_held(&self.ring):
+        after = self.held - ring_slot_to_empty(&self.ring).length
+        if kept > after:
+            if ring_held(&self.ring) <= self.ring.slot_count // 2:
+                return 0
+            kept = settle(self, after)
+            if kept < 0:
+                return -1
+        self.held = after
+        ring_emptied(&self.ring)
+    return 0
+
+
 cdef inline void send_all(copy_t *self) noexcept nogil:
     cdef slot_t *slot
     while True:
-        slot = ring_slot_to_empty(&self.ring)
+        slot = ring_slot_to_take(&self.ring)
         if slot == NULL:
+            return
+        if slot.skip and self.destination.skip(self.destination.stream,
+                                               slot.skip) < 0:
+            fail(self, FAILED, DESTINATION, b"skip")
             return
         if not self.has_destination:
             th.add(&self.data_sent, slot.length)
             th.add(&self.holes_sent, slot.hole)
         elif slot.length:
-            if send_data(self, slot.data, slot.length) < 0:
+            if send_data(self, slot.data + slot.start, slot.length) < 0:
                 return
         elif send_hole(self, slot.hole) < 0:
             return
-        ring_emptied(&self.ring)
+        ring_taken(&self.ring)
+        self.held += slot.length
+        if give_back(self) < 0:
+            return
 
 
 cdef inline void finish(copy_t *self) noexcept nogil:
@@ -290,7 +494,7 @@ cdef inline void finish(copy_t *self) noexcept nogil:
             fail(self, without_progress(n), DESTINATION, b"finish")
 
 
-cdef inline bint settle(copy_t *self) noexcept nogil:
+cdef inline bint conclude(copy_t *self) noexcept nogil:
     # Whether it has failed; a cancel from now on comes too late.
     th.pthread_mutex_lock(&self.lock)
     self.over = True
@@ -302,14 +506,16 @@ cdef inline bint settle(copy_t *self) noexcept nogil:
 cdef inline bint run(copy_t *self) noexcept nogil:
     # Whether it has failed.
     cdef th.pthread_t receiver
-    if th.pthread_create(&receiver, NULL, receive_all, self) != 0:
+    if th.pthread_create(&receiver, NULL,
+                         receive_changes if self.only_changes else receive_all,
+                         self) != 0:
         fail(self, NO_THREAD, SOURCE, b"start")
     else:
         send_all(self)
         th.pthread_join(receiver, NULL)
         if not ring_stopped(&self.ring):
             finish(self)
-    if not settle(self):
+    if not conclude(self):
         return False
     self.source.abort(self.source.stream)
     if self.has_destination:

@@ -13,19 +13,28 @@
 
 """The ring of slots between the receiving thread and the sending one.
 
-Each side holds one slot at a time, which is its own until it says that it has
-filled or emptied it; the ring's lock hands over what stands in it. The memory
-of a copy is slot_count * slot_size, however far one side is ahead.
+The receiving thread holds one slot at a time, the sending one as many as it
+has taken; a slot is its own until it says that it has filled or emptied it,
+and the ring's lock hands over what stands in it. The memory of a copy is
+slot_count * slot_size, however far one side is ahead.
 """
 
 from libc.stdlib cimport calloc
 from libc.stdlib cimport free
-from libc.stdlib cimport malloc
 
 from nova.virt.libvirt.storage.pump cimport _thread as th
 
+cdef extern from "<stdlib.h>" nogil:
+    int posix_memalign(void **memory, size_t alignment, size_t nbytes)
+
+cdef enum:
+    # What O_DIRECT asks of memory.
+    ALIGNMENT = 4096
+
 cdef struct slot_t:
     char *data
+    long long skip      # bytes that stand at the destination, before it
+    size_t start        # where its data begins
     size_t length       # bytes of data; 0: the slot is a hole
     long long hole      # bytes
 
@@ -35,8 +44,9 @@ cdef struct ring_t:
     size_t slot_count
     th.pthread_mutex_t lock
     th.pthread_cond_t changed
-    # Slots filled and slots emptied since the start: both only grow.
+    # Slots filled, taken and emptied since the start: all only grow.
     size_t filled
+    size_t taken        # the sending thread's alone
     size_t emptied
     bint ended          # nothing more will be filled
     long long stopped   # nobody shall wait; read without the lock
@@ -55,8 +65,9 @@ cdef inline int ring_init(ring_t *self, size_t slot_size,
     self.slot_size = slot_size
     self.slot_count = slot_count
     for i in range(slot_count):
-        self.slots[i].data = <char *>malloc(slot_size)
-        if self.slots[i].data == NULL:
+        if posix_memalign(<void **>&self.slots[i].data, ALIGNMENT,
+                          slot_size) != 0:
+            self.slots[i].data = NULL
             return -1
     return 0
 
@@ -111,15 +122,29 @@ cdef inline void ring_end(ring_t *self) noexcept nogil:
 
 # -- the sending thread's side ----------------------------------------------
 
-cdef inline slot_t *ring_slot_to_empty(ring_t *self) noexcept nogil:
+cdef inline slot_t *ring_slot_to_take(ring_t *self) noexcept nogil:
     # Waits for one; NULL when the ring was stopped, or at the end.
     th.pthread_mutex_lock(&self.lock)
     while (not ring_stopped(self) and not self.ended
-           and self.filled == self.emptied):
+           and self.filled == self.taken):
         th.pthread_cond_wait(&self.changed, &self.lock)
-    cdef bint none = ring_stopped(self) or self.filled == self.emptied
+    cdef bint none = ring_stopped(self) or self.filled == self.taken
     th.pthread_mutex_unlock(&self.lock)
-    return NULL if none else &self.slots[self.emptied % self.slot_count]
+    return NULL if none else &self.slots[self.taken % self.slot_count]
+
+
+cdef inline void ring_taken(ring_t *self) noexcept nogil:
+    self.taken += 1
+
+
+cdef inline size_t ring_held(ring_t *self) noexcept nogil:
+    # How many slots have been taken and not emptied.
+    return self.taken - self.emptied
+
+
+cdef inline slot_t *ring_slot_to_empty(ring_t *self) noexcept nogil:
+    # The one that has been held for the longest time.
+    return &self.slots[self.emptied % self.slot_count]
 
 
 cdef inline void ring_emptied(ring_t *self) noexcept nogil:

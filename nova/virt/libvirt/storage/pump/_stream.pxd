@@ -64,7 +64,10 @@ cdef inline void stream_end(end_t *end, void *stream) noexcept nogil:
     end.recv = stream_recv
     end.recv_hole = stream_recv_hole
     end.send = stream_send
+    end.settle = NULL
     end.send_hole = stream_send_hole
+    end.skip = NULL
     end.finish = stream_finish
     end.abort = stream_abort
+    end.stop = NULL
     end.last_error = stream_last_error

@@ -15,6 +15,7 @@ What the job is and what its result means is transfer.py's.
 """
 
 import collections
+import errno
 import functools
 import os
 import select
@@ -30,15 +31,17 @@ from oslo_serialization import jsonutils
 
 from nova import exception
 from nova.i18n import _
+from nova.virt.libvirt.storage.pump import nbd
 
 _WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)),
                        'worker.py')
 
-# What the worker may see of our environment: where client certificates and
-# Kerberos tickets lie, and nothing else.
+# What the worker may see of our environment: where client certificates,
+# Kerberos tickets and passwords for SASL lie, and nothing else.
 _ENVIRONMENT = ('PATH', 'HOME', 'USER', 'XDG_CONFIG_HOME', 'XDG_RUNTIME_DIR',
                 'KRB5CCNAME', 'KRB5_CONFIG', 'KRB5_CLIENT_KTNAME',
-                'SASL_CONF_PATH', 'LIBVIRT_DEBUG', 'LIBVIRT_LOG_OUTPUTS')
+                'SASL_CONF_PATH', 'LIBVIRT_AUTH_FILE', 'LIBVIRT_DEBUG',
+                'LIBVIRT_LOG_OUTPUTS')
 
 # Seconds between two progress reports of a worker.
 _INTERVAL = 0.2
@@ -61,7 +64,24 @@ _ADVICE = {
     88: _("let this host's certificate use the storage pool there"),
 }
 
+# How libvirt's client says that the daemon has gone, whatever the code is: see
+# virnetclient.c and virnetsocket.c in its src/rpc.
+_GONE = ('client socket is closed', 'End of file while reading data',
+         'Cannot recv data', 'Cannot write data')
+
+# The same by errno, for what an NBD server says or doesn't.
+_ADVICE_NBD = {
+    errno.ENOSPC: _("make room in the storage pool on that host"),
+    errno.ECONNREFUSED: _("check that that host's compute service has "
+                          "started qemu-nbd there"),
+    errno.ETIMEDOUT: _("check that no firewall is between the hosts, and the "
+                       "load of that host"),
+}
+_ADVICE_NBD_OTHER = _("see the log of nova-compute on that host, which has "
+                      "qemu-nbd's own words")
+
 _REASONS = {
+    'small': _("the export has fewer bytes than the volume"),
     'short': _("the volume ended before its length; it was truncated"),
     'long': _("the volume is longer than its length; it has grown"),
     'stuck': _("libvirt neither moved data nor reported an error"),
@@ -90,21 +110,29 @@ class WorkerProcess:
     :param job: a Job
     :param watch: a Watch
     :param extension: path of the compiled extension
+    :param warm: the job has two passes
     """
 
-    def __init__(self, job, watch, extension):
+    def __init__(self, job, watch, extension, warm=False):
         self.job = job
         self.watch = watch
         self.transferred = 0
+        self._worker = None
         self._request = {
             'extension': extension, 'source': job.source,
-            'destination': job.destination, 'length': job.length,
-            'sparse': job.sparse, 'key': job.key, 'interval': _INTERVAL}
-        self._requested = False
+            'destination': self._destination(), 'length': job.length,
+            'sparse': job.sparse, 'key': job.key, 'interval': _INTERVAL,
+            'warm': warm}
         self._stdin_lock = threading.Lock()
         self._answer = None
         self._unread = b''
         self._stderr: ty.Deque = collections.deque(maxlen=16)
+
+    def _destination(self):
+        destination = self.job.destination
+        if not isinstance(destination, nbd.Export):
+            return destination
+        return {'extension': nbd.extension_path(), **destination._asdict()}
 
     def error(self, cls, **kwargs):
         """Make an exception that says which volume, where and how far."""
@@ -128,30 +156,59 @@ class WorkerProcess:
         :raises: StorageTransferError, StorageTransferStalled,
             StorageTransferCancelled
         """
-        worker = subprocess.Popen(
+        self.start()
+        try:
+            return self.do(bandwidth)
+        finally:
+            self.end()
+
+    def start(self):
+        """Start the worker; end() must follow."""
+        self._worker = subprocess.Popen(
             [sys.executable, '-I', _WORKER], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd='/',
             start_new_session=True,
             env={k: os.environ[k] for k in _ENVIRONMENT if k in os.environ})
         try:
-            self.watch.on_start(worker.pid)
-            with bandwidth.shared(functools.partial(self._tell, worker)):
-                try:
-                    self._follow(worker)
-                finally:
+            self.watch.on_start(self._worker.pid)
+        except BaseException:
+            self.end()
+            raise
+
+    def do(self, bandwidth, last=True):
+        """Have the worker do what was asked for; parameters as run().
+
+        :param last: it has nothing to do afterwards
+        """
+        self.transferred, self._answer = 0, None
+        with bandwidth.shared(functools.partial(self._tell, self._worker)):
+            try:
+                self._follow(self._worker)
+            finally:
+                if last or 'result' not in (self._answer or {}):
                     # Before the others are told that they have more.
-                    self._end(worker)
-        finally:
+                    self._end(self._worker)
+        return self._found(self._worker)
+
+    def ask_again(self, job, watch):
+        """Have the next do() be a second pass.
+
+        :param job: the same Job, of another length perhaps
+        """
+        self.job, self.watch = job, watch
+        self._request = {'length': job.length}
+
+    def end(self):
+        """End the worker, if there is one; as often as wanted."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
             self._end(worker)
             self.watch.on_end(worker.pid)
-        return self._found(worker)
 
     def _tell(self, worker, bandwidth):
         """Send the request or, later on, another bandwidth."""
-        message = {'bandwidth': bandwidth}
-        if not self._requested:
-            message.update(self._request)
-            self._requested = True
+        message = {'bandwidth': bandwidth, **self._request}
+        self._request = {}
         with self._stdin_lock:
             if worker.stdin.closed:
                 return
@@ -232,14 +289,24 @@ class WorkerProcess:
         said = b''.join(self._stderr)[-500:].decode(errors='replace').strip()
         return self.error(
             exception.StorageTransferError, side='source', operation='run',
-            reason=_("the worker process ended with status %(status)d: "
-                     "%(said)s") % {'status': worker.returncode,
-                                    'said': said})
+            reason=_("try again, or see nova-compute's log: the worker "
+                     "process ended with status %(status)d: %(said)s") % {
+                         'status': worker.returncode, 'said': said})
 
     def _advice_to_connect(self, side):
         uri = getattr(self.job, side).uri
         return (_ADVICE_CONNECT if urllib.parse.urlsplit(uri).netloc
                 else _("check that libvirt runs on this host"))
+
+    def _advice(self, report):
+        if report['reason'] == 'nbd':
+            return _ADVICE_NBD.get(report['code'], _ADVICE_NBD_OTHER)
+        if report['reason'] == 'libvirt':
+            if report['operation'] == 'connect':
+                return self._advice_to_connect(report['side'])
+            return _ADVICE.get(
+                report['code'], _("see libvirt's log on that host"))
+        return _("try again, or see nova-compute's log")
 
     def _failed(self, report):
         self.transferred = report['transferred'] or self.transferred
@@ -252,13 +319,24 @@ class WorkerProcess:
         if report['reason'] == 'libvirt':
             reason += _(" (libvirt error code %(code)d, domain %(domain)d)"
                         ) % report
-            advice = _ADVICE.get(report['code'])
-            if report['operation'] == 'connect':
-                advice = self._advice_to_connect(report['side'])
-            if advice:
-                reason += '; ' + advice
-        e = self.error(exception.StorageTransferError, reason=reason,
-                       side=report['side'], operation=report['operation'])
+        # Of a fault, the API's users are shown the beginning.
+        reason = '%s: %s' % (self._advice(report), reason)
+        gone = self._gone_from(report)
+        e = self.error(exception.StorageDestinationGone if gone else
+                       exception.StorageTransferError, reason=reason,
+                       side=report['side'], operation=report['operation'],
+                       **gone)
         e.kind = report['reason']
         e.code, e.domain = report['code'], report['domain']
         return e
+
+    def _gone_from(self, report):
+        """Say where a daemon has gone that was being written to; {} if not."""
+        if (report['reason'] != 'libvirt' or
+                report['side'] != 'destination' or
+                report['operation'] == 'connect' or
+                not any(text in report['message'] for text in _GONE)):
+            return {}
+        destination = self.job.destination
+        return {'pool': destination.pool, 'host': urllib.parse.urlsplit(
+            destination.uri).hostname or _("this host")}

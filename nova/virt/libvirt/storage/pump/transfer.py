@@ -9,7 +9,9 @@
 # WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 # License for the specific language governing permissions and limitations
 # under the License.
-"""Volumes' bytes from one libvirt to another; knows nothing of instances.
+"""Volumes' bytes from one host to another; knows nothing of instances.
+
+They go to the other host's libvirt, or to an export of an NBD server there.
 
 Each transfer runs in a worker process of its own (process.py, worker.py).
 Nova's process has a libvirt event loop, which reads a stream's packets as they
@@ -34,11 +36,15 @@ from oslo_log import log as logging
 from nova import exception
 from nova.i18n import _
 from nova.virt.libvirt.storage.pump import bandwidth as pump_bandwidth
+from nova.virt.libvirt.storage.pump import nbd
 from nova.virt.libvirt.storage.pump import process
 
 LOG = logging.getLogger(__name__)
 
 Bandwidth = pump_bandwidth.Bandwidth
+Export = nbd.Export
+NBD_CONNECTIONS = nbd.CONNECTIONS
+nbd_missing = nbd.missing
 
 _EXTENSION = 'nova.virt.libvirt.storage.pump._copy'
 
@@ -80,7 +86,8 @@ class Watch:
 
     :ivar stall_timeout: seconds without progress after which to give up;
         connecting counts
-    :ivar progress: called with the bytes done so far, holes included
+    :ivar progress: called with the bytes done so far, holes included; its
+        first call says that the connections to both ends stand
     :ivar on_start: called with the worker's process id
     :ivar on_end: called with the same when it has ended
     :ivar cancelled: asked every 0.04 s whether to stop
@@ -101,16 +108,19 @@ class Result:
     :ivar checksum: of the content under key
     :ivar key: of the checksum
     :ivar physical: bytes; size of the volume written (or read) afterwards
-    :ivar allocation: bytes which that volume takes up
+    :ivar allocation: bytes which that volume takes up; None of an export
     :ivar seconds: from the worker's start to its end
+    :ivar direct: whether the source's file was read; else it came through
+        libvirt, which costs more
     """
     data: int
     holes: int
     checksum: int
     key: int
     physical: int
-    allocation: int
+    allocation: int | None
     seconds: float
+    direct: bool = False
 
     @property
     def length(self):
@@ -126,16 +136,15 @@ class Job:
     that comes through the daemon costs both it and us.
 
     :ivar source: where the bytes come from
-    :ivar destination: a new volume, or None to read the source
+    :ivar destination: a new volume, an export or None to read the source
     :ivar length: bytes; the source's *physical* size. A source that is
-        shorter or longer is an error.
-    :ivar sparse: leave holes where the source has them. Only for volumes
-        that read as zeroes before the first write, as new files do; a new
-        logical volume has old content.
+        shorter or longer is an error, but for a device that is only read.
+    :ivar sparse: leave holes where the source has them. libvirt leaves them
+        in a file, which has to be new, and writes zeroes to a device.
     :ivar key: for the checksum; a random one by default
     """
     source: Volume
-    destination: Volume | None
+    destination: Volume | Export | None
     length: int
     sparse: bool = True
     key: int = dataclasses.field(default_factory=new_key)
@@ -150,7 +159,9 @@ class Job:
 
         Nothing is removed on failure: the caller made the destination's
         volume. A clean end says that libvirt has taken all bytes and has room
-        for them; whether the volume's content is right is for verify() to say.
+        for them, or that the NBD server has flushed them and the connection
+        is closed; whether the volume's content is right is for verify() to
+        say.
 
         What is read without a destination is on disk afterwards, if the volume
         is one of this host whose file this process may open. Of a volume that
@@ -175,7 +186,9 @@ class Job:
                 exception.StorageTransferMismatch,
                 reason=_("it has %(physical)d bytes of %(length)d") % {
                     'physical': result.physical, 'length': self.length})
-        if self.destination and result.allocation < result.data:
+        if isinstance(self.destination, Volume) and (
+                result.allocation is not None and
+                result.allocation < result.data):
             self._read_back(self.destination, result, watch)
         return result
 
@@ -193,13 +206,98 @@ class Job:
                on_end=watch.on_end, cancelled=watch.cancelled)
 
 
+class WarmCopy:
+    """A copy into an export in two passes, of which the first is a warm one.
+
+    first() may run while a guest writes to the source; rest() is for when it
+    doesn't any more, and sends what differs. Between them the connection to
+    the export stays. What the first pass read only costs bytes where it was
+    torn or is old: the second one reads all of it again, and takes for granted
+    no more than that the export has what was sent to it.
+
+    It is a context manager, which ends what is under way. When any pass has
+    failed, begin anew with another export.
+
+    :param source: where the bytes come from
+    :param destination: an export that nothing was written to yet
+    :param length: bytes of the source that the first pass reads, one at least
+    :param key: for the checksum; a random one by default
+    :param sparse: as in Job
+    """
+
+    def __init__(self, source: Volume, destination: Export, length: int,
+                 key: int | None = None, sparse: bool = True):
+        if length <= 0:
+            raise ValueError('length is out of range: %d' % length)
+        self._job = Job(source, destination, length, sparse,
+                        new_key() if key is None else key)
+        self._worker: process.WorkerProcess | None = None
+
+    def __enter__(self) -> 'WarmCopy':
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self) -> None:
+        """End the worker, and with it the connection; it may have ended."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.end()
+
+    def first(self, watch: Watch = Watch(),
+              bandwidth: Bandwidth | int = 0) -> Result:
+        """Send all of it. Reading it yields to other I/O of the disk.
+
+        :returns: what was sent; its checksum is no content's that ever was,
+            if somebody wrote meanwhile
+        :raises: as Job.run()
+        """
+        if self._worker is not None:
+            raise RuntimeError('a first pass runs once')
+        self._worker = process.WorkerProcess(self._job, watch,
+                                             extension_path(), warm=True)
+        self._worker.start()
+        return self._do(self._worker, bandwidth, last=False)
+
+    def rest(self, length: int, watch: Watch = Watch(),
+             bandwidth: Bandwidth | int = 0) -> Result:
+        """Send what differs from what the first pass has sent.
+
+        :param length: bytes that the source has now. What the export has
+            beyond them is left as it is.
+        :returns: the content's checksum; data are the bytes sent in this pass
+        :raises: as Job.run()
+        """
+        if self._worker is None:
+            raise RuntimeError('there is no first pass that ended well')
+        self._job = dataclasses.replace(self._job, length=length)
+        self._worker.ask_again(self._job, watch)
+        try:
+            return self._do(self._worker, bandwidth, last=True)
+        finally:
+            self.close()
+
+    def _do(self, worker, bandwidth, last):
+        if isinstance(bandwidth, int):
+            bandwidth = Bandwidth(bandwidth)
+        start = time.monotonic()
+        try:
+            found = worker.do(bandwidth, last=last)
+        except BaseException:
+            self.close()
+            raise
+        return Result(key=self._job.key, seconds=time.monotonic() - start,
+                      **found)
+
+
 def _watch(keywords):
     # None is as good as nothing
     return Watch(**{name: value for name, value in keywords.items()
                     if value is not None})
 
 
-def copy(source: Volume, destination: Volume, length: int, *,
+def copy(source: Volume, destination: Volume | Export, length: int, *,
          sparse: bool = True, key: int | None = None,
          bandwidth: Bandwidth | int = 0, **watch) -> Result:
     """Copy a volume's content into a new one: a Job in one call.

@@ -14,19 +14,24 @@
 Nova isn't imported here: a process with libvirt-python alone starts in a
 tenth of a second, and, having no libvirt event loop, holds its memory flat
 whatever the disk's size. The request comes as a line of JSON on stdin; later
-lines say how much bandwidth there is now. stdin's end means that the parent
-has gone or wants no more: then the process ends. It answers with lines of JSON
-on stdout:
+lines say how much bandwidth there is now, and one with a length asks for the
+second pass of a warm copy, which the request has announced. stdin's end means
+that the parent has gone or wants no more: then the process ends. It answers
+with lines of JSON on stdout, a pass with one result:
 
     {"transferred": bytes}
-    {"result": {"data", "holes", "checksum", "physical", "allocation"}}
+    {"result": {"data", "holes", "checksum", "physical", "allocation",
+                "direct"}}
     {"error": {"side", "operation", "reason", "code", ...}}
 """
 
+import ctypes
 import importlib.machinery
 import importlib.util
 import json
 import os
+import platform
+import queue
 import stat
 import sys
 import threading
@@ -38,6 +43,27 @@ import libvirt
 # How long a cancelled copy has to abort its streams (seconds): cancel is
 # promised within 0.1 s.
 ABORT_SECONDS = 0.04
+# TCP, TLS and NBD's greeting together: a server that is full is silent for
+# ever, and one on a busy host for some seconds.
+CONNECT_SECONDS = 30
+
+# ioprio_set(2) by machine; no library has it.
+IOPRIO_SET = {'x86_64': 251, 'aarch64': 30, 'ppc64le': 273, 's390x': 282}
+# IOPRIO_CLASS_NONE and _IDLE, shifted by IOPRIO_CLASS_SHIFT
+IOPRIO_NONE, IOPRIO_IDLE = 0, 3 << 13
+
+# libvirt's VIR_ERR_SYSTEM_ERROR, of its storage driver (VIR_FROM_STORAGE).
+_CANT_OPEN = (38, 18)
+
+
+# What SASL may want to know and libvirt finds in auth.conf. Without this list
+# its client knows no mechanism that takes a password.
+CREDENTIALS = [libvirt.VIR_CRED_AUTHNAME, libvirt.VIR_CRED_PASSPHRASE,
+               libvirt.VIR_CRED_REALM]
+
+
+def ask_nobody(credentials, _opaque):
+    return -1 if credentials else 0
 
 
 class Failure(Exception):
@@ -88,6 +114,17 @@ def load_pump(path):
     return module
 
 
+def set_io_priority(priority):
+    """Of this thread, and of those which it starts from now on.
+
+    It is looked at by some of the kernel's I/O schedulers alone.
+    """
+    number = IOPRIO_SET.get(platform.machine())
+    if number is not None:
+        # IOPRIO_WHO_PROCESS, this thread
+        ctypes.CDLL(None).syscall(number, 1, 0, priority)
+
+
 def messages():
     """Yield what the parent says, until it says no more."""
     unread = b''
@@ -99,12 +136,16 @@ def messages():
 class End:
     """A volume on one host, opened through that host's libvirt."""
 
+    takes_holes = False
+
     def __init__(self, side, uri, pool, volume):
         self.side = side
         # libvirt here, by its usual socket: paths are paths of this process.
         self.is_local = not urllib.parse.urlsplit(uri)[1] and '?' not in uri
+        self._fd = None
         with step(side, 'connect'):
-            self.conn = libvirt.open(uri)
+            self.conn = libvirt.openAuth(
+                uri, [CREDENTIALS, ask_nobody, None], 0)
         with step(side, 'look up pool'):
             pool = self.conn.storagePoolLookupByName(pool)
         with step(side, 'look up volume'):
@@ -118,24 +159,39 @@ class End:
                 libvirt.VIR_STORAGE_VOL_DOWNLOAD_SPARSE_STREAM)
         return stream
 
-    def file(self, length):
+    def file(self, length, direct=False, may_grow=False):
         """Open the volume's file, where that is what its bytes are.
 
+        libvirt isn't asked for its size: it would open what a guest has named
+        in the header of a raw disk.
+
+        :param direct: past the page cache, where the file system can do that
+        :param may_grow: it may be longer
         :returns: file descriptor, or None if only libvirt can read it
         """
         if not self.is_local:
             return None
-        try:
-            fd = os.open(self.volume.path(),
-                         os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except (OSError, libvirt.libvirtError):
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        for more in [os.O_DIRECT, 0] if direct else [0]:
+            try:
+                fd = os.open(self.volume.path(), flags | more)
+                break
+            except (OSError, libvirt.libvirtError):
+                continue
+        else:
             return None
         found = os.fstat(fd)
-        if stat.S_ISREG(found.st_mode) and found.st_size == length and (
-                self.sizes()[0] == length):
+        if stat.S_ISREG(found.st_mode) and (
+                found.st_size >= length if may_grow
+                else found.st_size == length):
+            self._fd = fd
             return fd
         os.close(fd)
         return None
+
+    def is_device(self):
+        with step(self.side, 'get sizes'):
+            return self.volume.info()[0] == libvirt.VIR_STORAGE_VOL_BLOCK
 
     def upload(self, length, sparse):
         with step(self.side, 'upload'):
@@ -147,10 +203,73 @@ class End:
 
     def sizes(self):
         """Return the physical size and the allocation in bytes."""
+        if self._fd is not None:
+            found = os.fstat(self._fd)
+            return found.st_size, found.st_blocks * 512
         with step(self.side, 'get sizes'):
             physical = self.volume.infoFlags(
                 libvirt.VIR_STORAGE_VOL_GET_PHYSICAL)[2]
             return physical, self.volume.info()[2]
+
+    def sizes_written(self, length, data):
+        """Return the sizes of what was written here, or what they should be.
+
+        The guest of a raw disk writes its header. libvirt then tells no sizes
+        if it can't open what that names; who takes the volume over looks at
+        the file itself.
+
+        :param length: bytes that the volume should have
+        :param data: bytes of it that were sent
+        """
+        try:
+            return self.sizes()
+        except Failure as e:
+            report = e.report
+            if ((report['code'], report['domain']) != _CANT_OPEN or
+                    self.volume.path() in report['message']):
+                raise
+            return length, data
+
+    def close(self):
+        """All that counts has been done; the process ends soon."""
+
+
+class Export:
+    """An export of an NBD server as the destination."""
+
+    # Zeroes cost it nothing.
+    takes_holes = True
+
+    def __init__(self, request, length):
+        self.nbd = load_pump(request['extension'])
+        # Never in a file: libnbd wants a path, and reads it while it connects.
+        key = os.memfd_create('key')
+        os.write(key, ('%(username)s:%(key)s\n' % request).encode())
+        try:
+            self.connection = self.nbd.Connection(
+                request['host'], request['port'], request['name'],
+                username=request['username'],
+                psk_file='/proc/self/fd/%d' % key, timeout=CONNECT_SECONDS)
+        except self.nbd.NbdError as e:
+            raise Failure('destination', 'connect', 'nbd', e.code, 0,
+                          e.message)
+        finally:
+            os.close(key)
+        self.check(length)
+
+    def check(self, length):
+        if self.connection.size < length:
+            raise Failure('destination', 'connect', 'small',
+                          message='%d of %d' % (self.connection.size, length))
+
+    def upload(self, length, sparse):
+        return self.nbd.Export(self.connection, blank=sparse)
+
+    def sizes_written(self, length, data):
+        return self.connection.size, None
+
+    def close(self):
+        self.connection.close()
 
 
 class Job:
@@ -161,10 +280,14 @@ class Job:
         self.copy = None
         self.cancelled = False
         self.bandwidth = request['bandwidth']
+        self.direct = False     # whether libvirt isn't asked for the bytes
+        self.second: queue.Queue[int] = queue.Queue()
 
     def watch_parent(self):
         for message in self.parent:
             self.set_bandwidth(message['bandwidth'])
+            if 'length' in message:
+                self.second.put(message['length'])
         with self.lock:
             self.cancelled = True
             copy = self.copy
@@ -179,67 +302,104 @@ class Job:
             if self.copy is not None:
                 self.copy.bandwidth = bandwidth
 
-    def report_progress(self):
+    def report_progress(self, copy, ended):
         last = None
-        while True:
-            now = self.copy.transferred
+        while not ended.is_set():
+            now = copy.transferred
             if now != last:
                 say(transferred=now)
                 last = now
-            time.sleep(self.request['interval'])
+            ended.wait(self.request['interval'])
 
-    def start(self, target):
-        threading.Thread(target=target, daemon=True).start()
+    def start(self, target, *args):
+        thread = threading.Thread(target=target, args=args, daemon=True)
+        thread.start()
+        return thread
 
     def run(self):
         request = self.request
         pump = load_pump(request['extension'])
         length = request['length']
+        table = None
+        if request['warm']:
+            table = pump.Table(length, request['key'])
         source = End('source', *request['source'])
         destination = None
-        if request['destination']:
+        if isinstance(request['destination'], dict):
+            destination = Export(request['destination'], length)
+        elif request['destination']:
             destination = End('destination', *request['destination'])
-        if length:
-            self.run_copy(pump, source, destination)
-            checksum = self.copy.checksum
-            data, holes = self.copy.data, self.copy.holes
-        else:
-            # A stream of length 0 would be one without a limit.
-            checksum = pump.checksum([], request['key'])
-            data = holes = 0
+        if table:
+            set_io_priority(IOPRIO_IDLE)
+            say(result={**self.run_pass(pump, source, destination, length,
+                                        table=table),
+                        'physical': destination.sizes_written(length, 0)[0],
+                        'allocation': None})
+            length = self.second.get()
+            set_io_priority(IOPRIO_NONE)
+            table.grow(length)
+            destination.check(length)
+            # libvirt may have been restarted meanwhile
+            source = End('source', *request['source'])
+        found = self.run_pass(pump, source, destination, length, table=table)
         physical, allocation = source.sizes()
-        if physical != length:
+        if physical != length and not (
+                # What was copied to a block device may be shorter than that.
+                destination is None and physical > length and
+                source.is_device()):
             # A download ends at its length, whatever comes after.
             raise Failure('source', 'compare sizes',
                           'long' if physical > length else 'short',
                           transferred=length)
         if destination:
-            physical, allocation = destination.sizes()
-        say(result={'data': data, 'holes': holes, 'checksum': checksum,
-                    'physical': physical, 'allocation': allocation})
+            physical, allocation = destination.sizes_written(
+                length, found['data'])
+            destination.close()
+        say(result={**found, 'physical': physical, 'allocation': allocation,
+                    'direct': self.direct})
 
-    def run_copy(self, pump, source, destination):
+    def run_pass(self, pump, source, destination, length, *, table):
+        if not length:
+            # A stream of length 0 would be one without a limit.
+            return {'data': 0, 'holes': 0,
+                    'checksum': pump.checksum([], self.request['key'])}
+        self.run_copy(pump, source, destination, length, table=table)
+        # Of what was unchanged nothing is known but that it is there.
+        return {'data': self.copy.data, 'checksum': self.copy.checksum,
+                'holes': length - self.copy.data}
+
+    def run_copy(self, pump, source, destination, length, *, table):
         request = self.request
-        length = request['length']
-        fd = source.file(length)
+        sparse, warm = request['sparse'], table is not None
+        second = warm and table.filled
+        fd = source.file(length, direct=warm, may_grow=warm and not second)
+        self.direct = fd is not None
         # A volume that is verified may be the only copy soon.
         download = (source.download(length) if fd is None else
-                    pump.File(fd, length, sync=destination is None))
+                    pump.File(fd, length, sync=destination is None,
+                              direct=warm))
         upload = None
         if destination:
-            upload = destination.upload(length, request['sparse'])
+            upload = destination.upload(length, sparse and not second)
+            sparse = sparse or destination.takes_holes
         with self.lock:
             self.copy = pump.Copy(
-                download, upload, length, sparse=request['sparse'],
-                bandwidth=self.bandwidth, key=request['key'])
+                download, upload, length, sparse=sparse,
+                bandwidth=self.bandwidth, key=request['key'], table=table,
+                only_changes=second)
             if self.cancelled:
                 self.copy.cancel()
-        self.start(self.report_progress)
+        ended = threading.Event()
+        reporter = self.start(self.report_progress, self.copy, ended)
         try:
             self.copy.run()
         except pump.PumpError as e:
             raise Failure(e.side, e.operation, e.reason, e.code, e.domain,
                           e.message, e.transferred)
+        finally:
+            # Nothing of this pass is told during the next one.
+            ended.set()
+            reporter.join()
 
 
 def main():

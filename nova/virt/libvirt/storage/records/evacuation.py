@@ -47,6 +47,33 @@ def _is_half_copied(name, record):
             kinds.is_copied(name))
 
 
+def is_copy(coming, host):
+    """Whether a host has begun to make a volume for a live migration.
+
+    :param coming: the ``next`` of a disk's record, None without
+    """
+    return (coming is not None and coming.host == host and
+            coming.is_building)
+
+
+def forget_next(disks):
+    """Let a live migration be over that has brought the disks nowhere.
+
+    Copies that it has begun are noted as left. A volume that both hosts see
+    is the disk.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    """
+    for name, record in disks.items():
+        coming, record.next = record.next, None
+        if coming is None:
+            continue
+        if coming.is_building:
+            leftovers.note(
+                disks, coming.host, [(coming.pool, coming.volume)])
+        disks.set(name, record)
+
+
 def old_copies(instance, disks):
     """Return what is on this host of an instance and is none of its disks.
 
@@ -63,6 +90,8 @@ def old_copies(instance, disks):
     places = set(leftovers.on_host(disks, CONF.host))
     for name, record in disks.items():
         previous = record.previous
+        if is_copy(record.next, CONF.host):
+            places.add((record.next.pool, record.next.volume))
         if record.host == CONF.host:
             if record.is_building:
                 places.add((record.pool, record.volume))
@@ -81,15 +110,16 @@ def after_evacuation(instance, disks):
     :returns: old_copies(); none unless it is evacuated
     """
     if instance.task_state != task_states.REBUILD_SPAWNING or all(
-            record.host == CONF.host and record.previous is None
-            for _name, record in disks.items()):
+            record.host == CONF.host and record.previous is None and
+            record.next is None for _name, record in disks.items()):
         return set()
     places = old_copies(instance, disks)
+    forget_next(disks)
     for name, record in disks.items():
         previous = record.previous
         if _is_half_copied(name, record):
-            LOG.warning('The copy of disk %(name)s on host %(copy)s was not '
-                        'found whole; the disk is volume %(volume)s in '
+            LOG.warning('The copy of disk %(name)s on host %(copy)s was never '
+                        'verified; the disk is volume %(volume)s in '
                         'storage pool %(pool)s of host %(host)s',
                         {'name': name, 'copy': record.host,
                          'volume': previous.volume, 'pool': previous.pool,
@@ -102,10 +132,10 @@ def after_evacuation(instance, disks):
             disks.set(name, record)
     unknown = places - set(leftovers.on_host(disks, CONF.host))
     for pool_name, name in sorted(unknown):
-        LOG.warning('Volume %(volume)s in storage pool %(pool)s is an old '
-                    'copy of the disk or half of one, and is not used; it '
-                    'goes when this server is sent to this host again, or is '
-                    'deleted. Save it before, if its content is needed',
+        LOG.warning('Volume %(volume)s in storage pool %(pool)s is an old or '
+                    'unfinished copy of a disk, and is not used. It is '
+                    'deleted with the instance, or when the instance is sent '
+                    'to this host again; save it before if you need it.',
                     {'volume': name, 'pool': pool_name}, instance=instance)
     leftovers.note(disks, CONF.host, unknown)
     forget_move(disks)

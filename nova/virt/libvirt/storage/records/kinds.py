@@ -9,17 +9,18 @@
 #    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 #    License for the specific language governing permissions and limitations
 #    under the License.
-"""The local disks of an instance, by their names."""
+"""What the records of disks say by the disks' names."""
+
+from nova.virt.libvirt.storage import disk_kinds
 
 # Those that a move may bring, by of().
-ALL = ('disk', 'disk.config', 'disk.eph', 'disk.local', 'disk.swap')
+ALL = tuple(sorted(kind.name for kind in disk_kinds.ALL))
 
-# Made from the flavor and the metadata alone: nothing of the guest's is lost
-# when they are made anew.
-REMADE = frozenset(('disk.swap', 'disk.config'))
+# Nothing of the guest's is lost when they are made anew.
+REMADE = frozenset(kind.name for kind in disk_kinds.ALL if kind.is_remade)
 
-# The config drive travels: what is in it may have been injected once only.
-_REMADE_BY_MOVE = frozenset(('disk.swap',))
+_REMADE_BY_MOVE = frozenset(
+    kind.name for kind in disk_kinds.ALL if not kind.is_copied)
 
 
 def of(disk_name):

@@ -16,6 +16,8 @@ records, with the host that is to do it. What isn't noted is never touched.
 """
 
 import nova.conf
+from nova import exception
+from nova.objects import fields
 from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 
@@ -83,3 +85,27 @@ def delete_volumes(connection, host, places, instance):
             if not ownership.delete_named(
                 storage_pool.StoragePool(connection, pool_name, host), name,
                 instance)]
+
+
+def refuse_given_back(connection, disks):
+    """Refuse disks that a revert, cut off since, has given back.
+
+    They are whole on the host from which they came. What has their names
+    here may be gone in a moment, or is half gone.
+
+    :param connection: this host's libvirt
+    :param disks: the instance's InstanceDisks
+    :raises: exception.DiskGivenBack
+    """
+    left = on_host(disks, CONF.host)
+    for name, record in disks.items():
+        if (record.host == CONF.host or record.is_building or
+                record.backend != fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
+            continue
+        if (record.pool, record.volume) in left or not ownership.find(
+                storage_pool.StoragePool(connection, record.pool, CONF.host),
+                record.volume):
+            raise exception.DiskGivenBack(
+                instance_uuid=disks.instance.uuid, disk=name,
+                host=CONF.host, source=record.host, pool=record.pool,
+                volume=record.volume)

@@ -268,8 +268,8 @@ def measure(disks, image_of) -> None:
 def destroyed(disks) -> None:
     """Forget the disks which this host has just destroyed.
 
-    Another host's stay on record: a server that was moved away is cleaned up
-    here while it runs there. On a revert what was kept for it is the disk
+    Another host's stay on record: an instance that was moved away is cleaned
+    up here while it runs there. On a revert what was kept for it is the disk
     again.
     """
     try:

@@ -96,6 +96,9 @@ class LibvirtDiskMetadata(base.NovaObject):
     :ivar volume: the volume's name there
     :ivar previous: the copy which is kept until a resize is confirmed or
         reverted
+    :ivar next: where the disk is going while its guest runs; it becomes the
+        record once the guest runs there. It is ``building`` where that is a
+        copy, ``ready`` where both hosts see one and the same volume
     :ivar expected: what the disk's copy must be; None once it was found to
         be that
     :ivar migration_id: of the Migration that has made previous what it is;
@@ -108,7 +111,8 @@ class LibvirtDiskMetadata(base.NovaObject):
     """
     # Version 1.0: Initial version
     # Version 1.1: Added expected, migration_id, extras and leftovers
-    VERSION = '1.1'
+    # Version 1.2: Added next
+    VERSION = '1.2'
 
     OBJ_PROJECT_NAMESPACE = 'nova.virt.libvirt'
 
@@ -123,6 +127,7 @@ class LibvirtDiskMetadata(base.NovaObject):
         'pool': fields.StringField(nullable=True),
         'volume': fields.StringField(nullable=True),
         'previous': fields.ObjectField('LibvirtDiskMetadata', nullable=True),
+        'next': fields.ObjectField('LibvirtDiskMetadata', nullable=True),
         'expected': fields.ObjectField('LibvirtDiskExpected', nullable=True),
         'migration_id': fields.IntegerField(nullable=True),
         'unmapped': fields.DictOfLibvirtDiskMetadataField(nullable=True),
@@ -136,7 +141,7 @@ class LibvirtDiskMetadata(base.NovaObject):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for name in ('pool', 'volume', 'previous', 'expected',
+        for name in ('pool', 'volume', 'previous', 'next', 'expected',
                      'migration_id', *self.OF_ROOT):
             if not self.obj_attr_is_set(name):
                 setattr(self, name, None)
@@ -153,6 +158,11 @@ class LibvirtDiskMetadata(base.NovaObject):
         """What is here for want of a mapping of its own."""
         return {name: getattr(self, name) for name in self.OF_ROOT
                 if getattr(self, name)}
+
+    def holds_more(self) -> bool:
+        """Whether this says more than where a disk is and what it is."""
+        return any(getattr(self, name) is not None for name in (
+            'previous', 'next', 'expected', 'migration_id', *self.OF_ROOT))
 
     def faults(self) -> ty.Iterator[str]:
         """What makes this record unusable."""
@@ -174,8 +184,10 @@ class LibvirtDiskMetadata(base.NovaObject):
             yield 'it names no volume'
         nested = [*(self.unmapped or {}).values(),
                   *(self.extras or {}).values()]
-        if self.previous is not None:
-            nested.append(self.previous)
+        nested += [record for record in (self.previous, self.next)
+                   if record is not None]
+        if self.next is not None and self.next.holds_more():
+            yield 'its next record holds others'
         for part in (self.expected, *(self.leftovers or ())):
             yield from _unset(part)
         for record in nested:
@@ -267,7 +279,8 @@ def _renew(record):
     """Let what an older version has written be of this one."""
     # What was read keeps its version in an attribute of its own.
     record.VERSION = LibvirtDiskMetadata.VERSION
-    nested = [record.previous, *(record.unmapped or {}).values(),
+    nested = [record.previous, record.next,
+              *(record.unmapped or {}).values(),
               *(record.extras or {}).values()]
     for other in nested:
         if other is not None:

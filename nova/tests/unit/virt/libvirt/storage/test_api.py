@@ -78,11 +78,42 @@ class LocalDisksTestCase(test.NoDBTestCase):
     def test_init_host(self, images_type):
         self.flags(images_type=images_type, group='libvirt')
         ensure = self.patch('pool.setup.ensure_pools')
+        reap = self.patch('intake.reaper.reap')
         has_pools = self.patch('pool.ownership.has_pools')
         self.api.init_host()
         self.assertEqual(images_type == 'libvirt-storage', ensure.called)
         # Disks made there stay, whatever images_type says now.
         has_pools.assert_called_once_with(self.conn)
+        # So may what an earlier service has let write to them.
+        reap.assert_called_once_with()
+
+    def test_what_the_source_asks_for(self):
+        handle = self.patch('intake.intake.Intake.handle')
+        self.assertEqual(handle.return_value, self.api.take_in(
+            mock.sentinel.context, self.instance, mock.sentinel.migration,
+            {'do': 'greet'}))
+        handle.assert_called_once_with(
+            mock.sentinel.context, self.instance, mock.sentinel.migration,
+            {'do': 'greet'})
+
+    def test_exports_that_ended_are_noticed(self):
+        look = self.patch('intake.intake.Intake.look_after')
+        self.patch('move.readiness.Readiness.stats')
+        self.api.stats()
+        look.assert_called_once_with()
+
+    @ddt.data(('libvirt-storage', False), ('libvirt-storage', True),
+              ('qcow2', False))
+    @ddt.unpack
+    def test_warns_of_live_migration_in_plain_text(self, images_type, tls):
+        self.flags(images_type=images_type,
+                   live_migration_with_native_tls=tls, group='libvirt')
+        self.patch('pool.setup.ensure_pools')
+        self.patch('pool.ownership.has_pools')
+        self.api.init_host()
+        self.assertEqual(
+            images_type == 'libvirt-storage' and not tls,
+            'in plain text' in self.stdlog.logger.output)
 
     @ddt.data('libvirt-storage', 'qcow2')
     def test_what_is_of_no_interest_without_pools(self, images_type):
@@ -228,23 +259,106 @@ class LocalDisksTestCase(test.NoDBTestCase):
             calls.mock_calls)
 
     @ddt.data('libvirt-storage', 'qcow2')
-    def test_live_migration_of_pool_disks_is_refused(self, images_type):
+    def test_live_migration_of_unknown_pool_disks(self, images_type):
+        # They would be left out of what is copied.
         self.flags(images_type=images_type, group='libvirt')
         self.host.get_guest.return_value = self._guest()
         e = self.assertRaises(
-            exception.MigrationPreCheckError, self.api.check_live_migration,
-            mock.sentinel.context, self.instance, {})
+            exception.MigrationPreCheckError, self.api.plan_live,
+            mock.sentinel.context, self.instance, {},
+            objects.LibvirtLiveMigrateData())
         for word in (uuids.instance, 'vdb', 'p/v'):
             self.assertIn(word, str(e))
 
     def test_live_migration_without_a_guest(self):
         self.host.get_guest.side_effect = exception.InstanceNotFound(
             instance_id=uuids.instance)
-        self.api.check_live_migration(
+        data = objects.LibvirtLiveMigrateData()
+        self.api.plan_live(mock.sentinel.context, self.instance, {}, data)
+        self.assertFalse(data.has_planned_disks)
+
+    def _patch_plan(self):
+        self.patch('live.settle.settle')
+        self.patch('operation.DiskOperation.take_up_running')
+        self.patch('transition.is_due', return_value=True)
+        return self.patch('live.plan.Plan.make')
+
+    def _plan_legacy(self, **data):
+        self.host.get_guest.return_value = self._guest()
+        self.host.get_guest.return_value.get_config.return_value.devices = []
+        data = objects.LibvirtLiveMigrateData(**data)
+        self.api.plan_live(mock.sentinel.context, self.instance, {}, data)
+
+    def test_live_migration_of_legacy_disks(self):
+        make = self._patch_plan()
+        self._plan_legacy()
+        self._plan_legacy(
+            dst_takes_legacy=False, is_shared_instance_path=False)
+        make.assert_not_called()
+        self._plan_legacy(
+            dst_takes_legacy=True, is_shared_instance_path=False)
+        make.assert_called_once_with()
+
+    def test_live_migration_of_legacy_disks_that_stay(self):
+        make = self._patch_plan()
+        self._plan_legacy(
+            dst_takes_legacy=True, is_shared_instance_path=True)
+        make.assert_not_called()
+        self.assertIn('both hosts see', self.stdlog.logger.output)
+        # The server migrates nevertheless, as it always has.
+        make.side_effect = exception.MigrationPreCheckError(reason='no room')
+        self._plan_legacy(
+            dst_takes_legacy=True, is_shared_instance_path=False)
+        self.assertIn('no room', self.stdlog.logger.output)
+
+    def test_live_migration_without_pool_disks(self):
+        # Nothing is asked, of nobody.
+        load = self.patch('records.metadata.InstanceDisks.load')
+        data = objects.LibvirtLiveMigrateData()
+        for given in (data, None):
+            self.assertFalse(self.api.receive_live(
+                mock.sentinel.context, self.instance, given))
+            self.assertFalse(self.api.leave_live(
+                mock.sentinel.context, self.instance, given))
+            self.api.abandon_live(
+                mock.sentinel.context, self.instance, given)
+        self.api.check_live(mock.sentinel.context, self.instance, data)
+        self.api.send_live(mock.sentinel.context, self.instance, data)
+        self.assertEqual({}, self.api.offer_live(
+            mock.sentinel.context, self.instance))
+        self.assertIsNone(self.api.copied_live(mock.sentinel.guest, data))
+        self.assertEqual(0, self.api.gb_live(data))
+        load.assert_not_called()
+
+    def test_live_migration_has_begun_and_the_source_cant_clean_up(self):
+        # The guest runs on the destination, which has to be told.
+        self.patch('records.metadata.InstanceDisks.load',
+                   side_effect=exception.CellTimeout())
+        data = objects.LibvirtLiveMigrateData(
+            disks=[objects.LibvirtLiveMigrateDiskInfo()])
+        self.assertTrue(self.api.leave_live(
+            mock.sentinel.context, self.instance, data))
+
+    def test_settles_before_anything_is_done(self):
+        settle = self.patch('live.settle.settle',
+                            side_effect=exception.DisksMayBeElsewhere(
+                                instance_uuid='i', host='a', dest='b',
+                                volumes='v'))
+        for call in (self.api.open, self.api.check_reboot):
+            self.assertRaises(
+                exception.DisksMayBeElsewhere, call,
+                mock.sentinel.context, self.instance, {})
+        self.assertRaises(
+            exception.InstanceFaultRollback, self.api.depart,
             mock.sentinel.context, self.instance, {})
+        self.assertRaises(
+            exception.DisksMayBeElsewhere, self.api.plan_live,
+            mock.sentinel.context, self.instance, {}, None)
+        self.assertEqual(4, settle.call_count)
 
     def test_delete_keeps_what_a_revert_needs(self):
         delete = self.patch('pool.ownership.delete_volumes')
+        give_back = self.patch('move.destination.give_back')
         kept = self.patch('move.source.kept')
         # A host that never had pools has nothing to delete.
         self.assertTrue(self.api.delete(self.instance))
@@ -252,27 +366,70 @@ class LocalDisksTestCase(test.NoDBTestCase):
 
         self.api._has_pools = True
         self.instance.task_state = task_states.RESIZE_REVERTING
-        self.assertEqual(delete.return_value, self.api.delete(self.instance))
+        self.assertEqual(
+            give_back.return_value, self.api.delete(self.instance))
         [disks] = kept.call_args.args
-        delete.assert_called_once_with(
-            self.conn, self.instance, keep=kept.return_value, disks=disks)
+        give_back.assert_called_once_with(
+            self.conn, self.instance, disks, keep=kept.return_value)
+        delete.assert_not_called()
 
         kept.reset_mock()
         self.instance.task_state = task_states.DELETING
         self.api.delete(self.instance, {})
         kept.assert_not_called()
-        delete.assert_called_with(
+        delete.assert_called_once_with(
             self.conn, self.instance, keep=(), disks=mock.ANY)
 
     def test_delete_looks_into_the_pools_on_record(self):
         self.api._has_pools = True
+        close = self.patch('intake.intake.Intake.close')
         delete = self.patch('pool.ownership.delete_volumes')
+        delete.side_effect = lambda *args, **kwargs: (
+            close.assert_called_once_with(self.instance))
         of_instance = self.patch('records.lifecycle.of_instance')
         self.api.delete(self.instance, mock.sentinel.block_device_info)
         of_instance.assert_called_once_with(
             self.instance, mock.sentinel.block_device_info)
         self.assertEqual(of_instance.return_value,
                          delete.call_args.kwargs['disks'])
+
+    def test_start_pools(self):
+        disks = self._rescued()
+        ready_for = self.patch('pool.health.ready_for')
+        # A host that never had pools asks for no records.
+        self.api.start_pools(mock.sentinel.context, self.instance)
+        ready_for.assert_not_called()
+
+        self.api._has_pools = True
+        self.api.start_pools(mock.sentinel.context, self.instance)
+        ready_for.assert_called_once_with(self.conn, disks)
+
+    def test_start_pools_with_a_broken_record(self):
+        self.patch('records.metadata.InstanceDisks.load')
+        self.patch('pool.health.ready_for',
+                   side_effect=exception.InvalidDiskMetadata(
+                       instance_uuid=uuids.instance, mapping='m',
+                       reason='a test'))
+        self.api._has_pools = True
+        self.api.start_pools(mock.sentinel.context, self.instance)
+        self.assertIn('a test', self.stdlog.logger.output)
+
+    @ddt.data(('open', ({},)), ('arrive', ({},)),
+              ('take_back', (mock.sentinel.migration, {})),
+              ('give_up', (mock.sentinel.migration, {})))
+    @ddt.unpack
+    def test_pools_are_started_first(self, method, args):
+        # What comes next would fail half-way, with the guest gone.
+        self.patch('pool.health.ready_for',
+                   side_effect=exception.StoragePoolError(
+                       pool='p', host='here', code=38, reason='no disk'))
+        accept = self.patch('move.destination.accept')
+        abandon = self.patch('move.source.abandon')
+        self.assertRaises(
+            exception.StoragePoolError, getattr(self.api, method),
+            mock.sentinel.context, self.instance, *args)
+        accept.assert_not_called()
+        abandon.assert_not_called()
 
     def _rescued(self):
         disks = metadata.InstanceDisks(

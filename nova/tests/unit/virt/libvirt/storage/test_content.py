@@ -114,6 +114,26 @@ class QCow2TestCase(test.NoDBTestCase):
         self.assertRaises(ValueError, content.look_at_qcow2, self.path)
 
 
+class PloopTestCase(test.NoDBTestCase):
+    def setUp(self):
+        super().setUp()
+        self.useFixture(nova_fixtures.PrivsepFixture())
+        self.path = os.path.join(
+            self.useFixture(fixtures.TempDir()).path, 'disk')
+
+    def test_is_ploop(self):
+        for data, expected in ((b'WithouFreSpacExt'.ljust(512), True),
+                               (header(), False), (b'', False)):
+            with open(self.path, 'wb') as f:
+                f.write(data)
+            self.assertEqual(expected, content.is_ploop(self.path))
+
+    def test_out_of_reach(self):
+        self.assertFalse(content.is_ploop(self.path))
+        os.mkfifo(self.path)
+        self.assertFalse(content.is_ploop(self.path))
+
+
 class BaseTestCase(test.NoDBTestCase):
     def setUp(self):
         super().setUp()

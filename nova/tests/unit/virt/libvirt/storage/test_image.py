@@ -24,6 +24,7 @@ from nova import exception
 from nova import objects
 from nova.objects import fields
 from nova import test
+from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.tests.unit.virt.libvirt import test_imagebackend
 from nova.virt import images
@@ -31,6 +32,7 @@ from nova.virt.libvirt import config as vconfig
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import image as backend
 from nova.virt.libvirt.storage.pool import config as storage_config
+from nova.virt.libvirt.storage.pool import kinds
 from nova.virt.libvirt.storage.pool import ownership as cleanup
 from nova.virt.libvirt.storage.pool import pool
 from nova.virt.libvirt.storage.pool import stream as upload
@@ -93,6 +95,9 @@ class Pool:
 
     def exists(self):
         return self.there
+
+    def kind(self):
+        return kinds.of_type('dir')
 
     def refresh(self, timeout=None):
         self.refreshed += 1
@@ -866,6 +871,7 @@ class EvacuationTestCase(test.NoDBTestCase):
         self.assertEqual([], leftovers.on_host(self.records, 'here'))
 
 
+@ddt.ddt
 class UploadTestCase(test.NoDBTestCase):
 
     def setUp(self):
@@ -873,8 +879,14 @@ class UploadTestCase(test.NoDBTestCase):
         self.useFixture(fakelibvirt.LibvirtModuleFixture())
         self.path = os.path.join(
             self.useFixture(fixtures.TempDir()).path, 'file')
+        self.useFixture(nova_fixtures.PrivsepFixture())
+        self.flags(host='here')
         self.volume = mock.MagicMock()
         self.volume.name = 'vol'
+        self.volume.path = self.path + '.volume'
+        self.volume.pool.name, self.volume.pool.host = 'disks', 'here'
+        self.version = self.volume.raw.connect.return_value.getLibVersion
+        self.version.return_value = 9_000_000
         self.volume._errors.return_value.__exit__.return_value = False
         self.stream = (
             self.volume.raw.connect.return_value.newStream.return_value)
@@ -922,6 +934,56 @@ class UploadTestCase(test.NoDBTestCase):
     def test_no_file(self):
         self.assertRaises(exception.StorageVolumeUploadFailed,
                           upload.upload_file, self.volume, self.path)
+
+    def write(self, sparse):
+        self.version.return_value = 11_003_000
+        with open(self.path, 'wb') as f:
+            f.seek(2 * units.Mi)
+            f.write(b'x' * units.Mi)
+        with open(self.volume.path, 'wb') as f:
+            f.truncate(4 * units.Mi)
+        inode = os.stat(self.volume.path).st_ino
+        upload.upload_file(self.volume, self.path, sparse)
+        self.volume.raw.upload.assert_not_called()
+        with open(self.volume.path, 'rb') as f:
+            self.assertEqual(bytes(2 * units.Mi) + b'x' * units.Mi +
+                             bytes(units.Mi), f.read())
+        found = os.stat(self.volume.path)
+        self.assertEqual(inode, found.st_ino)
+        return found.st_blocks * 512
+
+    def test_without_libvirt_where_a_full_disk_ends_it(self):
+        self.assertLess(self.write(sparse=True), 2 * units.Mi)
+
+    def test_without_libvirt_and_holes(self):
+        self.assertGreaterEqual(self.write(sparse=False), 3 * units.Mi)
+
+    @ddt.data(('No space left on device',
+               exception.InsufficientStoragePoolSpace),
+              ('Input/output error', exception.StorageVolumeUploadFailed))
+    @ddt.unpack
+    def test_file_that_can_not_be_written(self, stderr, error):
+        self.version.return_value = 11_003_000
+        with mock.patch('nova.privsep.storage.write_over', side_effect=(
+                processutils.ProcessExecutionError(stderr=stderr))):
+            e = self.assertRaises(error, upload.upload_file, self.volume,
+                                  self.path)
+        for text in (stderr, 'disks', 'vol', 'here'):
+            self.assertIn(text, str(e))
+
+    @ddt.data('host', 'block device')
+    def test_by_libvirt_where_no_file_of_this_host_is_written(self, what):
+        self.version.return_value = 11_003_000
+        if what == 'host':
+            self.volume.pool.host = 'there'
+        else:
+            self.volume.pool.kind.return_value.sparse = False
+        with open(self.path, 'wb') as f:
+            f.write(b'x')
+        self.stream.sendAll.side_effect = (
+            lambda read, fd: read(self.stream, 1, fd))
+        upload.upload_file(self.volume, self.path, sparse=False)
+        self.stream.finish.assert_called_once_with()
 
 
 class GuestDiskTestCase(test.NoDBTestCase):

@@ -69,6 +69,24 @@ class LayersTestCase(test.NoDBTestCase):
         self._assert_never('pump.', 'nova.virt.', but=(STORAGE + 'pump',))
         self._assert_never('records.metadata', 'libvirt', 'nova.virt.',
                            but=(STORAGE + 'records',))
+        self._assert_never('disk_kinds', 'nova.')
+        self._assert_never('pool.kinds', 'nova.')
+
+    def test_pool_types_are_named_in_one_room(self):
+        """All others ask what a pool can do."""
+        types = {'dir', 'fs', 'netfs', 'logical', 'rbd', 'disk'}
+        for room in self.rooms:
+            tree = ast.parse(pathlib.Path(libvirt.__file__).parent.joinpath(
+                *room.removeprefix(LIBVIRT).split('.')).with_suffix(
+                    '.py').read_text())
+            compared = {
+                part.value for node in ast.walk(tree)
+                if isinstance(node, ast.Compare) and any(
+                    getattr(side, 'attr', getattr(side, 'id', None)) in (
+                        'type', 'pool_type')
+                    for side in (node.left, *node.comparators))
+                for part in ast.walk(node) if isinstance(part, ast.Constant)}
+            self.assertEqual(set(), compared & types, room)
 
     def test_no_cycle(self):
         """Not even by way of a room of nova.virt.libvirt itself."""

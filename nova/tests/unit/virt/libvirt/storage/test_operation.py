@@ -114,6 +114,20 @@ class DiskOperationTestCase(OperationTestCase):
             disk_info_mapping=None)
 
     @mock.patch('nova.virt.libvirt.storage.move.destination.accept')
+    def test_nobody_writes_to_what_is_taken_over(self, mock_accept):
+        self.local.intake = mock.Mock()
+        close = self.local.intake.close
+        mock_accept.side_effect = lambda *args: (
+            close.assert_called_once_with(self.instance))
+        self.of().accept()
+        mock_accept.assert_called_once()
+        mock_accept.reset_mock()
+        close.side_effect = exception.StorageIntakeError(
+            host='here', reason='somebody still does')
+        self.assertRaises(exception.StorageIntakeError, self.of().accept)
+        mock_accept.assert_not_called()
+
+    @mock.patch('nova.virt.libvirt.storage.move.destination.accept')
     def test_accept_caches_the_base_image(self, mock_accept):
         disk = record()
         self.records.set('disk', disk)
@@ -131,6 +145,38 @@ class DiskOperationTestCase(OperationTestCase):
         ensure.assert_called_once_with(
             mock.sentinel.context, uuids.image, trusted_certs=None)
         self.assertEqual(ensure.return_value, base)
+
+    @mock.patch('nova.virt.libvirt.storage.move.handover.look_again')
+    @mock.patch('nova.virt.libvirt.storage.move.handover.look')
+    @mock.patch('nova.virt.libvirt.storage.move.destination.accept')
+    def test_what_has_come_is_looked_at_again(
+            self, mock_accept, mock_look, mock_again):
+        coming = record(state='building', previous=record(host='there'))
+        self.records.set('disk.eph0', coming)
+        mock_accept.side_effect = lambda *args: self.records.mark('ready')
+        disks = self.of()
+        disks.accept()
+        connection, came = mock_look.call_args.args
+        self.assertTrue(came['disk.eph0'].is_building)
+        mock_again.assert_not_called()
+        # When nothing but the guest's start is left to do
+        make = mock.Mock(side_effect=lambda **kwargs:
+                         mock_again.assert_not_called())
+        disks.finish(make)
+        make.assert_called_once_with(record=None)
+        mock_again.assert_called_once_with(
+            mock.sentinel.context, connection, self.records,
+            mock_look.return_value)
+
+    @mock.patch('nova.virt.libvirt.storage.move.handover.look_again')
+    def test_what_was_here_is_not_looked_at_again(self, mock_again):
+        self.records.set('disk.eph0', record())
+        disks = self.of()
+        with mock.patch(
+                'nova.virt.libvirt.storage.move.destination.accept'):
+            disks.accept()
+        disks.finish(mock.Mock())
+        mock_again.assert_not_called()
 
     def _move(self, **kwargs):
         disks = self.of()
@@ -227,6 +273,22 @@ class RebootTestCase(OperationTestCase):
         self.check()
         self.pool.start.assert_called_once_with()
 
+    @ddt.data(True, False)
+    def test_check_finds_a_disk_that_was_given_back(self, is_gone):
+        # A revert was cut off here, and an operator has reset the state.
+        self.records.set('disk', record(host='there'))
+        self.check()  # in a pool that both hosts see, say
+        if is_gone:
+            self.pool.volume.side_effect = exception.StorageVolumeNotFound(
+                volume='v', pool='p', host='here')
+        else:
+            self.records.leftovers = [('here', 'p', record().volume)]
+        e = self.assertRaises(exception.DiskGivenBack, self.check)
+        for part in ('host there', 'host here', record().volume):
+            self.assertIn(part, str(e))
+        self.migration = mock.sentinel.migration
+        self.check()
+
     def test_check_finds_a_disk_that_was_never_finished(self):
         self.records.set('disk', record(state='building'))
         self.assertRaises(exception.DiskNotFinished, self.check)
@@ -254,6 +316,9 @@ class RebootTestCase(OperationTestCase):
                    new=calls.went_back)
         # Whole, once it is accepted.
         calls.accept.side_effect = lambda *args: self.records.mark('ready')
+        for name in ('look', 'look_again'):
+            self.patch('nova.virt.libvirt.storage.move.handover.%s' % name,
+                       new=getattr(calls, name))
         disks = self.check()
         with mock.patch.object(transition, 'Transition') as mock_transition:
             calls.attach_mock(mock_transition, 'transition')
@@ -269,7 +334,10 @@ class RebootTestCase(OperationTestCase):
         # finish_migration has failed; a hard reboot is the way out.
         self.records.set('disk', record(
             state='building', previous=record(host='there')))
-        self.assertEqual('accept', self.bring_in_order()[0])
+        calls = self.bring_in_order()
+        self.assertEqual(['accept', 'look'], calls[:2])
+        # As long as the source's copies are kept
+        self.assertEqual(['look_again', 'settle'], calls[3:5])
 
     def test_disks_that_were_copied_and_not_sent(self):
         # The compute manager has failed on the source after the copy.

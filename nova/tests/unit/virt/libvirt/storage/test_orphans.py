@@ -142,18 +142,31 @@ class OrphansTestCase(test.NoDBTestCase):
         self.assertEqual([orphans.Kind.MOVE], self.kinds())
         self.assertEqual([], self.swept())
 
+    def test_wanted_by_a_live_migration(self):
+        self.disks.set('disk', self.record(
+            'there', next=self.record('here', state='building')))
+        self.assertEqual([orphans.Kind.MOVE], self.kinds())
+        self.assertEqual([], self.swept())
+
     def test_broken_record(self):
         self.bdm.driver_info = 'broken'
         self.assertEqual([orphans.Kind.UNKNOWN], self.kinds())
 
+    def unread(self):
+        found = []
+        orphans.find(self.context, mock.sentinel.connection, (), found)
+        return found
+
     def test_pool_is_off(self):
         self.pool.is_active.return_value = False
         self.assertEqual([], self.kinds())
+        self.assertEqual([(POOL, 'it is not active')], self.unread())
 
     def test_pool_is_sick(self):
         self.pool.volumes.side_effect = exception.StoragePoolError(
             pool=POOL, host='here', reason='I/O error', code=1)
         self.assertEqual([], self.kinds())
+        self.assertIn('I/O error', self.unread()[0].reason)
 
     def test_volume_cant_be_deleted(self):
         self.instance.deleted = True

@@ -93,6 +93,16 @@ class TestReport(ReportTestCase):
         self.assertEqual([three], report.half_way(lines))
         self.assertEqual({'qcow2': 1, 'flat': 1}, report.by_host(lines)['b'])
 
+    def test_on_its_way_in_a_live_migration(self):
+        volume = self.volume()
+        volume.next = self.record(
+            'libvirt-storage', pool='q', volume='w', host='b',
+            state='building')
+        self.add('one', 'a', volume)
+        lines = report.disks(self.context)
+        self.assertEqual(['b q/w'], [line.next for line in lines])
+        self.assertIn('b q/w', report.as_tables(lines))
+
     def test_raw_files_of_pools_are_counted(self):
         self.add('one', 'a', self.volume())
         raw = self.volume()
@@ -108,6 +118,16 @@ class TestReport(ReportTestCase):
         two = self.add('two', 'a', self.volume())
         self.assertEqual([two], [
             x.instance_uuid for x in report.disks(self.context, 'a')])
+
+    def test_disks_of_one_instance(self):
+        self.add('one', 'b', self.record())
+        two = self.add('two', 'a', self.volume())
+        self.stub_out(
+            'nova.objects.BlockDeviceMappingList.get_by_instance_uuid',
+            staticmethod(lambda ctxt, uuid: self.bdms[uuid]))
+        self.assertEqual([(two, True)], [
+            (x.instance_uuid, x.in_pool)
+            for x in report.disks_of(self.context, self.instances[1])])
 
     def test_volume_backed_server_has_no_local_disk(self):
         uuid = self.add('one', 'b', None)

@@ -26,6 +26,7 @@ from nova import test
 from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.tests.fixtures import libvirt_storage
+from nova.virt.libvirt.storage.pool import config
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.records import metadata
@@ -187,6 +188,23 @@ class TestTransition(TransitionTestCase):
         e = self.assertRaises(exception.DiskTransitionFailed,
                               self.transition().run)
         self.assertIn(uuids.instance, str(e))
+        self.assert_legacy()
+
+    def test_pool_that_holds_no_files(self):
+        """A path in /dev would be written to like any other."""
+        self.legacy('disk')
+        made = config.LibvirtConfigStoragePool()
+        made.type, made.name, made.target_path = 'logical', 'vg', '/dev/vg'
+        made.source = config.LibvirtConfigStoragePoolSource()
+        made.source.name = 'vg'
+        self.conn.storagePoolDefineXML(made.to_xml()).create(0)
+        directory, self.pool = self.pool, storage_pool.StoragePool(
+            self.conn, 'vg', 'here')
+        e = self.assertRaises(exception.DiskTransitionFailed,
+                              self.transition().run)
+        self.assertIn('name a pool that is a directory', str(e)[:200])
+        self.assertEqual({}, self.conn.volume_group('vg').devices)
+        self.pool = directory
         self.assert_legacy()
 
     def test_copy_needs_room(self):
@@ -377,19 +395,28 @@ class TestTransition(TransitionTestCase):
     def _qcow2(self, backing):
         self.legacy('disk', backend='qcow2', format='qcow2')
         return mock.patch(
-            'nova.virt.images.privileged_qemu_img_info',
+            'nova.virt.libvirt.storage.content.look_at_qcow2',
             return_value=mock.Mock(
                 virtual_size=len(self.content['disk']),
                 backing_file=backing, backing_file_format='raw'))
+
+    def test_content_that_is_not_safe(self):
+        # It may have come from another host, by SSH.
+        with self._qcow2(None) as look:
+            look.side_effect = exception.UnsafeDiskContent(
+                path='disk', reason='its data is in another file')
+            e = self.assertRaises(exception.DiskTransitionFailed,
+                                  self.transition().run)
+        self.assertIn('another file', str(e))
+        self.assertEqual([], self.made)
 
     def test_overlay_keeps_its_base(self):
         base = os.path.join(self.base_dir, 'abc')
         with open(base, 'wb'):
             pass
-        with self._qcow2(base) as info:
+        with self._qcow2(base) as look:
             self.transition().run()
-        self.assertEqual({'qcow2'}, {
-            call.kwargs['format'] for call in info.call_args_list})
+        look.assert_called_once_with(os.path.join(self.instance_dir, 'disk'))
         config = self.made[0]
         self.assertEqual(('qcow2', '1.1'),
                          (config.target_format, config.compat))

@@ -12,6 +12,7 @@
 
 import io
 import os
+import shutil
 import stat
 import tarfile
 from unittest import mock
@@ -25,6 +26,7 @@ from nova.tests.unit.virt.libvirt.storage.move import two_hosts
 from nova.virt.libvirt.storage.move import destination as arrival
 from nova.virt.libvirt.storage.move import guest_files as files
 from nova.virt.libvirt.storage.move import source as migration
+from nova.virt.libvirt.storage.pool import access
 from nova.virt.libvirt import utils as libvirt_utils
 
 POOL = two_hosts.POOL
@@ -132,6 +134,24 @@ class MoveTestCase(FilesTestCase):
         content = self.source.pools[POOL][self.volume_name('files.1')]
         with tarfile.open(fileobj=io.BytesIO(content['content'])) as tar:
             self.assertEqual([TPM, 'console.log'], tar.getnames())
+
+    @ddt.data(True, False)
+    def test_tpm_that_nova_can_not_see(self, has_tpm):
+        found = access.Obstacle(
+            '/var/lib/libvirt', 'drwxr-x--- root:root', 'x')
+        if not has_tpm:
+            shutil.rmtree(os.path.join(libvirt_utils.VTPM_DIR, uuids.instance))
+        with mock.patch.object(access, 'obstacle', autospec=True,
+                               return_value=found):
+            if not has_tpm:
+                self.move()
+                return
+            e = self.assertRaises(exception.InstanceFaultRollback,
+                                  self.outgoing().check)
+        for part in ('drwxr-x--- root:root',
+                     'setfacl -m u:%s:x /var/lib/libvirt' % access.user()):
+            self.assertIn(part, str(e)[:200])
+        self.assertEqual([], self.copies)
 
     def test_nothing_beside_the_disks(self):
         os.rename(libvirt_utils.VTPM_DIR, libvirt_utils.VTPM_DIR + '.away')

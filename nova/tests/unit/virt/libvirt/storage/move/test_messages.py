@@ -20,6 +20,8 @@ import ddt
 from nova import exception
 from nova import test
 from nova.virt.libvirt.storage import content
+from nova.virt.libvirt.storage import intake
+from nova.virt.libvirt.storage import live
 from nova.virt.libvirt.storage import move
 
 # Of a fault, the API's users are shown 255 characters.
@@ -35,31 +37,51 @@ LONGEST = {
     'available': 10 ** 15, 'total': 10 ** 15, 'reason': 'r' * 300,
     'error': 'e' * 300, 'path': 'p' * 120, 'state': 'building',
     'user': 'u' * 32, 'obstacle': '/etc/pki/libvirt/private',
-    'mode': 'drwx------ root:root',
+    'mode': 'drwx------ root:root', 'format': 'qcow2',
     'backend': 'libvirt-storage', 'kind': 'disk.config', 'type': 'rbd',
+    'nbd': 'n' * 300, 'here': 'h' * 64, 'address': 'a' * 64, 'port': 65535,
+    'missing': 'm' * 100, 'way': 'libvirt', 'other': 'h' * 64,
+    'theirs': 'nbd', 'what': 'open',
     'offered': 'disk, disk.config, disk.eph, disk.swap, files',
+    'transferred': 10 ** 15, 'length': 10 ** 15, 'operation': 'look up pool',
+    'dev': 'vda', 'place': 'p' * 110, 'runs': 'qcow2', 'record': 'raw',
+    'uuid': 'u' * 36, 'disks': 'd' * 160, 'faults': 'name, format, size',
+    'volumes': 'v' * 200,
 }
 
 ADVICE = re.compile(
-    r'upgrade the compute service on host h+|try again|hard reboot the server|'
+    r'upgrade the compute service on host h+|try again|hard '
+    r'reboot the (server|instance)|'
     r'choose another host|make room|define and start storage pool p+|'
     r'start storage pool p+|name a pool of one of the types|'
     r'check \[libvirt\]/migration_inbound_addr|'
     r'check libvirt and the certificates of both hosts|'
     r'have the guest overwrite the start of its disk|'
     r'let the user of nova-compute write to|'
-    r'to a group of user u+|Do not start a guest',
+    r'install libnbd on host h+|check the firewall of host h+|'
+    r'see the log of nova-compute there|check which host this migration is|'
+    r'to a group of user u+|check the Kerberos ticket or keytab|'
+    r"run 'setfacl -m u:u+:x [a-z/]+'|"
+    r'Do not start a guest|evacuate the server there|'
+    r'migrate the server cold|turn off \[libvirt\]/|'
+    r"look (at|for) the server's guest",
     re.IGNORECASE)
 
 # Parts of other messages.
 PARTS = re.compile(
     r'earlier attempts|no answer within|nothing is known of its checksum|'
-    r'%\(first\)s|^it |^its ')
+    # what a peer isn't allowed, and why two hosts don't fit together
+    r'^file |^mode |^%d names|^disks come by|'
+    r'%\(first\)s|^it |^its |'
+    # of a migration that has begun
+    r"^disk %\(name\)s still depends|^nothing is planned")
 
 
 def templates():
     """The templates of all messages of the rooms, with their files."""
     for path in [*glob.glob(os.path.join(move.__path__[0], '*.py')),
+                 *glob.glob(os.path.join(live.__path__[0], '*.py')),
+                 os.path.join(intake.__path__[0], 'volumes.py'),
                  content.__file__]:
         with open(path) as f:
             tree = ast.parse(f.read())
@@ -84,14 +106,17 @@ class MessagesTestCase(test.NoDBTestCase):
                 continue
             seen += 1
             with self.subTest(room=room, template=template):
-                reason = template % (
-                    LONGEST if '%(' in template else 'h' * 64)
+                reason = template
+                if '%' in template:
+                    reason %= LONGEST if '%(' in template else 'h' * 64
                 self.has_advice(str(
                     exception.MigrationPreCheckError(reason=reason)))
         self.assertGreater(seen, 12)
 
     @ddt.data(
         exception.UnsafeDiskContent, exception.DiskBeingCopied,
-        exception.StorageBaseImageMissing, exception.StorageTransferMismatch)
+        exception.DiskGivenBack, exception.DisksMayBeElsewhere,
+        exception.StorageBaseImageMissing, exception.StorageTransferMismatch,
+        exception.StorageDestinationGone, exception.StorageIntakeRefused)
     def test_exceptions(self, cls):
         self.has_advice(cls(**LONGEST).format_message())

@@ -51,6 +51,9 @@ COPIED = ['disk', 'disk.config', 'disk.eph0']
 
 
 class OutgoingTestCase(two_hosts.TwoHostsTestCase):
+    def take_volume_groups(self):
+        self.dest.types[POOL] = 'logical'
+
     def setUp(self):
         super().setUp()
         self.jobs = mock.Mock()
@@ -234,11 +237,13 @@ class CheckTestCase(OutgoingTestCase):
         del self.dest.pools[POOL]
         self.assertIn("doesn't exist", self.refused())
 
-    def test_pool_of_a_type_without_streams(self):
-        self.dest.types[POOL] = 'rbd'
+    @ddt.data('rbd', 'disk')
+    def test_pool_of_a_type_that_holds_no_disks(self, pool_type):
+        self.dest.types[POOL] = pool_type
         text = self.refused()
-        self.assertIn('rbd', text)
-        self.assertIn('dir, fs, netfs', text)
+        self.assertIn('is of type %s' % pool_type, text)
+        self.assertIn('dir, fs, netfs, logical in nova.conf', text)
+        self.assertEqual([], self.dest.log)
 
     def test_too_little_room_counts_what_is_allocated(self):
         # half of 1000, 600 and 100 bytes; swap doesn't travel
@@ -300,10 +305,20 @@ class CheckTestCase(OutgoingTestCase):
             outgoing.check()
         self.assertEqual(0, self.dest.refreshes)
 
-    def test_room_on_a_block_device_is_the_whole_length(self):
-        self.dest.types[POOL] = 'logical'
+    def test_room_in_a_volume_group_is_the_whole_length(self):
+        self.take_volume_groups()
         self.dest.available = 1699
         self.assertIn('1699 bytes available and 1700', self.refused())
+
+    def test_volume_group_takes_no_qcow2(self):
+        """As bytes it would go there, and could never grow."""
+        self.take_volume_groups()
+        self.lay_over('disk', imagecache.get_cache_fname(uuids.image), 300)
+        text = self.refused()
+        self.assertIn('choose another host: disk disk is of format qcow2',
+                      text)
+        self.assertIn('%s of host dest' % POOL, text)
+        self.assertEqual([], self.dest.log)
 
     def test_room_where_the_destination_reserves_it(self):
         # swap, which is made anew, counts: 1000 + 600 + 400 + 100
@@ -366,9 +381,39 @@ class CheckTestCase(OutgoingTestCase):
                               self.outgoing().check)
         self.assertIn('disk.eph0', str(e))
 
+    def is_ploop(self, *names):
+        """Which disks have such a header; those that were looked at."""
+        self.seen = []
+
+        def is_ploop(path):
+            self.seen.append(path.rpartition('_')[2])
+            return self.seen[-1] in names
+
+        self.stub_out('nova.virt.libvirt.storage.content.is_ploop', is_ploop)
+
     def test_disk_with_a_ploop_header(self):
-        self.source.pools[POOL][self.volume_name('disk.eph0')]['type'] = 5
+        self.is_ploop('disk.eph0')
         self.assertIn('ploop', self.refused())
+
+    def test_ploop_header_of_a_disk_that_nova_reads_itself(self):
+        self.is_ploop('disk.eph0')
+        with mock.patch('os.access', return_value=True):
+            self.outgoing().check()
+
+    def test_ploop_header_where_a_guest_writes_none(self):
+        self.disks.get('disk').format = 'qcow2'
+        self.is_ploop('disk')
+        self.outgoing().check()
+        self.assertEqual({'disk.eph0', 'disk.config'}, set(self.seen))
+
+    def test_libvirt_is_asked_about_no_raw_disk(self):
+        # It would open what the guest has named in the header.
+        self.is_ploop()
+        with mock.patch.object(two_hosts.Volume, 'info',
+                               side_effect=AssertionError), \
+                mock.patch.object(two_hosts.Volume, 'config',
+                                  side_effect=AssertionError):
+            self.outgoing().check()
 
     def test_overlay_over_something_foreign(self):
         self.disks.get('disk').format = 'qcow2'
@@ -533,10 +578,28 @@ class RunTestCase(OutgoingTestCase):
         self.jobs.add_job.assert_called_with(self.instance, 1234)
         self.jobs.remove_job.assert_called_with(self.instance, 1234)
 
-    def test_no_holes_on_a_block_device(self):
-        self.dest.types[POOL] = 'logical'
+    def test_to_a_volume_group(self):
+        """Holes needn't travel, and nothing old is behind the content."""
+        self.take_volume_groups()
+        self.dest.extent = 512
+        zeroes = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pool.stream.write_zeroes')).mock
+        self.flags(preallocate_images='space')
+        record = self.disks.get('disk.swap')
+        record.format = 'qcow2'
+        self.disks.set('disk.swap', record)
+        self.disks.save(self.context)
+        self.make_offer()
         self.move()
-        self.assertEqual([False] * 3, [c[3]['sparse'] for c in self.copies])
+        self.assertEqual([True] * 3, [c[3]['sparse'] for c in self.copies])
+        self.assertEqual(
+            {self.volume_name('disk'): (1000, 1024),
+             self.volume_name('disk.eph0'): (600, 1024),
+             self.volume_name('disk.config'): (100, 512)},
+            {call.args[0].name: call.args[1:] for call in zeroes.mock_calls})
+        # It is made anew there.
+        self.assertEqual('raw', self.load().get('disk.swap').format)
+        self.assertEqual('qcow2', self.load().get('disk.swap').previous.format)
 
     def test_room_is_reserved_where_a_full_disk_ends_libvirt(self):
         self.dest.version = 11_003_000
@@ -546,6 +609,30 @@ class RunTestCase(OutgoingTestCase):
                              ('disk.config', 100)):
             self.assertEqual(
                 length, self.dest.allocated[self.volume_name(name)])
+
+    def test_room_is_reserved_for_what_travels_beside_the_disks(self):
+        self.dest.version = 11_003_000
+        fname = imagecache.get_cache_fname(uuids.image)
+        self.lay_over('disk', fname, 50)
+        self.image_error = exception.ImageNotFound(image_id=uuids.image)
+        with open(os.path.join(self.directory, 'console.log'), 'w') as f:
+            f.write('booted')
+        self.move()
+        self.assertEqual({False}, {c[3]['sparse'] for c in self.copies})
+        lengths = {c[1].name: c[2] for c in self.copies}
+        self.assertEqual(5, len(lengths))
+        self.assertIn(self.volume_name('files'), lengths)
+        self.assertIn('%s.%s' % (fname, uuids.instance), lengths)
+        self.assertEqual(lengths, {
+            name: self.dest.allocated[name] for name in lengths})
+
+    @ddt.data((True, 'directly'), (False, 'through libvirt'))
+    @ddt.unpack
+    def test_log_says_how_a_volume_was_read(self, direct, how):
+        self.direct = direct
+        self.move()
+        self.assertEqual(3, self.stdlog.logger.output.count(
+            ', read %s: ' % how))
 
     def test_what_exists_on_the_destination_is_left_alone(self):
         foreign = {'length': 5, 'allocation': 5, 'content': 'foreign'}
@@ -871,6 +958,32 @@ class EndTestCase(OutgoingTestCase):
             self.assertIs(self.migration, migration.unfinished(
                 self.context, self.instance, disks))
         get.assert_called_once_with(self.context, 7)
+
+    @mock.patch('nova.privsep.storage.sync')
+    def test_devices_are_on_the_disk_before_the_source_may_go(self, sync):
+        self.take_volume_groups()
+        self.stub_out('nova.virt.libvirt.storage.pool.stream.write_zeroes',
+                      mock.Mock())
+        self.make_offer()
+        self.move()
+        self.accept()
+        self.assertEqual(
+            {'/disks/' + self.volume_name(name) for name in COPIED},
+            {call.args[0] for call in sync.mock_calls})
+
+    @mock.patch('nova.privsep.storage.sync')
+    def test_files_are_on_the_disk_when_they_are_verified(self, sync):
+        self.move()
+        self.accept()
+        sync.assert_not_called()
+
+    def test_accept_where_nothing_is_mounted(self):
+        """The copy has filled the directory below."""
+        self.move()
+        self.dest.unmounted.add(POOL)
+        self.assertRaises(exception.StoragePoolNotMounted, self.accept)
+        self.assertEqual({'disk', 'disk.eph0', 'disk.config', 'disk.swap'},
+                         set(self.load().building()))
 
     def test_accept_twice_verifies_once(self):
         self.move()
@@ -1209,6 +1322,20 @@ class EndTestCase(OutgoingTestCase):
 
 @ddt.ddt
 class OfferTestCase(two_hosts.TwoHostsTestCase):
+    def test_pool_that_holds_no_disks_is_not_offered(self):
+        # Where new disks are made otherwise, the pool isn't adopted.
+        self.flags(images_type='qcow2', group='libvirt')
+        self.dest.types[POOL] = 'disk'
+        e = self.assertRaises(exception.MigrationPreCheckError,
+                              self.make_offer)
+        self.assertIn('is of type disk', str(e))
+
+    def test_pool_that_is_not_mounted_is_not_offered(self):
+        self.dest.unmounted.add(POOL)
+        e = self.assertRaises(exception.StoragePoolNotMounted,
+                              self.make_offer)
+        self.assertIn('nothing is mounted', str(e))
+
     def test_offer(self):
         self.make_offer()
         self.assertEqual(
@@ -1392,6 +1519,14 @@ class BaseImageTestCase(OutgoingTestCase):
         self.stub_out('os.path.exists', lambda path: True)
         self.accept()
         self.assertEqual([], self.bases())
+
+    @mock.patch('nova.privsep.storage.dig_holes')
+    def test_holes_are_given_back(self, mock_dig):
+        self.dest.version = 11_003_000
+        self.move()
+        self.stub_out('os.rename', self.rename)
+        self.accept()
+        mock_dig.assert_any_call('/disks/' + self.way)
 
     def test_glance_has_it(self):
         self.image_error = None

@@ -12,6 +12,8 @@
 
 from unittest import mock
 
+import ddt
+
 from nova import exception
 from nova import test
 from nova.virt.libvirt.storage.move import peer
@@ -25,7 +27,8 @@ UNREADABLE = ('Unable to set x509 key and certificate: %s, '
               KEY)
 
 
-class TestKeys(test.NoDBTestCase):
+@ddt.ddt
+class TestRefusals(test.NoDBTestCase):
 
     def refusal(self, error, obstacle=None):
         host = mock.Mock()
@@ -56,3 +59,22 @@ class TestKeys(test.NoDBTestCase):
     def test_no_file_is_named(self):
         told = self.refusal('Connection refused', AssertionError)
         self.assertIn('Connection refused', told)
+
+    @ddt.data(
+        'authentication failed: Failed to start SASL negotiation: -1 (SASL(-1)'
+        ': generic failure: GSSAPI Error: Unspecified GSS failure. (Ticket '
+        'expired))',
+        'authentication failed: authentication failed',
+        'authentication failed: Failed to collect auth credentials',
+        'authentication failed: no SASL mechanism')
+    def test_sasl(self, error):
+        told = self.refusal(error)
+        self.assertIn('Kerberos ticket or keytab of user %s' % access.user(),
+                      told[:200])
+        self.assertIn('sasl_allowed_username_list', told[:200])
+        for text in (URI, error):
+            self.assertIn(text, told)
+
+    def test_certificate_of_the_server(self):
+        self.assertNotIn('Kerberos', self.refusal(
+            "authentication failed: Failed to verify peer's certificate"))

@@ -31,9 +31,12 @@ class ReadinessTestCase(test.NoDBTestCase):
         self.flags(images_type='libvirt-storage', group='libvirt')
         self.flags(host='here')
         self.time, self.broken_pools, self.connected = 0, {}, []
-        self.refusal, self.pool_type = None, 'dir'
+        self.refusal = None
         self.check_access = self.useFixture(fixtures.MockPatchObject(
             readiness.storage_pool.StoragePool, 'check_access',
+            autospec=True)).mock
+        self.check_mounted = self.useFixture(fixtures.MockPatchObject(
+            readiness.storage_pool.StoragePool, 'check_mounted',
             autospec=True)).mock
         self.stub_out('time.monotonic', lambda: self.time)
         self.stub_out('nova.virt.libvirt.storage.move.state.check_pool',
@@ -43,6 +46,13 @@ class ReadinessTestCase(test.NoDBTestCase):
         host = mock.Mock()
         self.version = host.get_connection.return_value.getLibVersion
         self.version.return_value = 9_000_000
+        self.flags(storage_migration_transport='libvirt', group='libvirt')
+        self.mock_check = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.intake.export.check',
+            autospec=True)).mock
+        self.missing = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pump.transfer.nbd_missing',
+            return_value=None)).mock
         self.readiness = readiness.Readiness(host, lambda: '192.0.2.7')
 
     def _check_pool(self, pool):
@@ -50,7 +60,6 @@ class ReadinessTestCase(test.NoDBTestCase):
         if pool.name in self.broken_pools:
             raise exception.MigrationPreCheckError(
                 reason=self.broken_pools[pool.name])
-        return self.pool_type
 
     @contextlib.contextmanager
     def _connect(self, host, uri):
@@ -81,6 +90,64 @@ class ReadinessTestCase(test.NoDBTestCase):
         self.refusal = None
         self.assertEqual('ready', self.found())
 
+    def ways(self, transport):
+        self.flags(storage_migration_transport=transport, group='libvirt')
+        stats = self.readiness.stats()
+        return stats[readiness.STAT], stats[readiness.WAYS]
+
+    def test_ways(self):
+        self.assertEqual(('ready', 'nbd,libvirt'), self.ways('auto'))
+        self.mock_check.assert_called_once_with('192.0.2.7')
+        self.assertEqual(('ready', 'libvirt'), self.ways('libvirt'))
+        self.mock_check.assert_called_once_with('192.0.2.7')
+
+    def test_no_libvirt_of_a_peer_is_needed(self):
+        self.refusal = 'no trust'
+        self.assertEqual(('ready', 'nbd'), self.ways('nbd'))
+        self.assertEqual([], self.connected)
+        self.assertEqual(('ready', 'nbd'), self.ways('auto'))
+        self.assertEqual(('ready', 'nbd'), self.ways('auto'))
+        # once
+        self.assertEqual(1, self.stdlog.logger.output.count('no trust'))
+
+    def test_host_that_takes_nothing_in(self):
+        self.mock_check.side_effect = exception.StorageIntakeError(
+            host='here', reason='no qemu-nbd')
+        self.assertEqual(('ready', 'libvirt'), self.ways('auto'))
+        found, ways = self.ways('nbd')
+        self.assertEqual('', ways)
+        self.assertIn('no qemu-nbd', found)
+
+    def test_host_that_can_not_send(self):
+        self.missing.return_value = 'no libnbd.so.0'
+        self.assertEqual(('ready', 'libvirt'), self.ways('auto'))
+        self.assertIn('no libnbd.so.0', self.ways('nbd')[0])
+
+    def test_no_way(self):
+        self.mock_check.side_effect = exception.StorageIntakeError(
+            host='here', reason='no qemu-nbd')
+        self.refusal = 'no trust'
+        found, ways = self.ways('auto')
+        self.assertEqual('', ways)
+        self.assertIn('no qemu-nbd', found)
+
+    def test_hosts_without_a_way_in_common(self):
+        nodes = {uuids.cell1: [
+            objects.ComputeNode(host=host, stats={
+                readiness.STAT: 'ready', readiness.WAYS: ways})
+            for host, ways in (('a', 'nbd,libvirt'), ('b', 'libvirt'),
+                               ('c', 'libvirt'))]}
+        self.stub_out('nova.context.scatter_gather_skip_cell0',
+                      lambda ctxt, function: nodes)
+        context_ = context.get_admin_context()
+        self.assertEqual([], readiness.hosts_not_ready(context_))
+        nodes[uuids.cell1].append(objects.ComputeNode(host='d', stats={
+            readiness.STAT: 'ready', readiness.WAYS: 'nbd'}))
+        found = dict(readiness.hosts_not_ready(context_))
+        self.assertEqual({'b', 'c', 'd'}, set(found))
+        self.assertIn('to host d by nbd alone', found['b'])
+        self.assertIn('to host b by libvirt alone', found['d'])
+
     @ddt.data('nova-disks-pool', 'fast')
     def test_pool(self, name):
         self.flags(storage_pool_mapping={'swap': 'fast'}, group='libvirt')
@@ -93,10 +160,10 @@ class ReadinessTestCase(test.NoDBTestCase):
             mode='drwxr-x--- root:kvm', missing='x')
         self.assertIn('setfacl -m u:nova:x /private', self.found())
 
-    def test_block_pool_has_no_directory(self):
-        self.pool_type = 'logical'
-        self.assertEqual('ready', self.found())
-        self.check_access.assert_not_called()
+    def test_pool_that_is_not_mounted(self):
+        self.check_mounted.side_effect = exception.StoragePoolNotMounted(
+            pool='nova-disks-pool', host='here', path='/mnt', found='nothing')
+        self.assertIn('nothing is mounted at /mnt', self.found())
 
     def test_without_pools(self):
         self.flags(images_type='qcow2', group='libvirt')
@@ -116,13 +183,12 @@ class ReadinessTestCase(test.NoDBTestCase):
         self.found()
         self.assertEqual(1, log.info.call_count)
 
-    @mock.patch.object(readiness, 'LOG')
-    def test_version_that_ends_of_a_full_disk(self, log):
+    def test_version_that_ends_of_a_full_disk(self):
         self.version.return_value = 11_003_000
         self.assertEqual('ready', self.found())
         self.found()
-        self.assertEqual(1, log.warning.call_count)
-        self.assertEqual(11_003_000, log.warning.call_args.args[1])
+        self.assertEqual(1, self.stdlog.logger.output.count(
+            'libvirt 11.3.0 of this host, as all from 10.1 to 12.6'))
 
     def test_hosts_not_ready(self):
         nodes = {

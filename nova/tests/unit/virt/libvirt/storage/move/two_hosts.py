@@ -30,6 +30,8 @@ from nova import test
 from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.virt.libvirt.storage.move import destination as arrival
+from nova.virt.libvirt.storage.pool import kinds
+from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pump import transfer as pump
 from nova.virt.libvirt.storage.records import leftovers
@@ -37,8 +39,8 @@ from nova.virt.libvirt.storage.records import metadata
 
 CONF = nova.conf.CONF
 
-PoolInfo = collections.namedtuple('PoolInfo',
-                                  'state capacity allocation available')
+PoolInfo = collections.namedtuple(
+    'PoolInfo', 'state capacity allocation available is_running')
 VolumeInfo = collections.namedtuple('VolumeInfo', 'type capacity allocation')
 
 POOL = 'nova-disks-pool'
@@ -61,12 +63,14 @@ class Daemon:
         self.pools = {POOL: {}, BASES: {}}
         self.types = collections.defaultdict(lambda: 'dir')
         self.inactive = set()
+        self.unmounted = set()
         self.available = 1 << 40
         self.refreshes = 0
         self.log = []
         self.fail = {}
         self.closed = False
         self.version = 9_000_000
+        self.extent = 1
         self.allocated = {}
 
     def getLibVersion(self):
@@ -142,8 +146,19 @@ class Pool:
             type=self.daemon.types[self.name],
             target_path='/%s/%s' % (self.daemon.name, self.name))
 
+    def kind(self):
+        return kinds.of_type(self.daemon.types[self.name])
+
+    def directory(self):
+        return self.config().target_path
+
+    def check_mounted(self):
+        if self.name in self.daemon.unmounted:
+            raise exception.StoragePoolNotMounted(
+                pool=self.name, host=self.host, path='/mnt', found='nothing')
+
     def info(self):
-        return PoolInfo(0, 0, 0, self.daemon.available)
+        return PoolInfo(2, 0, 0, self.daemon.available, True)
 
     def refresh(self):
         self.daemon.refreshes += 1
@@ -157,6 +172,13 @@ class Pool:
                 volume=name, pool=self.name, host=self.host)
         return Volume(self, name)
 
+    def volumes(self):
+        return [Volume(self, name) for name in sorted(self.volumes_by_name)]
+
+    def file_names(self):
+        return set(self.volumes_by_name)
+
+    find = storage_pool.StoragePool.find
     free_name = storage_pool.StoragePool.free_name
 
     def create(self, config):
@@ -164,8 +186,9 @@ class Pool:
         if config.name in self.volumes_by_name:
             raise exception.StorageVolumeExists(
                 volume=config.name, pool=self.name, host=self.host)
+        extent = self.daemon.extent
         self.volumes_by_name[config.name] = {
-            'length': config.capacity, 'allocation': 0}
+            'length': -(-config.capacity // extent) * extent, 'allocation': 0}
         self.daemon.allocated[config.name] = config.allocation
         return Volume(self, config.name)
 
@@ -203,7 +226,8 @@ class TwoHostsTestCase(test.NoDBTestCase):
         super().setUp()
         self.flags(host='source', instances_path=self.useFixture(
             fixtures.TempDir()).path)
-        self.flags(images_type='libvirt-storage', group='libvirt')
+        self.flags(images_type='libvirt-storage',
+                   storage_migration_transport='libvirt', group='libvirt')
         self.useFixture(fakelibvirt.LibvirtModuleFixture())
         self.useFixture(nova_fixtures.PrivsepFixture())
         # what the guest has beside its disks
@@ -233,6 +257,10 @@ class TwoHostsTestCase(test.NoDBTestCase):
         self.stub_out('nova.virt.libvirt.storage.pool.pool.StoragePool', Pool)
         self.stub_out('nova.virt.libvirt.storage.pool.setup.pool_name_for',
                       lambda name: POOL)
+        self.stub_out(
+            'nova.virt.libvirt.storage.pool.ownership.places',
+            lambda daemon, disks=None: [ownership.Place(
+                Pool(daemon, POOL, CONF.host), is_configured=True)])
         self.stub_out('nova.virt.libvirt.storage.pool.setup.disks_pool_config',
                       lambda: None)
         self.stub_out('nova.virt.libvirt.storage.pump.transfer.copy',
@@ -257,6 +285,7 @@ class TwoHostsTestCase(test.NoDBTestCase):
         self.stub_out('nova.privsep.qemu.flatten_image', self.flatten_image)
         self.copies = []
         self.copy_error = None
+        self.direct = False
         self.instance = objects.Instance(
             self.context, uuid=uuids.instance, system_metadata={},
             image_ref=uuids.image, progress=0,
@@ -310,7 +339,7 @@ class TwoHostsTestCase(test.NoDBTestCase):
         return {'free': free}
 
     @staticmethod
-    def upload(volume, path):
+    def upload(volume, path, sparse=True):
         with open(path, 'rb') as f:
             content = f.read()
         volume.content.update(content=content, length=len(content),
@@ -337,7 +366,7 @@ class TwoHostsTestCase(test.NoDBTestCase):
         return pump.Result(
             data=length, holes=0, key=5,
             checksum=checksum_of(content['content']),
-            physical=length, allocation=length, seconds=1)
+            physical=length, allocation=length, seconds=1, direct=self.direct)
 
     def pump_verify(self, volume, length, checksum, **kwargs):
         daemon = self.dest if volume.uri == 'dest:///' else self.source

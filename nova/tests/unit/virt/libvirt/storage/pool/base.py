@@ -44,6 +44,12 @@ class PoolsTestCase(test.NoDBTestCase):
         made = config.LibvirtConfigStoragePool()
         made.type, made.name = kind, name
         made.target_path = path or os.path.join('/nowhere/pools', name)
+        made.source = config.LibvirtConfigStoragePoolSource()
+        if kind == 'logical':
+            made.source.name = 'vg'
+        elif kind == 'netfs':
+            made.source.hosts = [('server', None)]
+            made.source.dir = '/export'
         raw = (conn or self.conn).storagePoolDefineXML(made.to_xml(), 0)
         raw.build(0)
         if active:

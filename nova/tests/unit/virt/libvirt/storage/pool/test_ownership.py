@@ -139,6 +139,11 @@ class DeleteTestCase(OwnershipTestCase):
         record.previous.host = record.host = 'there'
         self.assertEqual(set(), ownership.pools_on_record(disks))
 
+    def test_pool_of_what_is_left(self):
+        disks = self.records()
+        disks.leftovers = [('here', 'left', 'v'), ('there', 'other', 'v')]
+        self.assertEqual({'left'}, ownership.pools_on_record(disks))
+
     def test_broken_record(self):
         disks = self.records()
         disks._root.driver_info = '{'
@@ -167,6 +172,25 @@ class DeleteTestCase(OwnershipTestCase):
         self.assertTrue(ownership.delete_named(self.pool(DISKS), name))
         self.assertTrue(ownership.delete_named(self.pool(DISKS), name))
         self.assertFalse(ownership.delete_named(self.pool('gone'), name))
+
+
+class FindTestCase(OwnershipTestCase):
+
+    def find(self, name, pool=DISKS):
+        return ownership.find(self.pool(pool), name)
+
+    def test_find(self):
+        self.assertEqual('%s_disk' % uuids.instance,
+                         self.find('%s_disk' % uuids.instance).name)
+        self.assertIsNone(self.find('disk'))
+        self.assertIsNone(self.find('disk', 'gone'))
+
+    def test_libvirt_does_not_know_of_it_yet(self):
+        found = mock.Mock()
+        found.volume.side_effect = [exception.StorageVolumeNotFound(
+            volume='disk', pool=DISKS, host='here'), mock.sentinel.volume]
+        self.assertIs(mock.sentinel.volume, ownership.find(found, 'disk'))
+        found.refresh.assert_called_once_with()
 
 
 class HasVolumesTestCase(OwnershipTestCase):

@@ -16,11 +16,13 @@ from unittest import mock
 
 import ddt
 import fixtures
+from oslo_privsep import daemon
 from oslo_utils import units
 
 import nova.conf
 from nova import exception
 from nova import test
+from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.virt.libvirt.storage.pool import access
 from nova.virt.libvirt.storage.pool import config
@@ -112,6 +114,7 @@ class PoolTestCase(test.NoDBTestCase):
             self.useFixture(fixtures.MonkeyPatch(
                 'nova.virt.libvirt.storage.pool.pool.' + name, 0))
         self.flags(instances_path='/i')
+        self.useFixture(nova_fixtures.PrivsepFixture())
         self.daemon = Daemon()
 
     def define(self, name='nova-disks-pool', path='/i/disks', kind='dir',
@@ -180,11 +183,12 @@ class TestEnsure(PoolTestCase):
         self.assertEqual((True, False, 1),
                          (raw.active, raw.autostart, raw.starts))
 
-    @ddt.data('iscsi', 'scsi', 'disk', 'mpath', 'gluster', 'logical', 'rbd')
+    @ddt.data('iscsi', 'scsi', 'disk', 'mpath', 'gluster', 'rbd')
     def test_type_that_can_not_serve(self, kind):
         raw = self.define(kind=kind)
         e = self.assertRaises(exception.StoragePoolUnsupported, self.ensure)
-        for part in ('nova-disks-pool', 'host-a', kind, 'dir, fs, netfs'):
+        for part in ('nova-disks-pool', 'host-a', kind,
+                     'dir, fs, netfs, logical'):
             self.assertIn(part, str(e))
         self.assertFalse(raw.active)
 
@@ -206,9 +210,17 @@ class TestEnsure(PoolTestCase):
                      'setfacl -m u:%s:x /i/private' % access.user()):
             self.assertIn(part, str(e)[:200])
 
+    def test_block_pool_has_no_directory(self):
+        """/dev/VG is root's, and says nothing of the volumes there."""
+        self.define(path='/dev/vg', kind='logical')
+        with mock.patch.object(access, 'obstacle', autospec=True) as mock_look:
+            pool.StoragePool(
+                self.daemon, 'nova-disks-pool', 'host-a').check_access()
+        mock_look.assert_not_called()
+
     def test_image_cache_that_nova_can_not_write(self):
         def look(path, needed):
-            if needed & os.W_OK:
+            if path == '/i/_base' and needed & os.W_OK:
                 return access.Obstacle(path, 'drwxr-xr-x root:root', 'wx')
 
         with mock.patch.object(access, 'obstacle', autospec=True,
@@ -216,6 +228,31 @@ class TestEnsure(PoolTestCase):
             e = self.assertRaises(exception.StoragePoolForbidden,
                                   setup.ensure_pools, self.daemon, 'host-a')
         self.assertIn('/i/_base is drwxr-xr-x root:root', str(e))
+
+    def test_instances_directory_that_nova_can_not_write(self):
+        def look(path, needed):
+            if path == '/i':
+                return access.Obstacle(path, 'drwxr-xr-x root:root', 'rwx')
+
+        with mock.patch.object(access, 'obstacle', autospec=True,
+                               side_effect=look):
+            e = self.assertRaises(exception.StorageUserForbidden,
+                                  setup.ensure_pools, self.daemon, 'host-a')
+        self.assertIn('Give user %s the permissions rwx for /i on host '
+                      'host-a' % access.user(), str(e))
+        self.assertIn('drwxr-xr-x root:root', str(e)[:200])
+        self.assertEqual({}, self.daemon.pools)
+
+    def test_privileges_that_nova_does_not_get(self):
+        with mock.patch('nova.privsep.storage.names_in', side_effect=(
+                daemon.FailedToDropPrivileges('helper exited non-zero (1)'))):
+            e = self.assertRaises(exception.StoragePrivilegeMissing,
+                                  setup.ensure_pools, self.daemon, 'host-a')
+        self.assertIn('Let user %s on host host-a run' % access.user(), str(e))
+        for part in ('[nova_sys_admin]/helper_command', 'sudoers'):
+            self.assertIn(part, str(e)[:200])
+        self.assertIn('helper exited non-zero (1)', str(e))
+        self.assertEqual({}, self.daemon.pools)
 
     def test_directory_of_another_pool(self):
         self.define(name='mine', path='/i/./disks/')
@@ -420,7 +457,6 @@ class TestVolume(PoolTestCase):
 
     def delete_ploop(self, **remove):
         # libvirt takes such a file for a directory
-        self.raw.info.return_value = [fakelibvirt.VIR_STORAGE_VOL_PLOOP, 9, 9]
         self.raw.path.return_value = '/i/disks/v'
         self.raw.delete.side_effect = error(
             fakelibvirt.VIR_ERR_SYSTEM_ERROR, 'Not a directory')
@@ -434,7 +470,20 @@ class TestVolume(PoolTestCase):
         self.flags(host='host-a')
         self.delete_ploop()
         self.assertEqual([mock.call('/i/disks/v')], self.removed)
+        # Which would have libvirt open what the header names.
+        self.raw.info.assert_not_called()
+        self.raw.XMLDesc.assert_not_called()
         self.daemon.pools['nova-disks-pool'].refresh.assert_called_once_with(0)
+
+    def test_delete_fails(self):
+        self.flags(host='host-a')
+        self.raw.delete.side_effect = error(
+            fakelibvirt.VIR_ERR_SYSTEM_ERROR, 'x', errno.EIO)
+        with mock.patch('nova.privsep.storage.remove') as removed:
+            self.assertRaises(
+                exception.StorageVolumeError, self.volume.delete)
+        removed.assert_not_called()
+        self.raw.info.assert_not_called()
 
     def test_delete_with_a_ploop_header_fails(self):
         self.flags(host='host-a')

@@ -150,38 +150,17 @@ class DiskInfoTestCase(UsageTestCase):
         mock_warning.assert_called_once()
 
     def test_missing(self):
-        for many in (False, True):
-            volumes = usage.Volumes(lambda: self.conn, 'host-a', many=many)
-            exc = self.assertRaises(exception.StorageVolumeNotFound,
-                                    volumes.disk_info, disk('gone', 'raw'))
-            for word in ('gone', 'nova-disks-pool', 'host-a'):
-                self.assertIn(word, str(exc))
-            self.assertRaises(exception.StoragePoolNotFound,
-                              volumes.disk_info,
-                              disk('raw', 'raw', pool='other'))
+        exc = self.assertRaises(exception.StorageVolumeNotFound,
+                                self.volumes.disk_info, disk('gone', 'raw'))
+        for word in ('gone', 'nova-disks-pool', 'host-a'):
+            self.assertIn(word, str(exc))
+        self.assertRaises(exception.StoragePoolNotFound,
+                          self.volumes.disk_info,
+                          disk('raw', 'raw', pool='other'))
 
-    def test_many_list_each_pool_once(self):
-        self.pools['other'] = Pool({'x': 'volume-raw.xml'})
-        volumes = usage.Volumes(lambda: self.conn, 'host-a', many=True)
-        for _i in range(3):
-            volumes.disk_info(disk('raw', 'raw'))
-            volumes.disk_info(disk(OVERLAY, 'qcow2'))
-            volumes.disk_info(disk('x', 'raw', pool='other'))
-        self.pool.listAllVolumes.assert_called_once_with(0)
-        self.pools['other'].listAllVolumes.assert_called_once_with(0)
-
-    def test_few_list_nothing(self):
+    def test_the_pool_is_not_listed(self):
         self.volumes.disk_info(disk('raw', 'raw'))
         self.pool.listAllVolumes.assert_not_called()
-
-    def test_has_volumes(self):
-        guest = guest_config.LibvirtConfigGuest()
-        self.assertFalse(usage.has_volumes(guest))
-        guest.add_device(guest_config.LibvirtConfigGuestInterface())
-        guest.add_device(guest_config.LibvirtConfigGuestDisk())
-        self.assertFalse(usage.has_volumes(guest))
-        guest.add_device(disk('raw', 'raw'))
-        self.assertTrue(usage.has_volumes(guest))
 
 
 class LocalInfoTestCase(base.PoolsTestCase):
@@ -356,7 +335,9 @@ class DriverTestCase(UsageTestCase):
         # The check goes on after the refusal.
         with mock.patch.object(
                 self.drvr, '_check_shared_storage_test_file',
-                side_effect=test.TestingException):
+                return_value=False), mock.patch.object(
+                    self.drvr, '_is_shared_block_storage',
+                    side_effect=test.TestingException):
             self.drvr.check_can_live_migrate_source(
                 None, instance, objects.LibvirtLiveMigrateData(
                     filename='x'))
@@ -382,10 +363,11 @@ class DriverTestCase(UsageTestCase):
     @mock.patch('nova.virt.libvirt.storage.records.lifecycle.of_instance')
     def test_live_migration_of_disks_that_are_volumes_on_record(self, records):
         # They were linked into the pool, the guest has the old paths.
+        records.return_value.has_mappings = False
         records.return_value.items.return_value = [
             ('disk', mock.Mock(backend='libvirt-storage', pool='p',
-                               volume='v'))]
+                               volume='v', next=None))]
         exc = self.assertRaises(
             exception.MigrationPreCheckError, self._check_live_migration,
             guest_config.LibvirtConfigGuestDisk())
-        self.assertIn('p/v', str(exc))
+        self.assertIn('choose another host', str(exc))

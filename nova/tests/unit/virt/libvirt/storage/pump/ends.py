@@ -23,9 +23,13 @@ RECV_HOLE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p,
                              ctypes.POINTER(ctypes.c_longlong), ctypes.c_uint)
 SEND = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
                         ctypes.c_size_t)
+SETTLE = ctypes.CFUNCTYPE(ctypes.c_longlong, ctypes.c_void_p,
+                          ctypes.c_longlong)
 SEND_HOLE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p,
                              ctypes.c_longlong, ctypes.c_uint)
 CLOSE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+SKIP = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_longlong)
+STOP = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class CError(ctypes.Structure):
@@ -38,9 +42,9 @@ LAST_ERROR = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(CError))
 
 class CEnd(ctypes.Structure):
     _fields_ = [('stream', ctypes.c_void_p), ('recv', RECV),
-                ('recv_hole', RECV_HOLE), ('send', SEND),
-                ('send_hole', SEND_HOLE), ('finish', CLOSE), ('abort', CLOSE),
-                ('last_error', LAST_ERROR)]
+                ('recv_hole', RECV_HOLE), ('send', SEND), ('settle', SETTLE),
+                ('send_hole', SEND_HOLE), ('skip', SKIP), ('finish', CLOSE),
+                ('abort', CLOSE), ('stop', STOP), ('last_error', LAST_ERROR)]
 
 
 def end_of(source):
@@ -57,10 +61,11 @@ class StubStream:
     :param content: bytes and ints (lengths of holes), one packet or hole each
     :param fail_at: the call of recv or send, counted from 0, that fails
     :param take: bytes of each send that are taken, all by default
+    :param keep: bytes of what was sent that must stay, unless fewer may
     """
 
     def __init__(self, content=(), fail_at=None, take=None, fail_finish=False,
-                 fail_hole=False, fail_with=-1, wait=None):
+                 fail_hole=False, fail_with=-1, wait=None, keep=None):
         self.packets = list(content)
         self.fail_at = fail_at
         self.take = take
@@ -68,15 +73,20 @@ class StubStream:
         self.fail_hole = fail_hole
         self.fail_with = fail_with
         self.wait = wait
+        self.keep = keep
         self.calls = 0
+        self.stopped = False
         self.log = []
         self.written = b''
         new = ctypes.pythonapi.PyCapsule_New
         new.restype = ctypes.py_object
         new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
         self.end = CEnd(None, RECV(self.recv), RECV_HOLE(self.recv_hole),
-                        SEND(self.send), SEND_HOLE(self.send_hole),
-                        CLOSE(self.finish), CLOSE(self.abort),
+                        SEND(self.send),
+                        SETTLE() if keep is None else SETTLE(self.settle),
+                        SEND_HOLE(self.send_hole), SKIP(self.skip),
+                        CLOSE(self.finish),
+                        CLOSE(self.abort), STOP(self.stop),
                         LAST_ERROR(self.last_error))
         self._o = new(ctypes.addressof(self.end), b'nova.pump.end', None)
 
@@ -114,11 +124,21 @@ class StubStream:
         self.log.append(n)
         return n
 
+    def settle(self, stream, most):
+        return min(self.keep, most)
+
+    def stop(self, stream):
+        self.stopped = True
+
     def send_hole(self, stream, length, flags):
         if self.fail_hole:
             return -1
         self.written += bytes(length)
         self.log.append(('hole', length))
+        return 0
+
+    def skip(self, stream, length):
+        self.log.append(('skip', length))
         return 0
 
     def finish(self, stream):

@@ -82,6 +82,18 @@ class CopyTestCase(base.PumpExtensionTestCase):
         self.copy(StubStream(parts), destination, 4096 * 4, slot_size=4096)
         self.assertEqual([4096] * 4 + ['finish'], destination.log)
 
+    # Many small slots, of which each may be kept for long.
+    @ddt.data(0, 1, 9, 10, 25, 1000)
+    def test_what_is_kept_never_holds_up_the_copy(self, keep):
+        parts = [bytes([65 + n % 26]) * (n % 10 + 1) for n in range(300)]
+        for n in range(0, 300, 7):
+            parts.insert(n, 5)
+        length = len(content_of(parts))
+        destination = StubStream(keep=keep)
+        self.copy(StubStream(parts), destination, length, slot_size=10,
+                  slots=3)
+        self.assertEqual(content_of(parts), destination.written)
+
     def test_holes_become_zeroes_where_old_content_may_be(self):
         parts = [5000, b'A' * 10, 300]
         destination = StubStream()
@@ -177,6 +189,18 @@ class CopyTestCase(base.PumpExtensionTestCase):
         e = self.assertRaises(self._pump.PumpError, copy.run)
         self.assertEqual('cancelled', e.reason)
         self.assertEqual([10] * 5 + ['abort'], destination.log)
+
+    def test_cancel_ends_what_waits(self):
+        destination = StubStream(keep=0)
+
+        def settle(stream, most):
+            copy.cancel()
+            return 0 if not destination.stopped else -1
+
+        destination.end.settle = ends.SETTLE(settle)
+        copy = self._pump.Copy(StubStream([b'A' * 10]), destination, 10)
+        e = self.assertRaises(self._pump.PumpError, copy.run)
+        self.assertEqual('cancelled', e.reason)
 
     def test_cancel_before_run(self):
         destination = StubStream()

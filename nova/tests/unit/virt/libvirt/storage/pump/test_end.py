@@ -39,6 +39,7 @@ class StrictStream(ends.StubStream):
         self.busy = False
         self.before = None
         self.answer = 0
+        self.sent = []
 
     @contextlib.contextmanager
     def _call(self, name, **wanted):
@@ -70,6 +71,22 @@ class StrictStream(ends.StubStream):
     def send(self, stream, data, nbytes):
         with self._call('send', data=nbytes > 0, open=self.answer >= 0):
             self.answer = super().send(stream, data, nbytes)
+            if self.answer > 0:
+                self.sent.append((data, self.written[-self.answer:]))
+            return self.answer
+
+    def settle(self, stream, most):
+        # What must stay stands there as it was sent.
+        with self._call('settle', most=0 <= most <= len(self.written),
+                        open=self.answer >= 0):
+            for data, was in self.sent:
+                if ctypes.string_at(data, len(was)) != was:
+                    self.faults.append('settle: %d bytes are gone' % len(was))
+            kept = min(self.keep, most)
+            while sum(len(was) for _data, was in self.sent[1:]) >= kept and (
+                    self.sent):
+                del self.sent[0]
+            self.answer = super().settle(stream, most)
             return self.answer
 
     def send_hole(self, stream, length, flags):
@@ -107,6 +124,12 @@ class KeptByTheCopyTestCase(base.PumpExtensionTestCase):
     # Arguments of the source, those of the destination, length, reason.
     @ddt.data(
         ({}, {}, LENGTH, None), ({}, {'take': 7}, LENGTH, None),
+        ({}, {'keep': 0}, LENGTH, None), ({}, {'keep': 1}, LENGTH, None),
+        ({}, {'keep': 5000}, LENGTH, None),
+        ({}, {'keep': LENGTH}, LENGTH, None),
+        ({}, {'keep': LENGTH, 'take': 7}, LENGTH, None),
+        ({'fail_at': 4}, {'keep': LENGTH}, LENGTH, 'libvirt'),
+        ({}, {'keep': -1}, LENGTH, 'libvirt'),
         ({'fail_at': 0}, {}, LENGTH, 'libvirt'),
         ({'fail_at': 3}, {}, LENGTH, 'libvirt'),
         ({'fail_hole': True}, {}, LENGTH, 'libvirt'),
@@ -132,6 +155,7 @@ class KeptByTheCopyTestCase(base.PumpExtensionTestCase):
         for end in (source, destination):
             self.assertEqual([], end.faults)
             self.assertEqual(last, end.names[-1])
+            self.assertEqual(reason is not None, end.stopped)
 
     @ddt.data({}, {'fail_at': 2}, {'fail_hole': True}, {'fail_finish': True})
     def test_which_thread_calls(self, kwargs):
@@ -161,7 +185,8 @@ class BrokenByAnEndTestCase(base.PumpExtensionTestCase):
     """An end that doesn't do what it must fails the copy, and no more."""
 
     TYPES = {'recv': ends.RECV, 'recv_hole': ends.RECV_HOLE,
-             'send': ends.SEND, 'send_hole': ends.SEND_HOLE,
+             'send': ends.SEND, 'settle': ends.SETTLE,
+             'send_hole': ends.SEND_HOLE,
              'finish': ends.CLOSE, 'abort': ends.CLOSE,
              'last_error': ends.LAST_ERROR}
 
@@ -197,6 +222,8 @@ class BrokenByAnEndTestCase(base.PumpExtensionTestCase):
         ('destination', 'send', answers(-3), 'stuck'),
         ('destination', 'send', lambda s, data, n: n + 1, 'broken'),
         ('destination', 'send', answers((1 << 31) - 1), 'broken'),
+        ('destination', 'settle', answers(-2), 'stuck'),
+        ('destination', 'settle', lambda s, most: most + 1, 'broken'),
         ('destination', 'send_hole', answers(-2), 'stuck'),
         ('source', 'finish', answers(-2), 'stuck'))
     @ddt.unpack

@@ -93,7 +93,8 @@ class PumpTestCase(test.NoDBTestCase):
     def test_request(self):
         path = self.temp_path()
         with mock.patch.dict(os.environ, {'OS_PASSWORD': 'secret',
-                                          'KRB5CCNAME': '/ticket'}):
+                                          'KRB5CCNAME': '/ticket',
+                                          'LIBVIRT_AUTH_FILE': '/auth'}):
             self.copy('''
                 with open(%r, 'w') as f:
                     json.dump([request, sys.argv, dict(os.environ)], f)
@@ -104,10 +105,12 @@ class PumpTestCase(test.NoDBTestCase):
         self.assertEqual(
             {'source': list(SOURCE), 'destination': list(DESTINATION),
              'extension': '/extension', 'length': 100, 'sparse': False,
-             'bandwidth': 7, 'key': 9, 'interval': 0.2}, request)
+             'bandwidth': 7, 'key': 9, 'interval': 0.2, 'warm': False},
+            request)
         self.assertEqual([process._WORKER], argv)
         self.assertNotIn('OS_PASSWORD', environ)
         self.assertEqual('/ticket', environ['KRB5CCNAME'])
+        self.assertEqual('/auth', environ['LIBVIRT_AUTH_FILE'])
 
     def test_libvirt_error(self):
         e = self.fails(exception.StorageTransferError, '''
@@ -126,6 +129,27 @@ class PumpTestCase(test.NoDBTestCase):
                        'error(code=38, operation="connect", '
                        'message="Unable to read TLS confirmation")')
         self.assertIn('log has the reason', str(e))
+
+    @ddt.data('internal error: client socket is closed',
+              'Cannot recv data: Connection reset by peer',
+              'Cannot write data: Broken pipe',
+              'End of file while reading data: Input/output error')
+    def test_libvirt_of_the_destination_has_gone(self, message):
+        e = self.fails(exception.StorageDestinationGone, '''
+            error(code=38, operation="send", transferred=30, message=%r)
+            ''' % message)
+        self.assertEqual((38, 'destination', 'libvirt', 30),
+                         (e.code, e.side, e.kind, e.transferred))
+        for text in ('pool %s on host dest' % DESTINATION.pool, message,
+                     'out of space', '30 of 100 bytes'):
+            self.assertIn(text, str(e))
+
+    def test_libvirt_of_the_source_has_gone(self):
+        e = self.fails(exception.StorageTransferError, '''
+            error(code=38, operation="receive", side="source",
+                  message="Cannot recv data: Connection reset by peer")
+            ''')
+        self.assertNotIsInstance(e, exception.StorageDestinationGone)
 
     def test_libvirt_of_this_host_is_away(self):
         e = self.fails(exception.StorageTransferError,

@@ -42,8 +42,9 @@ def load(name, path):
 
 ends = load('ends', %(ends)r)
 
+log = open(os.devnull, 'w')
+
 def note(*what):
-    global log
     log.write(' '.join(map(str, what)) + '\\n')
 
 class Stream(ends.StubStream):
@@ -79,7 +80,18 @@ class Connection:
 libvirt = types.ModuleType('libvirt')
 libvirt.libvirtError = type('libvirtError', (Exception,), {})
 libvirt.registerErrorHandler = lambda handler, context: None
-libvirt.open = lambda uri: Connection()
+libvirt.VIR_CRED_AUTHNAME = 2
+libvirt.VIR_CRED_PASSPHRASE = 5
+libvirt.VIR_CRED_REALM = 8
+
+def open_auth(uri, auth, flags):
+    credentials, callback, opaque = auth
+    # what SASL's SCRAM asks for; nobody is here to be asked
+    assert {2, 5} <= set(credentials)
+    assert callback([], opaque) == 0 and callback([[5, None]], opaque) < 0
+    return Connection()
+
+libvirt.openAuth = open_auth
 libvirt.VIR_STORAGE_VOL_GET_PHYSICAL = 1
 libvirt.VIR_STORAGE_VOL_UPLOAD_SPARSE_STREAM = 1
 sys.modules['libvirt'] = libvirt
@@ -200,6 +212,7 @@ class RealWorkerTestCase(test.NoDBTestCase):
             'extension': pump.extension_path(), 'source': job.source,
             'destination': job.destination, 'length': job.length,
             'sparse': True, 'key': 5, 'interval': 0.01, 'bandwidth': 0,
+            'warm': False,
             **more}) + b'\n'
 
     @ddt.data(1, 20, 400)
@@ -244,12 +257,12 @@ class LocalFileTestCase(test.NoDBTestCase):
         with open(self.path, 'wb') as f:
             f.write(b'12345')
 
-    def file(self, uri='qemu:///system', length=5, physical=5, path=None):
-        end = self.module.End('source', uri, 'pool', 'volume')
+    def file(self, uri='qemu:///system', length=5, path=None):
+        self.end = end = self.module.End('source', uri, 'pool', 'volume')
         end.volume = mock.Mock()
         end.volume.path.return_value = path or self.path
-        end.volume.infoFlags.return_value = [0, physical, physical]
-        end.volume.info.return_value = [0, physical, physical]
+        end.volume.infoFlags.return_value = [0, 7, 7]
+        end.volume.info.return_value = [0, 7, 4096]
         fd = end.file(length)
         if fd is not None:
             self.addCleanup(os.close, fd)
@@ -263,15 +276,78 @@ class LocalFileTestCase(test.NoDBTestCase):
     def test_another_host_or_another_file_system(self, uri):
         self.assertIsNone(self.file(uri))
 
+    def test_libvirt_is_not_asked(self):
+        # It would open what the guest has named in the disk's header.
+        self.file()
+        found = os.stat(self.path)
+        self.assertEqual((5, found.st_blocks * 512), self.end.sizes())
+        os.truncate(self.path, 6)
+        self.assertEqual(6, self.end.sizes()[0])
+        self.end.volume.infoFlags.assert_not_called()
+        self.end.volume.info.assert_not_called()
+
+    def test_sizes_of_a_stream(self):
+        self.file('qemu+tls://dest/system')
+        self.assertEqual((7, 4096), self.end.sizes())
+
+    def written(self, code, domain, message):
+        """What is told of a copy if libvirt answers so afterwards."""
+        error = self.libvirt.libvirtError()
+        error.get_error_code = lambda: code
+        error.get_error_domain = lambda: domain
+        error.get_error_message = lambda: message
+        end = self.module.End(
+            'destination', 'qemu+tls://dest/system', 'pool', 'volume')
+        end.volume = mock.Mock()
+        end.volume.path.return_value = '/disks/volume'
+        end.volume.infoFlags.side_effect = error
+        return end.sizes_written(5, 4)
+
+    def test_header_that_libvirt_cant_follow(self):
+        # Else such a disk could be moved nowhere.
+        self.assertEqual((5, 4), self.written(
+            38, 18, "cannot stat file '/aaa': File name too long"))
+
+    @ddt.data((38, 7, 'Cannot recv data'), (50, 18, 'no storage vol'),
+              (38, 18, "cannot stat file '/disks/volume': No such file"))
+    @ddt.unpack
+    def test_copy_that_is_gone(self, code, domain, message):
+        self.assertRaises(self.module.Failure, self.written, code, domain,
+                          message)
+
     def test_sizes_differ(self):
         self.assertIsNone(self.file(length=4))
-        self.assertIsNone(self.file(physical=4))
 
     def test_what_is_no_plain_file(self):
         self.assertIsNone(self.file(path=os.path.dirname(self.path)))
-        self.assertIsNone(self.file(path='/dev/null', length=0, physical=0))
+        self.assertIsNone(self.file(path='/dev/null', length=0))
         os.symlink(self.path, self.path + '.link')
         self.assertIsNone(self.file(path=self.path + '.link'))
+
+    @ddt.data((5, None, 'file', True), (9, None, 'block', True),
+              (9, None, 'file', False), (4, None, 'block', False),
+              (9, ['uri', 'pool', 'v'], 'block', False))
+    @ddt.unpack
+    def test_volume_that_is_verified_may_be_a_longer_device(
+            self, physical, destination, kind, expected):
+        self.libvirt.VIR_STORAGE_VOL_BLOCK = 1
+        request = {'length': 5, 'destination': destination, 'sparse': True,
+                   'bandwidth': 0, 'key': 7, 'interval': 1, 'extension': None,
+                   'source': ['uri', 'pool', 'v'], 'warm': False}
+        job = self.module.Job(request, iter(()))
+        volume = (self.libvirt.openAuth.return_value.storagePoolLookupByName
+                  .return_value.storageVolLookupByName.return_value)
+        volume.infoFlags.return_value = [0, 0, physical]
+        volume.info.return_value = [int(kind == 'block'), physical, physical]
+        with mock.patch.object(job, 'run_copy'), mock.patch.object(
+                self.module, 'load_pump'), mock.patch.object(
+                self.module, 'say') as say:
+            job.copy = mock.Mock(data=5)
+            if expected:
+                job.run()
+                say.assert_called_once()
+            else:
+                self.assertRaises(self.module.Failure, job.run)
 
     @ddt.data(({}, True), ({'destination': ['uri', 'pool', 'v']}, False))
     @ddt.unpack
@@ -284,8 +360,8 @@ class LocalFileTestCase(test.NoDBTestCase):
         extension = mock.Mock(PumpError=ValueError)
         with mock.patch.object(job, 'start'):
             job.run_copy(extension, source,
-                         mock.Mock() if request else None)
-        extension.File.assert_called_once_with(3, 5, sync=sync)
+                         mock.Mock() if request else None, 5, table=None)
+        extension.File.assert_called_once_with(3, 5, sync=sync, direct=False)
 
     def test_not_novas_to_read(self):
         with mock.patch('os.open', side_effect=PermissionError):

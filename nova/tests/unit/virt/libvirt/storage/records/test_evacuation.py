@@ -102,6 +102,48 @@ class AfterEvacuationTestCase(two_hosts.TwoHostsTestCase):
             self.disks.get('disk.swap').state,
             self.disks.get('disk.swap').previous))
 
+    def going(self, host, state='building', volume='disk.1'):
+        """Have the disk on record on the way to a host, the guest running."""
+        record = self.disks.get('disk')
+        coming = record.obj_clone()
+        coming.host, coming.state = host, state
+        coming.volume = self.volume_name(volume)
+        record.host = 'dest' if host == 'source' else 'source'
+        record.next = coming
+        self.disks.set('disk', record)
+
+    def test_live_migration_to_here_never_ended(self):
+        self.going('source')
+        self.assertEqual([self.volume_name('disk.1')], self.after())
+        self.assertEqual([self.volume_name('disk.1')], self.left())
+        self.assertEqual(('dest', None), (
+            self.disks.get('disk').host, self.disks.get('disk').next))
+
+    def test_live_migration_to_elsewhere_never_ended(self):
+        self.going('dest')
+        self.assertEqual([], self.after())
+        self.assertEqual([], self.left())
+        self.assertEqual(
+            [(POOL, self.volume_name('disk.1'))],
+            leftovers.on_host(self.disks, 'dest'))
+        self.assertIsNone(self.disks.get('disk').next)
+
+    def test_live_migration_of_a_shared_volume_never_ended(self):
+        self.going('source', 'ready', 'disk')
+        self.assertEqual([], self.after())
+        self.assertEqual([], self.disks.leftovers)
+        self.assertEqual(('dest', None), (
+            self.disks.get('disk').host, self.disks.get('disk').next))
+
+    def test_half_a_copy_is_no_disk(self):
+        # Or an evacuation would take it for one on shared storage.
+        self.going('source')
+        self.assertEqual({(POOL, self.volume_name('disk.1'))},
+                         evacuation.old_copies(self.instance, self.disks))
+        self.going('source', 'ready', 'disk')
+        self.assertEqual(
+            set(), evacuation.old_copies(self.instance, self.disks))
+
     def test_third_host(self):
         self.moved()
         self.flags(host='third')

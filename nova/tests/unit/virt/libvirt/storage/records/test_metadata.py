@@ -28,7 +28,7 @@ from nova.virt.libvirt.storage.records import metadata
 # Of all fields and their types.
 HASHES = {
     'LibvirtDiskExpected': '1.0-c8285c5326d9018c774d63e69e3200f5',
-    'LibvirtDiskMetadata': '1.1-50d6a025b91223136004c666015db99e',
+    'LibvirtDiskMetadata': '1.2-a526ba4426b16e422ffed1446bcad822',
     'LibvirtLeftoverVolume': '1.0-6e0cebde64c2cbf57dfeed55e7f2414a'}
 
 
@@ -105,10 +105,28 @@ class TestRecord(test.NoDBTestCase):
             objects.Instance.OBJ_PROJECT_NAMESPACE,
             metadata.LibvirtDiskMetadata.OBJ_PROJECT_NAMESPACE)
 
+    @ddt.data('1.0', '1.1')
+    def test_older_form(self, version):
+        given = volume('disk', previous=volume('disk', host='host-b'))
+        primitive = jsonutils.loads(metadata.dumps(given, uuids.bdm))
+        missing = ['next'] + ([] if version == '1.1' else [
+            'expected', 'migration_id', 'extras', 'leftovers'])
+        for of in (primitive,
+                   primitive['nova_object.data']['previous']):
+            of['nova_object.version'] = version
+            for name in missing:
+                del of['nova_object.data'][name]
+        found = metadata.loads(
+            jsonutils.dumps(primitive), uuids.instance, uuids.bdm)
+        self.assertIsNone(found.next)
+        self.assertEqual(metadata.dumps(given, uuids.bdm),
+                         metadata.dumps(found, uuids.bdm))
+
     @ddt.data(
         record(), record(backend='lvm', format='raw'),
         record(state='building', size=0), volume('disk'),
         volume('disk.1', previous=volume('disk', host='host-b')),
+        volume('disk', next=volume('disk', host='host-b', state='building')),
         record(unmapped={'disk.config': volume('disk.config', format='raw'),
                          'disk.swap': record(backend='flat', format='raw')}))
     def test_round_trip(self, given):
@@ -162,13 +180,13 @@ class TestBroken(RecordsTestCase):
     def test_large(self):
         self.assertIn('1048576', self.refused(' ' * units.Mi))
 
-    @ddt.data('1.2', '1.99', '2.0', '0.9', 'x', '', None, 7, [1])
+    @ddt.data('1.3', '1.99', '2.0', '0.9', 'x', '', None, 7, [1])
     def test_version(self, version):
         primitive = self.primitive()
         primitive['nova_object.version'] = version
         message = self.refused(jsonutils.dumps(primitive))
-        if version in ('1.2', '2.0'):
-            self.assertIn('its version %s is unknown here, where 1.1' %
+        if version in ('1.3', '2.0'):
+            self.assertIn('its version %s is unknown here, where 1.2' %
                           version, message)
 
     @ddt.data('Instance', 'Other', None)
@@ -188,6 +206,7 @@ class TestBroken(RecordsTestCase):
         ('size', -1), ('size', 'many'), ('size', None), ('size', 1e400),
         ('host', None), ('host', {}), ('pool', 'alone'), ('volume', 'alone'),
         ('previous', {}), ('previous', 'x'), ('unmapped', []),
+        ('next', {}), ('next', 'x'), ('next', []),
         ('unmapped', {'disk.config': None}), ('unmapped', {'disk.config': 7}),
         ('backend', 'libvirt-storage'))
     @ddt.unpack
@@ -201,6 +220,17 @@ class TestBroken(RecordsTestCase):
         primitive = self.primitive()
         del primitive['nova_object.data'][field]
         self.refused(jsonutils.dumps(primitive))
+
+    @ddt.data(dict(previous=record()), dict(next=record()),
+              dict(migration_id=7), dict(extras={'base': record()}))
+    def test_next_is_a_place_and_no_more(self, more):
+        given = record(next=record(host='host-b', **more))
+        self.refused(metadata.dumps(given, uuids.vda))
+
+    def test_next_names_a_volume(self):
+        given = record(next=record(backend='libvirt-storage'))
+        self.assertIn('it names no volume', self.refused(
+            metadata.dumps(given, uuids.vda)))
 
     def test_record_of_another_mapping(self):
         text = metadata.dumps(record(), uuids.vdb)

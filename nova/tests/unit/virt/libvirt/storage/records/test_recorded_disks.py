@@ -253,7 +253,7 @@ class TestRecordedDisks(test.TestCase):
         primitive = jsonutils.loads(bdms[0].driver_info)
         data = primitive['nova_object.data']
         if kind == 'version':
-            primitive['nova_object.version'] = '1.2'
+            primitive['nova_object.version'] = '1.3'
         elif kind == 'enum':
             data['backend'] = 'zfs'
         elif kind == 'type':
@@ -377,7 +377,7 @@ class TestRecordedDisks(test.TestCase):
     def test_disks_are_on_record_before_a_live_migration(self):
         bdi = self.bdi()
         with mock.patch.object(
-                self.driver, '_check_shared_storage_test_file',
+                self.driver, '_is_shared_block_storage',
                 side_effect=test.TestingException), \
             mock.patch('os.path.exists', return_value=True), \
                 self.without_reads():

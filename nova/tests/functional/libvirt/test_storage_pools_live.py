@@ -1,0 +1,358 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""An instance whose disks are in storage pools moves while it runs."""
+
+import os
+
+import fixtures
+
+from nova.tests.fixtures import libvirt as fakelibvirt
+from nova.tests.fixtures import libvirt_hosts
+from nova.tests.functional.api import client
+from nova.tests.functional.libvirt import storage_pools
+from nova.tests.functional.libvirt import test_storage_pools_moves as moves
+from nova.tests.functional.libvirt import test_storage_pools_transition
+from nova.virt.libvirt import config
+
+ALL, VOLUMES = moves.ALL, moves.VOLUMES
+
+
+class LiveTestBase(moves.MovesTestBase):
+
+    def setUp(self):
+        super().setUp()
+        self.migrations = self.useFixture(
+            libvirt_hosts.Migrations(self.connections))
+
+    def stored_disks(self, host, server):
+        """Return what a guest is started from: by device, type of source."""
+        domain = self.connections[host].lookupByUUIDString(server['id'])
+        guest = config.LibvirtConfigGuest()
+        guest.parse_str(domain.XMLDesc(fakelibvirt.VIR_DOMAIN_XML_INACTIVE))
+        return {disk.target_dev: disk.source_type for disk in guest.devices
+                if isinstance(disk, config.LibvirtConfigGuestDisk)}
+
+    def assert_moved(self, server, host, other, **disks):
+        server = self.api.get_server(server['id'])
+        self.assertEqual(('ACTIVE', host), (
+            server['status'], server['OS-EXT-SRV-ATTR:host']))
+        records = self.records(server)
+        self.assertEqual(
+            {(host, 'ready', None, None)},
+            {(record.host, record.state, record.next, record.previous)
+             for record in records.values()})
+        self.assertEqual(
+            {'volume'}, set(self.stored_disks(host, server).values()))
+        self.assertEqual(VOLUMES, self.volumes(host, server))
+        self.assert_written(host, server)
+        self.assert_nothing_left(server, other)
+
+    def fail_to_migrate(self, server):
+        """Let a migration fail; the guest runs on, and Nova says ERROR."""
+        self._live_migrate(server, 'error', 'ERROR', host='compute2',
+                           wait_for_fault_key=False)
+        self.api.post_server_action(
+            server['id'], {'os-resetState': {'state': 'active'}})
+        self._wait_for_server_parameter(server, {
+            'OS-EXT-STS:task_state': None, 'status': 'ACTIVE'})
+
+    def assert_stayed(self, server):
+        """Check that it runs on where it was, and nothing is left over."""
+        self.assert_moved(server, 'compute1', 'compute2')
+        self.assert_ready('compute1', server, **ALL)
+
+
+class TestLiveMigration(LiveTestBase):
+
+    def test_there_and_back(self):
+        server = self.boot_with_all()
+        config_drive = self.content(
+            'compute1', server, 'disk.config', 1 << 20)
+        sizes = {name: record.size
+                 for name, record in self.records(server).items()}
+        self._live_migrate(server, host='compute2')
+        self.assert_moved(server, 'compute2', 'compute1')
+        self.assertEqual(sizes, {
+            name: record.size
+            for name, record in self.records(server).items()})
+        # The overlay has come as one, and the config drive was sent.
+        volume = self.config_of('compute2', server, 'disk')
+        self.assertEqual(os.path.join(
+            self.directories['compute2'], '_base', moves.BASE),
+            volume.backing_store.path)
+        self.assertEqual(config_drive, self.content(
+            'compute2', server, 'disk.config', 1 << 20))
+        (params,) = self.migrations.params
+        self.assertEqual(3, len(params['migrate_disks']))
+        self.write('compute2', server, 'disk', b'back ')
+        self._live_migrate(server, host='compute1')
+        self.assertEqual(b'back ', self.content(
+            'compute1', server, 'disk', 5, storage_pools.GUEST))
+        self.write('compute1', server, 'disk', b'roote')
+        self.assert_moved(server, 'compute1', 'compute2')
+
+    def test_guest_runs_on_with_files_and_shows_volumes(self):
+        server = self.boot_with_all()
+        self._live_migrate(server, host='compute2')
+        domain = self.connections['compute2'].lookupByUUIDString(server['id'])
+        self.assertNotIn('backingStore', domain.XMLDesc(0))
+        self.assertIn("type='file'", domain.XMLDesc(0))
+        # Whatever is done to it next finds its disks.
+        self._reboot_server(server, hard=True)
+        self.assert_ready('compute2', server, **ALL)
+        self._migrate_server(server)
+        self._confirm_resize(server)
+        self.assert_ready('compute1', server, **ALL)
+        self.assert_written('compute1', server)
+        self.assert_nothing_left(server, 'compute2')
+
+    def test_snapshot_and_rescue_afterwards(self):
+        server = self.boot_with_all()
+        self._live_migrate(server, host='compute2')
+        self._snapshot_server(server, 'snapshot')
+        self._wait_for_server_parameter(
+            server, {'OS-EXT-STS:task_state': None})
+        self.api.post_server_action(
+            server['id'], {'rescue': {'rescue_image_ref':
+                                      storage_pools.IMAGE}})
+        self._wait_for_state_change(server, 'RESCUE')
+        self.api.post_server_action(server['id'], {'unrescue': None})
+        self._wait_for_state_change(server, 'ACTIVE')
+        self.assert_ready('compute2', server, **ALL)
+
+    def test_without_cow(self):
+        self.flags(use_cow_images=False)
+        server = self.boot_with_all()
+        self._live_migrate(server, host='compute2')
+        self.assert_moved(server, 'compute2', 'compute1')
+
+    def test_raw_files(self):
+        self.flags(use_cow_images=False)
+        self.flags(storage_raw_files=True, group='libvirt')
+        server = self.boot_with_all()
+        self._live_migrate(server, host='compute2')
+        self.assert_moved(server, 'compute2', 'compute1')
+        self.assertEqual('raw', self.records(server)['disk'].format)
+
+    def test_base_image_that_glance_has_lost(self):
+        server = self.boot_with_all()
+        del self.glance.images[storage_pools.IMAGE]
+        self._live_migrate(server, host='compute2')
+        self.assert_moved(server, 'compute2', 'compute1')
+        with open(os.path.join(self.directories['compute2'], '_base',
+                               moves.BASE), 'rb') as f:
+            self.assertEqual(storage_pools.CONTENT, f.read())
+
+    def test_failure_in_the_midst(self):
+        server = self.boot_with_all()
+
+        def fail(domain):
+            # The other host has it on record, and its volumes.
+            records = self.records(server)
+            self.assertEqual(
+                {('compute1', 'ready', 'compute2', 'building')},
+                {(record.host, record.state, record.next.host,
+                  record.next.state) for record in records.values()})
+            self.assertEqual(VOLUMES, self.volumes('compute2', server))
+            raise self.migrations.error(1, 'No space left on device')
+
+        self.migrations.during = fail
+        self.fail_to_migrate(server)
+        self.assert_stayed(server)
+        self.migrations.during = lambda domain: None
+        self._live_migrate(server, host='compute2')
+        self.assert_moved(server, 'compute2', 'compute1')
+
+    def test_abort(self):
+        server = self.boot_with_all()
+
+        def abort(domain):
+            domain._job_type = fakelibvirt.VIR_DOMAIN_JOB_CANCELLED
+            raise self.migrations.error(78, 'canceled by client')
+
+        self.migrations.during = abort
+        self.fail_to_migrate(server)
+        self.assert_stayed(server)
+
+    def test_config_drive_cant_be_sent(self):
+        server = self.boot_with_all()
+
+        def fail(volume):
+            raise moves.exception.StorageTransferStalled(
+                volume=volume.name, where='there', seconds=60,
+                transferred=0, length=1)
+
+        self.pump.fail = fail
+        self.fail_to_migrate(server)
+        self.assertEqual([], self.migrations.params)
+        self.assert_stayed(server)
+
+    def test_destination_is_killed_before_it_cleans_up(self):
+        server = self.boot_with_all()
+        driver = self.computes['compute2'].manager.driver
+        real = driver._local_disks.abandon_live
+        driver._local_disks.abandon_live = lambda *args: None
+        self.migrations.during = self._fail
+        self.fail_to_migrate(server)
+        self.assertEqual(VOLUMES, self.volumes('compute2', server))
+        # The directory is there as well.
+        os.mkdir(self.instance_path('compute2', server))
+        driver._local_disks.abandon_live = real
+        self.migrations.during = lambda domain: None
+        self._live_migrate(server, host='compute2')
+        self.assert_moved(server, 'compute2', 'compute1')
+        self.assertEqual([], self.leftovers(server))
+
+    def _fail(self, domain):
+        raise self.migrations.error(1, 'I/O error')
+
+    def leftovers(self, server):
+        instance = moves.objects.Instance.get_by_uuid(
+            self.context, server['id'])
+        return storage_pools.metadata.InstanceDisks.load(
+            self.context, instance).leftovers
+
+    def test_source_is_killed_before_it_cleans_up(self):
+        server = self.boot_with_all()
+        driver = self.computes['compute1'].manager.driver
+        real = driver._local_disks.leave_live
+        driver._local_disks.leave_live = lambda *args: False
+        self._live_migrate(server, host='compute2')
+        driver._local_disks.leave_live = real
+        self.assertEqual(VOLUMES, self.volumes('compute1', server))
+        self.assertEqual({'compute1'}, {
+            host for host, _pool, _volume in self.leftovers(server)})
+        self._live_migrate(server, host='compute1')
+        self.assert_moved(server, 'compute1', 'compute2')
+        self.assertEqual([], self.leftovers(server))
+
+    def test_delete_afterwards(self):
+        server = self.boot_with_all()
+        self._live_migrate(server, host='compute2')
+        self.assert_deleted(server)
+
+
+class TestSharedPools(LiveTestBase):
+    """What both hosts see stays where it is."""
+
+    def setUp(self):
+        super().setUp()
+        self.shared = self.useFixture(fixtures.TempDir()).path
+        self.file_system = 'nfs4'
+        self.stub_out(
+            'nova.virt.libvirt.storage.live.file_systems.type_of',
+            lambda path: self.file_system)
+
+    def share(self, name, kinds):
+        """Have a pool that both hosts see, for some kinds of disks."""
+        for host, connection in self.connections.items():
+            connection.storagePoolDefineXML(
+                '<pool type="dir"><name>%s</name><target><path>%s</path>'
+                '</target></pool>' % (name, self.shared))
+            self.raw_pool(host, name).create()
+            self.set_option(host, 'storage_pool_mapping',
+                            dict.fromkeys(kinds, name))
+
+    def assert_shared(self, server, host, *names):
+        self.assertEqual(
+            list(names), self.volumes('compute1', server, 'shared'))
+        self.assertEqual(
+            {(host, 'ready', None)},
+            {(record.host, record.state, record.next)
+             for record in self.records(server).values()})
+
+    def boot_shared(self, *kinds):
+        self.share('shared', kinds)
+        return self.boot(ephemeral=1, swap=64)
+
+    def test_all(self):
+        server = self.boot_shared('root', 'ephemeral', 'swap', 'config')
+        self._live_migrate(server, host='compute2')
+        self.assert_shared(server, 'compute2', *VOLUMES)
+        (params,) = self.migrations.params
+        self.assertNotIn('migrate_disks', params)
+        self.assertEqual(0, params['flags'] & self.migrations.INCREMENTAL)
+        self._live_migrate(server, host='compute1')
+        self.assert_shared(server, 'compute1', *VOLUMES)
+        self.assert_deleted(server)
+
+    def test_failure(self):
+        server = self.boot_shared('root', 'ephemeral', 'swap', 'config')
+
+        def fail(domain):
+            raise self.migrations.error(1, 'I/O error')
+
+        self.migrations.during = fail
+        self.fail_to_migrate(server)
+        self.assert_shared(server, 'compute1', *VOLUMES)
+
+    def test_root_alone(self):
+        server = self.boot_shared('root')
+        self._live_migrate(server, host='compute2')
+        self.assert_shared(server, 'compute2', 'disk')
+        (params,) = self.migrations.params
+        self.assertEqual(2, len(params['migrate_disks']))
+        self.assertEqual(VOLUMES[1:], self.volumes('compute2', server))
+        self.assertEqual([], self.volumes('compute1', server))
+
+    def test_file_system_that_libvirt_takes_for_local(self):
+        server = self.boot_shared('root')
+        self.file_system = 'ext4'
+        self.assertRaises(
+            client.OpenStackApiException,
+            self._live_migrate, server, host='compute2')
+        self.assertIn('migrate the server cold', self.stdlog.logger.output)
+        self.assertEqual([], self.migrations.params)
+        self.assert_shared(server, 'compute1', 'disk')
+
+
+class TestLegacyDisks(test_storage_pools_transition.TransitionTestBase):
+    """Files become volumes while their guest runs."""
+
+    def setUp(self):
+        super().setUp()
+        self.migrations = self.useFixture(
+            libvirt_hosts.Migrations(self.connections))
+
+    def test_into_pools(self):
+        server = self.boot_legacy()
+        self._live_migrate(server, host='compute2')
+        records = self.records(server)
+        self.assertEqual(
+            {('libvirt-storage', 'compute2', 'ready', None)},
+            {(record.backend, record.host, record.state, record.next)
+             for record in records.values()})
+        self.assert_no_guest('compute1', server)
+        self.assertFalse(os.path.exists(
+            self.instance_path('compute1', server)))
+        # What a host generates is no base image on another one.
+        self.assertIsNotNone(
+            self.config_of('compute2', server, 'disk').backing_store)
+        self.assertIsNone(
+            self.config_of('compute2', server, 'disk.eph0').backing_store)
+        self._reboot_server(server, hard=True)
+        self.assert_moved('compute2', server)
+
+    def test_failure(self):
+        server = self.boot_legacy()
+
+        def fail(domain):
+            raise self.migrations.error(1, 'I/O error')
+
+        self.migrations.during = fail
+        self._live_migrate(server, 'error', 'ERROR', host='compute2',
+                           wait_for_fault_key=False)
+        self.assertEqual({'compute1'}, {
+            record.host for record in self.records(server).values()})
+        self.assertEqual([], self.volumes('compute2', server))
+        for name in test_storage_pools_transition.DISKS:
+            self.assertTrue(os.path.exists(self.legacy_path(server, name)))

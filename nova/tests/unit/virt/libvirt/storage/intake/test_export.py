@@ -1,0 +1,366 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""A real qemu-nbd, and clients that may and may not write to it."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import fixtures
+
+import nova.conf
+from nova import exception
+from nova import test
+from nova.virt.libvirt.storage.intake import export
+from nova.virt.libvirt.storage.intake import guard
+from nova.virt.libvirt.storage.intake import keys
+from nova.virt.libvirt.storage.intake import listener
+
+CONF = nova.conf.CONF
+
+SIZE = 1 << 20
+WHAT = 'volume it_disk of migration 7 from host source'
+
+
+def wait_for(condition, timeout=10):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError('%s after %d seconds' % (condition, timeout))
+        time.sleep(0.02)
+
+
+class Client:
+    """QEMU's own client, in a process; a line of commands at a time."""
+
+    def __init__(self, port, directory, secure=True):
+        image = 'driver=nbd,server.type=inet,server.host=127.0.0.1,'\
+            'server.port=%d' % port
+        tls = []
+        if secure:
+            image += ',tls-creds=tls'
+            tls = ['--object', 'tls-creds-psk,id=tls,endpoint=client,'
+                   'username=%s,dir=%s' % (keys.USERNAME, directory)]
+        self.process = subprocess.Popen(
+            ['qemu-io', *tls, '--image-opts', image], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT)
+
+    def do(self, *commands):
+        """:returns: what it has said in the end"""
+        return self.process.communicate(
+            ''.join(command + '\n' for command in commands), timeout=30)[0]
+
+    def begin(self, command):
+        """Do the first of several commands, and stay connected."""
+        self.process.stdin.write(command + '\n')
+        self.process.stdin.flush()
+
+
+class ExportTestBase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        for program in (export.PROGRAM, 'qemu-io'):
+            if shutil.which(program) is None:
+                self.skipTest('%s is not installed' % program)
+        self.directory = self.useFixture(fixtures.TempDir()).path
+        self.flags(state_path=self.directory)
+        self.path = self.make_file('volume')
+        self.exports = []
+        self.addCleanup(lambda: [found.end() for found in self.exports])
+
+    def make_file(self, name, length=SIZE):
+        path = os.path.join(self.directory, name)
+        with open(path, 'wb') as f:
+            f.truncate(length)
+        return path
+
+    def export(self, path=None, connections=1, has_aes=True):
+        found = export.Export(export.Order(
+            path or self.path, connections, has_aes, WHAT), '127.0.0.1')
+        self.exports.append(found)
+        return found
+
+    def client(self, found, key=None, **kwargs):
+        directory = self.useFixture(fixtures.TempDir()).path
+        with open(os.path.join(directory, 'keys.psk'), 'w') as f:
+            f.write('%s:%s\n' % (keys.USERNAME, key or found.key))
+        client = Client(found.port, directory, **kwargs)
+
+        def end():
+            client.process.kill()
+            client.process.communicate()
+        self.addCleanup(end)
+        return client
+
+    def content(self, offset=0, length=4):
+        with open(self.path, 'rb') as f:
+            f.seek(offset)
+            return f.read(length)
+
+    def pid(self, found):
+        return found._pid()
+
+    def is_gone(self, pid):
+        return not export._is_alive(pid)
+
+    def assert_untouched(self):
+        self.assertEqual((SIZE, b'\0' * SIZE),
+                         (os.path.getsize(self.path),
+                          self.content(length=2 * SIZE)))
+
+    def assert_logged(self, *texts):
+        wait_for(lambda: (
+            [found.is_running() for found in self.exports],
+            all(text in self.stdlog.logger.output for text in texts))[1])
+
+
+class ExportTestCase(ExportTestBase):
+
+    def test_write(self):
+        found = self.export()
+        self.assertIn('wrote 65536', self.client(found).do(
+            'write -P 5 64k 64k', 'flush'))
+        self.assertEqual(b'\5' * 4, self.content(65536))
+        # The last one has left.
+        wait_for(lambda: not found.is_running())
+        found.end()
+        self.assertEqual([], os.listdir(keys.root()))
+
+    def test_zeroes_become_holes(self):
+        found = self.export()
+        self.client(found).do('write -P 5 0 1M', 'write -z -u 0 512k',
+                              'flush')
+        wait_for(lambda: not found.is_running())
+        self.assertLessEqual(os.stat(self.path).st_blocks * 512, SIZE // 2)
+
+    def test_cipher_without_aes(self):
+        self.assertIn('wrote', self.client(self.export(has_aes=False)).do(
+            'write -P 5 0 4k'))
+
+    def test_length_that_is_no_multiple_of_a_sector(self):
+        self.path = self.make_file('odd', SIZE + 100)
+        found = self.export()
+        self.client(found).do('write -P 5 1M 512', 'flush')
+        found.end()
+        self.assertEqual(SIZE + 100, os.path.getsize(self.path))
+        self.assertEqual(b'\5' * 4, self.content(SIZE))
+
+    def test_key_is_nova_s_alone(self):
+        self.export()
+        (directory,) = keys.root().iterdir()
+        self.assertEqual(
+            [0o700, 0o700, 0o600],
+            [os.stat(path).st_mode & 0o777 for path in (
+                keys.root(), directory, directory / 'keys.psk')])
+
+    def test_no_delayed_acks(self):
+        with listener.listen('127.0.0.1', 1) as found:
+            self.assertTrue(found.getsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    def test_ports(self):
+        self.flags(storage_migration_nbd_port_min=50100,
+                   storage_migration_nbd_port_max=50101, group='libvirt')
+        self.assertEqual({50100, 50101}, {
+            self.export(self.make_file(name)).port for name in 'ab'})
+        e = self.assertRaises(exception.StorageIntakeError,
+                              self.export, self.make_file('c'))
+        self.assertIn('storage_migration_nbd_port_min', str(e))
+        self.assertEqual(2, len(os.listdir(keys.root())))
+
+    def test_address_of_another_host(self):
+        e = self.assertRaises(exception.StorageIntakeError, listener.listen,
+                              '192.0.2.7', 1)
+        self.assertIn('migration_inbound_addr', str(e))
+        e = self.assertRaises(exception.StorageIntakeError, listener.listen,
+                              'no such name', 1)
+        self.assertIn('migration_inbound_addr', str(e))
+
+    def test_files_that_are_not_for_it(self):
+        link = os.path.join(self.directory, 'link')
+        os.symlink(self.path, link)
+        second = self.make_file('second')
+        os.link(second, second + '.too')
+        for path in (link, second, self.directory, '/dev/null'):
+            e = self.assertRaises(exception.StorageIntakeError,
+                                  self.export, path)
+            self.assertIn('no file of nova\'s own', str(e))
+
+
+class EndTestCase(ExportTestBase):
+
+    def test_silence(self):
+        with fixtures.MonkeyPatch(
+                'nova.virt.libvirt.storage.intake.export.stall_timeout',
+                lambda: 1):
+            found = self.export()
+        pid = self.pid(found)
+        self.assert_logged('nobody has written for', WHAT)
+        self.assertTrue(self.is_gone(pid))
+
+    def test_guard_is_killed(self):
+        found = self.export()
+        pid = self.pid(found)
+        os.kill(found.guard.pid, signal.SIGKILL)
+        wait_for(lambda: self.is_gone(pid))
+        found.end()
+
+    def test_nova_compute_is_killed(self):
+        found = self.export()
+        pid = self.pid(found)
+        # which closes this
+        found.guard.stdin.close()
+        wait_for(lambda: self.is_gone(pid))
+
+    def test_guard_that_hangs(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.intake.export._END_TIMEOUT', 0.5))
+        found = self.export()
+        pid = self.pid(found)
+        os.kill(found.guard.pid, signal.SIGSTOP)
+        found.end()
+        self.assertTrue(self.is_gone(pid))
+
+    def test_program_that_does_not_start(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.intake.export.PROGRAM', 'no-such-nbd'))
+        found = self.export()
+        wait_for(lambda: not found.is_running())
+        self.assert_logged('no-such-nbd')
+
+
+class AttackTestCase(ExportTestBase):
+    """What somebody tries who reaches the port."""
+
+    def test_other_key(self):
+        found = self.export()
+        self.client(found, key='ab' * 32).do('write -P 66 0 4k')
+        self.assert_logged('port %d' % found.port, WHAT, 'TLS handshake')
+        self.assert_untouched()
+        # Who has the right one isn't kept out.
+        self.assertIn('wrote', self.client(found).do('write -P 5 0 4k'))
+
+    def test_key_of_another_disk(self):
+        found, other = self.export(), self.export(self.make_file('other'))
+        self.client(found, key=other.key).do('write -P 66 0 4k')
+        self.assert_logged('port %d' % found.port, 'TLS handshake')
+        self.assert_untouched()
+
+    def test_no_key(self):
+        found = self.export()
+        self.client(found, secure=False).do('write -P 66 0 4k')
+        self.assert_untouched()
+        self.assertTrue(found.is_running())
+
+    def test_key_that_was_used(self):
+        found = self.export()
+        source = self.client(found)
+        source.begin('write -P 5 0 4k')
+        wait_for(lambda: self.content() == b'\5' * 4)
+        found.connected()
+        self.client(found).do('write -P 66 0 4k')
+        self.assert_logged('TLS handshake failed')
+        self.assertEqual(b'\5' * 4, self.content())
+        # The connection that stands goes on.
+        self.assertIn('wrote', source.do('write -P 6 4k 4k', 'flush'))
+        self.assertEqual(b'\6' * 4, self.content(4096))
+
+    def test_writing_after_the_end(self):
+        found = self.export()
+        source = self.client(found)
+        source.begin('write -P 5 0 4k')
+        wait_for(lambda: self.content() == b'\5' * 4)
+        found.end()
+        source.do('write -P 66 0 4k', 'flush')
+        self.assertEqual(b'\5' * 4, self.content())
+
+    def test_more_than_there_is(self):
+        found = self.export()
+        client = self.client(found)
+        client.do('write -P 66 1M 64k', 'write -P 66 960k 128k',
+                  'truncate 64M', 'write -z 900k 1M', 'flush')
+        wait_for(lambda: not found.is_running())
+        self.assert_untouched()
+
+    def test_silent_connections(self):
+        with fixtures.MonkeyPatch(
+                'nova.virt.libvirt.storage.intake.export.stall_timeout',
+                lambda: 2):
+            found = self.export()
+        for _n in range(12):
+            silent = socket.create_connection(('127.0.0.1', found.port))
+            self.addCleanup(silent.close)
+        self.assert_logged('nobody has written for')
+        self.assertTrue(self.is_gone(self.pid(found)))
+        self.assert_untouched()
+
+    def test_malformed_nbd(self):
+        found = self.export()
+        for garbage in (b'\0' * 4096, b'\xff' * 4096, b'GET / HTTP/1.0\r\n',
+                        b'\0\0\0\3IHAVEOPT\0\0\0\5\xff\xff\xff\xff',
+                        b'\0\0\0\3IHAVEOPT\0\0\0\1\0\0\0\0'):
+            with socket.create_connection(
+                    ('127.0.0.1', found.port)) as bad:
+                bad.settimeout(5)
+                bad.recv(64)
+                bad.sendall(garbage)
+                bad.shutdown(socket.SHUT_WR)
+                try:
+                    while bad.recv(4096):
+                        pass
+                except OSError:
+                    pass
+        self.assert_logged('port %d' % found.port, WHAT)
+        self.assert_untouched()
+        self.assertIn('wrote', self.client(found).do('write -P 5 0 4k'))
+
+    def test_flood_of_errors(self):
+        found = self.export()
+        for _n in range(3 * guard._MOST_LINES):
+            with socket.create_connection(('127.0.0.1', found.port)) as bad:
+                bad.recv(64)
+                bad.sendall(b'\xff' * 64)
+        self.assertIn('wrote', self.client(found).do('write -P 5 0 4k'))
+        found.end()
+        self.assertLessEqual(
+            self.stdlog.logger.output.count(WHAT), guard._MOST_LINES + 1)
+
+    def test_other_files(self):
+        """What qemu-nbd could open, if somebody had taken it over."""
+        if not guard.can_confine():
+            self.skipTest('this kernel has no landlock')
+        secret = self.make_file('secret')
+
+        def command(path, key_directory, order):
+            return ['sh', '-c', 'cat %s && echo yes; echo no >> %s; '
+                    'cat %s >&2; printf it | dd of=%s conv=notrunc && '
+                    'echo written >&2; head -c 9 /etc/passwd >> %s' % (
+                        secret, secret, '/etc/passwd', path, path)]
+
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.intake.export.command', command))
+        found = self.export()
+        wait_for(lambda: not found.is_running())
+        said = self.stdlog.logger.output
+        for path in (secret, '/etc/passwd'):
+            self.assertRegex(said, r'%s: Permission denied' % path)
+        self.assertNotIn('root:', said)
+        self.assertIn('written', said)
+        self.assertEqual(SIZE, os.path.getsize(secret))
+        # It doesn't become larger either.
+        self.assertEqual((SIZE, b'it'), (os.path.getsize(self.path),
+                                         self.content(length=2)))

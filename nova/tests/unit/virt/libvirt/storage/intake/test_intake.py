@@ -1,0 +1,388 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""What a destination lets the source of a migration have done."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import ddt
+import fixtures
+from oslo_utils.fixture import uuidsentinel as uuids
+
+import nova.conf
+from nova import exception
+from nova import objects
+from nova.tests.unit.virt.libvirt.storage.move import two_hosts
+from nova.virt.libvirt.storage.intake import export
+from nova.virt.libvirt.storage.intake import intake
+from nova.virt.libvirt.storage.intake import keys
+from nova.virt.libvirt.storage.intake import reaper
+
+CONF = nova.conf.CONF
+
+POOL, BASES = two_hosts.POOL, two_hosts.BASES
+
+
+class IntakeTestBase(two_hosts.TwoHostsTestCase):
+    """The destination's service; disk is on its way to it."""
+
+    def setUp(self):
+        super().setUp()
+        self.flags(host='dest', state_path=self.useFixture(
+            fixtures.TempDir()).path)
+        self.flags(storage_migration_transport='nbd', group='libvirt')
+        self.stub_out('nova.virt.libvirt.storage.pool.setup.pool_names',
+                      lambda: [POOL])
+        self.instance.host = 'source'
+        self.migration.status = 'migrating'
+        self.migration.migration_type = 'migration'
+        self.useFixture(fixtures.MockPatch(
+            'nova.objects.Instance.get_by_uuid', autospec=True,
+            side_effect=lambda context, uuid, **kwargs: self.instance))
+        self.useFixture(fixtures.MockPatch(
+            'nova.objects.Migration.get_by_id_and_instance', autospec=True,
+            side_effect=self._migration))
+        self.stub_out('nova.objects.BlockDeviceMappingList.'
+                      'get_by_instance_uuid',
+                      lambda *args, **kwargs: self.bdms)
+        self.exports = []
+        self.useFixture(fixtures.MockPatchObject(
+            export, 'Export', side_effect=self._export))
+        self.useFixture(fixtures.MockPatchObject(
+            export, 'obstacle', return_value=None))
+        self.intake = intake.Intake(lambda: self.dest, lambda: '127.0.0.1')
+        self.name = self.volume_name('disk')
+        self.on_its_way('disk')
+
+    def on_its_way(self, name, **values):
+        record = self.disks.get(name)
+        record.host, record.state, record.migration_id = 'dest', 'building', 7
+        for key, value in values.items():
+            setattr(record, key, value)
+        self.disks.set(name, record)
+        self.disks.save(self.context)
+
+    def _migration(self, context, migration_id, instance_uuid):
+        if (migration_id, instance_uuid) != (7, uuids.instance):
+            raise exception.MigrationNotFoundForInstance(
+                migration_id=migration_id, instance_id=instance_uuid)
+        return self.migration
+
+    def _export(self, order, address):
+        found = mock.Mock(order=order, address=address, port=49216, key='key')
+        found.is_running.return_value = True
+        self.exports.append(found)
+        return found
+
+    def ask(self, what, migration_id=7, instance=None, host='source',
+            **arguments):
+        return self.intake.handle(
+            self.context, instance or self.instance,
+            objects.Migration(id=migration_id),
+            dict(arguments, do=what, host=host))
+
+    def refused(self, *args, **kwargs):
+        """Check that a request is refused, in the log, and nothing done."""
+        before = list(self.dest.log)
+        e = self.assertRaises(exception.StorageIntakeRefused,
+                              self.ask, *args, **kwargs)
+        self.assertEqual(before, self.dest.log)
+        self.assertIn('Refused for migration 7', self.stdlog.logger.output)
+        self.assertIn(e.kwargs['reason'], self.stdlog.logger.output)
+        return str(e)
+
+    def create(self, **arguments):
+        self.ask('create', **dict(dict(
+            pool=POOL, volume=self.name, length=1000, mode=0o644),
+            **arguments))
+
+    def open(self, **arguments):
+        return self.ask('open', **dict(dict(
+            pool=POOL, volume=self.name, connections=1, aes=False),
+            **arguments))
+
+    def place(self):
+        return {'pool': POOL, 'volume': self.name}
+
+
+class IntakeTestCase(IntakeTestBase):
+
+    def test_greet(self):
+        self.assertEqual(
+            {'obstacle': mock.ANY, 'aes': intake.cpu_has_aes()},
+            self.ask('greet'))
+
+    def test_host_that_takes_nothing_in(self):
+        self.create()
+        self.flags(storage_migration_transport='libvirt', group='libvirt')
+        self.assertIn('storage_migration_transport',
+                      self.ask('greet')['obstacle'])
+        self.assertRaises(exception.StorageIntakeError, self.open)
+        self.assertEqual([], self.exports)
+
+    def test_a_disk_s_way(self):
+        self.assertEqual(self.name, self.ask(
+            'free_name', pool=POOL, name=self.name, taken=[]))
+        self.create()
+        self.assertEqual({'address': '127.0.0.1', 'port': 49216,
+                          'username': 'nova', 'key': 'key'}, self.open())
+        (found,) = self.exports
+        self.assertEqual('/disks/' + self.name, found.order.path)
+        self.assertIn('migration 7 from host source', found.order.what)
+        self.ask('connected', **self.place())
+        found.connected.assert_called_once_with()
+        found.end.assert_not_called()
+        self.ask('close', **self.place())
+        found.end.assert_called_once_with()
+        self.ask('close', **self.place())
+        found.end.assert_called_once_with()
+
+    def test_aes_if_both_have_it(self):
+        with mock.patch.object(intake, 'cpu_has_aes', autospec=True,
+                               return_value=True):
+            self.create()
+            self.open(aes=True)
+        self.assertTrue(self.exports[0].order.has_aes)
+
+    def test_name_of_a_file_that_libvirt_does_not_know(self):
+        with mock.patch.object(two_hosts.Pool, 'file_names',
+                               return_value={self.name}):
+            self.assertEqual(self.name + '.2', self.ask(
+                'free_name', pool=POOL, name=self.name,
+                taken=[self.name + '.1']))
+
+    def test_base_image(self):
+        fname = 'ab' * 20
+        with mock.patch('nova.virt.libvirt.imagecache.get_cache_fname',
+                        return_value=fname):
+            self.assertFalse(self.ask('has', pool=BASES, name=fname))
+            self.dest.pools[BASES][fname] = {'length': 5, 'allocation': 5}
+            self.assertTrue(self.ask('has', pool=BASES, name=fname))
+            self.refused('has', pool=BASES, name='other')
+            self.assertEqual(
+                '%s.%s' % (fname, uuids.instance), self.ask(
+                    'free_name', pool=BASES, taken=[],
+                    name='%s.%s' % (fname, uuids.instance)))
+            self.refused('free_name', pool=BASES, taken=[], name=fname)
+
+    def test_pool_whose_volumes_are_no_files(self):
+        self.dest.types[POOL] = 'logical'
+        e = self.assertRaises(exception.MigrationPreCheckError, self.ask,
+                              'look', pool=POOL)
+        self.assertIn('no files', str(e))
+
+    def test_delete_ends_the_export_first(self):
+        self.create()
+        self.open()
+        self.exports[0].end.side_effect = lambda: self.assertIn(
+            self.name, self.dest.pools[POOL])
+        self.assertEqual([], self.ask('delete', places=[[POOL, self.name]]))
+        self.exports[0].end.assert_called_once_with()
+        self.assertEqual({}, self.dest.pools[POOL])
+
+    def test_leftovers_may_be_deleted(self):
+        self.dest.pools[POOL]['left'] = {'length': 5, 'allocation': 5}
+        self.note_left('dest', 'left')
+        self.migration.status = 'error'
+        self.assertEqual([], self.ask('delete', places=[[POOL, 'left']]))
+        self.assertEqual({}, self.dest.pools[POOL])
+
+    def test_hand_over_closes_all(self):
+        self.create()
+        self.open()
+        self.intake.close(objects.Instance(uuid=uuids.other))
+        self.exports[0].end.assert_not_called()
+        self.intake.close(self.instance)
+        self.exports[0].end.assert_called_once_with()
+
+    def test_hand_over_of_what_does_not_close(self):
+        self.create()
+        self.open()
+        self.exports[0].end.side_effect = exception.StorageIntakeError(
+            host='dest', reason='it does not end')
+        for _n in range(2):
+            self.assertRaises(exception.StorageIntakeError,
+                              self.intake.close, self.instance)
+
+    def test_what_has_ended_by_itself(self):
+        self.create()
+        self.open()
+        self.intake.look_after()
+        self.exports[0].end.assert_not_called()
+        self.exports[0].is_running.return_value = False
+        self.intake.look_after()
+        self.exports[0].end.assert_called_once_with()
+        self.open()
+
+    def test_port_that_answers(self):
+        address, port = self.ask('reach')
+        with socket.create_connection((address, port), timeout=5) as found:
+            self.assertEqual(b'', found.recv(1))
+
+
+@ddt.ddt
+class RefusalTestCase(IntakeTestBase):
+    """What a source has no right to, with whatever it has of Nova's."""
+
+    def test_migration_to_another_host(self):
+        self.migration.dest_compute = 'third'
+        self.assertIn('goes to host third', self.refused('greet'))
+
+    def test_migration_of_another_source(self):
+        self.assertIn("another host's", self.refused('greet', host='third'))
+        self.refused('greet', host=None)
+
+    def test_migration_of_another_instance(self):
+        self.assertRaises(
+            exception.MigrationNotFoundForInstance, self.ask, 'greet',
+            instance=objects.Instance(uuid=uuids.other))
+        self.assertRaises(exception.MigrationNotFoundForInstance,
+                          self.ask, 'greet', migration_id=8)
+
+    def test_migration_of_another_kind(self):
+        self.migration.migration_type = 'live-migration'
+        self.refused('greet')
+
+    @ddt.data('post-migrating', 'finished', 'confirmed', 'reverted', 'error')
+    def test_migration_that_is_over(self, status):
+        self.migration.status = status
+        for what in ('greet', 'reach'):
+            self.assertIn('is ' + status, self.refused(what))
+        self.refused('look', pool=POOL)
+        self.refused('open', connections=1, aes=True, **self.place())
+        self.refused('create', length=1, mode=0o644, **self.place())
+
+    def test_instance_that_has_come(self):
+        self.create()
+        self.instance.host = 'dest'
+        self.refused('open', connections=1, aes=True, **self.place())
+
+    def test_unknown_request(self):
+        for what in ('', 'start', '_open', None, 'handle'):
+            self.refused(what)
+
+    @ddt.data('other-pool', '../etc', '', 5, None)
+    def test_other_pools(self, pool):
+        self.refused('look', pool=pool)
+        self.refused('create', pool=pool, volume=self.name, length=1,
+                     mode=0o644)
+
+    @ddt.data('%s_disk' % uuids.other, '/etc/passwd', '../x', 'x', '', None,
+              '%s_' % uuids.instance, '%s_../x' % uuids.instance,
+              '%s_a/b' % uuids.instance, '%s_disk\n' % uuids.instance)
+    def test_other_volumes(self, name):
+        self.dest.pools[POOL][name] = {'length': 5, 'allocation': 5}
+        for what in ('create', 'open', 'connected', 'close'):
+            self.refused(what, pool=POOL, volume=name, length=1, mode=0o644,
+                         connections=1, aes=True)
+        self.refused('probe', pool=POOL, name=name)
+        self.refused('free_name', pool=POOL, name=name, taken=[])
+        self.refused('delete', places=[[POOL, name]])
+
+    def test_what_is_not_on_record_as_coming(self):
+        for name in ('disk.eph0', 'disk.new'):
+            volume = self.volume_name(name)
+            self.refused('create', pool=POOL, volume=volume, length=1,
+                         mode=0o644)
+            self.refused('open', pool=POOL, volume=volume, connections=1,
+                         aes=True)
+
+    def test_what_comes_by_another_migration(self):
+        self.on_its_way('disk', migration_id=6)
+        self.refused('create', length=1, mode=0o644, **self.place())
+
+    def test_disk_that_was_taken_over(self):
+        self.create()
+        self.on_its_way('disk', state='ready')
+        self.refused('open', connections=1, aes=True, **self.place())
+        self.refused('delete', places=[[POOL, self.name]])
+
+    def test_lengths(self):
+        longest = 2 * 1000 + (1 << 30)
+        self.create(length=longest)
+        self.dest.pools[POOL].clear()
+        for length in (longest + 1, 1 << 60, -1, '5', None, True):
+            self.refused('create', length=length, mode=0o644, **self.place())
+
+    def test_modes(self):
+        for mode in (0o777, 0o4755, None):
+            self.refused('create', length=5, mode=mode, **self.place())
+
+    def test_what_is_there_is_not_touched(self):
+        there = self.dest.pools[POOL]
+        there[self.name] = {'length': 5, 'allocation': 5}
+        self.assertRaises(exception.StorageVolumeExists, self.create)
+        self.assertEqual({'length': 5, 'allocation': 5}, there[self.name])
+
+    def test_opened_twice(self):
+        self.create()
+        self.open()
+        self.assertIn('open already', self.refused(
+            'open', connections=1, aes=True, **self.place()))
+
+    @ddt.data(0, 9, 10000, None, '1')
+    def test_connections(self, connections):
+        self.create()
+        self.refused('open', connections=connections, aes=True,
+                     **self.place())
+        self.assertEqual([], self.exports)
+
+    def test_connected_without_open(self):
+        self.refused('connected', **self.place())
+
+    def test_malformed_places(self):
+        for places in (None, 'x', [[POOL]], [[POOL, 5]], [5], [[[], {}]]):
+            self.refused('delete', places=places)
+
+
+class ReaperTestCase(two_hosts.TwoHostsTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.flags(state_path=self.useFixture(fixtures.TempDir()).path)
+
+    def test_nothing(self):
+        reaper.reap()
+
+    def test_keys(self):
+        directory = keys.KeyDirectory()
+        self.assertTrue(os.path.exists(directory.path))
+        reaper.reap()
+        self.assertEqual([], os.listdir(keys.root()))
+
+    def test_process(self):
+        if shutil.which(export.PROGRAM) is None:
+            self.skipTest('%s is not installed' % export.PROGRAM)
+        path = os.path.join(CONF.state_path, 'volume')
+        with open(path, 'wb') as f:
+            f.truncate(1 << 20)
+        directory = keys.KeyDirectory()
+        process = subprocess.Popen(
+            [export.PROGRAM, '-b', '127.0.0.1', '-p', '0', '-f', 'raw',
+             '--object', 'tls-creds-psk,id=tls,endpoint=server,dir=%s' %
+             directory.path, '--tls-creds', 'tls', path],
+            stderr=subprocess.DEVNULL)
+        other = subprocess.Popen([sys.executable, '-c', 'input()',
+                                  'dir=%s/x' % keys.root()],
+                                 stdin=subprocess.PIPE)
+        self.addCleanup(other.communicate)
+        time.sleep(0.2)
+        self.assertIsNone(process.poll())
+        reaper.reap()
+        self.assertEqual(-signal.SIGKILL, process.wait(5))
+        self.assertIsNone(other.poll())

@@ -1,0 +1,93 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""The storage pump into what a destination opens for it, both of them real."""
+
+import os
+
+from nova import exception
+from nova.tests.unit.virt.libvirt.storage.intake import test_export
+from nova.tests.unit.virt.libvirt.storage.pump import test_nbd
+from nova.virt.libvirt.storage.intake import keys
+from nova.virt.libvirt.storage.pump import transfer as pump
+
+MIB = 1 << 20
+
+
+class PumpTestCase(test_export.ExportTestBase, test_nbd.WorkerTestCase):
+
+    def opened(self, length, **kwargs):
+        self.path = self.make_file('new', length)
+        self.made = self.export(connections=pump.NBD_CONNECTIONS, **kwargs)
+        return pump.Export('127.0.0.1', self.made.port, '', keys.USERNAME,
+                           self.made.key)
+
+    def _test_copy(self, **kwargs):
+        # no multiple of a sector, with zeroes and a hole at the end
+        content = os.urandom(3 * MIB + 5) + bytes(MIB) + os.urandom(100)
+        length = len(content) + 70000
+        source = self.source(content, length)
+        target = self.opened(length, **kwargs)
+
+        def progress(done):
+            if not self.told:
+                self.made.connected()
+                self.assertEqual([], os.listdir(keys.root()))
+            self.told.append(done)
+
+        result = pump.copy(source, target, length, progress=progress)
+        self.assertEqual(length, self.told[-1])
+        self.made.end()
+        self.assertEqual(length, os.path.getsize(self.path))
+        with open(self.path, 'rb') as f:
+            self.assertEqual(content + bytes(70000), f.read())
+        self.assertLess(os.stat(self.path).st_blocks * 512, length)
+        found = pump.read(self.path_of(), length, key=result.key)
+        self.assertEqual(result.checksum, found.checksum)
+
+    def path_of(self):
+        return pump.Volume('qemu:///system', 'pool', self.path)
+
+    def test_copy(self):
+        self._test_copy()
+
+    def test_copy_without_aes(self):
+        self._test_copy(has_aes=False)
+
+    def test_key_that_is_gone(self):
+        target = self.opened(MIB)
+        self.made.connected()
+        e = self.assertRaises(
+            exception.StorageTransferError, pump.copy,
+            self.source(os.urandom(MIB)), target, MIB)
+        self.assertEqual(('destination', 'nbd'), (e.side, e.kind))
+        self.assertEqual(bytes(MIB), self.content(length=2 * MIB))
+
+    def test_volume_that_is_too_small(self):
+        target = self.opened(MIB)
+        self.assertRaises(
+            exception.StorageTransferError, pump.copy,
+            self.source(os.urandom(2 * MIB)), target, 2 * MIB)
+        self.made.end()
+        self.assertEqual(bytes(MIB), self.content(length=2 * MIB))
+
+    def test_volume_that_is_closed_in_the_midst(self):
+        content = os.urandom(8 * MIB)
+        target = self.opened(len(content))
+
+        def progress(done):
+            if done > MIB:
+                self.made.end()
+
+        self.assertRaises(
+            exception.StorageTransferError, pump.copy, self.source(content),
+            target, len(content), progress=progress, bandwidth=4 * MIB)
+        self.assertEqual(bytes(1024), self.content(len(content) - 1024, 1024))

@@ -1,0 +1,87 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+from unittest import mock
+
+import fixtures
+from oslo_utils.fixture import uuidsentinel as uuids
+
+from nova import exception
+from nova import objects
+from nova.tests.unit.virt.libvirt.storage.live import test_settle
+from nova.virt.libvirt.storage.live import by_hand
+
+
+class ByHandTestCase(test_settle.LiveTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.begin()
+        self.copy()
+        self.instance.task_state = None
+        self.instance.host = 'source'
+        mapping = objects.InstanceMapping(
+            cell_mapping=objects.CellMapping(uuid=uuids.cell))
+        for name, value in (
+                ('objects.InstanceMapping.get_by_instance_uuid', mapping),
+                ('objects.Instance.get_by_uuid', self.instance)):
+            self.stub_out('nova.' + name, mock.Mock(return_value=value))
+        self.mapping = mapping
+        self.node = self.useFixture(fixtures.MockPatch(
+            'nova.objects.ComputeNode.get_first_node_by_host_for_old_compat',
+            return_value=mock.Mock(hypervisor_hostname='node', id=9))).mock
+        cell = self.useFixture(fixtures.MockPatch(
+            'nova.context.target_cell')).mock
+        cell.return_value.__enter__.return_value = self.context
+        self.stub_out(
+            'nova.virt.libvirt.storage.records.metadata.InstanceDisks.load',
+            lambda cls, context, instance: self.load())
+
+    def end(self, moved):
+        return by_hand.end(self.context, uuids.instance, moved)
+
+    def test_moved(self):
+        self.assertEqual('dest', self.end(True))
+        self.assert_disks('dest')
+        self.assertEqual(4, len(self.left('source')))
+        self.assertEqual(('dest', 'node', 9), (
+            self.instance.host, self.instance.node,
+            self.instance.compute_id))
+        self.instance.save.assert_called_once_with()
+
+    def test_not_moved(self):
+        self.assertEqual('source', self.end(False))
+        self.assert_disks('source')
+        self.assertEqual(4, len(self.left('dest')))
+        self.instance.save.assert_not_called()
+        # A start goes on as ever.
+        self.guests = {}
+        self.settle('source')
+
+    def test_nothing_to_settle(self):
+        self.end(False)
+        e = self.assertRaises(exception.NoMigrationToSettle, self.end, True)
+        self.assertIn('on its way', str(e))
+
+    def test_another_operation_is_at_it(self):
+        self.instance.task_state = 'migrating'
+        e = self.assertRaises(exception.NoMigrationToSettle, self.end, True)
+        self.assertIn('migrating', str(e))
+        self.assert_disks('source', ('dest', 'building'))
+
+    def test_destination_has_no_compute(self):
+        self.node.side_effect = exception.ComputeHostNotFound(host='dest')
+        self.assertRaises(exception.ComputeHostNotFound, self.end, True)
+        self.assert_disks('source', ('dest', 'building'))
+
+    def test_instance_has_no_cell(self):
+        self.mapping.cell_mapping = None
+        self.assertRaises(exception.InstanceNotFound, self.end, True)

@@ -1,0 +1,125 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+from unittest import mock
+
+import ddt
+import fixtures
+
+from nova import exception
+from nova import objects
+from nova.objects import fields
+from nova import test
+from nova.tests.unit.virt.libvirt.storage.live import test_settle
+from nova.tests.unit.virt.libvirt.storage.move import two_hosts
+from nova.virt.libvirt.storage.live import file_systems
+from nova.virt.libvirt.storage.live import offer
+
+POOL = two_hosts.POOL
+KINDS = ('disk', 'disk.eph', 'disk.swap', 'disk.config')
+
+
+class OfferTestCase(test_settle.LiveTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.flags(host='dest')
+        self.make_probes = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pool.sharing.make_probes',
+            return_value=[[POOL, 'one'], ['other', 'two']])).mock
+
+    def make(self):
+        return offer.make(self.dest, self.instance, self.load(), '192.0.2.2')
+
+    def test_make(self):
+        self.assertEqual({
+            'dst_storage_pools': dict.fromkeys(KINDS, POOL),
+            'dst_storage_probes': {POOL: ['one'], 'other': ['two']},
+            'dst_storage_address': '192.0.2.2', 'dst_takes_legacy': True},
+            self.make())
+
+    def test_host_makes_legacy_disks(self):
+        self.flags(images_type='qcow2', group='libvirt')
+        self.assertFalse(self.make()['dst_takes_legacy'])
+        for name in test_settle.NAMES:
+            record = self.disks.get(name)
+            record.backend = fields.LibvirtDiskBackend.FLAT
+            record.pool = record.volume = None
+            self.disks.set(name, record)
+        self.disks.save(self.context)
+        self.assertEqual({}, self.make())
+
+    def test_pool_is_inactive(self):
+        self.dest.inactive.add(POOL)
+        error = self.assertRaises(
+            exception.MigrationPreCheckError, self.make)
+        self.assertIn('start storage pool', str(error))
+        self.make_probes.assert_not_called()
+
+    def test_probe_cant_be_made(self):
+        # Another host is tried.
+        self.make_probes.side_effect = exception.StoragePoolError(
+            pool=POOL, host='dest', reason='read-only', code=38)
+        error = self.assertRaises(
+            exception.MigrationPreCheckError, self.make)
+        self.assertIn('read-only', str(error))
+
+    def test_pool_takes_no_disks(self):
+        self.dest.types[POOL] = 'logical'
+        error = self.assertRaises(
+            exception.MigrationPreCheckError, self.make)
+        self.assertIn('logical', str(error))
+
+    def test_withdraw(self):
+        remove = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pool.sharing.remove_probes')).mock
+        offer.withdraw(self.dest, objects.LibvirtLiveMigrateData())
+        remove.assert_not_called()
+        offer.withdraw(
+            self.dest, objects.LibvirtLiveMigrateData(**self.make()))
+        remove.assert_called_once_with(
+            self.dest, [(POOL, 'one'), ('other', 'two')])
+
+
+@ddt.ddt
+class FileSystemsTestCase(test.NoDBTestCase):
+
+    MOUNTS = """\
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+40 22 0:35 / /mnt/my\\040pools rw shared:2 - nfs4 server:/export rw
+41 40 0:36 / /mnt/my\\040pools/a rw - fuse.glusterfs server:/vol rw
+42 22 0:37 / /mnt/b rw - xfs /dev/sdb rw
+43 22 0:38 / /mnt/b rw master:7 - ceph 192.0.2.1:/ rw
+"""
+
+    @ddt.data(('/var/lib/nova', 'ext4'), ('/mnt/my pools/disk', 'nfs4'),
+              ('/mnt/my pools/a/disk', 'fuse.glusterfs'),
+              ('/mnt/my pools/ab', 'nfs4'), ('/mnt/b', 'ceph'),
+              ('/mnt/bc', 'ext4'))
+    @ddt.unpack
+    def test_type_of(self, path, expected):
+        self.useFixture(fixtures.MonkeyPatch(
+            'builtins.open', fixtures_open(self.MOUNTS)))
+        self.assertEqual(expected, file_systems.type_of(path))
+
+    @ddt.data(('nfs', 9_000_000, True), ('ext4', 9_000_000, False),
+              ('fuse.glusterfs', 9_000_000, True),
+              ('fuse.sshfs', 9_000_000, False), ('', 9_000_000, True),
+              ('ext4', 10_008_000, True))
+    @ddt.unpack
+    def test_is_shared(self, kind, version, expected):
+        daemon = two_hosts.Daemon('source')
+        daemon.version = version
+        self.assertEqual(expected, file_systems.is_shared(kind, daemon))
+
+
+def fixtures_open(content):
+    return mock.mock_open(read_data=content)

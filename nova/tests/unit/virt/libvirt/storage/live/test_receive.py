@@ -1,0 +1,230 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+import os
+from unittest import mock
+
+import ddt
+from oslo_utils.fixture import uuidsentinel as uuids
+
+from nova import exception
+from nova.tests.unit.virt.libvirt.storage.live import test_plan
+from nova.tests.unit.virt.libvirt.storage.move import two_hosts
+from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage.live import receive
+from nova.virt.libvirt.storage.live import settle
+
+POOL, BASES = two_hosts.POOL, two_hosts.BASES
+BASE = imagecache.get_cache_fname(uuids.image)
+
+
+class ReceiveTestCase(test_plan.PlanTestCase):
+    """What dest does with what source has planned."""
+
+    def setUp(self):
+        super().setUp()
+        self.flags(host='source')
+        self.local.get_address = lambda: '192.0.2.1'
+        self.configs = []
+        create = two_hosts.Pool.create
+
+        def created(pool, config):
+            self.configs.append(config)
+            return create(pool, config)
+
+        self.stub_out(two_hosts.__name__ + '.Pool.create', created)
+        self.stub_out(two_hosts.__name__ + '.Pool.refresh',
+                      lambda pool, timeout=None: None)
+        self.available = {}
+        self.stub_out(
+            'nova.virt.libvirt.storage.pool.usage.measure',
+            lambda pool: ('device', 1 << 40, self.available.get(
+                pool.name, 1 << 40)))
+        self.stub_out(
+            'nova.virt.libvirt.imagebackend._get_base_format',
+            lambda path: 'raw')
+        self.instance.host = 'source'
+
+    def plan(self):
+        found = super().plan()
+        self.guests = {'source': 0}
+        return found
+
+    def receiver(self):
+        self.flags(host='dest')
+        local = mock.Mock(wraps=self.local, uri='dest:///')
+        local.get_connection.side_effect = lambda: self.dest
+        local.get_guest_config = lambda instance: (
+            mock.sentinel.guest if 'dest' in self.guests else None)
+        local.host = two_hosts.FakeHost(self.dest, self.source)
+        return receive.Receiver(
+            local, self.context, self.load(), self.data)
+
+    def receive(self):
+        self.cached = mock.Mock(return_value='/cache/' + BASE)
+        self.receiver().receive(self.cached)
+        return {disk.name: disk for disk in self.data.disks}
+
+
+@ddt.ddt
+class TestReceive(ReceiveTestCase):
+
+    def test_distinct_pools(self):
+        self.plan()
+        found = self.receive()
+        self.assertEqual(test_plan.test_settle.NAMES, self.ours(self.dest))
+        self.assert_disks('source', ('dest', 'building'))
+        self.assertEqual(
+            (POOL, self.volume_name('disk'),
+             '/dest/%s/%s' % (POOL, self.volume_name('disk'))),
+            (found['disk'].pool, found['disk'].volume, found['disk'].path))
+        sizes = {config.name: (config.capacity, config.target_format)
+                 for config in self.configs}
+        self.assertEqual((1 << 30, 'raw'), sizes[self.volume_name('disk')])
+        self.assertEqual((100, 'raw'), sizes[self.volume_name('disk.config')])
+        self.cached.assert_not_called()
+        # of what is sent, the plan has the length of the file
+        self.assertEqual(100, self.load().get('disk.config').next.size)
+
+    def test_on_record_before_it_is_there(self):
+        self.plan()
+        self.dest.fail['create'] = exception.StorageVolumeError(
+            pool=POOL, volume='v', host='dest', reason='full', code=1)
+        self.assertRaises(exception.StorageVolumeError, self.receive)
+        self.assert_disks('source', ('dest', 'building'))
+        self.assertEqual(1, len(self.saves))
+
+    def test_names_that_are_taken(self):
+        self.plan()
+        self.dest.pools[POOL][self.volume_name('disk')] = {'length': 7}
+        self.note_left('third', self.volume_name('disk.swap'))
+        found = self.receive()
+        self.assertEqual(
+            (self.volume_name('disk.1'), self.volume_name('disk.swap.1')),
+            (found['disk'].volume, found['disk.swap'].volume))
+        # What failed deletes its own, and no more.
+        settle.abandon(self.context, self.dest, self.load())
+        self.assertEqual(['disk'], self.ours(self.dest))
+
+    def test_overlay(self):
+        self.as_overlay('disk', BASE)
+        self.plan()
+        self.receive()
+        (config,) = [config for config in self.configs
+                     if config.name == self.volume_name('disk')]
+        self.assertEqual(
+            ('qcow2', '1.1', '/cache/' + BASE, 'raw'),
+            (config.target_format, config.compat, config.backing_store.path,
+             config.backing_store.format))
+        self.cached.assert_called_once_with()
+
+    def test_image_cant_be_had(self):
+        self.as_overlay('disk', BASE)
+        self.plan()
+        receiver = self.receiver()
+        self.assertRaises(
+            exception.StorageBaseImageMissing, receiver.receive,
+            mock.Mock(side_effect=exception.ImageNotFound(image_id='x')))
+
+    def test_image_that_glance_has_lost(self):
+        self.as_overlay('disk', BASE)
+        self.image_error = exception.ImageNotFound(image_id=uuids.image)
+        self.plan()
+        taken = self.useFixture(test_plan.fixtures.MockPatch(
+            'nova.virt.libvirt.storage.move.base_image.take')).mock
+        self.receive()
+        ((source, target, _length, _kwargs),) = self.copies
+        self.assertEqual(
+            ('qemu+tls://192.0.2.1/system', BASES, BASE), source)
+        self.assertEqual('dest:///', target.uri)
+        taken.assert_called_once()
+
+    def test_shared_pool(self):
+        self.source.pools[POOL]['probe'] = {'length': 1}
+        self.plan()
+        self.dest.pools[POOL] = self.source.pools[POOL]
+        self.receive()
+        self.assertEqual([], self.configs)
+        self.assert_disks('source', ('dest', 'ready'))
+
+    def test_preallocated(self):
+        self.flags(preallocate_images='space')
+        allocate = self.useFixture(test_plan.fixtures.MockPatch(
+            'nova.privsep.storage.allocate')).mock
+        self.plan()
+        self.receive()
+        self.assertEqual({1 << 30}, {
+            call.args[1] for call in allocate.call_args_list})
+
+
+@ddt.ddt
+class TestCheck(ReceiveTestCase):
+
+    def refused(self, *words):
+        error = self.assertRaises(
+            exception.MigrationPreCheckError, self.receiver().check)
+        for word in words:
+            self.assertIn(word, str(error))
+
+    def test_check(self):
+        self.plan()
+        self.receiver().check()
+        self.assertEqual([], self.dest.log)
+
+    @ddt.data(('name', '../disk'), ('name', 'disk.eph9'), ('size', 0),
+              ('format', 'vmdk'), ('format', 'qcow2'), ('base', 'x'),
+              ('base', BASE))
+    @ddt.unpack
+    def test_nothing_is_taken_on_trust(self, field, value):
+        self.plan()
+        disk = {disk.name: disk for disk in self.data.disks}['disk.eph0']
+        setattr(disk, field, value)
+        self.refused(field, 'dest')
+
+    def test_guest_is_here(self):
+        # Nothing may be deleted that it runs with.
+        self.plan()
+        self.note_left('dest', self.volume_name('disk'))
+        self.copy()
+        self.guests['dest'] = 0
+        self.refused('dest', 'settle_live_migration')
+        self.assertEqual([], self.dest.log)
+
+    def test_leftovers_of_an_earlier_one(self):
+        self.plan()
+        self.begin()
+        self.copy()
+        settle.evacuation.forget_next(disks := self.load())
+        disks.save(self.context)
+        directory = os.path.join(
+            two_hosts.CONF.instances_path, uuids.instance)
+        os.mkdir(directory)
+        self.receiver().check()
+        self.assertEqual([], self.ours(self.dest))
+        self.assertEqual([], self.load().leftovers)
+        self.assertFalse(os.path.exists(directory))
+
+    def test_directory_that_both_see(self):
+        self.plan()
+        self.note_left('dest', self.volume_name('disk'))
+        self.data.is_shared_instance_path = True
+        directory = os.path.join(
+            two_hosts.CONF.instances_path, uuids.instance)
+        os.mkdir(directory)
+        self.receiver().check()
+        self.assertTrue(os.path.exists(directory))
+
+    def test_no_room(self):
+        self.plan()
+        self.available[POOL] = 1000
+        self.refused('make room', '1000 bytes', '1050 are needed')
+        self.available[POOL] = 1050
+        self.receiver().check()

@@ -1,0 +1,289 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""Each row of the table of settle.py, and whoever is killed in it."""
+
+from unittest import mock
+
+import ddt
+from oslo_utils.fixture import uuidsentinel as uuids
+
+from nova.compute import task_states
+from nova import exception
+from nova import objects
+from nova.tests.fixtures import libvirt as fakelibvirt
+from nova.tests.unit.virt.libvirt.storage.move import two_hosts
+from nova.virt.libvirt import config as guest_config
+from nova.virt.libvirt import guest as libvirt_guest
+from nova.virt.libvirt.storage.live import settle
+from nova.virt.libvirt.storage.records import evacuation
+
+POOL = two_hosts.POOL
+NAMES = ['disk', 'disk.config', 'disk.eph0', 'disk.swap']
+
+
+class LiveTestCase(two_hosts.TwoHostsTestCase):
+    """An instance that runs on host source, on its way to host dest."""
+
+    def setUp(self):
+        super().setUp()
+        self.instance.task_state = task_states.MIGRATING
+        # by host, the job of the guest that is there
+        self.guests = {'source': fakelibvirt.VIR_DOMAIN_JOB_NONE}
+        self.stored = POOL
+        self.host.get_guest = self.get_guest
+
+    def get_guest(self, instance):
+        if two_hosts.CONF.host not in self.guests:
+            raise exception.InstanceNotFound(instance_id=instance.uuid)
+        guest = mock.Mock(spec=libvirt_guest.Guest)
+        guest.get_job_info.return_value = libvirt_guest.JobInfo(
+            type=self.guests[two_hosts.CONF.host])
+        devices = []
+        for name in NAMES:
+            disk = guest_config.LibvirtConfigGuestDisk()
+            disk.source_type, disk.source_pool = 'volume', self.stored
+            disk.source_volume = self.volume_name(name)
+            devices.append(disk)
+        guest.get_all_devices.side_effect = (
+            lambda from_persistent_config: devices)
+        return guest
+
+    def begin(self, state='building'):
+        """Have what dest has on record before it makes the first volume."""
+        disks = self.load()
+        for name, record in disks.items():
+            coming = record.obj_clone()
+            coming.host, coming.state, coming.next = 'dest', state, None
+            record.next = coming
+            disks.set(name, record)
+        disks.save(self.context)
+
+    def copy(self):
+        """Make the volumes on dest."""
+        for name in NAMES:
+            self.dest.pools[POOL][self.volume_name(name)] = {'length': 1}
+
+    def move_guest(self):
+        self.guests = {'dest': fakelibvirt.VIR_DOMAIN_JOB_NONE}
+
+    def settle(self, host):
+        self.flags(host=host)
+        settle.settle(self.context, self.host, self.load())
+
+    def assert_disks(self, host, going=None):
+        self.assertEqual(
+            {(host, 'ready', going)},
+            {(record.host, record.state,
+              record.next and (record.next.host, record.next.state))
+             for _name, record in self.load().items()})
+
+
+@ddt.ddt
+class SettleTestCase(LiveTestCase):
+
+    def test_nothing_to_settle(self):
+        self.host.get_guest = mock.Mock()
+        self.settle('source')
+        self.host.get_guest.assert_not_called()
+        self.assertEqual([], self.saves)
+
+    @ddt.data(fakelibvirt.VIR_DOMAIN_JOB_BOUNDED,
+              fakelibvirt.VIR_DOMAIN_JOB_UNBOUNDED)
+    def test_libvirt_is_still_at_it(self, job):
+        # With or without the compute service that has begun it.
+        self.begin()
+        self.copy()
+        self.guests = {'source': job}
+        self.settle('source')
+        self.assert_disks('source', ('dest', 'building'))
+        self.assertEqual([], self.left('dest'))
+
+    @ddt.data(fakelibvirt.VIR_DOMAIN_JOB_NONE,
+              fakelibvirt.VIR_DOMAIN_JOB_COMPLETED,
+              fakelibvirt.VIR_DOMAIN_JOB_FAILED,
+              fakelibvirt.VIR_DOMAIN_JOB_CANCELLED)
+    def test_it_has_failed_and_nobody_rolled_back(self, job):
+        self.begin()
+        self.copy()
+        self.guests = {'source': job}
+        self.settle('source')
+        self.assert_disks('source')
+        # The other host deletes them, which knows whether they are in use.
+        self.assertEqual(4, len(self.left('dest')))
+        self.assertEqual(NAMES, self.ours(self.dest))
+        self.assertIn('has failed', self.stdlog.logger.output)
+        # Twice comes to the same.
+        self.settle('source')
+        self.assertEqual(4, len(self.left('dest')))
+
+    def test_failed_with_a_shared_pool(self):
+        self.begin('ready')
+        self.settle('source')
+        self.assert_disks('source')
+        self.assertEqual([], self.load().leftovers)
+
+    def test_guest_has_gone_and_nobody_knows_where(self):
+        # The source's service was dead when libvirt ended the migration.
+        self.begin()
+        self.copy()
+        self.move_guest()
+        e = self.assertRaises(
+            exception.DisksMayBeElsewhere, self.settle, 'source')
+        self.assert_disks('source', ('dest', 'building'))
+        text = e.format_message()
+        for word in ('host dest', 'settle_live_migration', uuids.instance,
+                     '--moved', '--not-moved', self.volume_name('disk')):
+            self.assertIn(word, text)
+
+    def test_destination_was_killed_before_it_took_over(self):
+        self.begin()
+        self.copy()
+        self.move_guest()
+        self.settle('dest')
+        self.assert_disks('dest')
+        self.assertEqual(4, len(self.left('source')))
+
+    def test_guest_on_the_destination_is_not_the_one(self):
+        # It waits for the source's, or is of other disks.
+        self.begin()
+        self.guests['dest'] = fakelibvirt.VIR_DOMAIN_JOB_NONE
+        self.stored = 'other'
+        self.settle('dest')
+        self.assert_disks('source', ('dest', 'building'))
+
+    def test_no_guest_on_the_destination(self):
+        self.begin()
+        self.settle('dest')
+        self.assert_disks('source', ('dest', 'building'))
+
+    def test_third_host(self):
+        self.begin()
+        self.settle('third')
+        self.assert_disks('source', ('dest', 'building'))
+
+
+class EndsTestCase(LiveTestCase):
+    """What both hosts do when a migration ends as it should."""
+
+    def leave(self):
+        self.flags(host='source')
+        settle.leave(self.context, self.source, self.load())
+
+    def arrive(self):
+        self.flags(host='dest')
+        disks = self.load()
+        settle.arrived(disks)
+        disks.save(self.context)
+
+    def abandon(self):
+        self.flags(host='dest')
+        settle.abandon(self.context, self.dest, self.load())
+
+    def setUp(self):
+        super().setUp()
+        self.begin()
+        self.copy()
+
+    def test_success(self):
+        self.move_guest()
+        self.leave()
+        self.assert_disks('dest')
+        self.assertEqual([], self.ours(self.source))
+        self.arrive()
+        self.assert_disks('dest')
+        self.assertEqual(NAMES, self.ours(self.dest))
+        self.assertEqual([], self.load().leftovers)
+
+    def test_source_was_killed_before_it_cleaned_up(self):
+        self.move_guest()
+        self.arrive()
+        self.assert_disks('dest')
+        self.assertEqual(NAMES, self.ours(self.source))
+        self.assertEqual(4, len(self.left('source')))
+        # Before the next migration to it.
+        self.flags(host='source')
+        settle.clear_way(self.source, self.load())
+        self.assertEqual([], self.ours(self.source))
+
+    def test_source_cant_delete(self):
+        self.move_guest()
+        self.source.fail['delete'] = exception.StorageVolumeError(
+            volume='v', pool=POOL, host='source', reason='busy', code=1)
+        self.leave()
+        self.assert_disks('dest')
+        self.assertEqual(4, len(self.left('source')))
+        self.arrive()
+        self.assertEqual(4, len(self.left('source')))
+
+    def test_rollback(self):
+        self.abandon()
+        self.assert_disks('source')
+        self.assertEqual([], self.ours(self.dest))
+        self.assertEqual(NAMES, self.ours(self.source))
+        self.assertEqual([], self.load().leftovers)
+
+    def test_rollback_of_an_instance_that_was_deleted(self):
+        # Its records are gone. What the source says is not believed.
+        self.bdms = []
+        self.flags(host='dest')
+        self.dest.pools[POOL]['other'] = {'length': 1}
+        planned = [
+            objects.LibvirtLiveMigrateDiskInfo(
+                name=name, way=way, pool=POOL, volume=volume)
+            for name, way, volume in (
+                ('disk', 'mirror', self.volume_name('disk')),
+                ('disk.config', 'send', self.volume_name('disk.config')),
+                ('disk.swap', 'share', self.volume_name('disk.swap')),
+                ('disk.eph0', 'mirror', 'other'), ('x', 'mirror', None))]
+        settle.abandon(self.context, self.dest, self.load(), planned)
+        self.assertEqual(['disk.eph0', 'disk.swap', 'other'],
+                         self.ours(self.dest))
+        self.assertEqual([], self.saves[1:])
+
+    def test_rollback_cant_delete(self):
+        self.dest.fail['delete'] = exception.StorageVolumeError(
+            volume='v', pool=POOL, host='dest', reason='busy', code=1)
+        self.abandon()
+        self.assert_disks('source')
+        self.assertEqual(4, len(self.left('dest')))
+
+    def test_rollback_twice(self):
+        self.abandon()
+        self.abandon()
+        self.assert_disks('source')
+
+    def _share(self):
+        evacuation.forget_next(self.load())
+        self.dest.pools = self.source.pools
+        self.begin('ready')
+
+    def test_success_in_a_shared_pool(self):
+        self._share()
+        self.move_guest()
+        self.leave()
+        self.arrive()
+        self.assert_disks('dest')
+        self.assertEqual(NAMES, self.ours(self.source))
+        self.assertEqual([], self.load().leftovers)
+
+    def test_rollback_in_a_shared_pool(self):
+        self._share()
+        self.abandon()
+        self.assert_disks('source')
+        self.assertEqual(NAMES, self.ours(self.source))
+        self.assertEqual([], self.load().leftovers)
+
+    def test_broken_record(self):
+        self.bdms[0].driver_info = 'broken'
+        self.arrive()
+        self.assertIn('broken', self.bdms[0].driver_info)
+        self.assertIn('not', self.stdlog.logger.output)

@@ -1,0 +1,219 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""Which way disks go, and what is said where there is none."""
+
+import contextlib
+
+import ddt
+
+import nova.conf
+from nova import exception
+from nova.tests.unit.virt.libvirt.storage.move import test_move
+from nova.tests.unit.virt.libvirt.storage.move import test_peers
+from nova.virt.libvirt.storage.move import destination
+from nova.virt.libvirt.storage.move import peer_libvirt
+from nova.virt.libvirt.storage.move import peer_service
+from nova.virt.libvirt.storage.move import source
+from nova.virt.libvirt.storage.move import undo
+from nova.virt.libvirt.storage.pump import transfer as pump
+
+CONF = nova.conf.CONF
+
+POOL = test_peers.POOL
+
+
+@ddt.ddt
+class TransportTestCase(test_peers.ServicePeerBase,
+                        test_move.OutgoingTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.make_peer()
+        self.use('auto')
+        self.make_offer()
+
+    def use(self, transport):
+        self.flags(storage_migration_transport=transport, group='libvirt')
+
+    def peer(self):
+        outgoing = self.outgoing()
+        outgoing.check()
+        with outgoing:
+            return outgoing.departure.peer
+
+    @ddt.data('auto', 'nbd')
+    def test_over_nbd(self, transport):
+        self.use(transport)
+        self.assertIsInstance(self.peer(), peer_service.ServicePeer)
+        # No libvirt of a peer
+        self.assertEqual([], self.host.uris)
+
+    def test_by_libvirt(self):
+        self.use('libvirt')
+        self.assertIsInstance(self.peer(), peer_libvirt.LibvirtPeer)
+        self.rpc.assert_not_called()
+
+    def answer_too_old(self):
+        self.answers['greet'] = exception.UnsupportedRPCVersion(
+            api='take_in_disks', required='6.6')
+
+    def test_what_can_not_go_over_nbd_goes_by_libvirt(self):
+        self.answer_too_old()
+        self.assertIsInstance(self.peer(), peer_libvirt.LibvirtPeer)
+        self.assertIn('can not go to host dest by nbd',
+                      self.stdlog.logger.output)
+
+    def test_nbd_alone(self):
+        self.use('nbd')
+        self.answer_too_old()
+        self.assertIn('upgrade the compute service on host dest',
+                      self.refused())
+        self.assertEqual([], self.host.uris)
+
+    def test_no_way(self):
+        self.answer_too_old()
+        self.host.peer = ValueError('no trust')
+        told = self.refused()
+        self.assertIn('choose another host, or mend one of the two ways',
+                      told)
+        self.assertIn('Over NBD: upgrade the compute service', told)
+        self.assertIn('no trust', told)
+
+    def test_destination_that_is_set_to_libvirt(self):
+        self.use('nbd')
+        with self._set_to_libvirt():
+            self.assertIn('storage_migration_transport', self.refused())
+
+    @contextlib.contextmanager
+    def _set_to_libvirt(self):
+        answer = {'obstacle': None, 'aes': True}
+        self.use('libvirt')
+        answer['obstacle'] = self.intake.obstacle()
+        self.use('nbd')
+        self.answers['greet'] = answer
+        yield
+
+    def test_same_host(self):
+        self.migration.dest_compute = 'source'
+        outgoing = self.outgoing(same_host=True)
+        outgoing.check()
+        self.assertIsInstance(outgoing.departure.peer,
+                              peer_libvirt.LibvirtPeer)
+        self.assertEqual(([], []), (self.asked(), self.host.uris))
+
+
+class MoveTestCase(test_peers.ServicePeerBase, test_move.OutgoingTestCase):
+    """A move over NBD, of which the pump is played."""
+
+    def setUp(self):
+        super().setUp()
+        self.make_peer()
+        self.flags(storage_migration_transport='nbd', group='libvirt')
+        self.make_offer()
+        self.opened = {}
+        self.answers['close'] = ()
+
+    def take_in_disks(self, context, instance, migration, request):
+        if request['do'] == 'open':
+            port = 49216 + len(self.opened)
+            self.opened[port] = (request['pool'], request['volume'])
+            return {'address': '192.0.2.2', 'port': port,
+                    'username': 'nova', 'key': 'key %d' % port}
+        if request['do'] == 'connected':
+            return
+        return super().take_in_disks(context, instance, migration, request)
+
+    def pump_copy(self, source_, export, length, **kwargs):
+        if isinstance(export, pump.Volume):
+            return super().pump_copy(source_, export, length, **kwargs)
+        pool, name = self.opened[export.port]
+        self.assertEqual('key %d' % export.port, export.key)
+        return super().pump_copy(
+            source_, pump.Volume('qemu+tls://192.0.2.2/system', pool, name),
+            length, **kwargs)
+
+    def test_move(self):
+        self.move()
+        self.assertEqual({name: ('building', 'dest', name, 'source')
+                          for name in test_move.AT_SOURCE}, self.places())
+        self.assertEqual(test_move.COPIED, self.ours(self.dest))
+        self.assertEqual([], self.host.uris)
+        asked = self.asked()
+        self.assertEqual([3, 3, 3], [asked.count(what) for what in (
+            'open', 'connected', 'close')])
+        for name in test_move.COPIED:
+            self.assertIsNone(self.load().get(name).expected.address)
+
+    def come_wrong(self, transport):
+        self.flags(storage_migration_transport=transport, group='libvirt')
+        self.move()
+        self.dest.pools[POOL][self.volume_name('disk')]['content'] = 'bad'
+        self.flags(host='dest')
+        self.copies.clear()
+        return destination.accept(
+            self.context, self.instance, self.load(), self.dest, 'dest:///',
+            self.cache_base)
+
+    def test_disk_that_has_come_wrong(self):
+        self.assertRaises(exception.StorageTransferMismatch,
+                          self.come_wrong, 'nbd')
+        # It would be by libvirt.
+        self.assertEqual([], self.copies)
+
+    def test_disk_that_has_come_wrong_if_libvirt_is_allowed(self):
+        self.assertTrue(self.come_wrong('auto'))
+        source_ = self.copies[0][0]
+        self.assertEqual('qemu+tls://192.0.2.1/system', source_.uri)
+
+    def test_copy_that_fails(self):
+        self.copy_error = exception.StorageTransferCancelled(
+            volume='v', where='w', length=1, transferred=0)
+        self.assertRaises(exception.StorageTransferCancelled, self.move)
+        self.assertEqual(test_move.AT_SOURCE, self.places())
+        self.assertEqual([], self.ours(self.dest))
+        self.nothing_of_a_move()
+        self.assertEqual([], self.host.uris)
+
+    def test_destination_that_falls_silent(self):
+        self.copy_error = exception.StorageTransferCancelled(
+            volume='v', where='w', length=1, transferred=0)
+        self.answers['delete'] = exception.StorageIntakeError(
+            host='dest', reason='it is gone')
+        self.assertRaises(exception.StorageTransferCancelled, self.move)
+        self.assertEqual(test_move.AT_SOURCE, self.places())
+        # once, and the next offer deletes them
+        self.assertEqual(1, self.asked().count('delete'))
+        self.assertEqual(test_move.COPIED, sorted(
+            volume.split('_')[1] for _pool, volume in self.left('dest')))
+        self.answers.pop('delete')
+        self.make_offer()
+        self.assertEqual([], self.ours(self.dest))
+
+    def test_source_was_killed(self):
+        self.move()
+        self.disks = self.load()
+        self.migration.status = 'error'
+        source.abandon(self.context, self.host, self.instance,
+                       self.migration, self.disks)
+        self.assertEqual(test_move.AT_SOURCE, self.places())
+        self.assertEqual([], self.ours(self.dest))
+        self.assertEqual([], self.host.uris)
+
+    def test_auto_deletes_by_what_is_there(self):
+        self.flags(storage_migration_transport='auto', group='libvirt')
+        self.answers['delete'] = exception.UnsupportedRPCVersion(
+            api='take_in_disks', required='6.6')
+        self.dest.pools[POOL]['it'] = {'length': 1, 'allocation': 1}
+        undo.delete_at_peer(None, self.host, self.disks, self.migration,
+                            [(POOL, 'it')])
+        self.assertEqual({}, self.dest.pools[POOL])
+        self.assertEqual([], self.left('dest'))

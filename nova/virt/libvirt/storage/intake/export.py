@@ -1,0 +1,281 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""One disk that is taken in: a qemu-nbd which serves its file, once.
+
+Knows a file, and nothing of pools, instances or migrations. What its exit
+status says is nothing: whether the content is right is told by its checksum.
+"""
+
+import dataclasses
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+import time
+import typing as ty
+
+from oslo_log import log as logging
+from oslo_serialization import jsonutils
+
+import nova.conf
+from nova import exception
+from nova.i18n import _
+from nova.virt.libvirt.storage.intake import keys
+from nova.virt.libvirt.storage.intake import listener
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+_GUARD = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'guard.py')
+PROGRAM = 'qemu-nbd'
+
+# GnuTLS prefers ChaCha20 with a pre-shared key, for which a CPU with AES
+# instructions takes three times as long. TLS 1.2 has no good cipher here.
+_TLS = 'NORMAL:-VERS-ALL:+VERS-TLS1.3'
+_AES = ':-CIPHER-ALL:+AES-128-GCM'
+
+# What a program needs to start, and GnuTLS to know its host's policy.
+_READABLE = ('/usr', '/bin', '/lib', '/lib64', '/etc/ld.so.cache',
+             '/etc/gnutls', '/etc/crypto-policies', '/etc/localtime',
+             '/dev/urandom')
+
+# Seconds for the guard to start qemu-nbd, and to end it.
+_START_TIMEOUT = 20
+_END_TIMEOUT = 10
+# A raw image has whole sectors for QEMU, which enlarges the file to them.
+_SECTOR = 512
+# Beside the source's own: who has no key can hold a connection, too.
+_MORE_CONNECTIONS = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What is to be taken in.
+
+    :ivar path: of the file, which is new and this user's
+    :ivar connections: how many the source opens
+    :ivar has_aes: whether both CPUs have instructions for AES
+    :ivar what: what it is, for the log
+    """
+    path: str
+    connections: int
+    has_aes: bool
+    what: str
+
+
+def obstacle() -> str | None:
+    """What keeps this host from taking disks in; None if nothing does."""
+    if shutil.which(PROGRAM) is None:
+        return _("install qemu-nbd (on Debian in package qemu-utils): it "
+                 "isn't there")
+    return None
+
+
+def check(address: str) -> None:
+    """Check that a disk could be taken in now.
+
+    :param address: on which this host is reached
+    :raises: exception.StorageIntakeError
+    """
+    reason = obstacle()
+    if reason:
+        raise exception.StorageIntakeError(host=CONF.host, reason=reason)
+    listener.listen(address, 1).close()
+
+
+def stall_timeout() -> float:
+    """Seconds without any work after which an export is ended."""
+    return CONF.libvirt.storage_migration_stall_timeout
+
+
+def command(path: str, key_directory: str, order: Order) -> list[str]:
+    """The command line of qemu-nbd.
+
+    The format is always raw: a file of qcow2 travels as its bytes, and
+    nothing is probed.
+    """
+    return [
+        PROGRAM, '--format', 'raw', '--cache', 'writeback', '--aio',
+        'threads', '--discard', 'unmap', '--detect-zeroes', 'off',
+        '--shared', str(order.connections + _MORE_CONNECTIONS),
+        '--object', 'tls-creds-psk,id=tls,endpoint=server,dir=%s,priority=%s'
+        % (key_directory, _TLS + (_AES if order.has_aes else '')),
+        '--tls-creds', 'tls', path]
+
+
+class Export:
+    """A qemu-nbd from its start to its end.
+
+    :param order: an Order
+    :param address: on which it listens
+    :ivar port: of that
+    :ivar key: what the source must know
+    :raises: exception.StorageIntakeError
+    """
+
+    def __init__(self, order: Order, address: str):
+        self.order = order
+        self.length = _check_file(order.path)
+        self._answers: list[dict] = []
+        self._unread = b''
+        self._lock = threading.RLock()
+        self._keys = keys.KeyDirectory()
+        self.key = self._keys.key
+        # a subprocess.Popen; None before its start and after its end
+        self.guard: ty.Any = None
+        try:
+            with listener.listen(
+                    address, order.connections + _MORE_CONNECTIONS) as found:
+                self.port = listener.port_of(found)
+                self._start(found)
+        except Exception:
+            self.end()
+            raise
+
+    def _start(self, listening):
+        # -s and -E: nothing of the user's or of the environment's
+        self.guard = subprocess.Popen(
+            [sys.executable, '-s', '-E', _GUARD], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd='/',
+            pass_fds=(listening.fileno(),), start_new_session=True, env={})
+        os.set_blocking(self.guard.stdout.fileno(), False)
+        longest = -(-self.length // _SECTOR) * _SECTOR
+        os.writev(self.guard.stdin.fileno(), [jsonutils.dump_as_bytes({
+            'command': command(self.order.path, self._keys.path, self.order),
+            'socket': listening.fileno(), 'writable': self.order.path,
+            'readable': [*_READABLE, self._keys.path],
+            'longest': max(longest, _SECTOR),
+            'stall': stall_timeout()}), b'\n'])
+        deadline = time.monotonic() + _START_TIMEOUT
+        while not self._answers and time.monotonic() < deadline and (
+                self.guard.poll() is None):
+            time.sleep(0.01)
+            self._read()
+        if not self._answers or 'pid' not in self._answers[0]:
+            raise exception.StorageIntakeError(host=CONF.host, reason=_(
+                "see nova-compute's log there: %(program)s for %(what)s "
+                "could not be started") % {
+                    'program': PROGRAM, 'what': self.order.what})
+        if not self._answers[0]['confined']:
+            LOG.info('This kernel has no landlock: %s is held by the rights '
+                     'of its user alone', PROGRAM)
+
+    def _read(self):
+        """Take what the guard says, and log it."""
+        data = bytearray(1 << 16)
+        while True:
+            try:
+                # Not os.read(): eventlet's waits for more.
+                length = os.readv(self.guard.stdout.fileno(), [data])
+            except BlockingIOError:
+                return
+            if not length:
+                return
+            *lines, self._unread = (
+                self._unread + data[:length]).split(b'\n')
+            for line in lines:
+                self._take(line)
+
+    def _take(self, line):
+        try:
+            message = dict(jsonutils.loads(line))
+        except (TypeError, ValueError):
+            # the interpreter's last words
+            message = {'said': line.decode(errors='replace')}
+        self._answers.append(message)
+        if 'said' in message:
+            LOG.warning('%(program)s for %(what)s, port %(port)d: %(said)s',
+                        {'program': PROGRAM, 'what': self.order.what,
+                         'port': self.port, 'said': message['said']})
+        elif message.get('why') == 'stalled':
+            LOG.error('%(program)s for %(what)s, port %(port)d, was ended: '
+                      'nobody has written for %(seconds)d seconds',
+                      {'program': PROGRAM, 'what': self.order.what,
+                       'port': self.port, 'seconds':
+                       CONF.libvirt.storage_migration_stall_timeout})
+
+    def connected(self) -> None:
+        """Let nobody connect any more: the source's connections stand."""
+        self._keys.remove()
+
+    def is_running(self) -> bool:
+        """Whether somebody may write to the file yet; logs what was said."""
+        with self._lock:
+            if self.guard is None:
+                return False
+            is_running = self.guard.poll() is None
+            # It says why before it ends.
+            self._read()
+            return is_running
+
+    def end(self) -> None:
+        """See to it that nobody writes to the file. Twice is fine.
+
+        :raises: exception.StorageIntakeError if it can't be ended
+        """
+        with self._lock:
+            self._keys.remove()
+            if self.guard is not None:
+                self._end()
+
+    def _end(self):
+        if not self.guard.stdin.closed:
+            self.guard.stdin.close()
+        deadline = time.monotonic() + _END_TIMEOUT
+        while self.is_running() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if self.is_running():
+            # The kernel kills qemu-nbd with it.
+            self.guard.kill()
+            self.guard.wait()
+            _wait_for_end(self._pid(), self.order.what)
+        self.guard.stdout.close()
+        self.guard = None
+        # QEMU may have enlarged it to whole sectors.
+        if os.path.getsize(self.order.path) > self.length:
+            os.truncate(self.order.path, self.length)
+
+    def _pid(self):
+        return next((answer['pid'] for answer in self._answers
+                     if 'pid' in answer), None)
+
+
+def _wait_for_end(pid, what):
+    deadline = time.monotonic() + _END_TIMEOUT
+    while pid and _is_alive(pid):
+        if time.monotonic() > deadline:
+            raise exception.StorageIntakeError(host=CONF.host, reason=_(
+                "do not start the server: process %(pid)d, which writes to "
+                "%(what)s, does not end") % {'pid': pid, 'what': what})
+        time.sleep(0.01)
+
+
+def _is_alive(pid):
+    try:
+        with open('/proc/%d/stat' % pid) as f:
+            # It may have nobody yet who asks for its exit status.
+            return f.read().rpartition(')')[2].split()[0] not in 'ZX'
+    except OSError:
+        return False
+
+
+def _check_file(path):
+    """Return the length of a file that may be written to."""
+    found = os.stat(path, follow_symlinks=False)
+    if (not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or
+            found.st_uid != os.geteuid()):
+        raise exception.StorageIntakeError(host=CONF.host, reason=_(
+            "choose another storage pool: %s is no file of nova's own") %
+            path)
+    return found.st_size

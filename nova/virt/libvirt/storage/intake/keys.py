@@ -1,0 +1,62 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""Directories with a key, one for each disk that is taken in.
+
+GnuTLS reads the key file at every handshake: as long as it is there, who has
+the key may connect. So it goes as soon as the source's connections stand.
+"""
+
+import os
+import pathlib
+import secrets
+import shutil
+import tempfile
+
+from oslo_log import log as logging
+
+import nova.conf
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+# As QEMU's tls-creds-psk wants it.
+_FILE = 'keys.psk'
+USERNAME = 'nova'
+
+
+def root() -> pathlib.Path:
+    """The directory that all of them are in."""
+    return pathlib.Path(CONF.state_path, 'storage-intake')
+
+
+class KeyDirectory:
+    """A new key in a directory that this user alone can enter.
+
+    :ivar key: 256 random bits in hexadecimal digits
+    :ivar path: of the directory
+    """
+
+    def __init__(self):
+        root().mkdir(mode=0o700, exist_ok=True)
+        self.path = tempfile.mkdtemp(prefix='key-', dir=root())
+        self.key = secrets.token_hex(32)
+        with os.fdopen(os.open(
+                os.path.join(self.path, _FILE),
+                os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'w') as f:
+            f.write('%s:%s\n' % (USERNAME, self.key))
+
+    def remove(self) -> None:
+        """Let nobody connect with this key any more. Twice is fine."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if os.path.exists(self.path):
+            LOG.error('Remove directory %s: it has the key of a disk that '
+                      'was taken in', self.path)

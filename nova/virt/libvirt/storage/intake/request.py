@@ -1,0 +1,221 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""Whether what a source asks for is its to ask; nothing is done here.
+
+What comes by RPC is believed as little as possible: the instance, the
+migration and the records of the disks are read from the database, and what is
+asked has to agree with them.
+"""
+
+import dataclasses
+import re
+import typing as ty
+
+from oslo_log import log as logging
+from oslo_utils import units
+
+import nova.conf
+from nova import exception
+from nova.i18n import _
+from nova import objects
+from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage.pool import setup
+from nova.virt.libvirt.storage.records import leftovers
+from nova.virt.libvirt.storage.records import metadata
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+# Of a migration whose disks may be checked and copied. "cancelling" is what an
+# operator makes of "migrating", see move/cancel.py.
+_UNDER_WAY = ('pre-migrating', 'migrating', 'cancelling')
+
+# A file of qcow2 is longer than what the guest sees, and holds what the guest
+# has discarded.
+_LONGEST = 2
+_LONGEST_MORE = units.Gi
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a source asks for, as the database has it.
+
+    :ivar context: an admin's
+    :ivar instance: the Instance
+    :ivar migration: the Migration
+    :ivar what: what is to be done, e.g. ``create``
+    :ivar arguments: as they came
+    """
+    context: ty.Any
+    instance: ty.Any
+    migration: ty.Any
+    what: str
+    arguments: dict[str, ty.Any]
+
+    def __str__(self):
+        return '%s for migration %s of server %s' % (
+            self.what, self.migration.id, self.instance.uuid)
+
+    def refused(self, reason: str) -> exception.StorageIntakeRefused:
+        """Log a refusal, and return it to be raised."""
+        LOG.warning('Refused for migration %(migration)s of host %(source)s: '
+                    '%(what)s: %(reason)s', {
+                        'migration': self.migration.id, 'what': self.what,
+                        'source': self.migration.source_compute,
+                        'reason': reason}, instance=self.instance)
+        return exception.StorageIntakeRefused(
+            host=CONF.host, what=self.what, reason=reason,
+            instance_uuid=self.instance.uuid)
+
+    def get(self, name: str, kind: type):
+        """An argument of a type.
+
+        :raises: exception.StorageIntakeRefused
+        """
+        value = self.arguments.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool) != (
+                kind is bool):
+            raise self.refused(_("argument %(name)s is %(value).50r") % {
+                'name': name, 'value': value})
+        return value
+
+    # What is done while the migration is under way
+
+    def check_under_way(self) -> None:
+        """:raises: exception.StorageIntakeRefused"""
+        if self.migration.status not in _UNDER_WAY:
+            raise self.refused(_("the migration is %s") %
+                               self.migration.status)
+        if self.instance.host != self.migration.source_compute:
+            raise self.refused(_("the server is on host %s") %
+                               self.instance.host)
+
+    def pool(self) -> str:
+        """The name of a pool in which disks of the instance may come.
+
+        :raises: exception.StorageIntakeRefused
+        """
+        name = self.get('pool', str)
+        if name not in setup.pool_names() and (
+                name != CONF.libvirt.storage_base_images_pool):
+            raise self.refused(_("nothing is taken into storage pool %.80r") %
+                               name)
+        return name
+
+    def volume(self) -> str:
+        """The name of a volume of the instance in pool().
+
+        :raises: exception.StorageIntakeRefused
+        """
+        return self.check_name('volume')
+
+    def check_name(self, argument: str) -> str:
+        """A volume's name that is the instance's to have in pool().
+
+        :raises: exception.StorageIntakeRefused
+        """
+        name, uuid = self.get(argument, str), self.instance.uuid
+        if self.pool() == CONF.libvirt.storage_base_images_pool:
+            wanted = re.escape('%s.%s' % (self.base(), uuid))
+        else:
+            wanted = re.escape(uuid + '_') + r'[A-Za-z0-9][A-Za-z0-9._-]{,99}'
+        if not re.fullmatch(wanted, name, re.ASCII):
+            raise self.refused(_("volume %.120r is none of this server's") %
+                               name)
+        return name
+
+    def base(self) -> str:
+        """The name of the server's base image in an image cache."""
+        return imagecache.get_cache_fname(self.instance.image_ref or '')
+
+    def expected(self) -> 'metadata.LibvirtDiskMetadata':
+        """The record by which pool() and volume() are on their way here.
+
+        :raises: exception.StorageIntakeRefused
+        """
+        self.check_under_way()
+        place = (self.pool(), self.volume())
+        for record in self._coming():
+            if (record.pool, record.volume) == place and (
+                    record.migration_id == self.migration.id):
+                return record
+        raise self.refused(_("volume %(volume)s in storage pool %(pool)s is "
+                             "not on record as coming") % {
+                                 'volume': place[1], 'pool': place[0]})
+
+    def length(self) -> int:
+        """The length in bytes of the volume that is expected().
+
+        :raises: exception.StorageIntakeRefused
+        """
+        length, record = self.get('length', int), self.expected()
+        longest = _LONGEST * (record.size or 0) + _LONGEST_MORE
+        if not 0 <= length <= longest:
+            raise self.refused(_("%(length)d bytes are no length of a disk of "
+                                 "%(size)d bytes") % {
+                                     'length': length,
+                                     'size': record.size or 0})
+        return length
+
+    def removable(self) -> list[tuple[str, str]]:
+        """The places asked for that are no disk, and may be deleted.
+
+        :raises: exception.StorageIntakeRefused
+        """
+        disks = self._disks()
+        allowed = {(record.pool, record.volume) for record in self._coming()}
+        allowed.update(leftovers.on_host(disks, CONF.host))
+        found = []
+        for place in self.get('places', list):
+            # Lists can't be looked up, nor be what is allowed.
+            place = tuple(map(str, place)) if isinstance(place, list) else ()
+            if place not in allowed:
+                raise self.refused(_("%.200r may be a disk") % (place,))
+            found.append(place)
+        return found
+
+    def _disks(self):
+        return metadata.InstanceDisks.load(self.context, self.instance)
+
+    def _coming(self):
+        """The records of what comes to this host and isn't here yet."""
+        disks = self._disks()
+        return [record for _name, record in
+                [*disks.items(), *disks.extras.items()]
+                if record.is_building and record.host == CONF.host]
+
+
+def check(context, instance, migration, request: dict) -> Request:
+    """Read from the database what a request is about.
+
+    :param instance: the Instance as the source has sent it
+    :param migration: likewise, the Migration
+    :param request: ``host``, the source's name; ``do``, what; and arguments
+    :raises: exception.StorageIntakeRefused if it isn't the source of a
+        migration to this host
+    """
+    context = context.elevated()
+    arguments = dict(request)
+    found = Request(
+        context, objects.Instance.get_by_uuid(
+            context, instance.uuid, expected_attrs=[
+                'system_metadata', 'migration_context']),
+        objects.Migration.get_by_id_and_instance(
+            context, migration.id, instance.uuid),
+        str(arguments.pop('do', ''))[:20], arguments)
+    if found.migration.dest_compute != CONF.host or (
+            found.migration.migration_type not in ('migration', 'resize')):
+        raise found.refused(_("the migration goes to host %s") %
+                            found.migration.dest_compute)
+    if found.migration.source_compute != arguments.pop('host', None):
+        raise found.refused(_("the migration is another host's"))
+    return found

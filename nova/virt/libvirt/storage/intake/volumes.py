@@ -1,0 +1,115 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""The volumes that one request is about, in pools of this host.
+
+What libvirt doesn't know of is found by the names in a pool's directory: a
+refresh would look into every file of the pool.
+"""
+
+import os
+
+import nova.conf
+from nova import exception
+from nova.i18n import _
+from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import sharing
+from nova.virt.libvirt.storage.records import leftovers
+from nova.virt.libvirt import utils as libvirt_utils
+
+CONF = nova.conf.CONF
+
+# The mode of a new volume's file: a disk's, or of what nova alone may read.
+_MODES = (0o644, 0o600)
+# Names that a source may rule out for a new volume.
+_MOST_TAKEN = 100
+
+
+class Volumes:
+    """What a source may know of the pools, and have made there.
+
+    :param connection: this host's libvirt
+    :param request: the Request, whose arguments name pool and volume
+    """
+
+    def __init__(self, connection, request):
+        self._connection = connection
+        self._request = request
+
+    def _pool(self):
+        return storage_pool.StoragePool(
+            self._connection, self._request.pool(), CONF.host)
+
+    def look(self) -> dict:
+        """Look at the pool.
+
+        :returns: dict with ``type`` and ``free``, in bytes
+        :raises: exception.MigrationPreCheckError if it can't take disks
+        """
+        pool = self._pool()
+        pool_type = moves.check_pool(pool)
+        if pool_type not in moves.FILE_POOLS:
+            raise exception.MigrationPreCheckError(reason=_(
+                "try again with [libvirt]/storage_migration_transport = "
+                "libvirt on this host: the volumes of storage pool %(pool)s "
+                "of host %(host)s are no files, as it is of type %(type)s"
+                ) % {'pool': pool.name, 'host': CONF.host,
+                     'type': pool_type})
+        free = libvirt_utils.get_fs_info(pool.config().target_path)['free']
+        return {'type': pool_type, 'free': free}
+
+    def has(self) -> bool:
+        """Whether the pool has the server's base image."""
+        name = self._request.get('name', str)
+        if name != self._request.base():
+            raise self._request.refused(
+                _("file %.80r is not its base image") % name)
+        return name in self._pool().file_names()
+
+    def probe(self) -> None:
+        """Make a volume and delete it.
+
+        :raises: exception.StorageVolumeError if it is there already
+        """
+        name = self._request.check_name('name')
+        sharing.take_probe(self._pool(), name, self._request.instance)
+
+    def free_name(self) -> str:
+        """A name for a new volume, which no file of the pool has."""
+        wanted = self._request.check_name('name')
+        taken = self._request.get('taken', list)
+        if len(taken) > _MOST_TAKEN:
+            raise self._request.refused(_("%d names") % len(taken))
+        pool = self._pool()
+        return pool.free_name(wanted, {*taken, *pool.file_names()})
+
+    def create(self) -> None:
+        """Make the volume that is on record as coming, empty."""
+        length, mode = self._request.length(), self._request.get('mode', int)
+        if mode not in _MODES:
+            raise self._request.refused(_("mode %o") % mode)
+        moves.create_volume(
+            self._pool(), self._request.volume(), length,
+            (os.geteuid(), os.getegid()), mode)
+
+    def path(self) -> str:
+        """The path of the volume's file."""
+        return self._pool().volume(self._request.volume()).path
+
+    def delete(self, places) -> list[tuple[str, str]]:
+        """Delete volumes.
+
+        :param places: list of (pool, volume), which may be deleted
+        :returns: what couldn't be
+        """
+        return leftovers.delete_volumes(
+            self._connection, CONF.host, places, self._request.instance)

@@ -1,0 +1,284 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""How the destination of a live migration makes room for an instance's disks.
+
+Nothing that the source says is taken on trust but how large its disks are.
+The volumes are on record before the first is made: whatever fails then,
+settle.abandon() deletes them by their names.
+"""
+
+import os
+import re
+import shutil
+
+from oslo_log import log as logging
+from oslo_utils import units
+
+import nova.conf
+from nova import exception
+from nova.i18n import _
+from nova.objects import fields
+import nova.privsep.storage
+from nova.virt.libvirt import imagebackend
+from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage.live import settle
+from nova.virt.libvirt.storage.move import base_image
+from nova.virt.libvirt.storage.move import destination
+from nova.virt.libvirt.storage.move import peer
+from nova.virt.libvirt.storage.move import room
+from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.pool import config as storage_config
+from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import setup
+from nova.virt.libvirt.storage.pool import usage
+from nova.virt.libvirt.storage.pump import transfer as pump
+from nova.virt.libvirt.storage.records import leftovers
+from nova.virt.libvirt.storage.records import metadata
+from nova.virt.libvirt import utils as libvirt_utils
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+WAY = fields.LibvirtLiveMigrateDiskWay
+RAW = fields.LibvirtDiskFormat.RAW
+QCOW2 = fields.LibvirtDiskFormat.QCOW2
+
+_NAME = re.compile(r'disk(\.config|\.local|\.swap|\.eph\d{1,3})?')
+
+
+class Receiver:
+    """An instance's disks on their way to this host.
+
+    :param local: the LocalHost
+    :param context: the request's context
+    :param disks: the instance's InstanceDisks, as they are on record now
+    :param data: the LibvirtLiveMigrateData with what the source has planned
+    """
+
+    def __init__(self, local, context, disks, data):
+        self._local = local
+        self._connection = local.get_connection()
+        self._context = context
+        self._instance = disks.instance
+        self._disks = disks
+        self._data = data
+
+    # Before the migration begins
+
+    def check(self) -> None:
+        """The last word before the migration begins; delete what is left.
+
+        :raises: exception.MigrationPreCheckError
+        """
+        self._check_no_guest()
+        for disk in self._data.disks:
+            self._check_disk(disk)
+        self._delete_leftovers()
+        self._check_room()
+
+    def _check_no_guest(self):
+        if self._local.get_guest_config(self._instance) is not None:
+            raise exception.MigrationPreCheckError(reason=_(
+                "choose another host, or look at the server's guest on host "
+                "%(host)s, where there must be none: an earlier migration "
+                "may have brought it there. If it runs there, see nova-manage "
+                "libvirt settle_live_migration") % {'host': CONF.host})
+
+    def _check_disk(self, disk):
+        record = self._disks.get(disk.name)
+        faults = [fault for fault, is_so in (
+            ('name', not _NAME.fullmatch(disk.name) or record is None),
+            ('format', disk.format not in (RAW, QCOW2) or
+             record is not None and disk.format != record.format),
+            ('size', not disk.size),
+            ('base', disk.base is not None and (
+                disk.name != 'disk' or disk.format != QCOW2 or
+                disk.base != imagecache.get_cache_fname(
+                    self._instance.image_ref)))) if is_so]
+        if faults:
+            raise exception.MigrationPreCheckError(reason=_(
+                "hard reboot the server: host %(host)s doesn't take its disk "
+                "%(name)s, because of its %(faults)s: %(disk)s") % {
+                    'host': CONF.host, 'name': disk.name,
+                    'faults': ', '.join(faults), 'disk': disk})
+
+    def _delete_leftovers(self):
+        """Delete what a migration that has failed has left here."""
+        left = leftovers.on_host(self._disks, CONF.host)
+        if not left:
+            return
+        settle.clear_way(self._connection, self._disks)
+        self._disks.save(self._context)
+        directory = libvirt_utils.get_instance_path(self._instance)
+        if (not self._data.is_shared_instance_path and
+                self._instance.host != CONF.host and
+                os.path.isdir(directory)):
+            LOG.warning('Removing %s, which an earlier live migration has '
+                        'left', directory, instance=self._instance)
+            shutil.rmtree(directory)
+
+    def _check_room(self):
+        needed: dict = {}
+        for disk in self._data.copied_disks:
+            pool = self._pool(disk)
+            device, _total, free = usage.measure(pool)
+            pools, so_far, _free = needed.get(device, (set(), 0, 0))
+            wanted = (disk.size if destination.preallocates()
+                      else disk.allocation)
+            needed[device] = pools | {pool.name}, so_far + wanted, free
+        for pools, total, available in needed.values():
+            if total > available:
+                raise exception.MigrationPreCheckError(reason=_(
+                    "choose another host, or make room: storage pool "
+                    "%(pool)s of host %(host)s has %(available)d bytes "
+                    "available and %(total)d are needed") % {
+                        'pool': ', '.join(sorted(pools)), 'host': CONF.host,
+                        'available': available, 'total': total})
+
+    def _pool(self, disk):
+        return storage_pool.StoragePool(
+            self._connection, setup.pool_name_for(disk.name), CONF.host)
+
+    # When it has begun
+
+    def receive(self, cache_base) -> None:
+        """Have a volume for each disk, and say where it is.
+
+        :param cache_base: makes sure that the base image of an overlay is in
+            this host's image cache, and returns its path
+        :raises: exception.StorageVolumeError and others
+        """
+        self._choose_names()
+        self._save_next()
+        base = None
+        if any(disk.base for disk in self._data.disks):
+            base = self._have_base(cache_base)
+        for disk in self._data.disks:
+            if disk.way == WAY.SHARE:
+                self._find(disk)
+            elif disk.way == WAY.SEND:
+                self._create_to_be_sent(disk)
+            else:
+                self._create(disk, base if disk.base else None)
+
+    def _choose_names(self):
+        taken: dict[str, set[str]] = {}
+        for disk in self._data.disks:
+            pool = self._pool(disk)
+            disk.pool = pool.name
+            if disk.way == WAY.SHARE:
+                disk.volume = self._disks.get(disk.name).volume
+            else:
+                if pool.name not in taken:
+                    # Of what another host has put there, libvirt on this one
+                    # doesn't know.
+                    taken[pool.name] = pool.file_names() | (
+                        leftovers.names(self._disks))
+                disk.volume = pool.free_name(
+                    '%s_%s' % (self._instance.uuid, disk.name),
+                    taken[pool.name])
+            disk.path = os.path.join(pool.config().target_path, disk.volume)
+
+    def _save_next(self):
+        """Have on record what is going to be here, by one save."""
+        for disk in self._data.disks:
+            record = self._disks.get(disk.name)
+            record.next = metadata.LibvirtDiskMetadata(
+                backend=fields.LibvirtDiskBackend.LIBVIRT_STORAGE,
+                format=disk.format,
+                # Of what is sent the plan has the length of the file.
+                size=disk.size if disk.way == WAY.MIRROR else record.size,
+                state=(fields.LibvirtDiskState.READY
+                       if disk.way == WAY.SHARE
+                       else fields.LibvirtDiskState.BUILDING),
+                host=CONF.host, pool=disk.pool, volume=disk.volume)
+            self._disks.set(disk.name, record)
+        self._disks.save(self._context)
+
+    def _find(self, disk):
+        """Let libvirt know of a volume that the other host has made."""
+        pool = self._pool(disk)
+        try:
+            pool.volume(disk.volume)
+        except exception.StorageVolumeNotFound:
+            pool.refresh(timeout=storage_pool.COPY_TIMEOUT)
+            pool.volume(disk.volume)
+
+    def _create_to_be_sent(self, disk):
+        moves.create_volume(
+            self._pool(disk), disk.volume, disk.size,
+            (os.geteuid(), os.getegid()),
+            allocation=disk.size if room.is_reserved(self._connection) else 0)
+
+    def _create(self, disk, base):
+        """Make a volume that QEMU can copy into: of its size to the byte."""
+        config = storage_config.LibvirtConfigStorageVolume()
+        config.name = disk.volume
+        config.capacity = disk.size
+        config.allocation = 0
+        config.target_format = disk.format
+        if disk.format == QCOW2:
+            config.compat = '1.1'
+        if base:
+            config.backing_store = (
+                storage_config.LibvirtConfigStorageBackingStore())
+            config.backing_store.path = base
+            config.backing_store.format = imagebackend._get_base_format(base)
+        volume = self._pool(disk).create(config)
+        if destination.preallocates():
+            nova.privsep.storage.allocate(volume.path, disk.size)
+
+    def _have_base(self, cache_base):
+        if base_image.is_lost(self._context, self._instance):
+            self._fetch_base()
+        try:
+            return cache_base()
+        except Exception as e:
+            raise exception.StorageBaseImageMissing(
+                volume='%s_disk' % self._instance.uuid,
+                image=self._instance.image_ref, host=CONF.host,
+                reason=e) from e
+
+    def _fetch_base(self):
+        """Get the base image, which Glance has lost, from the source."""
+        uri = peer.uri_of(self._data.src_storage_address)
+        name = imagecache.get_cache_fname(self._instance.image_ref)
+        here = base_image.pool(self._connection)
+        wanted = base_image.name_on_the_way(self._instance)
+        leftovers.delete_volumes(
+            self._connection, CONF.host, [(here.name, wanted)],
+            self._instance)
+        with peer.connected(self._local.host, uri) as connection:
+            there = storage_pool.StoragePool(
+                connection, here.name, self._instance.host)
+            length, _allocation = there.volume(name).file_bytes()
+        volume = moves.create_volume(
+            here, wanted, length, (os.geteuid(), os.getegid()),
+            allocation=length if room.is_reserved(self._connection) else 0)
+        try:
+            result = pump.copy(
+                pump.Volume(uri, there.name, name),
+                pump.Volume(self._local.uri, here.name, wanted), length,
+                sparse=room.is_sparse(
+                    self._connection, moves.check_pool(here)),
+                bandwidth=CONF.libvirt.storage_migration_bandwidth * units.Mi,
+                stall_timeout=CONF.libvirt.storage_migration_stall_timeout)
+            pump.verify(
+                pump.Volume(self._local.uri, here.name, wanted), length,
+                result.checksum, key=result.key,
+                stall_timeout=CONF.libvirt.storage_migration_stall_timeout)
+            base_image.take(self._instance, volume)
+        except Exception:
+            leftovers.delete_volumes(
+                self._connection, CONF.host, [(here.name, wanted)],
+                self._instance)
+            raise

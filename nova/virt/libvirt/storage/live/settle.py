@@ -1,0 +1,201 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""Where an instance's disks are when a live migration has ended, or may have.
+
+While it goes on, each disk has two records: what it is, and ``next``, what it
+will be. Where the disk is then is where libvirt has defined the guest; it
+never has on two hosts. A is the source, B the destination:
+
+moment: record / next
+    before: ready@A / -
+    B is about to make the first volume: ready@A / building@B (ready@B where
+        both see one volume)
+    QEMU copies, the guest moves: the same
+    A has cleaned up, or B has the guest: ready@B / -
+    rolled back on B: ready@A / - (what B couldn't delete is noted as left)
+
+killed: who goes on
+    B, while it makes volumes: A rolls back; else A, when it next reads the
+        records, notes the volumes as left, and B deletes them before the
+        next migration to it
+    A, while QEMU copies, and back in time: the same. libvirt has gone on; A
+        ends that when it starts
+    A, and back too late: nobody. Record and next stand, there is no guest
+        here, and only an operator can look on B
+    A, before it has cleaned up: B has the guest and takes the records over;
+        A's volumes are noted as left
+    B, before it has taken over: A did, or B when it next reads the records
+"""
+
+from oslo_log import log as logging
+
+import nova.conf
+from nova import exception
+from nova.objects import fields
+from nova.virt.libvirt.storage.records import evacuation
+from nova.virt.libvirt.storage.records import leftovers
+from nova.virt.libvirt.storage.records import lifecycle
+
+try:
+    import libvirt
+except ImportError:
+    libvirt = None
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+LIBVIRT_STORAGE = fields.LibvirtDiskBackend.LIBVIRT_STORAGE
+COPIED = fields.LibvirtLiveMigrateDiskWay.COPIED
+
+
+def going(disks):
+    """Name and record of the disks that have a next place.
+
+    :param disks: the instance's InstanceDisks
+    """
+    return [(name, record) for name, record in disks.items()
+            if record.next is not None]
+
+
+def promote(disks) -> None:
+    """Let each disk be what was its next: the guest runs there.
+
+    Where it was copied from is noted as left.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    """
+    for name, record in going(disks):
+        coming = record.next.obj_clone()
+        if coming.is_building and record.backend == LIBVIRT_STORAGE:
+            leftovers.note(
+                disks, record.host, [(record.pool, record.volume)])
+        coming.state = fields.LibvirtDiskState.READY
+        disks.set(name, coming)
+        leftovers.forget(
+            disks, coming.host, [(coming.pool, coming.volume)])
+
+
+def settle(context, host, disks) -> None:
+    """Find out how a live migration has ended of which nobody has told.
+
+    :param host: the Host of this compute
+    :param disks: the instance's InstanceDisks
+    :raises: exception.DisksMayBeElsewhere if no guest is here, and there may
+        be one on the other host
+    """
+    moving = going(disks)
+    if not moving:
+        return
+    instance = disks.instance
+    try:
+        guest = host.get_guest(instance)
+    except exception.InstanceNotFound:
+        guest = None
+    record, coming = moving[0][1], moving[0][1].next
+    if guest is None:
+        if record.host == CONF.host:
+            raise exception.DisksMayBeElsewhere(
+                instance_uuid=instance.uuid, host=CONF.host,
+                dest=coming.host, volumes=', '.join(
+                    '%s/%s' % (other.next.pool, other.next.volume)
+                    for _name, other in moving))
+        return
+    if coming.host == CONF.host and record.host != CONF.host:
+        if _runs_with(guest, moving):
+            LOG.info('The disks have come in a live migration',
+                     instance=instance)
+            promote(disks)
+    elif record.host == CONF.host and not _is_moving(guest):
+        LOG.warning('The live migration to host %s has failed; what it has '
+                    'of the disks goes before the next one',
+                    coming.host, instance=instance)
+        evacuation.forget_next(disks)
+    disks.save(context)
+
+
+def _runs_with(guest, moving):
+    """Whether libvirt will start a guest with the volumes that have come."""
+    volumes = {(disk.source_pool, disk.source_volume)
+               for disk in guest.get_all_devices(
+                   from_persistent_config=True)
+               if getattr(disk, 'source_type', None) == 'volume'}
+    return all((record.next.pool, record.next.volume) in volumes
+               for _name, record in moving)
+
+
+def _is_moving(guest):
+    """Whether libvirt goes on with a migration, whoever has begun it."""
+    return guest.get_job_info().type not in (
+        libvirt.VIR_DOMAIN_JOB_NONE, libvirt.VIR_DOMAIN_JOB_COMPLETED,
+        libvirt.VIR_DOMAIN_JOB_FAILED, libvirt.VIR_DOMAIN_JOB_CANCELLED)
+
+
+def clear_way(connection, disks) -> None:
+    """Delete what earlier migrations to this host have left.
+
+    :param connection: this host's libvirt, which has no guest of it
+    :param disks: the instance's InstanceDisks; the caller saves them
+    """
+    if disks.leftovers:
+        leftovers.delete(connection, disks)
+
+
+def abandon(context, connection, disks, planned=()) -> None:
+    """On the destination: delete what was made for a migration that failed.
+
+    By name: in a pool that both hosts see the running guest's disks have the
+    same prefix.
+
+    :param connection: this host's libvirt, which has no guest of it
+    :param disks: the instance's InstanceDisks
+    :param planned: LibvirtLiveMigrateDiskInfo of the disks; counts if the
+        instance was deleted in the meantime, and its records with it
+    """
+    if not disks.has_mappings:
+        uuid = disks.instance.uuid
+        leftovers.delete_volumes(
+            connection, CONF.host,
+            [(disk.pool, disk.volume) for disk in planned
+             if disk.way in COPIED and disk.volume is not None and
+             disk.volume.startswith(uuid + '_')], disks.instance)
+        return
+    evacuation.forget_next(disks)
+    clear_way(connection, disks)
+    disks.save(context)
+
+
+def arrived(disks) -> None:
+    """On the destination: the guest runs here, and there is no way back.
+
+    A broken record is only logged.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    """
+    try:
+        promote(disks)
+    except exception.InvalidDiskMetadata as error:
+        LOG.error('%s', error, instance=disks.instance)
+        return
+    lifecycle.moved(disks)
+
+
+def leave(context, connection, disks) -> None:
+    """On the source: let the disks be the destination's and delete these.
+
+    :param connection: this host's libvirt, which has no guest of it
+    :param disks: the instance's InstanceDisks
+    """
+    promote(disks)
+    # On record before nothing else names them: this compute may be killed.
+    disks.save(context)
+    clear_way(connection, disks)
+    disks.save(context)

@@ -1,0 +1,133 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""A second look at disks that have come, right before their guest starts.
+
+The source writes to them by streams of libvirt. libvirt can neither tell
+whether one is still open nor end it: a peer that is broken into can go on
+writing to a disk that has been verified. What QEMU opens, a disk's header
+decides; so headers and lengths are compared again as late as possible.
+
+What remains: what such a peer writes behind the header, or when the guest has
+started. It had the disk, and could have changed all of that before.
+"""
+
+import hashlib
+import typing as ty
+
+from oslo_log import log as logging
+
+import nova.conf
+from nova import exception
+from nova.i18n import _
+from nova.objects import fields
+import nova.privsep.storage
+from nova.virt.libvirt.storage import content
+from nova.virt.libvirt.storage import image_cache
+from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.records import kinds
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+# The first cluster of qcow2, which holds header and names, in most files.
+HEADER_LENGTH = 65536
+
+
+class Header(ty.NamedTuple):
+    """What must stay as it is: length in bytes, digest of the first block."""
+    length: int
+    digest: bytes
+
+
+class Arrival(ty.NamedTuple):
+    """A disk that was taken over just now.
+
+    :ivar name: of the disk
+    :ivar before: its record while it was not verified yet
+    :ivar header: its Header when it was
+    """
+    name: str
+    before: ty.Any
+    header: Header
+
+
+def arriving(disks) -> dict:
+    """The records, by disk, of what destination.accept() will look at.
+
+    :param disks: the instance's InstanceDisks
+    """
+    return {name: record.obj_clone() for name, record in disks.items()
+            if record.previous is not None and record.is_building and
+            record.host == CONF.host and kinds.is_copied(name)}
+
+
+def look(connection, records) -> list[Arrival]:
+    """Look at what has been taken over, for look_again().
+
+    :param connection: this host's libvirt
+    :param records: what arriving() has returned before
+    """
+    return [Arrival(name, record, _header(_volume(connection, record)))
+            for name, record in records.items()]
+
+
+def look_again(context, connection, disks, arrivals) -> None:
+    """Compare disks with what they were when they were taken over.
+
+    One that differs is not verified any more: a hard reboot compares all of
+    it, and copies it again from the source.
+
+    :param connection: this host's libvirt
+    :param disks: the instance's InstanceDisks; saved if one differs
+    :raises: exception.StorageTransferMismatch, exception.UnsafeDiskContent
+    """
+    try:
+        for arrival in arrivals:
+            _compare(_volume(connection, arrival.before), arrival)
+    except exception.NovaException:
+        for arrival in arrivals:
+            disks.set(arrival.name, arrival.before)
+        disks.save(context)
+        raise
+
+
+def _volume(connection, record):
+    return storage_pool.StoragePool(
+        connection, record.pool, CONF.host).volume(record.volume)
+
+
+def _header(volume):
+    try:
+        start = nova.privsep.storage.read_start(volume.path, HEADER_LENGTH)
+    except (OSError, ValueError) as e:
+        # Root may not read there. A raw disk has no header that matters, and
+        # qcow2 has been read before, or was refused.
+        LOG.debug('Only the length of volume %(volume)s is compared: '
+                  '%(error)s', {'volume': volume.name, 'error': e})
+        start = b''
+    return Header(volume.physical(), hashlib.sha256(start).digest())
+
+
+def _compare(volume, arrival):
+    is_qcow2 = arrival.before.format == fields.LibvirtDiskFormat.QCOW2
+    if is_qcow2:
+        # Even if this host has let it grow since, which alters its header.
+        info = content.look_at_qcow2(volume.path, 0)
+        if info.backing_file:
+            image_cache.checked_base(info.backing_file)
+        has_grown = info.virtual_size > arrival.before.size
+    else:
+        has_grown = volume.physical() > arrival.header.length
+    if not has_grown and _header(volume) != arrival.header:
+        raise exception.StorageTransferMismatch(
+            volume=volume.name, where=CONF.host,
+            reason=_("it was written to after it had been verified"))

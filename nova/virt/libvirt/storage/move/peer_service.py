@@ -1,0 +1,213 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""The destination of a move, asked through its compute service.
+
+What is asked goes by RPC, the bytes over NBD. No libvirt but this host's own
+is spoken to. What the other side does is intake/intake.py's.
+"""
+
+import contextlib
+import socket
+
+from oslo_log import log as logging
+import oslo_messaging as messaging
+from oslo_utils import excutils
+
+from nova.compute import rpcapi
+import nova.conf
+from nova import exception
+from nova.i18n import _
+from nova.virt.libvirt.storage.intake import intake
+from nova.virt.libvirt.storage.move import peers
+from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.pool import sharing
+from nova.virt.libvirt.storage.pump import transfer as pump
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+# Seconds to wait for a port to take a connection.
+_CONNECT_TIMEOUT = 10
+
+
+def check_pump() -> None:
+    """Check that this host can send over NBD.
+
+    :raises: exception.MigrationPreCheckError
+    """
+    missing = pump.nbd_missing()
+    if missing:
+        raise exception.MigrationPreCheckError(reason=_(
+            "install libnbd on host %(host)s, and Nova built with it: "
+            "%(missing)s") % {'host': CONF.host, 'missing': missing})
+
+
+class ServicePeer(peers.Peer):
+    """A compute service, as the destination of a move.
+
+    :param context: the request's context
+    :param instance: the Instance
+    :param migration: its Migration, which says where the destination is
+    """
+    may_be_cut = False
+
+    def __init__(self, context, instance, migration):
+        self._context = context
+        self._instance = instance
+        self._migration = migration
+        self.host = migration.dest_compute
+        self.where = 'host %s, over NBD' % self.host
+        self._is_silent = False
+        self._has_aes = False
+
+    def ask(self, what: str, **arguments):
+        """Have the destination do something.
+
+        :returns: what that says
+        :raises: exception.StorageIntakeError if it doesn't answer, or what
+            it answers
+        """
+        if self._is_silent:
+            raise self._not_asked(_("it doesn't answer"))
+        request = dict(arguments, do=what, host=CONF.host)
+        try:
+            return rpcapi.ComputeAPI().take_in_disks(
+                self._context, self._instance, self._migration, request)
+        except messaging.MessagingTimeout as e:
+            # Each further question would take as long.
+            self._is_silent = True
+            raise self._not_asked(e)
+        except (messaging.MessagingException, NotImplementedError) as e:
+            raise self._not_asked(e)
+
+    def _not_asked(self, error):
+        return exception.StorageIntakeError(host=self.host, reason=_(
+            "see the log of nova-compute there: %s") % error)
+
+    def check(self, pools) -> None:
+        """Check that disks can go this way, while the guest runs.
+
+        :param pools: names of the pools that they may go to
+        :raises: exception.MigrationPreCheckError
+        """
+        check_pump()
+        try:
+            answer = self.ask('greet')
+        except exception.UnsupportedRPCVersion:
+            raise exception.MigrationPreCheckError(reason=_(
+                "upgrade the compute service on host %s and on all others: "
+                "one of them is too old to take disks in over NBD") %
+                self.host)
+        if answer['obstacle']:
+            raise exception.MigrationPreCheckError(reason=_(
+                "choose another host, as host %(host)s takes no disks in "
+                "over NBD: %(reason)s") % {
+                    'host': self.host, 'reason': answer['obstacle']})
+        self._has_aes = answer['aes'] and intake.cpu_has_aes()
+        for name in pools:
+            self.pool(name).check()
+        self._check_port()
+
+    def _check_port(self):
+        address, port = self.ask('reach')
+        try:
+            socket.create_connection(
+                (address, port), timeout=_CONNECT_TIMEOUT).close()
+        except OSError as e:
+            raise exception.MigrationPreCheckError(reason=_(
+                "check the firewall of host %(host)s, which has to let other "
+                "compute nodes reach the ports of "
+                "[libvirt]/storage_migration_nbd_port_min to _max: port "
+                "%(port)d of %(address)s can't be reached from host "
+                "%(here)s: %(error)s") % {
+                    'host': self.host, 'port': port, 'address': address,
+                    'here': CONF.host, 'error': e})
+
+    def pool(self, name):
+        return ServicePool(self, name)
+
+    def is_sparse(self, pool_type):
+        return pool_type in moves.FILE_POOLS
+
+    def takes_holes(self):
+        return True
+
+    @contextlib.contextmanager
+    def target(self, pool_name, volume_name):
+        place = {'pool': pool_name, 'volume': volume_name}
+        found = self.ask('open', connections=pump.NBD_CONNECTIONS,
+                         aes=self._has_aes, **place)
+        export = pump.Export(found['address'], found['port'], '',
+                             found['username'], found['key'])
+        try:
+            yield peers.Target(
+                export, lambda: self.ask('connected', **place))
+        except Exception:
+            with excutils.save_and_reraise_exception():
+                self._close(place)
+        # Not before nobody can write to it any more, it has arrived.
+        self.ask('close', **place)
+
+    def _close(self, place):
+        try:
+            self.ask('close', **place)
+        except exception.NovaException as e:
+            # It ends by itself, without its connections.
+            LOG.warning('Volume %(volume)s may still be open: %(error)s',
+                        {'volume': place['volume'], 'error': e},
+                        instance=self._instance)
+
+    def delete(self, places, instance):
+        places = [tuple(place) for place in places]
+        if not places:
+            return []
+        try:
+            return [tuple(place) for place in self.ask(
+                'delete', places=[list(place) for place in places])]
+        except exception.NovaException as e:
+            LOG.error('%s', e, instance=instance)
+            return places
+
+
+class ServicePool(peers.PeerPool):
+    """A storage pool of another compute service's host."""
+
+    def __init__(self, of: ServicePeer, name: str):
+        self.name = name
+        self.host = of.host
+        self._peer = of
+
+    def _ask(self, what, **arguments):
+        return self._peer.ask(what, pool=self.name, **arguments)
+
+    def check(self):
+        return self._ask('look')['type']
+
+    def available(self, wanted):
+        return self._ask('look')['free']
+
+    def refresh(self):
+        # Names are looked up in the pool's directory.
+        pass
+
+    def has(self, name, refresh=False):
+        return self._ask('has', name=name)
+
+    def free_name(self, wanted, taken=()):
+        return self._ask('free_name', name=wanted, taken=sorted(taken))
+
+    def is_shared(self, here, instance):
+        return sharing.is_seen(
+            here, lambda name: self._ask('probe', name=name), instance)
+
+    def create(self, name, length, mode):
+        self._ask('create', volume=name, length=length, mode=mode)

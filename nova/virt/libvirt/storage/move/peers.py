@@ -1,0 +1,130 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""What the source of a move asks of its destination, whichever way it asks.
+
+Whoever checks, copies or undoes a move speaks to a Peer and knows neither a
+connection nor a protocol.
+"""
+
+import abc
+import typing as ty
+
+
+class PeerPool(abc.ABC):
+    """A storage pool of the destination.
+
+    :ivar name: the pool's name
+    :ivar host: the name of the host that it is on
+    """
+    name: str
+    host: str
+
+    @abc.abstractmethod
+    def check(self) -> str:
+        """Check that the pool is there, active, and can take disks this way.
+
+        :returns: its type
+        :raises: exception.MigrationPreCheckError
+        """
+
+    @abc.abstractmethod
+    def available(self, wanted: int) -> int:
+        """How many bytes it has room for.
+
+        :param wanted: bytes; if there seem to be less, it is measured anew
+        """
+
+    @abc.abstractmethod
+    def refresh(self) -> None:
+        """Have the destination see what others have put into the pool."""
+
+    @abc.abstractmethod
+    def has(self, name: str, refresh: bool = False) -> bool:
+        """Whether a volume of that name is there.
+
+        :param refresh: look anew before the answer is no
+        """
+
+    @abc.abstractmethod
+    def free_name(self, wanted: str, taken: ty.Collection[str] = ()) -> str:
+        """A name for a new volume, see StoragePool.free_name()."""
+
+    @abc.abstractmethod
+    def is_shared(self, here, instance) -> bool:
+        """Whether it is one with a pool of this host.
+
+        :param here: StoragePool of this host
+        :param instance: whose prefix the volumes get that are made to find out
+        """
+
+    @abc.abstractmethod
+    def create(self, name: str, length: int, mode: int) -> None:
+        """Make the volume that the bytes go to, as Nova's there.
+
+        :param length: bytes of the file, whatever its format is
+        :param mode: permissions of the file
+        :raises: exception.StorageVolumeError and subclasses; what has that
+            name already is not touched
+        """
+
+
+class Target(ty.NamedTuple):
+    """A volume of the destination that is open for writing.
+
+    :ivar end: what the pump writes to
+    :ivar connected: to be called when the pump has connected
+    """
+    end: ty.Any
+    connected: ty.Callable[[], ty.Any] = lambda: None
+
+
+class Peer(abc.ABC):
+    """The destination of a move.
+
+    :ivar where: what it is called in messages and in the log
+    :ivar may_be_cut: whether what made a move fail may have cut it off
+    """
+    where: str
+    may_be_cut = True
+
+    @abc.abstractmethod
+    def pool(self, name: str) -> PeerPool:
+        """The destination's pool of that name; nothing is asked yet."""
+
+    @abc.abstractmethod
+    def is_sparse(self, pool_type: str) -> bool:
+        """Whether a copy may travel with its holes.
+
+        :param pool_type: of the destination's pool
+        """
+
+    @abc.abstractmethod
+    def takes_holes(self) -> bool:
+        """Whether what is sent may have holes.
+
+        A new file has them then, and a block device zeroes in their place.
+        """
+
+    @abc.abstractmethod
+    def target(self, pool_name: str, volume_name: str):
+        """Open a volume that was created for writing.
+
+        :returns: a context manager, which gives a Target
+        """
+
+    @abc.abstractmethod
+    def delete(self, places, instance) -> list[tuple[str, str]]:
+        """Delete volumes of a move that has failed.
+
+        :param places: iterable of (pool, volume); one that isn't there is gone
+        :returns: those that couldn't be deleted
+        """

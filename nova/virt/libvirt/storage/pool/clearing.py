@@ -1,0 +1,56 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""That nobody reads what another instance has written.
+
+A volume group gives the blocks of a deleted volume to the next one as they
+are. So what Nova has made is written to its end before a guest sees it,
+whoever had the blocks before; and what an instance has written is overwritten
+when its disk is deleted, as [libvirt]/volume_clear says.
+"""
+
+from oslo_utils import units
+
+import nova.conf
+import nova.privsep.fs
+from nova.virt.libvirt.storage.pool import stream
+
+CONF = nova.conf.CONF
+
+
+def clear_rest(volume, begin: int) -> None:
+    """Overwrite what is behind the content of a new volume.
+
+    :param volume: a StorageVolume
+    :param begin: where its content ends, in bytes
+    :raises: exception.StorageVolumeError
+    """
+    if volume.pool.kind().keeps_blocks:
+        stream.write_zeroes(volume, begin, volume.physical())
+
+
+def clear(volume) -> None:
+    """Overwrite a volume that is about to be deleted.
+
+    :param volume: a StorageVolume
+    :raises: exception.StorageVolumeError
+    """
+    how = CONF.libvirt.volume_clear
+    if how == 'none' or not volume.pool.kind().keeps_blocks:
+        return
+    length = volume.physical()
+    if CONF.libvirt.volume_clear_size:
+        length = min(length, CONF.libvirt.volume_clear_size * units.Mi)
+    if how == 'shred' and volume.pool.host == CONF.host:
+        nova.privsep.fs.clear(volume.path, length, shred=True)
+    else:
+        # On another host there is nobody to do more than that.
+        stream.write_zeroes(volume, 0, length)

@@ -11,6 +11,7 @@
 #    under the License.
 """Moves over NBD, on hosts whose libvirt listens to nobody."""
 
+import re
 import time
 
 from lab import config
@@ -39,8 +40,10 @@ class NbdCase(MovesCase):
     def _listen(cls, does):
         for host in (cls.a, cls.b):
             conf = host.folder / 'etc/libvirt/libvirtd.conf'
-            text = conf.read_text().replace('listen_tls = 0\n', '')
-            conf.write_text(text + ('' if does else 'listen_tls = 0\n'))
+            text, count = re.subn('(?m)^listen_tls = .*', 'listen_tls = %d' %
+                                  does, conf.read_text())
+            assert count, conf
+            conf.write_text(text)
             host.restart('libvirtd')
             host.run(['timeout', '30', 'sh', '-c',
                       'until virsh list >/dev/null 2>&1; do sleep .2; done'])

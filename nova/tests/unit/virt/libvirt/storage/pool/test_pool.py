@@ -343,7 +343,7 @@ class TestPool(PoolTestCase):
 
     def test_refresh_waits_for_jobs(self):
         self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.storage.pool.pool.REFRESH_TIMEOUT', 0.02))
+            'nova.virt.libvirt.storage.pool.pool.REFRESH_TIMEOUT', 0.5))
         self.useFixture(fixtures.MonkeyPatch(
             'nova.virt.libvirt.storage.pool.pool._refresh.retry.wait',
             pool.tenacity.wait_fixed(0.01)))

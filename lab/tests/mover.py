@@ -102,7 +102,9 @@ class Compute:
         self.conf([], project='nova', default_config_files=[])
         self.conf.set_override('host', name)
         self.conf.set_override('instances_path', '/var/lib/nova/instances')
+        # There is no RPC here, by which disks could come over NBD.
         for key, value in (('images_type', 'libvirt-storage'),
+                           ('storage_migration_transport', 'libvirt'),
                            ('storage_migration_stall_timeout', 5)):
             self.conf.set_override(key, value, 'libvirt')
         self.conf.set_override('helper_command', 'sudo privsep-helper',

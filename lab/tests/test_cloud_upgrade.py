@@ -272,7 +272,7 @@ class TestUpgradeInTheMidst(CloudTestCase):
         server.confirm()
         self.assert_nothing_left(server, here)
         self.assertEqual([], self.keys(server))
-        self.assertEqual({'1.1'}, self.versions(server))
+        self.assertEqual({'1.2'}, self.versions(server))
         self.assertEqual({('ready', server.host, None)}, {
             (record['state'], record['host'], record['previous'])
             for record in database.records(self.cloud, server.id).values()})

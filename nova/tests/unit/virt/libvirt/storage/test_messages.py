@@ -60,7 +60,8 @@ ADVICE = re.compile(
     r"Give user u+|Let user u+ on host|"
     r"Make room in storage pool|"
     r"Use a volume group of its own|"
-    r"Check which host this migration is|Wait for the copy|Install Nova from a wheel|Make image u+ available|"
+    r"Check which host this migration is|"
+    r"Wait for the copy|Install Nova from a wheel|Make image u+ available|"
     r"rebuild or delete it", re.I)
 
 # Whose message is made of the reason, which is looked at instead; Nova's own.

@@ -674,10 +674,10 @@ class TestParts(unittest.TestCase):
             stack.enter_context(unittest.mock.patch.dict(
                 os.environ, PATH='%s:%s' % (folder, os.environ['PATH'])))
             self.assertRaisesRegex(roots.Unavailable, 'mmdebstrap in',
-                                   roots._make, 'trixie')
+                                   roots._make, 'trixie', 'trixie', '')
             program.write_text('#!/bin/sh\nexit 1\n')
             self.assertRaisesRegex(roots.Unavailable, 'mmdebstrap$',
-                                   roots._make, 'trixie')
+                                   roots._make, 'trixie', 'trixie', '')
 
     def test_needs_are_told_for_each_level(self):
         self.assertEqual(config.NEEDED_MEMORY.keys(),

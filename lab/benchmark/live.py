@@ -22,10 +22,7 @@ import libvirt
 
 from . import cases
 from . import servers
-from .. import hosts
-from .. import lock
 from .. import state
-from ..errors import LabError
 
 WAYS = {'series': state.Options(level='cloud', nova='tree',
                                 images_type='libvirt-storage', memory=True),
@@ -43,17 +40,10 @@ def measure(runs, progress):
     :param runs: on each; the medians count
     :returns: an iterable of cases.Row
     """
-    from .. import cloud as lab_cloud
     found = {}
     for way, options in WAYS.items():
-        with lock.held():
-            if state.find():
-                raise LabError('a lab is up; first: lab/lab down')
-            try:
-                cloud = lab_cloud.bring_up(options, progress)
-                found[way] = _times(cloud, runs, way, progress.say)
-            finally:
-                hosts.down(progress)
+        with servers.alone(options, progress) as cloud:
+            found[way] = _times(cloud, runs, way, progress.say)
     for name, target in (('seconds', TARGET), ('seconds of libvirt', TARGET),
                          ('ms of downtime', None)):
         yield cases.less('live migration', name, found['series'][name],

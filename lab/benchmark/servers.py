@@ -12,6 +12,7 @@
 
 """A whole `openstack server migrate`: the series against stock Nova over SSH."""
 
+import contextlib
 import dataclasses
 import statistics
 import time
@@ -44,25 +45,35 @@ WAYS = {'series': state.Options(level='cloud', nova='tree',
                                         memory=True)}
 
 
+@contextlib.contextmanager
+def alone(options, progress):
+    """Bring up a cloud, and take it down again whatever happens.
+
+    :param options: its state.Options
+    :returns: a context manager, which gives the Cloud
+    """
+    from .. import cloud as lab_cloud
+    with lock.held():
+        if state.find():
+            raise LabError('a lab is up; first: lab/lab down')
+        try:
+            yield lab_cloud.bring_up(options, progress)
+        finally:
+            hosts.down(progress)
+
+
 def measure(runs, progress, loads=LOADS):
     """Bring up a cloud of each kind in turn, migrate there and back.
 
     :param runs: of each load on each; the medians count
     :returns: an iterable of cases.Row
     """
-    from .. import cloud as lab_cloud
     found = {}
     for way, options in WAYS.items():
-        with lock.held():
-            if state.find():
-                raise LabError('a lab is up; first: lab/lab down')
-            try:
-                cloud = lab_cloud.bring_up(options, progress)
-                for load in loads:
-                    found[way, load] = _seconds(cloud, load, runs, way,
-                                                progress.say)
-            finally:
-                hosts.down(progress)
+        with alone(options, progress) as cloud:
+            for load in loads:
+                found[way, load] = _seconds(cloud, load, runs, way,
+                                            progress.say)
     for load in loads:
         yield cases.less(
             load.case, 'seconds', found['series', load], 'stock over SSH',

@@ -21,6 +21,7 @@ import nova.conf
 from nova import exception
 from nova.i18n import _
 from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.pool import kinds
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import sharing
 from nova.virt.libvirt.storage.records import leftovers
@@ -57,7 +58,7 @@ class Volumes:
         """
         pool = self._pool()
         pool_type = moves.check_pool(pool)
-        if pool_type not in moves.FILE_POOLS:
+        if pool_type not in kinds.FILE_TYPES:
             raise exception.MigrationPreCheckError(reason=_(
                 "try again with [libvirt]/storage_migration_transport = "
                 "libvirt on this host: the volumes of storage pool %(pool)s "

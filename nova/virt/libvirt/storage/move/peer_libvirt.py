@@ -42,9 +42,6 @@ class LibvirtPeer(peers.Peer):
     def pool(self, name):
         return LibvirtPool(self, name)
 
-    def is_sparse(self, pool_type):
-        return room.is_sparse(self.connection, pool_type)
-
     def takes_holes(self):
         return not room.is_reserved(self.connection)
 

@@ -28,7 +28,6 @@ from nova import exception
 from nova.i18n import _
 from nova.virt.libvirt.storage.intake import intake
 from nova.virt.libvirt.storage.move import peers
-from nova.virt.libvirt.storage.move import state as moves
 from nova.virt.libvirt.storage.pool import sharing
 from nova.virt.libvirt.storage.pump import transfer as pump
 
@@ -66,6 +65,7 @@ class ServicePeer(peers.Peer):
         self._migration = migration
         self.host = migration.dest_compute
         self.where = 'host %s, over NBD' % self.host
+        self._rpc = rpcapi.ComputeAPI()
         self._is_silent = False
         self._has_aes = False
 
@@ -80,7 +80,7 @@ class ServicePeer(peers.Peer):
             raise self._not_asked(_("it doesn't answer"))
         request = dict(arguments, do=what, host=CONF.host)
         try:
-            return rpcapi.ComputeAPI().take_in_disks(
+            return self._rpc.take_in_disks(
                 self._context, self._instance, self._migration, request)
         except messaging.MessagingTimeout as e:
             # Each further question would take as long.
@@ -134,9 +134,6 @@ class ServicePeer(peers.Peer):
 
     def pool(self, name):
         return ServicePool(self, name)
-
-    def is_sparse(self, pool_type):
-        return pool_type in moves.FILE_POOLS
 
     def takes_holes(self):
         return True

@@ -18,6 +18,8 @@ connection nor a protocol.
 import abc
 import typing as ty
 
+from nova.virt.libvirt.storage.pool import kinds
+
 
 class PeerPool(abc.ABC):
     """A storage pool of the destination.
@@ -101,18 +103,18 @@ class Peer(abc.ABC):
         """The destination's pool of that name; nothing is asked yet."""
 
     @abc.abstractmethod
-    def is_sparse(self, pool_type: str) -> bool:
-        """Whether a copy may travel with its holes.
-
-        :param pool_type: of the destination's pool
-        """
-
-    @abc.abstractmethod
     def takes_holes(self) -> bool:
         """Whether what is sent may have holes.
 
         A new file has them then, and a block device zeroes in their place.
         """
+
+    def is_sparse(self, pool_type: str) -> bool:
+        """Whether a copy travels with its holes, and has them there.
+
+        :param pool_type: of the destination's pool
+        """
+        return kinds.of_type(pool_type).sparse and self.takes_holes()
 
     @abc.abstractmethod
     def target(self, pool_name: str, volume_name: str):

@@ -71,9 +71,6 @@ from nova.virt.libvirt.storage.records import kinds
 
 CONF = nova.conf.CONF
 
-# For who works on volumes that are files.
-FILE_POOLS = pool_kinds.FILE_TYPES
-
 
 class Step(ty.NamedTuple):
     """A row of the table.

@@ -50,9 +50,6 @@ CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
 
-# For who works on volumes that are files.
-SUPPORTED_TYPES = kinds.FILE_TYPES
-
 # A pool that holds not even the smallest flavors was not meant for disks.
 MIN_CAPACITY = units.Gi
 

@@ -592,20 +592,29 @@ class RealFilesTestCase(Conformance, test.NoDBTestCase):
         self.directory = self.useFixture(fixtures.TempDir()).path
 
 
+def connect(case, place, missing):
+    """Let a test speak to the daemon that the environment names.
+
+    :param place: what else has to be named
+    :param missing: what to say where one of them isn't
+    """
+    if not (URI and place):
+        case.skipTest(missing)
+    try:
+        import libvirt
+    except ImportError:
+        case.skipTest('libvirt-python is not installed')
+    libvirt.registerErrorHandler(lambda *args: None, None)
+    case.libvirt = libvirt
+    case.conn = libvirt.open(URI)
+    case.addCleanup(case.conn.close)
+
+
 class DaemonTestCase(Conformance, test.NoDBTestCase):
 
     def provide(self):
-        if not (URI and DIRECTORY):
-            self.skipTest('NOVA_TEST_LIBVIRT_URI and NOVA_TEST_LIBVIRT_DIR '
-                          'name no daemon')
-        try:
-            import libvirt
-        except ImportError:
-            self.skipTest('libvirt-python is not installed')
-        libvirt.registerErrorHandler(lambda *args: None, None)
-        self.libvirt = libvirt
-        self.conn = libvirt.open(URI)
-        self.addCleanup(self.conn.close)
+        connect(self, DIRECTORY, 'NOVA_TEST_LIBVIRT_URI and '
+                'NOVA_TEST_LIBVIRT_DIR name no daemon')
         self.directory = DIRECTORY
         self.dies_of_failed_uploads = (
             10001000 <= self.conn.getLibVersion() < 12007000)

@@ -27,12 +27,12 @@ from nova import test
 from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.tests.fixtures import libvirt_storage
+from nova.tests.unit.virt.libvirt.storage import test_conformance
 from nova.virt.libvirt.storage.pool import clearing
 from nova.virt.libvirt.storage.pool import config
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import stream
 
-URI = os.environ.get('NOVA_TEST_LIBVIRT_URI')
 VOLUME_GROUP = os.environ.get('NOVA_TEST_LIBVIRT_VG')
 DIRECTORY = os.environ.get('NOVA_TEST_LIBVIRT_DIR', '/var/tmp')
 
@@ -247,15 +247,7 @@ class FakeTestCase(Conformance, test.NoDBTestCase):
 
 class DaemonTestCase(Conformance, test.NoDBTestCase):
     def provide(self):
-        if not (URI and VOLUME_GROUP):
-            self.skipTest('NOVA_TEST_LIBVIRT_URI and NOVA_TEST_LIBVIRT_VG '
-                          'name no volume group')
-        try:
-            import libvirt
-        except ImportError:
-            self.skipTest('libvirt-python is not installed')
-        libvirt.registerErrorHandler(lambda *args: None, None)
-        self.libvirt = libvirt
-        self.conn = libvirt.open(URI)
-        self.addCleanup(self.conn.close)
+        test_conformance.connect(
+            self, VOLUME_GROUP, 'NOVA_TEST_LIBVIRT_URI and '
+            'NOVA_TEST_LIBVIRT_VG name no volume group')
         self.group = VOLUME_GROUP

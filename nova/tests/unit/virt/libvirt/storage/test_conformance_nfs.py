@@ -27,10 +27,10 @@ from nova import exception
 from nova import test
 from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt as fakelibvirt
+from nova.tests.unit.virt.libvirt.storage import test_conformance
 from nova.virt.libvirt.storage.pool import config
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 
-URI = os.environ.get('NOVA_TEST_LIBVIRT_URI')
 EXPORTS = os.environ.get('NOVA_TEST_LIBVIRT_EXPORTS')
 
 POOL = ("<pool type='netfs'><name>%s</name><source><host name='%s'/>"
@@ -141,17 +141,9 @@ class DaemonTestCase(Conformance, test.NoDBTestCase):
     user = os.geteuid()
 
     def provide(self):
-        if not (URI and EXPORTS):
-            self.skipTest('NOVA_TEST_LIBVIRT_URI and '
-                          'NOVA_TEST_LIBVIRT_EXPORTS name no exports')
-        try:
-            import libvirt
-        except ImportError:
-            self.skipTest('libvirt-python is not installed')
-        libvirt.registerErrorHandler(lambda *args: None, None)
-        self.libvirt = libvirt
-        self.conn = libvirt.open(URI)
-        self.addCleanup(self.conn.close)
+        test_conformance.connect(
+            self, EXPORTS, 'NOVA_TEST_LIBVIRT_URI and '
+            'NOVA_TEST_LIBVIRT_EXPORTS name no exports')
         server, _colon, directory = EXPORTS.partition(':')
         self.source = (server, directory)
 

@@ -134,6 +134,13 @@ def testimonies(console: str) -> list[Testimony]:
     return whole
 
 
+def ready(console: str) -> str | None:
+    """The boot_id of the newest system that has said that it is up."""
+    found = [event['boot_id'] for event in events(console)
+             if event['event'] == 'ready']
+    return found[-1] if found else None
+
+
 def replies(console: str) -> dict:
     """What became of the commands, by their id: ok, output (text)."""
     found = {}

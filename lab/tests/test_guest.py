@@ -11,13 +11,16 @@
 #    under the License.
 """The guest's words, its pattern and the cloud's configuration files."""
 
+import contextlib
 import hashlib
 import pathlib
 import subprocess
 import tempfile
 import unittest
+from unittest import mock
 
 from lab.cloud import config
+from lab.cloud import server
 from lab.guest import image
 from lab.guest import testimony
 
@@ -82,6 +85,69 @@ class TestTestimony(unittest.TestCase):
     def test_replies(self):
         reply = testimony.replies(CONSOLE)['c1']
         self.assertEqual((False, 'no\n'), (reply['ok'], reply['output']))
+
+
+class TornServer(server.Server):
+    """A server whose console loses a line of its guest's first words."""
+
+    def __init__(self, console):
+        super().__init__(None, 'a-server')
+        self.said, self.typed = console, []
+
+    def console(self):
+        return self.said
+
+    @contextlib.contextmanager
+    def _typed(self, line):
+        number, *command = line.split()
+        self.typed.append(line)
+        if self.typed.count(line) > 1:  # the first reply is lost too
+            if command == ['testify']:
+                self.said += CONSOLE
+            self.said += ('LAB {"event":"done","id":"%s","command":"x",'
+                          '"ok":true,"boot":2,"output":""}\n' % number)
+        yield
+
+
+class TestTornLines(unittest.TestCase):
+
+    READY = 'LAB {"event":"ready","boot":2,"boot_id":"b2","uptime":5}\n'
+
+    def setUp(self):
+        super().setUp()
+        patcher = mock.patch.object(server, 'POLL', .01)
+        patcher.start()
+        self.addCleanup(patcher.stop)
+
+    def torn(self):
+        return TornServer(CONSOLE.replace('"event":"disk"', '"ev', 1)
+                          + self.READY)
+
+    def test_testimony_is_asked_for_again(self):
+        torn = self.torn()
+        torn.command = mock.Mock(
+            side_effect=lambda *_, **__: setattr(torn, 'said', CONSOLE))
+        self.assertEqual('b2', torn.testimony(limit=5).boot_id)
+        torn.command.assert_called_once_with('testify', limit=30)
+
+    def test_not_before_it_is_up(self):
+        torn = TornServer('LAB {"event":"testimony","boot":2,"boot_id":"b2",'
+                          '"uptime":4}\n')
+        with self.assertRaises(server.ServerError):
+            torn.testimony(limit=.05)
+        self.assertEqual([], torn.typed)
+
+    def test_command_is_typed_again(self):
+        torn = TornServer(self.READY)
+        self.assertEqual('', torn.command('testify', limit=.3))
+        self.assertEqual(2, len(torn.typed))
+        self.assertEqual(1, len(set(torn.typed)))
+
+    def test_no_reply(self):
+        torn = TornServer(self.READY)
+        torn._typed = lambda line: contextlib.nullcontext()
+        with self.assertRaisesRegex(server.NoReply, 'does not answer'):
+            torn.command('testify', limit=.03)
 
 
 class TestPattern(unittest.TestCase):

@@ -94,6 +94,7 @@ def _make(release, name, wanted):
              'unshare', '--mount', '--propagation', 'private',
              'mmdebstrap', '--quiet', '--mode=root', '--variant=minbase',
              '--aptopt=APT::Install-Recommends "false"',
+             '--aptopt=Acquire::Retries "3"',
              *('--aptopt=' + line for line in _transport()),
              '--include=' + ','.join(wanted),
              # Nothing is installed there later.

@@ -98,8 +98,7 @@ def newer_python(tally):
     try:
         python = newer_python_.prepare(ROOT, TREE, NO_ROOT)
     except newer_python_.Unavailable as error:
-        tally.skipped += 1
-        tally.notes.append('%s skipped: %s' % (title, error))
+        tally.skip(title, str(error))
         return
     except machine.NotReady as error:
         tally.add(title + ' ready', False, str(error))
@@ -161,10 +160,7 @@ def _on_release(tally, release, name, full):
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         line.text = 'failed' if done.returncode else 'passed'
     if done.returncode == NO_ROOT:
-        # Not even in CI a failure: whether there is a mirror is nothing that
-        # the series could mend.
-        tally.skipped += 1
-        tally.notes.append('%s skipped: %s' % (title, _reason(done.stdout)))
+        tally.skip(title, _reason(done.stdout))
     elif done.returncode:
         tally.add(title + ' ready', False, done.stdout)
     else:

@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 
 from . import compose
+from . import imports
 from . import save
 from . import SeriesError
 from . import topics
@@ -52,6 +53,7 @@ def check(project: Project) -> list[str]:
     return [*_tree_agrees(project, git, tip), *_round_trip(project, git, tip),
             *_options(project, git, compose.commits(git, tip),
                       series),
+            *_imports(git, compose.commits(git, tip), series),
             *_gnu_patch(project, git, base, tip, series)]
 
 
@@ -134,6 +136,12 @@ def _options(project, git, commits, series):
                        'commit adds no release note below '
                        f'{project.notes}: reno new')
                 break
+
+
+def _imports(git, commits, series):
+    for number, fault in imports.faults(git, commits):
+        yield (f'patches/{series[number].name}: {fault}; another order, or '
+               'the import with what it needs')
 
 
 def sizes(project: Project) -> list[str]:

@@ -75,6 +75,41 @@ class TestCheck(base.ProjectTest):
         self.saved({'nova/a.py': b'1\n'}, 'S' * 73 + '\n')
         self.assertRegex(self.faults(), r'(?s)73 characters.*no body')
 
+    def test_import_of_what_a_later_commit_adds(self):
+        self.saved({'nova/one.py': b'from nova import later\n'
+                                   b'from nova import gone\n'
+                                   b'import nova.more.deep\n'
+                                   b'import os\n'
+                                   b'from other import x\n'})
+        self.saved({'nova/later.py': b'', 'nova/more/__init__.py': b'',
+                    'nova/more/deep.py': b'',
+                    'nova/__init__.py': b'try:\n    import os\n'
+                                        b'except ImportError:\n'
+                                        b'    gone = 2\n'},
+                   'Other\n\nBody.\n')
+        faults = self.faults()
+        self.assertEqual(3, faults.count('0001-Subject.patch: nova/one.py'))
+        self.assertRegex(faults, 'line 1: there is no later in nova yet')
+        self.assertRegex(faults, 'line 2: there is no gone in nova yet')
+        self.assertRegex(faults, 'line 3: there is no nova.more.deep yet')
+
+    def test_imports_that_are_there(self):
+        self.saved({'nova/first.py': b'import os\nNAME, other = 1, 2\n'
+                                     b'def function():\n    pass\n'
+                                     b'if NAME:\n    class Third:\n'
+                                     b'        pass\n',
+                    'nova/pump.pyx': b'cdef int x\n',
+                    'nova/space/one.py': b''})
+        self.saved({'nova/new.py': b'from nova.first import NAME, other, os\n'
+                                   b'from nova.first import Third, function\n'
+                                   b'from nova import pump, space\n'
+                                   b'from nova.pump import anything\n'
+                                   b'from nova.space import one\n'
+                                   b'from nova.first import *\n'
+                                   b'from .first import whatever\n'},
+                   'Other\n\nBody.\n')
+        self.assertEqual('', self.faults())
+
     def test_diff_text_in_the_message(self):
         for text in ('--- a/nova/b.py\n+++ b/nova/b.py', '@@ -1 +1 @@',
                      'diff --git a/x b/x', 'Index: x'):

@@ -514,9 +514,11 @@ def build_extensions(tree, log) -> None:
     sources = [*tree.glob('nova/**/*.pyx'), *tree.glob('nova/**/*.pxd')]
     if not sources:
         return
-    built = list(tree.glob('nova/**/*.so'))
-    if built and (min(path.stat().st_mtime for path in built) >
-                  max(path.stat().st_mtime for path in sources)):
+    # An earlier commit's may lie beside them.
+    built = [path for source in sources if source.suffix == '.pyx'
+             for path in source.parent.glob(source.stem + '.*.so')]
+    newest = max(path.stat().st_mtime for path in sources)
+    if built and min(path.stat().st_mtime for path in built) > newest:
         return
     with open(log, 'w') as out:
         done = subprocess.run(

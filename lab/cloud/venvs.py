@@ -85,8 +85,11 @@ def _sum(wanted):
 
 
 def _there(path, wanted):
-    stamp = path / 'requirements.sha256'
-    return stamp.exists() and stamp.read_text() == _sum(wanted)
+    stamp, script = path / 'requirements.sha256', path / 'bin/pip'
+    return (stamp.exists() and stamp.read_text() == _sum(wanted) and
+            # Its commands name their interpreter: one that was moved has
+            # none.
+            script.exists() and str(path) in script.read_text()[:500])
 
 
 def _make(path, wanted, step):

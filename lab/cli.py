@@ -402,14 +402,29 @@ def bench(runs, cases):
               help='The next level though one has found something.')
 @click.option('--in-a-row', type=int, default=0,
               help='So many moves without a fault first, between hosts.')
-def soak(steps, minutes, seed, hosts_only, cloud_only, keep_going, in_a_row):
+@click.option('--labs', default=1, show_default=True,
+              type=click.IntRange(1, 8),
+              help='At once; with --hosts-only. The seeds count up.')
+@click.option('--report', type=click.Path(path_type=pathlib.Path),
+              hidden=True)
+def soak(steps, minutes, seed, hosts_only, cloud_only, keep_going, in_a_row,
+         labs, report):
     """Do what clouds do, with faults at random moments (lab/soak)."""
     preflight.check_user()
     if steps is None and minutes is None:
         minutes = 10
     from .endurance import command
-    sys.exit(not command.run(steps, minutes, seed, hosts_only, cloud_only,
-                             keep_going, in_a_row))
+    if labs > 1:
+        if not hosts_only:
+            raise click.UsageError('--labs goes with --hosts-only')
+        sys.exit(not command.run_beside(labs, seed, [
+            word for name, value in (('--steps', steps),
+                                     ('--minutes', minutes),
+                                     ('--in-a-row', in_a_row))
+            if value is not None for word in (name, str(value))]))
+    sys.exit(not command.run(
+        steps, minutes, seed, hosts_only, cloud_only, keep_going, in_a_row,
+        **({'path': report} if report else {})))
 
 
 @main.command()

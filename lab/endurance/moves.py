@@ -36,8 +36,13 @@ FAULTS = {'kill worker': 3, 'kill source libvirtd': 2,
           'fill destination pool': 2, 'stop destination pool': 2,
           'stop source pool': 1, 'clock of destination': 1, 'none': 1}
 FILES = {'disk': 3, 'disk.eph0': 3, 'neither': 6}
-# Seconds. The copy of a round takes about as long at its rate.
-LAST = 2.5
+MIB = test_moves.MIB
+#: As there, and smaller, so that a round takes little time: holes within and
+#: at both ends, an odd size, a file that is no multiple of a block.
+SIZES = {'disk': (4 * MIB, 10 * MIB, MIB + 7), 'disk.eph0': (0, 3 * MIB, 1),
+         'disk.config': (400000, 0, 0)}
+# MiB a second, and seconds: how long the copy of a round takes at that rate.
+RATE, LAST = 3, 2
 # Faults in a round, one attempt after the other.
 ATTEMPTS = 4
 # How a move ends when nothing happens to it.
@@ -72,7 +77,7 @@ class Moves:
         """
         case, steps = self.case, []
         case.foreign = {}
-        case.make(test_moves.SIZES)
+        case.make(SIZES)
         detail = ''
         taken = self.draw.one(FILES)
         if taken != 'neither':
@@ -101,7 +106,7 @@ class Moves:
             'confirm' if confirm else 'revert'))]
         if number % CONFIRM_EVERY == 1:
             case.foreign = {}
-            case.make(test_moves.SIZES)
+            case.make(SIZES)
         with self._oracle(steps):
             case.dest('offer')
             case.source('move')
@@ -139,7 +144,7 @@ class Moves:
             if fault == 'clock of destination':
                 self._with_wrong_clock()
             else:
-                case.begin(rate=3)
+                case.begin(rate=RATE)
                 with self._fault(fault, after):
                     case.source.answer()
             step.outcome = 'done'
@@ -293,7 +298,10 @@ def _sample(result, case):
     for name, compute in (('mover on host-a', case.source),
                           ('mover on host-b', case.dest)):
         with contextlib.suppress(psutil.Error):
-            below = psutil.Process(compute.process.pid).children(True)
-            if below:
+            services = [process for process in psutil.Process(
+                compute.process.pid).children(True)
+                if test_moves.mover.__name__ in process.cmdline()]
+            if services:
+                # The first ones are what it was started by.
                 result.memory.setdefault(name, []).append(
-                    below[-1].memory_info().rss // 1024)
+                    services[-1].memory_info().rss // 1024)

@@ -79,8 +79,7 @@ class Result:
 
 def write(results: list[Result], path: pathlib.Path = PATH) -> None:
     """Write all runs of one command."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([{
+    write_told([{
         'level': result.level, 'seed': result.seed,
         'seconds': round(result.seconds), 'steps': len(result.steps),
         'faults': result.faults, 'kinds': result.kinds(),
@@ -89,7 +88,32 @@ def write(results: list[Result], path: pathlib.Path = PATH) -> None:
         'complaint': result.complaint,
         'shortened': [str(step) for step in plan.shortened(
             result.steps, result.subject)] if result.complaint else [],
-    } for result in results], indent=1) + '\n')
+    } for result in results], path)
+
+
+def write_told(told: list[dict], path: pathlib.Path = PATH) -> None:
+    """Write what runs have come to, each as in a file of this kind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(told, indent=1) + '\n')
+
+
+def sum_lines(told: list[dict]) -> list[str]:
+    """What a person is told of several runs at once.
+
+    :param told: as in write_told()
+    """
+    kinds = collections.Counter()
+    for one in told:
+        kinds.update(one['kinds'])
+    lines_ = ['%d runs, %d faults, %d copies went through, %d complaints' % (
+        len(told), sum(one['faults'] for one in told),
+        sum(one['moves'] for one in told),
+        sum(bool(one['complaint']) for one in told))]
+    lines_.append('  faults: ' + ', '.join(
+        '%s %d' % pair for pair in sorted(kinds.items())))
+    lines_ += ['  seed %d: %s' % (one['seed'], one['complaint'])
+               for one in told if one['complaint']]
+    return lines_
 
 
 def lines(result: Result) -> list[str]:

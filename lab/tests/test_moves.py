@@ -12,8 +12,8 @@
 """What goes wrong while volumes move between two real daemons over TLS.
 
 Nova's own code on both sides (mover.py), and no guest. After each fault the
-source's volumes are whole, nothing is left on the destination, and the next try
-succeeds and can be reverted.
+source's volumes are whole, nothing is left on the destination, and the next
+try succeeds and can be reverted.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ import libvirt
 
 import lab
 from lab.benchmark import methods
+from lab.cloud import cloud
 from lab import config
 from lab import nova_user
 from lab import process
@@ -61,32 +62,36 @@ class Compute:
     """mover.py in a host."""
 
     def __init__(self, host, database, peer):
-        self.host, self._arguments = host, (host.name, database, peer)
+        self.host = host
         self._log = open(host.logs / 'mover.log', 'ab')
-        self.start()
-
-    def start(self):
-        self.is_killed = False
         nova_user.write_privsep_helper(self.host, [
             sys.executable, '-c', 'from oslo_privsep import daemon; '
             'daemon.helper_main()'], methods.tree())
         self.process = self.host.popen(
             nova_user.command([sys.executable, '-m', 'lab.tests.mover',
-                               *self._arguments]),
+                               host.name, database, peer]),
             env={'PYTHONPATH': '%s:%s' % (methods.tree(), config.ROOT),
                  'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'true',
                  **nova_user.environment()},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
             text=True)
-        self.answer()
+        self.start()
+
+    def start(self):
+        self.is_killed = False
+        self._write(mover.START)
+        self.pid = self.answer()
+
+    def _write(self, line):
+        self.process.stdin.write(line)
+        self.process.stdin.flush()
 
     def begin(self, step, **arguments):
-        self.process.stdin.write(json.dumps([step, arguments]) + '\n')
-        self.process.stdin.flush()
+        self._write(json.dumps([step, arguments]) + '\n')
 
     def answer(self):
         line = self.process.stdout.readline()
-        if not line:
+        if line in ('', mover.KILLED):
             self.is_killed = True
             raise StepFailed('killed')
         answer = json.loads(line)
@@ -100,12 +105,11 @@ class Compute:
 
     def kill(self):
         """And start anew, as a compute service's host does."""
-        for line in self.host.run(['ps', '-eo', 'pid,args']).stdout.split(
-                '\n'):
-            if 'lab.tests.mover' in line and 'nsenter' not in line:
-                self.host.run(['kill', '-9', line.split()[0]], check=False)
-        self.process.wait()
-        self.process.stdout.close()
+        if not self.is_killed:
+            self.host.run(['kill', '-9', str(self.pid)], check=False)
+            # It may have answered at last.
+            while self.process.stdout.readline() not in ('', mover.KILLED):
+                pass
         self.start()
 
     def close(self):
@@ -128,6 +132,8 @@ class MovesTest(unittest.TestCase):
         if not pathlib.Path(methods.tree(), 'nova/virt/libvirt/storage/'
                             'pump/transfer.py').exists():
             raise unittest.SkipTest('the tree does not move volumes')
+        config.CACHE.mkdir(exist_ok=True)
+        cloud.build_extensions(methods.tree(), config.CACHE / 'pump.log')
         cls.a, cls.b = cls.enterClassContext(lab.Hosts())
         for host in (cls.a, cls.b):
             for name, path in cls.pools.items():

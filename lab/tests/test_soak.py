@@ -86,6 +86,25 @@ class TestReport(unittest.TestCase):
             told['seed'], told['faults'], told['complaint']))
         self.assertEqual(3, len(told['shortened']))
 
+    def test_of_several_labs(self):
+        """Their faults add up, and a complaint names its seed."""
+        results = [
+            report.Result('hosts', 7, moves=2, steps=[
+                plan.Step(1, '-', 'move', fault='cut link after 1.0 s')]),
+            report.Result('hosts', 8, moves=3, complaint='lost', steps=[
+                plan.Step(1, '-', 'move', fault='cut link after 1.0 s'),
+                plan.Step(2, '-', 'move', fault='fill pool after 2.0 s')])]
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, 'soak.json')
+            report.write(results, path)
+            told = json.loads(path.read_text())
+            report.write_told(told, path)
+            self.assertEqual(told, json.loads(path.read_text()))
+        self.assertEqual(
+            ['2 runs, 3 faults, 5 copies went through, 1 complaints',
+             '  faults: cut link 2, fill pool 1', '  seed 8: lost'],
+            report.sum_lines(told))
+
     def judged(self, *samples):
         result = report.Result('hosts', 1, memory={
             'a service': [mib << 10 for mib in samples]})

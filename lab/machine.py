@@ -350,6 +350,17 @@ def _only_child(outer: subprocess.Popen) -> process.Process | None:
     return None
 
 
+def kill(outer: subprocess.Popen) -> None:
+    """Kill what Machine.popen() has started, and wait for its end.
+
+    nsenter, which the caller knows, would leave it alone behind.
+    """
+    child = _only_child(outer)
+    if child is not None:
+        child.signal(signal.SIGKILL)
+    outer.wait()
+
+
 def forward(code: int) -> int:
     """The exit status of a shell for a return code of subprocess."""
     return 128 - code if code < 0 else code

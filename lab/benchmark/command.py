@@ -22,8 +22,10 @@ from . import methods
 from . import pools
 from . import report
 from . import servers
+from .. import config
 from .. import packages
 from .. import ui
+from ..cloud.cloud import build_extensions
 from ..errors import LabError
 from ..hosts import Hosts
 
@@ -48,6 +50,7 @@ def run(runs: int, chosen, console: rich.console.Console) -> list[cases.Row]:
     wanted = chosen or known
     found: list[cases.Row] = []
     if set(wanted) - set(clouds):
+        build_extensions(methods.tree(), config.ROOT / 'build/extensions.log')
         with Hosts(ssh=True, progress=progress) as (a, b):
             for row in _copies(a, b, wanted, runs, progress):
                 found.append(row)
@@ -79,5 +82,9 @@ def _bench(a, b, memory):
     bench = methods.Bench(a, b, memory)
     try:
         yield bench
-    finally:
-        bench.remove()
+    except BaseException:
+        # What went wrong first is what counts; the lab goes anyway.
+        with contextlib.suppress(Exception):
+            bench.remove()
+        raise
+    bench.remove()

@@ -24,6 +24,7 @@ import time
 
 from . import measure
 from .. import config
+from .. import machine
 from ..errors import LabError
 
 FOLDER = '/var/lib/nova/bench'
@@ -134,7 +135,7 @@ class Receiver:
 
     def __exit__(self, kind, *error):
         if kind:
-            self.process.kill()
+            machine.kill(self.process)
         self.process.wait()
         self.process.stdout.close()
 
@@ -176,14 +177,11 @@ class Bench:
             host.path(KEYS + '/priority').write_text(SYSTEM_PRIORITY)
         self.runner, self.peer = Runner(a), Runner(b)
 
-    def close(self) -> None:
+    def remove(self) -> None:
+        """Take the pools away, for others in their place."""
         for runner in (self.runner, self.peer):
             runner.close()
         self.b.stop('nbdkit')
-
-    def remove(self) -> None:
-        """Take the pools away, for others in their place."""
-        self.close()
         for host in (self.a, self.b):
             with host.connect() as connection:
                 connection.storagePoolLookupByName(POOL).destroy()

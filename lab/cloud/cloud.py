@@ -510,15 +510,16 @@ def known_tree(nova) -> pathlib.Path | None:
 
 
 def build_extensions(tree, log) -> None:
-    """Compile the checkout's extensions where they are older than it."""
+    """Compile the checkout's extensions that are missing or out of date."""
     sources = [*tree.glob('nova/**/*.pyx'), *tree.glob('nova/**/*.pxd')]
     if not sources:
         return
     # An earlier commit's may lie beside them.
-    built = [path for source in sources if source.suffix == '.pyx'
-             for path in source.parent.glob(source.stem + '.*.so')]
+    built = [[*source.parent.glob(source.stem + '.*.so')]
+             for source in sources if source.suffix == '.pyx']
     newest = max(path.stat().st_mtime for path in sources)
-    if built and min(path.stat().st_mtime for path in built) > newest:
+    if all(built) and min(path.stat().st_mtime for found in built
+                          for path in found) > newest:
         return
     with open(log, 'w') as out:
         done = subprocess.run(

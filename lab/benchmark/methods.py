@@ -59,6 +59,8 @@ os.dup2(listening.fileno(), 3)
 os.set_inheritable(3, True)     # it may have been that
 print(listening.getsockname()[1], flush=True)
 os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()),
+                  MALLOC_MMAP_THRESHOLD_='16777216',
+                  MALLOC_TRIM_THRESHOLD_='268435456',
                   GNUTLS_SYSTEM_PRIORITY_FILE='%s/priority')
 os.execvp(sys.argv[2], sys.argv[2:])
 ''' % KEYS

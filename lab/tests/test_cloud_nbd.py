@@ -162,3 +162,98 @@ class TestKills(NbdCase):
             self.wait_for(lambda: not server.left_on(host), 60,
                           'a clean %s: %s' % (host, server.left_on(host)))
         self.assert_nothing_open()
+
+
+class TestAhead(NbdCase):
+    """Disks that are sent while the guest runs, and then what has changed."""
+    rate = None
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.addClassCleanup(cls.set_options, {
+            'storage_migration_precopy': 1024,
+            'storage_migration_precopy_bandwidth': 0})
+        cls.set_options({'storage_migration_precopy': 0,
+                         'storage_migration_precopy_bandwidth': 3})
+
+    def writing(self):
+        """A server on host-a whose guest writes, on its way to host-b."""
+        server, said = self.server()
+        server.command('keep-writing', 256)
+        self.begin(server)
+        self.wait_middle(server, 40)
+        self.assert_runs(server)
+        return server, said
+
+    def assert_runs(self, server):
+        with server.domain('host-a') as domain:
+            self.assertTrue(domain.isActive())
+
+    def assert_never_off(self, server, said):
+        """It has run on host-a all the time; nothing of it is on host-b."""
+        found = self.settled(server)
+        self.assertEqual(('ACTIVE', 'host-a'),
+                         (found.status, found.compute_host))
+        now = server.look()
+        self.assertEqual(said.boot_id, now.boot_id)
+        self.assert_kept(now)
+        self.wait_for(lambda: not server.left_on('host-b'), 30,
+                      'a clean host-b: %s' % server.left_on('host-b'))
+        self.assert_nothing_open()
+        return now
+
+    def test_guest_writes(self):
+        server, before = self.writing()
+        written = server.look().written
+        found = self.settled(server)
+        self.assertEqual('VERIFY_RESIZE', found.status)
+        there = server.testimony(after=before)
+        self.assert_kept(there)
+        self.assertGreaterEqual(there.written, written)
+        log = self.service_log('host-a')
+        for text in ('while the server runs: ', 'Copied the rest of volume',
+                     'The server has been down for'):
+            self.assertIn(text, log)
+        self.assert_nothing_open()
+        server.revert()
+        back = server.testimony(after=there)
+        self.assert_kept(back)
+        self.assert_nothing_left(server, 'host-b')
+
+    def _killed(self, host):
+        server, said = self.writing()
+        host.kill('nova-compute')
+        time.sleep(1)
+        self.assertEqual([], self.guards(self.b))
+        self.assert_runs(server)
+        self.cloud.start_compute(host.name)
+        said = self.assert_never_off(server, said)
+        server.command('stop-writing')
+        self.assert_goes(server, said)
+
+    def test_source_compute_is_killed(self):
+        self._killed(self.a)
+
+    def test_destination_compute_is_killed(self):
+        self._killed(self.b)
+
+    def test_receiver_is_killed(self):
+        server, before = self.writing()
+        for line in self.guards(self.b):
+            if 'guard.py' not in line:
+                self.b.run(['kill', '-9', line.split()[0]])
+        # It goes all the same, when the guest is off.
+        found = self.settled(server)
+        self.assertEqual('VERIFY_RESIZE', found.status)
+        self.assertIn('has not noticed', self.service_log('host-a'))
+        self.assert_kept(server.testimony(after=before))
+        self.assert_nothing_open()
+
+    def test_server_is_deleted(self):
+        server, _said = self.writing()
+        server.delete()
+        for host in config.HOSTS:
+            self.wait_for(lambda: not server.left_on(host), 60,
+                          'a clean %s: %s' % (host, server.left_on(host)))
+        self.assert_nothing_open()

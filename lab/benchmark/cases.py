@@ -14,6 +14,7 @@
 
 import dataclasses
 import functools
+import os
 import statistics
 
 GIB = 1 << 30
@@ -238,6 +239,33 @@ class Cases:
             'nbdcopy -C 1': 1.0, 'nbdcopy -C 4': 1.0, 'rsync -S': 30.0}, NBD)
         self.bench.forget(name)
 
+    def nbd_three(self, size=512 * MIB):
+        """Three disks full of data, at once or in turn."""
+        names = ['nbd-three-%d' % n for n in range(3)]
+        case = 'NBD, three disks at once'
+        for name in names:
+            length = self.bench.make(name, RANDOM % (size >> 20))
+        costs = {True: [], False: []}
+        for _ in range(self.runs):
+            for together, found in costs.items():
+                for name in names:
+                    self.bench.clear(name)
+                cost, _answer = self.bench.pump_nbd_all(
+                    names, length, together=together)
+                found.append(cost)
+                self.tell('three disks over NBD, %s: %.2f s' % (
+                    'at once' if together else 'in turn', cost.wall))
+        for name in names:
+            self.bench.check(name)
+        yield faster(case, median(costs[True], 'wall'),
+                     'one after the other', median(costs[False], 'wall'), 1.2)
+        # Two cores can't do more than two seconds a second.
+        yield Row(case, 'CPU s/s', median(costs[True], 'cpu') /
+                  median(costs[True], 'wall'), 'cores', os.cpu_count(),
+                  median(costs[True], 'cpu') / median(costs[True], 'wall') /
+                  os.cpu_count())
+        self.bench.forget(*names)
+
     def empty(self, size=10 * GIB):
         name, case = 'empty', '%g GiB empty' % (size / GIB)
         length = self.bench.make(name, 'out.truncate(%d)' % size)
@@ -322,7 +350,7 @@ class Cases:
         self.bench.forget(name)
 
     IN_MEMORY = ('tiny', 'empty', 'random', 'sparse', 'overlay', 'three',
-                 'slow', 'nbd', 'nbd_sparse')
+                 'slow', 'nbd', 'nbd_sparse', 'nbd_three')
     ON_DISK = ('large',)
 
 

@@ -12,6 +12,7 @@
 
 """Each way to bring volumes from host-a to host-b."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -48,7 +49,8 @@ RECEIVERS = {
         '--object', 'tls-creds-psk,id=t,endpoint=server,dir=%s,priority=%s' % (
             KEYS, PRIORITY), '--tls-creds', 't', '{path}'],
     'nbdkit': [
-        'nbdkit', '--foreground', '--filter=exitlast', '--tls=require',
+        'nbdkit', '--foreground', '--threads', '2', '--filter=exitlast',
+        '--tls=require',
         '--tls-psk=%s/keys.psk' % KEYS, 'file', '{path}']}
 LISTEN = '''import os, socket, sys
 listening = socket.socket()
@@ -318,16 +320,28 @@ class Bench:
 
     def pump_nbd(self, name, length, kind='qemu-nbd'):
         """The pump into a file that is there and empty."""
-        self._make_file(name, length)
-        with Receiver(self.b, name, kind) as receiver:
+        return self.pump_nbd_all([name], length, kind)
+
+    def pump_nbd_all(self, names, length, kind='qemu-nbd', **more):
+        """The pump into files that are there and empty.
+
+        :param more: ``together`` for all at once
+        """
+        with contextlib.ExitStack() as stack:
+            receivers = []
+            for name in names:
+                self._make_file(name, length)
+                receivers.append(stack.enter_context(
+                    Receiver(self.b, name, kind)))
             answer = self.runner(
                 'copy', source='qemu:///system', destination='',
-                volumes=[[POOL, name, '', '', length]],
+                volumes=[[POOL, name, '', '', length] for name in names],
                 exports=[[self.b.address, receiver.port, '', 'nova',
-                          self.key]])
-        # The runner is a child that hasn't ended: its use isn't in ours.
+                          self.key] for receiver in receivers], **more)
+        # The runner is a child that hasn't ended: its use isn't in ours. The
+        # first receiver counts from before the others.
         cost = measure.Cost(answer['wall'], 0, 0, answer['memory'])
-        return dataclasses.replace(receiver.cost(cost),
+        return dataclasses.replace(receivers[0].cost(cost),
                                    client=answer['client']), answer
 
     def nbdcopy_psk(self, name, length, connections, kind='qemu-nbd'):

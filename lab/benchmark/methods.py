@@ -344,6 +344,20 @@ class Bench:
         return dataclasses.replace(receivers[0].cost(cost),
                                    client=answer['client']), answer
 
+    def pump_warm(self, name, length, changed):
+        """The pump in two passes.
+
+        :param changed: bytes that are written between them
+        :returns: seconds of either, and bytes ``sent`` in the second one
+        """
+        self._make_file(name, length)
+        with Receiver(self.b, name, 'qemu-nbd') as receiver:
+            return self.runner(
+                'warm', source='qemu:///system', length=length,
+                changed=changed, path='%s/%s' % (FOLDER, name),
+                **{'from': [POOL, name]}, export=[
+                    self.b.address, receiver.port, '', 'nova', self.key])
+
     def nbdcopy_psk(self, name, length, connections, kind='qemu-nbd'):
         """nbdcopy into the same."""
         self._make_file(name, length)

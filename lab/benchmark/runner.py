@@ -18,6 +18,7 @@ Run as a program there. Reads requests, one JSON a line, and answers each so.
 import concurrent.futures
 import json
 import os
+import random
 import resource
 import sys
 import threading
@@ -94,6 +95,33 @@ def copy(pump, request):
             'checksums': [[r.checksum, r.key] for r in results]}
 
 
+def warm(pump, request):
+    """Copy a volume in two passes, between which some of it is written."""
+    pool, name = request['from']
+    with pump.WarmCopy(pump.Volume(request['source'], pool, name),
+                       pump.Export(*request['export']),
+                       request['length']) as copy:
+        start = time.monotonic()
+        copy.first()
+        first = time.monotonic() - start
+        _change(request['path'], request['length'], request['changed'])
+        start = time.monotonic()
+        result = copy.rest(request['length'])
+        return {'first': first, 'wall': time.monotonic() - start,
+                'sent': result.data}
+
+
+def _change(path, length, nbytes):
+    """Write to random places, in pieces of 4 to 64 KiB as a guest does."""
+    chance = random.Random(length)
+    with open(path, 'r+b', buffering=0) as file:
+        while nbytes > 0:
+            data = os.urandom(chance.choice((4096, 4096, 16384, 65536)))
+            file.seek(chance.randrange((length - len(data)) >> 12) << 12)
+            file.write(data)
+            nbytes -= len(data)
+
+
 def verify(pump, request):
     start = time.monotonic()
     pump.verify(pump.Volume(request['uri'], request['pool'],
@@ -133,7 +161,7 @@ def spin(_pump, request):
 def main():
     answers = _silence()
     from nova.virt.libvirt.storage.pump import transfer as pump
-    operations = {'copy': copy, 'verify': verify, 'cancel': cancel,
+    operations = {'copy': copy, 'warm': warm, 'verify': verify, 'cancel': cancel,
                   'spin': spin}
     print(json.dumps({'ready': True}), file=answers, flush=True)
     for line in sys.stdin:

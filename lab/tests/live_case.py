@@ -113,6 +113,18 @@ class LiveCase(test_cloud_moves.MovesCase):
         server._awake = True
         return found
 
+    def recovered(self, server):
+        """Wait until nothing is under way, and go on with the server.
+
+        Nova puts it in ERROR when libvirt has failed, rolled back or not;
+        whether it has one guest is what the scenarios look at.
+        """
+        found = self.settled(server)
+        if found.status == 'ERROR':
+            server.api.reset_server_state(server.id, 'active')
+            found = server.wait('ACTIVE')
+        return found
+
     def live(self, server, host, state='ACTIVE'):
         """Migrate live.
 

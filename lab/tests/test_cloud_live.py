@@ -336,7 +336,7 @@ class TestSharedPool(LiveCase):
         self.b.kill('libvirtd')
         self.b.restart('libvirtd')
         self.b.wait_ready()
-        self.settled(server)
+        self.recovered(server)
         said = self.assert_here(server, 'host-a', said)
         self.assertEqual(files, self.files(server))
         self.assert_moves(server, said)

@@ -98,7 +98,7 @@ class TestTransition(LegacyCase):
         self.b.kill('libvirtd')
         self.b.restart('libvirtd')
         self.b.wait_ready()
-        self.settled(server)
+        self.recovered(server)
         self.assertEqual(['host-a'], self.runs_on(server))
         self.assertEqual('host-a', server.host)
         after = server.look()

@@ -96,6 +96,30 @@ class TestPoolWithoutCow(test_cloud_servers.TestPool):
     options = {'use_cow_images': 'false'}
 
 
+class TestDefault(CloudTestCase):
+    """Hosts whose images_type is the default one."""
+
+    lab = SERIES
+    images_type = 'default'
+
+    def warnings(self):
+        return self.service_log('host-a').count('images_type = qcow2 is dep')
+
+    def test_disks_are_in_pools(self):
+        """With qcow2 they are files, and the service says so once."""
+        server = self.boot(flavor='lab.small.disks')
+        self.assertIn('volume nova-disks-pool/ID_disk',
+                      self.lies(server, 'host-a'))
+        before = self.warnings()
+        self.cloud.set_images_type('qcow2')
+        self.addCleanup(self.cloud.set_images_type, self.images_type)
+        self.assertEqual(before + 1, self.warnings())
+        server = self.boot('file', flavor='lab.small.disks')
+        self.assertIn('instances/ID/disk', self.lies(server, 'host-a'))
+        self.assertNotIn('volume nova-disks-pool/ID_disk',
+                         self.lies(server, 'host-a'))
+
+
 class TestFaults(CloudTestCase):
     """What fails leaves nothing behind, and the next server works."""
 

@@ -102,8 +102,10 @@ def _cloud():
               default='native', show_default=True)
 @click.option('--root', is_flag=True,
               help='nova-compute as root in place of user nova.')
-@click.option('--storage', type=click.Choice(['', 'vm']), default='',
-              help='A virtual machine with a volume group and NFS exports.')
+@click.option('--storage', type=click.Choice(['', 'vm', 'ceph', 'ceph,vm']),
+              default='',
+              help='A virtual machine with a volume group and NFS exports; '
+              'Ceph.')
 @click.option('--host-root', type=click.Choice(['', *roots.RELEASES]),
               default=lambda: os.environ.get('LAB_HOST_ROOT', ''),
               help='The hosts\' Debian; the machine\'s own by default.')

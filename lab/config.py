@@ -39,6 +39,7 @@ DISK_BYTES = 48 << 30
 NEEDED_MEMORY = {'hosts': 512 * MIB, 'cloud': 6 << 30}
 #: More of it for the storage machine.
 STORAGE_MEMORY = 768 * MIB
+CEPH_MEMORY = 1 << 30
 #: More of it where the hosts' disks lie in memory.
 DISKS_IN_MEMORY = 10 << 30
 NEEDED_DISK = {'hosts': 1 << 30, 'cloud': 8 << 30}

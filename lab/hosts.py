@@ -21,6 +21,7 @@ import signal
 import subprocess
 import time
 
+from . import ceph
 from . import config
 from . import guide
 from . import host
@@ -50,7 +51,7 @@ def prepare(options, progress: ui.Steps) -> None:
             packages.install(missing)
     if options.host_root:
         roots.ensure(options.host_root, progress)
-    if options.storage:
+    if 'vm' in options.storage.split(','):
         with progress.step('kernel and packages of the storage machine'):
             storage.prepare()
     if options.modular:
@@ -95,7 +96,8 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
             machine.finish(process_)
         for machine in machines[1:]:
             machine.make_users()
-    beside = storage.StorageVM() if options.storage else None
+    beside = (storage.StorageVM() if 'vm' in options.storage.split(',')
+              else None)
     if beside:
         beside.begin()
     with progress.step('certificates, as the admin guide says'):
@@ -106,6 +108,9 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
             machine.start_daemons()
         for machine in machines[1:]:
             machine.wait_ready()
+    if ceph.is_wanted(options):
+        with progress.step('Ceph: one monitor, one OSD in memory'):
+            _bring_ceph(machines)
     if beside:
         with progress.step('storage machine: volume group, NFS exports'):
             beside.wait_ready()
@@ -114,6 +119,14 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
     if options.level == 'hosts':
         now.phase = 'up'
     now.save()
+
+
+def _bring_ceph(machines) -> None:
+    there = ceph.Ceph()
+    there.up()
+    there.tell(machines[0])
+    for machine in machines[1:]:
+        there.join(machine)
 
 
 def _certificates(control, *computes) -> None:

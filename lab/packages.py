@@ -37,6 +37,11 @@ SASL = ('krb5-user', 'libsasl2-modules', 'libsasl2-modules-gssapi-mit',
         'sasl2-bin')
 KDC = ('krb5-admin-server', 'krb5-kdc')
 OVS = ('dnsmasq-base', 'openssh-client', 'openvswitch-switch')
+#: Of Ceph as the admin guide has it on a host, and its daemons.
+CEPH = (
+    'ceph-common', 'ceph-mgr', 'ceph-mon', 'ceph-osd',
+    'libvirt-daemon-driver-storage-rbd', 'python3-rados', 'python3-rbd',
+    'qemu-block-extra')
 STORAGE = ('busybox-static', 'kmod', 'qemu-system-common')
 #: Unpacked for the storage machine, with what they need; never installed.
 STORAGE_UNPACKED = (
@@ -55,8 +60,10 @@ def wanted(options) -> list[str]:
     names = {*HOSTS, *SASL, *KDC}
     if options.ssh:
         names.update(SSH)
-    if options.storage:
+    if 'vm' in options.storage.split(','):
         names.update(STORAGE)
+    if 'ceph' in options.storage.split(','):
+        names.update(CEPH)
     if options.level == 'cloud':
         names.update(CLOUD)
         if options.network == 'ovs':

@@ -71,7 +71,8 @@ def check(options, leftover: bool) -> None:
                            config.netns(taken[0]), _user_of(taken[0])))
     need = config.NEEDED_MEMORY[options.level] + (
         options.memory and config.DISKS_IN_MEMORY) + (
-        config.STORAGE_MEMORY if options.storage else 0)
+        config.STORAGE_MEMORY if 'vm' in options.storage else 0) + (
+        config.CEPH_MEMORY if 'ceph' in options.storage else 0)
     have = available_memory()
     if have < need:
         raise LabError('level %s takes %d MiB of memory, %d MiB are '

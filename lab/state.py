@@ -31,8 +31,8 @@ class Options:
     :ivar modular: libvirt's modular daemons in place of libvirtd
     :ivar root: nova-compute runs as root, for comparison
     :ivar memory: the hosts' disks lie in memory, so that none is measured
-    :ivar storage: what there is beside the hosts: "vm" for the storage
-        machine
+    :ivar storage: what there is beside the hosts, separated by commas: "vm"
+        for the storage machine, "ceph"
     """
 
     level: str = 'hosts'

@@ -30,6 +30,7 @@ from . import schemas
 from . import server
 from . import services
 from . import venvs
+from .. import ceph
 from .. import config as lab_config
 from .. import guide
 from .. import hosts
@@ -69,7 +70,8 @@ class Cloud:
             services=VENVS / 'services', nova=VENVS / 'nova',
             network=VENVS / 'network' if options.network == 'ovs' else None,
             tree=known_tree(options.nova), images_type=options.images_type,
-            threading=options.threading, user=not options.root)
+            threading=options.threading, user=not options.root,
+            ceph=ceph.is_wanted(options))
         self.control = Machine(lab_config.CONTROL)
         self._given_up = False  # up() has failed or was interrupted
 

@@ -20,6 +20,7 @@ import pathlib
 import secrets
 import shutil
 
+from .. import ceph
 from .. import nova_user
 from ..machine import Machine
 
@@ -56,6 +57,7 @@ class Layout:
     :ivar user: nova-compute runs as nova, else as root
     :ivar umask: of nova-compute, octal
     :ivar environment: of nova-compute, added to the lab's
+    :ivar ceph: whether there is Ceph, see lab.ceph
     """
 
     folder: pathlib.Path
@@ -70,6 +72,7 @@ class Layout:
     user: bool = True
     umask: str = ''
     environment: dict = dataclasses.field(default_factory=dict)
+    ceph: bool = False
 
     @property
     def etc(self) -> pathlib.Path:
@@ -244,11 +247,14 @@ auth_strategy = keystone
 bind_host = {self.layout.control}
 bind_port = {PORTS['glance']}
 workers = 1
-enabled_backends = local:file
+enabled_backends = {'ceph:rbd,' if self.layout.ceph else ''}local:file
+show_image_direct_url = {self.layout.ceph}
+show_multiple_locations = {self.layout.ceph}
 [database]
 connection = {self.database('glance')}
 [glance_store]
-default_backend = local
+default_backend = {'ceph' if self.layout.ceph else 'local'}
+{self._images_on_ceph() if self.layout.ceph else ''}
 [local]
 filesystem_store_datadir = {self._folder('glance/images')}
 [os_glance_tasks_store]
@@ -261,6 +267,26 @@ config_file = {paste}
 [oslo_concurrency]
 lock_path = {self._folder('glance/lock')}
 {self._token('glance', 'image')}''')
+
+    @staticmethod
+    def _images_on_ceph():
+        return f'''[ceph]
+rbd_store_pool = {ceph.IMAGES}
+rbd_store_user = {ceph.USER}
+rbd_store_ceph_conf = {ceph.CONF}
+rbd_store_chunk_size = 4
+'''
+
+    @staticmethod
+    def _disks_on_ceph():
+        """What images_type = rbd reads."""
+        return f'''images_rbd_pool = {ceph.DISKS}
+images_rbd_ceph_conf = {ceph.CONF}
+rbd_user = {ceph.USER}
+rbd_secret_uuid = {ceph.SECRET}
+rbd_destroy_volume_retries = 5
+rbd_destroy_volume_retry_interval = 1
+'''
 
     def _paste(self, source, target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -369,6 +395,7 @@ live_migration_with_native_tls = true
 live_migration_inbound_addr = {host}
 images_type = {layout.images_type}
 storage_migration_transport = libvirt
+{self._disks_on_ceph() if layout.ceph else ''}
 [compute]
 live_migration_wait_for_vif_plug = false
 [nova_sys_admin]

@@ -18,6 +18,7 @@ import pathlib
 import time
 
 from . import config
+from .. import ceph
 from .. import nova_user
 from ..errors import LabError
 
@@ -82,6 +83,14 @@ def with_keys(layout, env) -> dict:
     return {**env, 'LAB_KEYS': str(layout.folder / 'keys'),
             'PYTHONPATH': ':'.join(filter(None, (
                 env.get('PYTHONPATH'), here)))}
+
+
+def with_ceph(layout, env) -> dict:
+    """Let a process import librados and librbd, if there is Ceph."""
+    if not layout.ceph:
+        return env
+    return {**env, 'PYTHONPATH': ':'.join(filter(None, (
+        env.get('PYTHONPATH'), str(ceph.PYTHON))))}
 
 
 def memcached(layout) -> Service:
@@ -151,7 +160,8 @@ def glance(layout) -> Service:
     return wsgi(layout, 'glance', layout.services, 'glance.wsgi.api', 1,
                 '--threads', 4, '--chunked-input-limit', 64 << 20,
                 '--chunked-input-timeout', 120,
-                env={'OS_GLANCE_CONFIG_DIR': str(layout.etc / 'glance')})
+                env=with_ceph(layout, {
+                    'OS_GLANCE_CONFIG_DIR': str(layout.etc / 'glance')}))
 
 
 def empty_network(layout) -> Service:
@@ -181,7 +191,7 @@ def nova_daemon(layout, name) -> Service:
 
 def nova_compute(layout, host) -> Service:
     argv = [layout.nova / 'bin/nova-compute', *layout.nova_files(host)]
-    env = with_keys(layout, nova_environment(layout))
+    env = with_ceph(layout, with_keys(layout, nova_environment(layout)))
     if layout.user:
         argv = nova_user.command(argv, layout.umask)
         env.update(nova_user.environment())

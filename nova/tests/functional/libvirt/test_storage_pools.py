@@ -227,6 +227,7 @@ class TestOnAVolumeGroup(storage_pools.StoragePoolsTestBase):
         self.flags(force_config_drive=True)
         self.start_compute()
         self.group = self.connections['compute1'].volume_group('vg')
+        self.stub_out('nova.privsep.fs.lvorigins', self.group.lvorigins)
 
     def _get_connection(self, *args, **kwargs):
         connection = super()._get_connection(*args, **kwargs)

@@ -29,15 +29,22 @@ from nova.compute import task_states
 import nova.conf
 from nova import context as nova_context
 from nova import exception
+from nova.i18n import _
 from nova import objects
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import image_cache
+from nova.virt.libvirt.storage import image_rbd
 from nova.virt.libvirt.storage.live import offer as live_offer
 from nova.virt.libvirt.storage.live import plan
 from nova.virt.libvirt.storage.live import receive
 from nova.virt.libvirt.storage.live import send
 from nova.virt.libvirt.storage.live import settle
+from nova.virt.libvirt.storage.live_image import capture
+from nova.virt.libvirt.storage.live_image import interfaces
+from nova.virt.libvirt.storage.live_image import memory_file
+from nova.virt.libvirt.storage.live_image import spawn
+from nova.virt.libvirt.storage.live_image import under_way
 from nova.virt.libvirt.storage.move import destination
 from nova.virt.libvirt.storage.move import readiness
 from nova.virt.libvirt.storage.move import source
@@ -55,9 +62,13 @@ from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt.storage import report
 from nova.virt.libvirt.storage import transition
+from nova.virt.libvirt import utils as libvirt_utils
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
+
+# What images_type should no longer be.
+DEPRECATED = ('raw', 'flat', 'qcow2')
 
 config_drive_image_type = operation.config_drive_image_type
 
@@ -67,8 +78,7 @@ def add_image_type(image_backend, get_connection: ty.Callable) -> None:
 
     :param get_connection: gives the virConnect of this compute's libvirt
     """
-    image_backend.BACKEND['libvirt-storage'] = (
-        image.LibvirtStorage.bound_to(get_connection))
+    image_backend.BACKEND.update(image_rbd.bound_to(get_connection))
 
 
 def makes_pool_disks() -> bool:
@@ -107,6 +117,12 @@ class LocalDisks:
                 LOG.warning('Disks in storage pools are live migrated in '
                             'plain text, unless [libvirt]/'
                             'live_migration_with_native_tls is set')
+        elif CONF.libvirt.images_type in DEPRECATED:
+            LOG.warning('[libvirt]/images_type = %s is deprecated. Leave it '
+                        'out, or set it to libvirt-storage, to keep new disks '
+                        'in libvirt storage pools; see "Moving local disks '
+                        'into libvirt storage pools" in the admin guide.',
+                        CONF.libvirt.images_type)
         self._local.intake.start()
         # Disks made there stay, whatever images_type says now.
         self._has_pools = ownership.has_pools(self._connection())
@@ -136,6 +152,7 @@ class LocalDisks:
 
     def image_cache_changed(self) -> None:
         """Let libvirt know that base images came or went."""
+        spawn.open_store(None).sweep()
         if makes_pool_disks():
             image_cache.cache_changed(self._connection(), CONF.host)
 
@@ -208,11 +225,8 @@ class LocalDisks:
         """
         cache_name = imagecache.get_cache_fname(instance.image_ref)
         if os.path.basename(info['backing_file']) == cache_name:
-            self._local.image_backend.by_name(
-                instance, 'disk', 'libvirt-storage').ensure_image_cached(
-                    context, instance.image_ref,
-                    trusted_certs=instance.trusted_certs,
-                    fallback_from_host=fallback_from_host)
+            operation.cache_base(
+                self._local, context, instance, fallback_from_host)
 
     # Snapshots
 
@@ -221,9 +235,11 @@ class LocalDisks:
 
         :param guest: the Guest
         :param disk_path: what libvirt_utils.find_disk() returns: the device
-            of a pool disk, such as ``vda``
+            of a pool disk, such as ``vda``; of one on Ceph its name there
         :returns: None if it isn't one
         """
+        if self._has_pools and disk_path.startswith('rbd:'):
+            return self._disk_on_ceph(instance, os.path.basename(disk_path))
         if '/' in disk_path:
             return None
         # The guest runs with what Nova has written into its XML.
@@ -233,6 +249,76 @@ class LocalDisks:
         return self._local.image_backend.by_name(
             instance, 'disk',
             disk_info_mapping={'metadata': image.record_of(disk)})
+
+    def _disk_on_ceph(self, instance, volume):
+        """The Image of a disk whose record says that it is that volume."""
+        records = metadata.InstanceDisks.load(
+            nova_context.get_admin_context(), instance)
+        for name, record in records.items():
+            if record.is_on_ceph and record.volume == volume:
+                return self._local.image_backend.by_name(
+                    instance, name, disk_info_mapping={'metadata': record})
+        return None
+
+    # Live images
+
+    def save_live(self, context, instance, image_api, nics: dict,
+                  image_id: str, metadata: dict, uploading) -> None:
+        """Save a running guest with its memory, as two images.
+
+        :param nics: arguments of interfaces.Interfaces
+        :param image_id: of the user's image, which is queued
+        :param metadata: of that image
+        :param uploading: called when the guest runs again as before
+        :raises: exception.LiveImageRefused,
+            exception.LiveImageCaptureFailed; the guest runs on
+        """
+        if not CONF.libvirt.live_images:
+            raise exception.LiveImageRefused(
+                instance_uuid=instance.uuid,
+                reason=_('set [libvirt]/live_images on its host, and hard '
+                         'reboot it'))
+        with capture.Capture(self._local.host, instance,
+                             self._interfaces(instance, nics)) as saved:
+            uploading()
+            try:
+                spawn.open_store(image_api).publish(
+                    context, image_id, metadata, saved)
+            except memory_file.Unusable as e:
+                raise exception.LiveImageRefused(
+                    instance_uuid=instance.uuid, reason=e)
+
+    def _interfaces(self, instance, nics):
+        return interfaces.Interfaces(
+            get_guest=functools.partial(
+                self._local.host.get_guest, instance), **nics)
+
+    def recover_live(self, instances, nics_of: ty.Callable) -> None:
+        """Put right what captures have left that were cut off.
+
+        :param instances: all of this host
+        :param nics_of: gives the arguments of interfaces.Interfaces of an
+            instance
+        """
+        cut_off = set(under_way.instances())
+        for instance in instances if cut_off else ():
+            if instance.uuid in cut_off:
+                cut_off.remove(instance.uuid)
+                capture.recover(
+                    self._local.host, instance,
+                    self._interfaces(instance, nics_of(instance)))
+        for uuid in cut_off:
+            # Nobody has its guest here any more.
+            under_way.end(uuid)
+
+    def live_boot(self, context, instance,
+                  image_api) -> spawn.Spawn | None:
+        """Prepare the start from the memory that an image has.
+
+        :returns: None if it has none
+        :raises: exception.LiveImageUnusable
+        """
+        return spawn.prepare(self._local.host, image_api, context, instance)
 
     # Cold migration and resize
 
@@ -265,6 +351,7 @@ class LocalDisks:
     def depart(self, context, instance, block_device_info):
         """On the source: check a migration while the guest runs.
 
+        Large disks are sent ahead, which takes its time.
         Legacy disks get names in the pools of this host, if it has pools.
 
         :returns: a source.Outgoing to be run when the guest is off; None if
@@ -329,8 +416,15 @@ class LocalDisks:
 
     def confirm(self, context, instance) -> None:
         """On the source: delete what was kept for a revert."""
-        if self._has_pools:
-            source.confirm(context, self._connection(), instance)
+        if not self._has_pools:
+            return
+        source.confirm(context, self._connection(), instance)
+        root = metadata.InstanceDisks.load(context, instance).get('disk')
+        if root is not None and root.is_on_ceph:
+            self._local.image_backend.by_name(
+                instance, 'disk',
+                disk_info_mapping={'metadata': root}).remove_snap(
+                    libvirt_utils.RESIZE_SNAPSHOT_NAME, ignore_errors=True)
 
     # Live migration
 
@@ -363,6 +457,8 @@ class LocalDisks:
             self._local, context, instance, block_device_info)
         settle.settle(context, self._local.host, disks.records)
         disks.take_up_running()
+        if 'dst_storage_pools' in data and data.dst_storage_pools:
+            disks.take_over()
         if plan.is_pool_backed(disks.records):
             plan.Plan(self._local, context, disks.records, data).make()
             return

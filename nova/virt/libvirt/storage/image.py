@@ -413,10 +413,10 @@ class LibvirtStorage(imagebackend.Image):
         return config
 
     def _create_empty(self, capacity):
-        # With all tables written a qcow2 file is about as fast as a raw one.
+        # Without qcow2's tables: QEMU takes all that they map for data, and a
+        # live migration would copy the whole disk.
         return self._get_pool(self.pool_name).create(
-            self._get_config(capacity),
-            prealloc_metadata=self.driver_format == QCOW2)
+            self._get_config(capacity))
 
     def _create_overlay(self, base, base_info, capacity):
         config = self._get_config(capacity)

@@ -29,15 +29,20 @@ from oslo_utils import units
 
 import nova.conf
 from nova import exception
+from nova.objects import fields
 from nova.virt.libvirt import blockinfo
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage.intake import intake
 from nova.virt.libvirt.storage.move import destination
 from nova.virt.libvirt.storage.move import handover
+from nova.virt.libvirt.storage.move import offer
 from nova.virt.libvirt.storage.move import undo
 from nova.virt.libvirt.storage.pool import health
 from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.records import lifecycle
+from nova.virt.libvirt.storage.records import metadata
+from nova.virt.libvirt.storage import takeover
 from nova.virt.libvirt.storage import transition
 from nova.virt.libvirt import utils as libvirt_utils
 
@@ -77,16 +82,18 @@ class LocalHost:
             return None
 
 
-def cache_base(local, context, instance) -> str:
+def cache_base(local, context, instance, fallback_from_host=None) -> str:
     """Have an instance's image in the image cache of this host.
 
     :param local: the LocalHost
+    :param fallback_from_host: may have the image if Glance has it no more
     :returns: its path
     """
     return local.image_backend.by_name(
         instance, 'disk', 'libvirt-storage').ensure_image_cached(
             context, instance.image_ref,
-            trusted_certs=instance.trusted_certs)
+            trusted_certs=instance.trusted_certs,
+            fallback_from_host=fallback_from_host)
 
 
 def config_drive_image_type() -> str:
@@ -94,6 +101,13 @@ def config_drive_image_type() -> str:
     if CONF.libvirt.images_type in ('rbd', 'libvirt-storage'):
         return CONF.libvirt.images_type
     return 'raw'
+
+
+def _is_offered_ceph(instance) -> bool:
+    """Whether the destination of a move has a Ceph pool for its disks."""
+    told = offer.load(instance)
+    return told is not None and any(
+        pool.ceph for pool in told.pools.values())
 
 
 class DiskOperation:
@@ -196,7 +210,14 @@ class DiskOperation:
             self._block_device_info)
 
     def _configured(self):
-        return self._local.image_backend.backend().RECORDED_AS
+        """The image backend of a file of which nothing else is known."""
+        configured = self._local.image_backend.backend().RECORDED_AS
+        if (configured == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and
+                CONF.use_cow_images):
+            # Pools hold no such files. The default made this one, before it
+            # meant pools.
+            return fields.LibvirtDiskBackend.QCOW2
+        return configured
 
     # Making disks
 
@@ -314,6 +335,8 @@ class DiskOperation:
         :param disk_info: gets the new records attached
         :raises: exception.DiskTransitionFailed if the guest is not off
         """
+        if guest_is_off or _is_offered_ceph(self._instance):
+            self.take_over(disk_info)
         moving = self._new_transition(guest_is_off)
         if moving is None:
             return
@@ -327,13 +350,24 @@ class DiskOperation:
             self.attach(disk_info)
         self._transition = moving
 
+    def take_over(self, disk_info=None) -> None:
+        """Have disks on Ceph on record as what this host makes them now.
+
+        :param disk_info: gets the new records attached
+        """
+        if self.records.has_mappings and takeover.take_over(
+                self._local.get_connection(), self.records):
+            self.records.save(self._context)
+            if disk_info is not None:
+                self.attach(disk_info)
+
     def finish_earlier_move(self) -> None:
         """Have :meth:`started` end a move into pools that was cut off."""
         self._transition = self._new_transition()
 
     def _new_transition(self, guest_is_off=True):
         if (CONF.libvirt.images_type != 'libvirt-storage' or
-                not self.records.has_mappings):
+                not self.records.has_mappings or self._goes_to_ceph()):
             return None
         return transition.Transition(
             self._context, self._instance, self.records,
@@ -341,6 +375,20 @@ class DiskOperation:
                 self._local.get_connection(), name, CONF.host),
             libvirt_utils.get_instance_path(self._instance),
             imagecache.ImageCacheManager().cache_dir, guest_is_off)
+
+    def _goes_to_ceph(self):
+        """Whether a disk would move into a pool that takes no files."""
+        connection = self._local.get_connection()
+        for name, record in self.records.items():
+            pool = setup.pool_of(connection, name)
+            if (record.backend in metadata.FILE_BACKENDS and
+                    pool.exists() and pool.kind().is_ceph):
+                LOG.info('Disk %(name)s stays a file: storage pool %(pool)s '
+                         'is over Ceph, into which no disk can move yet',
+                         {'name': name, 'pool': pool.name},
+                         instance=self._instance)
+                return True
+        return False
 
     def started(self) -> None:
         """Take the legacy names away: the guest is defined with pool disks.

@@ -122,6 +122,9 @@ def delete(connection, orphans: list[Orphan]) -> list[Orphan]:
 
 def _names(pool, unread):
     try:
+        if pool.kind().is_ceph:
+            # What is there is every host's, or another cloud's.
+            return []
         if pool.is_active():
             return [volume.name for volume in pool.volumes()]
         unread.append(Unread(pool.name, _('it is not active')))

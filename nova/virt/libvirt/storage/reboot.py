@@ -38,7 +38,12 @@ LOG = logging.getLogger(__name__)
 
 
 class Return(operation.DiskOperation):
-    """The disks of an instance whose move to another host is given up."""
+    """The disks of an instance whose move to another host is given up.
+
+    :ivar guest_runs: whether it was never powered off: nothing but the records
+        was to be undone then. After take_back().
+    """
+    guest_runs = False
 
     def take_back(self, migration) -> None:
         """Make the disks what they were before a migration.
@@ -51,6 +56,13 @@ class Return(operation.DiskOperation):
         """
         self.start_pools()
         self._abandon(migration)
+        try:
+            self.guest_runs = self._local.host.get_guest(
+                self._instance).is_active()
+        except exception.InstanceNotFound:
+            pass
+        if self.guest_runs:
+            return
         if self.records.has_mappings:
             lifecycle.went_back(self.records)
             self.take_up(self._disk_info())

@@ -63,12 +63,13 @@ class DiskLine:
 
     @property
     def in_pool(self) -> bool:
-        return self.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE
+        return self.backend in metadata.POOL_BACKENDS
 
     @property
     def is_raw_in_pool(self) -> bool:
         """Whether the guest writes the first bytes, and libvirt reads them."""
-        return self.in_pool and self.format == fields.LibvirtDiskFormat.RAW
+        return (self.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and
+                self.format == fields.LibvirtDiskFormat.RAW)
 
 
 def disks(context: 'nova_context.RequestContext',

@@ -19,7 +19,9 @@ which name of a disk counts, the next call goes on from there, and a call
 when nothing is left to do does nothing.
 
 A file gets its second name without a refresh of the pool: libvirt makes an
-empty volume of the right format, and the file is put in its place. libvirt
+empty volume of the right format, and the file is put in its place. A disk of
+the legacy backend lvm is a logical volume already, under the name that it has
+in a pool over its volume group: its record changes, and nothing else. libvirt
 looks at one volume's file whenever that volume's info is asked for
 (storageVolGetInfoFlags in libvirt's src/storage/storage_driver.c), and keeps
 the format it was told, so that a header that the guest has written into a
@@ -37,21 +39,28 @@ from oslo_log import log as logging
 from oslo_service import loopingcall
 from oslo_utils import units
 
+import nova.conf
 from nova import exception
 from nova.i18n import _
 from nova import objects
 from nova.objects import fields
 import nova.privsep.storage
 from nova.virt.libvirt.storage import content
+from nova.virt.libvirt.storage import disk_kinds
 from nova.virt.libvirt.storage import image_cache
+from nova.virt.libvirt.storage.pool import clearing
 from nova.virt.libvirt.storage.pool import config as storage_config
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
+from nova.virt.libvirt.storage.pool import stream
 from nova.virt.libvirt.storage.pool import usage
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import metadata
 
+CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
+
+LVM = fields.LibvirtDiskBackend.LVM
 
 # link(2) where the second name can't be made: another file system, one that
 # has no hard links, or a file that already has as many names as it can have.
@@ -72,6 +81,7 @@ class LegacyDisk:
     :ivar size: virtual size in bytes
     :ivar backing_path: the base image of a qcow2 overlay
     :ivar backing_format: of that, as the overlay's own header names it
+    :ivar is_in_place: whether it is a volume of that pool already
     """
     name: str
     path: str
@@ -81,6 +91,7 @@ class LegacyDisk:
     size: int = 0
     backing_path: str | None = None
     backing_format: str | None = None
+    is_in_place: bool = False
 
     @property
     def is_raw(self) -> bool:
@@ -92,16 +103,20 @@ class LegacyDisk:
 
 
 def is_due(disks: 'metadata.InstanceDisks') -> bool:
-    """Whether an instance has disks that can go to a pool.
+    """Whether an instance has files that can go to a pool.
 
     An instance with a disk on another legacy backend (lvm, rbd, ploop) stays
     as it is: all of its disks move or none.
 
     :param disks: the records of all its local disks
     """
+    return _can_move(disks, metadata.FILE_BACKENDS)
+
+
+def _can_move(disks, legacy):
     backends = {record.backend for name, record in _kept(disks)}
-    return bool(backends & set(metadata.FILE_BACKENDS)) and backends <= {
-        *metadata.FILE_BACKENDS, fields.LibvirtDiskBackend.LIBVIRT_STORAGE}
+    return bool(backends & set(legacy)) and backends <= {
+        *legacy, fields.LibvirtDiskBackend.LIBVIRT_STORAGE}
 
 
 def _kept(disks):
@@ -161,7 +176,7 @@ class Transition:
         :returns: whether anything was done
         :raises: exception.DiskTransitionFailed; the disks are what they were
         """
-        if not is_due(self._disks):
+        if not _can_move(self._disks, (*metadata.FILE_BACKENDS, LVM)):
             return False
         try:
             self._moving = self._plan()
@@ -193,6 +208,9 @@ class Transition:
     def _plan(self) -> list[LegacyDisk]:
         plan = []
         for name, record in _kept(self._disks):
+            if record.backend == LVM:
+                plan.append(self._logical_volume(name, record))
+                continue
             if record.backend not in metadata.FILE_BACKENDS:
                 continue
             path = os.path.join(self._instance_dir, name)
@@ -200,7 +218,11 @@ class Transition:
                 self._refuse(_('disk %s was never finished') % name)
             pool = self._get_pool(
                 record.pool or setup.pool_name_for(name))
-            if pool.directory() is None:
+            # swap or a config drive
+            is_small = disk_kinds.of_disk(name).is_remade
+            if pool.directory() is None and not (
+                    is_small and
+                    record.format == fields.LibvirtDiskFormat.RAW):
                 self._refuse(_(
                     'name a pool that is a directory for it in nova.conf. '
                     'Disk %(name)s is a file, and storage pool %(pool)s '
@@ -210,6 +232,31 @@ class Transition:
             self._measure(disk)
             plan.append(disk)
         return plan
+
+    def _logical_volume(self, name, record):
+        """A disk that stays where it is."""
+        if self._instance.ephemeral_key_uuid:
+            self._refuse(_(
+                'leave it on a host with images_type = lvm, or make the '
+                'server anew from a snapshot. Its disks are encrypted, and '
+                'those in storage pools are not'))
+        pool = self._get_pool(setup.pool_name_for(name))
+        source = pool.config().source
+        group = CONF.libvirt.images_volume_group
+        if not pool.kind().keeps_blocks or source is None or (
+                group and source.name != group):
+            self._refuse(_(
+                'define storage pool %(pool)s of host %(host)s as one of type '
+                'logical over volume group %(group)s, in which disk %(name)s '
+                'is, or name such a pool for it in nova.conf') % {
+                    'pool': pool.name, 'host': pool.host, 'name': name,
+                    'group': group or _('of images_type = lvm')})
+        disk = LegacyDisk(
+            name, '', record, pool, is_in_place=True,
+            # as nova.virt.libvirt.imagebackend.Lvm has it
+            volume='%s_%s' % (self._instance.uuid, name.replace('_', '__')))
+        disk.size = pool.volume(disk.volume).physical()
+        return disk
 
     def _refuse(self, reason):
         raise exception.DiskTransitionFailed(
@@ -263,6 +310,8 @@ class Transition:
 
     def _make_volumes(self):
         for disk in self._moving:
+            if disk.is_in_place:
+                continue
             try:
                 volume = disk.pool.volume(disk.volume)
             except exception.StorageVolumeNotFound:
@@ -290,6 +339,11 @@ class Transition:
 
     def _fill_volumes(self):
         for disk in self._moving:
+            if disk.is_in_place:
+                continue
+            if disk.pool.directory() is None:
+                self._upload(disk)
+                continue
             if nova.privsep.storage.same_file(disk.path, disk.target):
                 continue
             try:
@@ -303,12 +357,22 @@ class Transition:
                           'error': error}, instance=self._instance)
                 self._copy(disk)
 
-    def _copy(self, disk):
+    def _check_off(self, disk):
         if not self._guest_is_off:
             self._refuse(_('disk %(name)s has to be copied into storage pool '
                            '%(pool)s, and can only be while the guest is off: '
                            'hard reboot the instance first') % {
                 'name': disk.name, 'pool': disk.pool.name})
+
+    def _upload(self, disk):
+        """Copy a small file into a volume that is none."""
+        self._check_off(disk)
+        volume = disk.pool.volume(disk.volume)
+        stream.upload_file(volume, disk.path)
+        clearing.clear_rest(volume, disk.size)
+
+    def _copy(self, disk):
+        self._check_off(disk)
         _length, allocation = nova.privsep.storage.file_bytes(disk.path)
         _device, _total, available = usage.measure(disk.pool)
         if available < allocation:
@@ -340,7 +404,8 @@ class Transition:
             # Of what is raw libvirt may have read a header of the guest's.
             capacity = (volume.physical() if disk.is_raw
                         else volume.info().capacity)
-            if capacity != disk.size:
+            if capacity != disk.size and (
+                    disk.pool.directory() is not None or capacity < disk.size):
                 self._refuse(_(
                     'volume %(volume)s of storage pool %(pool)s came out with '
                     '%(capacity)d bytes, and disk %(name)s has %(size)d') % {
@@ -364,7 +429,7 @@ class Transition:
         """The disks stay legacy: take back volumes and intent."""
         try:
             for disk in self._moving:
-                if disk.volume is None:
+                if disk.volume is None or disk.is_in_place:
                     continue
                 try:
                     disk.pool.volume(disk.volume).delete()
@@ -395,12 +460,16 @@ class Transition:
         parser = etree.XMLParser(resolve_entities=False, no_network=True)
         tree = etree.parse(path, parser)
         volumes = self._volumes_on_record()
+        devices = {'/dev/%s/%s' % (CONF.libvirt.images_volume_group,
+                                   record.volume): record
+                   for record in volumes.values()}
         changed = False
         for disk in tree.iterfind('./devices/disk'):
             source = disk.find('source')
-            if source is None or source.get('file') not in volumes:
+            record = None if source is None else volumes.get(
+                source.get('file'), devices.get(source.get('dev')))
+            if record is None:
                 continue
-            record = volumes[source.get('file')]
             disk.set('type', 'volume')
             source.attrib.clear()
             source.set('pool', record.pool)

@@ -9,7 +9,7 @@
 #    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 #    License for the specific language governing permissions and limitations
 #    under the License.
-"""One disk that is taken in: a qemu-nbd which serves its file, once.
+"""One disk that is taken in: an NBD server for its file, once.
 
 Knows a file, and nothing of pools, instances or migrations. What its exit
 status says is nothing: whether the content is right is told by its checksum.
@@ -38,12 +38,20 @@ CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
 _GUARD = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'guard.py')
-PROGRAM = 'qemu-nbd'
+QEMU, NBDKIT = 'qemu-nbd', 'nbdkit'
+_PACKAGES = {QEMU: 'qemu-utils', NBDKIT: 'nbdkit'}
 
 # GnuTLS prefers ChaCha20 with a pre-shared key, for which a CPU with AES
 # instructions takes three times as long. TLS 1.2 has no good cipher here.
 _TLS = 'NORMAL:-VERS-ALL:+VERS-TLS1.3'
 _AES = ':-CIPHER-ALL:+AES-128-GCM'
+# The same for nbdkit, which can be told in GnuTLS's own file alone.
+_POLICY = '[overrides]\ndisabled-version = tls1.2\n'
+_POLICY_AES = 'tls-disabled-cipher = CHACHA20-POLY1305\n'
+_POLICY_FILE = 'policy'
+# Threads of an nbdkit for each connection: one receives while the other one
+# writes. It has 16 by default, which wait for each other.
+_THREADS = 2
 
 # What a program needs to start, and GnuTLS to know its host's policy.
 _READABLE = ('/usr', '/bin', '/lib', '/lib64', '/etc/ld.so.cache',
@@ -74,11 +82,17 @@ class Order:
     what: str
 
 
+def program() -> str:
+    """The NBD server of this host."""
+    return CONF.libvirt.storage_migration_nbd_server
+
+
 def obstacle() -> str | None:
     """What keeps this host from taking disks in; None if nothing does."""
-    if shutil.which(PROGRAM) is None:
-        return _("install qemu-nbd (on Debian in package qemu-utils): it "
-                 "isn't there")
+    if shutil.which(program()) is None:
+        return _("install %(program)s (on Debian in package %(package)s): it "
+                 "isn't there") % {'program': program(),
+                                   'package': _PACKAGES[program()]}
     return None
 
 
@@ -100,22 +114,39 @@ def stall_timeout() -> float:
 
 
 def command(path: str, key_directory: str, order: Order) -> list[str]:
-    """The command line of qemu-nbd.
+    """The command line of the NBD server.
 
     The format is always raw: a file of qcow2 travels as its bytes, and
     nothing is probed.
     """
+    most = str(order.connections + _MORE_CONNECTIONS)
+    if program() == NBDKIT:
+        return [
+            NBDKIT, '--foreground', '--threads', str(_THREADS),
+            '--filter=exitlast', '--filter=limit', '--tls=require',
+            '--tls-psk=%s' % os.path.join(key_directory, keys.FILE),
+            'file', path, 'limit=' + most]
     return [
-        PROGRAM, '--format', 'raw', '--cache', 'writeback', '--aio',
+        QEMU, '--format', 'raw', '--cache', 'writeback', '--aio',
         'threads', '--discard', 'unmap', '--detect-zeroes', 'off',
-        '--shared', str(order.connections + _MORE_CONNECTIONS),
+        '--shared', most,
         '--object', 'tls-creds-psk,id=tls,endpoint=server,dir=%s,priority=%s'
         % (key_directory, _TLS + (_AES if order.has_aes else '')),
         '--tls-creds', 'tls', path]
 
 
+def environment(key_directory: str, order: Order) -> dict[str, str]:
+    """What the NBD server has to find in its environment."""
+    if program() != NBDKIT:
+        return {}
+    path = os.path.join(key_directory, _POLICY_FILE)
+    with open(path, 'w') as f:
+        f.write(_POLICY + (_POLICY_AES if order.has_aes else ''))
+    return {'GNUTLS_SYSTEM_PRIORITY_FILE': path}
+
+
 class Export:
-    """A qemu-nbd from its start to its end.
+    """An NBD server from its start to its end.
 
     :param order: an Order
     :param address: on which it listens
@@ -126,6 +157,7 @@ class Export:
 
     def __init__(self, order: Order, address: str):
         self.order = order
+        self._program = program()
         self.length = _check_file(order.path)
         self._answers: list[dict] = []
         self._unread = b''
@@ -155,6 +187,7 @@ class Export:
             'command': command(self.order.path, self._keys.path, self.order),
             'socket': listening.fileno(), 'writable': self.order.path,
             'readable': [*_READABLE, self._keys.path],
+            'environment': environment(self._keys.path, self.order),
             'longest': max(longest, _SECTOR),
             'stall': stall_timeout()}), b'\n'])
         deadline = time.monotonic() + _START_TIMEOUT
@@ -166,10 +199,10 @@ class Export:
             raise exception.StorageIntakeError(host=CONF.host, reason=_(
                 "see nova-compute's log there: %(program)s for %(what)s "
                 "could not be started") % {
-                    'program': PROGRAM, 'what': self.order.what})
+                    'program': self._program, 'what': self.order.what})
         if not self._answers[0]['confined']:
             LOG.info('This kernel has no landlock: %s is held by the rights '
-                     'of its user alone', PROGRAM)
+                     'of its user alone', self._program)
 
     def _read(self):
         """Take what the guard says, and log it."""
@@ -196,12 +229,12 @@ class Export:
         self._answers.append(message)
         if 'said' in message:
             LOG.warning('%(program)s for %(what)s, port %(port)d: %(said)s',
-                        {'program': PROGRAM, 'what': self.order.what,
+                        {'program': self._program, 'what': self.order.what,
                          'port': self.port, 'said': message['said']})
         elif message.get('why') == 'stalled':
             LOG.error('%(program)s for %(what)s, port %(port)d, was ended: '
                       'nobody has written for %(seconds)d seconds',
-                      {'program': PROGRAM, 'what': self.order.what,
+                      {'program': self._program, 'what': self.order.what,
                        'port': self.port, 'seconds':
                        CONF.libvirt.storage_migration_stall_timeout})
 
@@ -249,6 +282,23 @@ class Export:
     def _pid(self):
         return next((answer['pid'] for answer in self._answers
                      if 'pid' in answer), None)
+
+
+def cut(path: str, length: int) -> None:
+    """Give a file that was taken in its length; nobody writes to it.
+
+    :param path: of the file
+    :param length: bytes
+    :raises: exception.StorageIntakeError if it has fewer
+    """
+    found = _check_file(path)
+    if not 0 <= length <= found:
+        raise exception.StorageIntakeError(host=CONF.host, reason=_(
+            "try again: %(path)s has %(found)d bytes, and the source speaks "
+            "of %(length)d") % {
+                'path': path, 'found': found, 'length': length})
+    if length < found:
+        os.truncate(path, length)
 
 
 def _wait_for_end(pid, what):

@@ -102,10 +102,12 @@ class Intake:
     def _greet(self, request):
         """Say whether this host takes disks in.
 
-        :returns: dict with ``obstacle``, a text or None, and ``aes``
+        :returns: dict with ``obstacle``, a text or None; ``aes``; and
+            ``cuts``, as close does what the source knows by then
         """
         request.check_under_way()
-        return {'obstacle': self.obstacle(), 'aes': cpu_has_aes()}
+        return {'obstacle': self.obstacle(), 'aes': cpu_has_aes(),
+                'cuts': True}
 
     def _reach(self, request):
         """Let the source find out whether it reaches a port.
@@ -187,7 +189,15 @@ class Intake:
         found.connected()
 
     def _close(self, request):
+        """Let nobody write to a volume any more.
+
+        It may have been made longer than the disk: then ``length`` comes.
+        """
         self._end(self._place(request))
+        if 'length' in request.arguments:
+            request.expected()
+            export.cut(self._volumes(request).path(),
+                       request.get('length', int))
 
     def _delete(self, request):
         places = request.removable()

@@ -29,7 +29,7 @@ CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
 # As QEMU's tls-creds-psk wants it.
-_FILE = 'keys.psk'
+FILE = 'keys.psk'
 USERNAME = 'nova'
 
 
@@ -50,7 +50,7 @@ class KeyDirectory:
         self.path = tempfile.mkdtemp(prefix='key-', dir=root())
         self.key = secrets.token_hex(32)
         with os.fdopen(os.open(
-                os.path.join(self.path, _FILE),
+                os.path.join(self.path, FILE),
                 os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'w') as f:
             f.write('%s:%s\n' % (USERNAME, self.key))
 

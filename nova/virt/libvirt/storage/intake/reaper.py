@@ -48,8 +48,8 @@ def reap() -> None:
                 "end process %d: it writes to a disk that an earlier "
                 "nova-compute has let it write to") % found[0])
         for pid in found:
-            LOG.warning('Ending process %(pid)d, an earlier %(program)s',
-                        {'pid': pid, 'program': export.PROGRAM})
+            LOG.warning('Ending process %d, an NBD server of an earlier '
+                        'nova-compute', pid)
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -63,14 +63,15 @@ def reap() -> None:
 
 def _processes() -> list[int]:
     """Processes which serve with a key of this compute service's."""
-    mark = b'dir=%s/' % os.fsencode(keys.root())
+    mark = b'=%s/' % os.fsencode(keys.root())
+    programs = [os.fsencode(name) for name in (export.QEMU, export.NBDKIT)]
     found = []
     for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
         try:
             arguments = path.read_bytes().split(b'\0')
         except OSError:
             continue    # it has ended
-        if os.path.basename(arguments[0]) == os.fsencode(export.PROGRAM) and (
+        if os.path.basename(arguments[0]) in programs and (
                 any(mark in argument for argument in arguments)):
             found.append(int(path.parent.name))
     return found

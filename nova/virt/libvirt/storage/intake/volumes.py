@@ -20,7 +20,7 @@ import os
 import nova.conf
 from nova import exception
 from nova.i18n import _
-from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.pool import kinds
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import sharing
@@ -57,7 +57,7 @@ class Volumes:
         :raises: exception.MigrationPreCheckError if it can't take disks
         """
         pool = self._pool()
-        pool_type = moves.check_pool(pool)
+        pool_type = state.check_pool(pool)
         if pool_type not in kinds.FILE_TYPES:
             raise exception.MigrationPreCheckError(reason=_(
                 "try again with [libvirt]/storage_migration_transport = "
@@ -98,7 +98,7 @@ class Volumes:
         length, mode = self._request.length(), self._request.get('mode', int)
         if mode not in _MODES:
             raise self._request.refused(_("mode %o") % mode)
-        moves.create_volume(
+        state.create_volume(
             self._pool(), self._request.volume(), length,
             (os.geteuid(), os.getegid()), mode)
 

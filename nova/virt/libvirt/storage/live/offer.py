@@ -20,10 +20,8 @@ from oslo_log import log as logging
 import nova.conf
 from nova import exception
 from nova.i18n import _
-from nova.objects import fields
-from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.pool import kinds as pool_kinds
-from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.pool import sharing
 from nova.virt.libvirt.storage.records import kinds
@@ -43,9 +41,7 @@ def make(connection, instance, disks, address) -> dict:
         their pool isn't fit for them
     """
     records = [record for _name, record in disks.items()]
-    must_come = any(
-        record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE
-        for record in records)
+    must_come = any(record.is_in_pool for record in records)
     takes_legacy = CONF.libvirt.images_type == 'libvirt-storage'
     if not must_come and not takes_legacy:
         return {}
@@ -68,25 +64,25 @@ def make(connection, instance, disks, address) -> dict:
     by_pool: dict[str, list[str]] = {}
     for pool_name, probe in probes:
         by_pool.setdefault(pool_name, []).append(probe)
+    for name in set(pools.values()):
+        ceph = state.ceph_of(setup.pool_named(connection, name))
+        if ceph is not None:
+            # It needs no probe: that it is the same, its identity says.
+            by_pool[name] = [ceph]
     return {'dst_storage_pools': pools, 'dst_storage_probes': by_pool,
             'dst_storage_address': address, 'dst_takes_legacy': takes_legacy}
 
 
 def _check(connection, name):
-    if (name == CONF.libvirt.storage_disks_pool and
-            CONF.libvirt.images_type == 'libvirt-storage'):
-        pool = storage_pool.StoragePool.ensure(
-            connection, setup.disks_pool_config(), CONF.host)
-    else:
-        pool = storage_pool.StoragePool(connection, name, CONF.host)
-    pool_type = moves.check_pool(pool)
-    if pool_type not in pool_kinds.FILE_TYPES:
+    pool_type = state.check_pool(
+        setup.receiving_pool(connection, name, CONF.host))
+    if pool_type not in pool_kinds.LIVE_TYPES:
         raise exception.MigrationPreCheckError(reason=_(
             "name a pool of one of the types %(types)s in nova.conf: storage "
             "pool %(pool)s of host %(host)s is of type %(type)s, into which "
             "a running server's disks can't go") % {
                 'pool': name, 'host': CONF.host, 'type': pool_type,
-                'types': ', '.join(pool_kinds.FILE_TYPES)})
+                'types': ', '.join(pool_kinds.LIVE_TYPES)})
 
 
 def withdraw(connection, data) -> None:

@@ -28,7 +28,6 @@ from nova.i18n import _
 from nova import objects
 from nova.objects import fields
 import nova.privsep.storage
-from nova.virt import images
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage import image_cache
@@ -36,7 +35,9 @@ from nova.virt.libvirt.storage.live import file_systems
 from nova.virt.libvirt.storage.live import settle
 from nova.virt.libvirt.storage.move import base_image
 from nova.virt.libvirt.storage.move import peer
+from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt import utils as libvirt_utils
@@ -45,7 +46,6 @@ CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
 WAY = fields.LibvirtLiveMigrateDiskWay
-RAW = fields.LibvirtDiskFormat.RAW
 QCOW2 = fields.LibvirtDiskFormat.QCOW2
 
 
@@ -67,8 +67,7 @@ def is_pool_backed(disks) -> bool:
 
     :param disks: its InstanceDisks
     """
-    return any(record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE
-               for _name, record in disks.items())
+    return any(record.is_in_pool for _name, record in disks.items())
 
 
 class Plan:
@@ -129,8 +128,7 @@ class Plan:
     def _planned(self, name, record, pools):
         is_file = record.backend in metadata.FILE_BACKENDS
         if (record.is_building or record.host != CONF.host or not (
-                record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE or
-                is_file and self.takes_files())):
+                record.is_in_pool or is_file and self.takes_files())):
             raise refused(_(
                 'hard reboot the server, which brings its disks in order: '
                 'disk %(name)s is on record as %(state)s on host %(host)s, '
@@ -141,6 +139,9 @@ class Plan:
                 'try again: the destination offers no storage pool for '
                 '%(kind)s, only for %(offered)s'), kind=kinds.of(name),
                 offered=', '.join(sorted(pools)))
+        self._check_ceph(name, record, pools[kinds.of(name)])
+        if not is_file and not record.is_on_ceph:
+            self._check_source_pool(name, record)
         device = self._device_of(name, record)
         disk = objects.LibvirtLiveMigrateDiskInfo(
             name=name, dev=device.target_dev, format=record.format,
@@ -149,7 +150,8 @@ class Plan:
         length, disk.allocation = self._file_bytes(record, path)
         if not is_file and self._is_shared(record, pools[kinds.of(name)]):
             disk.way, disk.size = WAY.SHARE, record.size or length
-            self._check_file_system(name, device, path)
+            if not record.is_on_ceph:
+                self._check_file_system(name, device, path)
         elif is_read_only(device):
             disk.way, disk.size = WAY.SEND, length
         else:
@@ -160,6 +162,32 @@ class Plan:
             if record.format == QCOW2:
                 self._look_at_overlay(disk, path)
         return disk
+
+    def _check_source_pool(self, name, record):
+        """Refuse what would come as another kind of disk than it is here."""
+        pool = self._pool(record)
+        if not pool.kind().is_directory:
+            raise refused(_(
+                'migrate the server cold: its disk %(name)s lies in storage '
+                'pool %(pool)s of host %(host)s, which is of type %(type)s; '
+                'only disks in files go to another host while their guest '
+                'runs'), name=name, pool=pool.name, host=CONF.host,
+                type=pool.config().type)
+
+    def _check_ceph(self, name, record, there):
+        """Refuse what would have to go into a Ceph pool, or out of one."""
+        told = self._data.dst_storage_probes.get(there, ())
+        here = (state.ceph_of(self._pool(record)) if record.is_on_ceph
+                else None)
+        if here is not None and (here not in told or there != record.pool) or (
+                here is None and any('/' in probe for probe in told)):
+            raise refused(_(
+                'choose a host with the same Ceph pool under the same name: '
+                'disk %(name)s is in storage pool %(here)s, and the '
+                "destination has %(there)s for it. No running server's disk "
+                'can move into a Ceph pool, or out of one'), name=name,
+                here='%s (%s)' % (record.pool, here or _('no Ceph pool')),
+                there='%s (%s)' % (there, ', '.join(told)))
 
     def _file_bytes(self, record, path):
         if record.volume is None:
@@ -185,6 +213,11 @@ class Plan:
             libvirt_utils.get_instance_path(self._instance), name)
         place = record.pool, record.volume
         for device in self._guest.get_all_disks():
+            if record.is_on_ceph:
+                if device.source_name == path_on_ceph(
+                        self._local, record):
+                    break
+                continue
             if (device.source_path == path if place == (None, None) else
                     place == (device.source_pool, device.source_volume)):
                 break
@@ -220,6 +253,8 @@ class Plan:
 
         It has made a volume in each of its pools.
         """
+        if record.is_on_ceph:
+            return True  # see _check_ceph()
         probes = self._data.dst_storage_probes.get(there, ())
         return bool(set(probes) & self._pool(record).file_names())
 
@@ -244,7 +279,7 @@ class Plan:
             disk.base = imagecache.get_cache_fname(self._instance.image_ref)
             self._check_base()
             return
-        growth = growth_of(info)
+        growth = base_image.growth_of(info)
         disk.allocation += growth
         directory = os.path.dirname(path)
         self._growth[directory] = growth + self._growth.get(directory, 0)
@@ -287,25 +322,22 @@ def path_of(local, disks, name) -> str:
             record.volume).path
 
 
+def path_on_ceph(local, record) -> str:
+    """The name of a disk's source in the XML of a guest.
+
+    :param local: the LocalHost
+    :param record: of a disk on Ceph
+    """
+    return setup.pool_named(
+        local.get_connection(), record.pool).volume(record.volume).key
+
+
 def is_read_only(device) -> bool:
     """Whether a guest can't write to a disk; QEMU then doesn't copy it.
 
     :param device: its LibvirtConfigGuestDisk
     """
     return bool(device.readonly) or device.source_device == 'cdrom'
-
-
-def growth_of(info) -> int:
-    """How much an overlay grows that takes over all of its base image.
-
-    :param info: what qemu-img says of the overlay
-    :returns: bytes
-    """
-    base_format = info.backing_file_format or RAW
-    base = images.privileged_qemu_img_info(
-        info.backing_file, format=base_format)
-    # What is compressed in the base isn't any more in the overlay.
-    return base.disk_size if base_format == RAW else base.virtual_size
 
 
 def refuse_unknown(instance, guest_config) -> None:

@@ -35,7 +35,7 @@ from nova.virt.libvirt.storage.move import base_image
 from nova.virt.libvirt.storage.move import destination
 from nova.virt.libvirt.storage.move import peer
 from nova.virt.libvirt.storage.move import room
-from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.pool import config as storage_config
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
@@ -100,6 +100,8 @@ class Receiver:
             ('format', disk.format not in (RAW, QCOW2) or
              record is not None and disk.format != record.format),
             ('size', not disk.size),
+            ('pool', record is not None and record.is_on_ceph !=
+             self._pool(disk).kind().is_ceph),
             ('base', disk.base is not None and (
                 disk.name != 'disk' or disk.format != QCOW2 or
                 disk.base != imagecache.get_cache_fname(
@@ -186,14 +188,17 @@ class Receiver:
                 disk.volume = pool.free_name(
                     '%s_%s' % (self._instance.uuid, disk.name),
                     taken[pool.name])
-            disk.path = os.path.join(pool.config().target_path, disk.volume)
+            # An image of a Ceph pool has none.
+            directory = pool.directory()
+            disk.path = directory and os.path.join(directory, disk.volume)
 
     def _save_next(self):
         """Have on record what is going to be here, by one save."""
         for disk in self._data.disks:
             record = self._disks.get(disk.name)
             record.next = metadata.LibvirtDiskMetadata(
-                backend=fields.LibvirtDiskBackend.LIBVIRT_STORAGE,
+                backend=(record.backend if record.is_on_ceph else
+                         fields.LibvirtDiskBackend.LIBVIRT_STORAGE),
                 format=disk.format,
                 # Of what is sent the plan has the length of the file.
                 size=disk.size if disk.way == WAY.MIRROR else record.size,
@@ -214,7 +219,7 @@ class Receiver:
             pool.volume(disk.volume)
 
     def _create_to_be_sent(self, disk):
-        moves.create_volume(
+        state.create_volume(
             self._pool(disk), disk.volume, disk.size,
             (os.geteuid(), os.getegid()),
             allocation=disk.size if room.is_reserved(self._connection) else 0)
@@ -261,7 +266,7 @@ class Receiver:
             there = storage_pool.StoragePool(
                 connection, here.name, self._instance.host)
             length, _allocation = there.volume(name).file_bytes()
-        volume = moves.create_volume(
+        volume = state.create_volume(
             here, wanted, length, (os.geteuid(), os.getegid()),
             allocation=length if room.is_reserved(self._connection) else 0)
         try:
@@ -269,7 +274,7 @@ class Receiver:
                 pump.Volume(uri, there.name, name),
                 pump.Volume(self._local.uri, here.name, wanted), length,
                 sparse=room.is_sparse(
-                    self._connection, moves.check_pool(here)),
+                    self._connection, state.check_pool(here)),
                 bandwidth=CONF.libvirt.storage_migration_bandwidth * units.Mi,
                 stall_timeout=CONF.libvirt.storage_migration_stall_timeout)
             pump.verify(

@@ -31,7 +31,7 @@ from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage.live import plan
 from nova.virt.libvirt.storage.move import peer
 from nova.virt.libvirt.storage.move import room
-from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import stream
 from nova.virt.libvirt.storage.pump import transfer as pump
@@ -104,7 +104,7 @@ class Sender:
         record = self._disks.get(disk.name)
         there = storage_pool.StoragePool(
             connection, disk.pool, 'the destination')
-        is_sparse = room.is_sparse(connection, moves.check_pool(there))
+        is_sparse = room.is_sparse(connection, state.check_pool(there))
         if record.volume is None:
             self._send_file(disk, there.volume(disk.volume), is_sparse)
         else:

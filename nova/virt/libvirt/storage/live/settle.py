@@ -124,11 +124,15 @@ def settle(context, host, disks) -> None:
 
 def _runs_with(guest, moving):
     """Whether libvirt will start a guest with the volumes that have come."""
-    volumes = {(disk.source_pool, disk.source_volume)
-               for disk in guest.get_all_devices(
-                   from_persistent_config=True)
-               if getattr(disk, 'source_type', None) == 'volume'}
-    return all((record.next.pool, record.next.volume) in volumes
+    volumes, images = set(), set()
+    for disk in guest.get_all_devices(from_persistent_config=True):
+        kind = getattr(disk, 'source_type', None)
+        if kind == 'volume':
+            volumes.add((disk.source_pool, disk.source_volume))
+        elif kind == 'network':
+            images.add((disk.source_name or '').rpartition('/')[2])
+    return all(record.next.volume in images if record.next.is_on_ceph else
+               (record.next.pool, record.next.volume) in volumes
                for _name, record in moving)
 
 

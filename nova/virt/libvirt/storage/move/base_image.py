@@ -23,6 +23,7 @@ from oslo_log import log as logging
 
 import nova.conf
 from nova import exception
+from nova.objects import fields
 from nova import utils
 from nova.virt import images
 from nova.virt.libvirt import imagecache
@@ -82,6 +83,20 @@ def can_be_had(context, instance, here):
     """
     return _is_available(context, instance.image_ref) or ownership.find(
         here, imagecache.get_cache_fname(instance.image_ref)) is not None
+
+
+def growth_of(info) -> int:
+    """How much an overlay grows that takes over all of its base image.
+
+    :param info: what qemu-img says of the overlay
+    :returns: bytes
+    """
+    raw = fields.LibvirtDiskFormat.RAW
+    base_format = info.backing_file_format or raw
+    base = images.privileged_qemu_img_info(
+        info.backing_file, format=base_format)
+    # What is compressed in the base isn't any more in the overlay.
+    return base.disk_size if base_format == raw else base.virtual_size
 
 
 def is_lost(context, instance):

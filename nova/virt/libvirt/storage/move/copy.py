@@ -22,6 +22,7 @@ from oslo_utils import units
 from nova.compute import utils as compute_utils
 import nova.conf
 from nova import exception
+from nova.i18n import _
 from nova.objects import fields
 import nova.privsep.qemu
 from nova import thread_pool_factory
@@ -31,7 +32,8 @@ from nova.virt.libvirt.storage.move import cancel
 from nova.virt.libvirt.storage.move import guest_files as files
 from nova.virt.libvirt.storage.move import item as storage_item
 from nova.virt.libvirt.storage.move import offer
-from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.move import room
+from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.move import transport
 from nova.virt.libvirt.storage.move import undo
 from nova.virt.libvirt.storage.pool import ownership
@@ -73,7 +75,10 @@ class Transfer:
         self.disks = departure.disks
         self.items = departure.items
         self._lock = threading.Lock()
-        self._reported = None
+        self._taken = leftovers.names(self.disks)
+        self._errors = []
+        self._started = self._reported = 0.0
+        self._before = 0
 
     def run(self, directory):
         """Copy the disks.
@@ -92,25 +97,28 @@ class Transfer:
 
     def _run(self, directory):
         self._measure()
-        self._taken = leftovers.names(self.disks)
+        # What could not be deleted after a first pass, too.
+        self._taken |= leftovers.names(self.disks)
         with contextlib.ExitStack() as stack:
             # Pushed first, so done last: until the volumes are gone the
             # records say where they are.
-            stack.callback(self._restore)
+            stack.callback(self.restore)
             self._pack_files(stack, directory)
-            self._choose_names()
-            self._save_building()
-            created = []
-            stack.callback(self._delete_created, created)
+            self.choose_names(self.items)
+            self.save_building(self.items)
+            created = [(item.pool.name, item.target) for item in self.items
+                       if item.ahead]
+            stack.callback(self.delete_created, created)
             for item in self.items:
-                if item.source:
-                    self._create(item)
+                if item.source and not item.ahead:
+                    self.create(item, item.length)
                     created.append((item.pool.name, item.target))
             self._copy_all()
             self._save_expectations()
             stack.pop_all()
 
-    def _restore(self):
+    def restore(self):
+        """Let the records say what they said before."""
         undo.restore(self.disks, self.migration)
         self.disks.save(self.context)
         self.instance.progress = 0
@@ -128,7 +136,7 @@ class Transfer:
         # Known by name before it is there: this compute may be killed.
         leftovers.note(self.disks, CONF.host, [(here.name, name)])
         self.disks.save(self.context)
-        volume = moves.create_volume(
+        volume = state.create_volume(
             here, name, os.path.getsize(path), (os.geteuid(), os.getegid()),
             0o600)
         item = storage_item.GuestFiles(files.NAME, there, volume)
@@ -174,10 +182,10 @@ class Transfer:
             nova.privsep.qemu.flatten_image(
                 path, fields.LibvirtDiskFormat.QCOW2)
 
-    def _choose_names(self):
+    def choose_names(self, items):
         """Choose names that nothing has: what is there is never touched."""
         refreshed = set()
-        for item in self.items:
+        for item in items:
             if item.target is not None:
                 continue
             if item.pool.name not in refreshed and (
@@ -191,12 +199,13 @@ class Transfer:
         return item.pool.free_name(
             '%s_%s' % (self.instance.uuid, item.name), self._taken)
 
-    def _save_building(self):
+    def save_building(self, items):
+        """Save where the disks go, before there is anything."""
         # Saved with the next report of progress.
         offer.forget_old(self.instance)
-        for item in self.items:
+        for item in items:
             self._note_building(item)
-        swap = next((item.record for item in self.items
+        swap = next((item.record for item in items
                      if item.name == metadata.SWAP), None)
         if swap is not None:
             # A resize that does away with swap deletes mapping and record.
@@ -214,15 +223,17 @@ class Transfer:
         record.expected = None
         item.put(self.disks, record)
 
-    def _create(self, item):
+    def create(self, item, length):
         """Make a volume on the destination.
+
+        :param length: bytes
 
         libvirt knows nothing of a file that was put into a pool since its
         last refresh, and refuses to make another one: that stays, too.
         """
         for tries_left in reversed(range(_NAMES_TRIED)):
             try:
-                return item.pool.create(item.target, item.length, item.mode)
+                return item.pool.create(item.target, length, item.mode)
             except exception.InsufficientStoragePoolSpace:
                 raise
             except exception.StorageVolumeError as e:
@@ -240,16 +251,18 @@ class Transfer:
         item.put(self.disks, record)
         self.disks.save(self.context)
 
-    def _delete_created(self, created):
+    def delete_created(self, created):
+        """Delete what was made on the destination.
+
+        :param created: list of (pool, volume)
+        """
         undo.delete_at_peer(self.departure.peer, self.departure.host,
                             self.disks, self.migration, created)
 
     def _copy_all(self):
         """Copy several disks at a time; the first error ends the others."""
         waiting = [item for item in self.items if item.source]
-        total = sum(item.length for item in waiting)
-        start = self._reported = time.monotonic()
-        errors = []
+        errors = self._errors
 
         def work():
             while True:
@@ -263,39 +276,46 @@ class Transfer:
                     with self._lock:
                         errors.append(e)
 
-        def report(total=total):
-            self._report(total, start)
-
-        self._tick = report
-        self._cancelled = lambda: (
-            bool(errors) or cancel.is_requested(self.migration))
         # of all disks together
         self._bandwidth = pump.Bandwidth(
             CONF.libvirt.storage_migration_bandwidth * units.Mi)
         parallel = min(CONF.libvirt.storage_migration_parallel_disks,
                        len(waiting))
-        futures = [thread_pool_factory.spawn_on(
-            thread_pool_factory.ExecutorType.STORAGE_MIGRATION, work)
-            for _n in range(parallel - 1)]
-        work()
-        for future in futures:
-            # One that never got a thread has nothing left to do.
-            if not future.cancel():
-                future.result()
-        if errors:
-            raise errors[0]
-        self._report(total, start, last=True)
+        with self.reporting():
+            futures = [thread_pool_factory.spawn_on(
+                thread_pool_factory.ExecutorType.STORAGE_MIGRATION, work)
+                for _n in range(parallel - 1)]
+            work()
+            for future in futures:
+                # One that never got a thread has nothing left to do.
+                if not future.cancel():
+                    future.result()
+            if errors:
+                raise errors[0]
 
-    def _copy(self, item):
-        is_connected = False
+    def _cancelled(self):
+        return bool(self._errors) or cancel.is_requested(self.migration)
 
-        def progress(done):
+    def volume(self, item):
+        """The pump's name for what an item is copied from."""
+        return pump.Volume(self.here.uri, item.source.pool.name,
+                           item.source.name)
+
+    def watch(self, item, target, progress):
+        """The keywords of a pump.Watch over a copy.
+
+        :param target: the peers.Target that is written to
+        :param progress: called with the bytes done
+        """
+        is_connected = item.ahead is not None
+
+        def moved(done):
             nonlocal is_connected
             if not is_connected:
                 is_connected = True
                 target.connected()
-            item.done = done
-            self._tick()
+            progress(done)
+            self._report()
 
         def started(pid):
             LOG.info('Process %(pid)d copies volume %(volume)s',
@@ -303,6 +323,56 @@ class Transfer:
                      instance=self.instance)
             self.job_tracker.add_job(self.instance, pid)
 
+        return {
+            'stall_timeout': CONF.libvirt.storage_migration_stall_timeout,
+            'progress': moved, 'cancelled': self._cancelled,
+            'on_start': started,
+            'on_end': lambda pid: self.job_tracker.remove_job(
+                self.instance, pid)}
+
+    def _copy(self, item):
+        if item.ahead is not None:
+            try:
+                return self._copy_rest(item)
+            except exception.StorageTransferCancelled:
+                raise
+            except exception.NovaException as e:
+                LOG.warning('All of volume %(volume)s is copied, as its rest '
+                            'could not be: %(error)s',
+                            {'volume': item.source.name, 'error': e},
+                            instance=self.instance)
+            self._make_anew(item)
+        self._copy_all_of(item)
+
+    def _copy_rest(self, item):
+        """Send what differs from what was sent while the guest was running."""
+        ahead = item.ahead
+        watch = self.watch(item, ahead.target, item.set_done)
+        item.ahead = None
+        with ahead.exit:
+            item.result = ahead.copy.rest(
+                item.length, pump.Watch(**watch), self._bandwidth)
+            ahead.target.length = item.length
+        item.done = item.length
+        LOG.info('Copied the rest of volume %(volume)s: %(data)d of '
+                 '%(length)d bytes in %(seconds).1f s',
+                 {'volume': item.source.name, 'data': item.result.data,
+                  'length': item.length, 'seconds': item.result.seconds},
+                 instance=self.instance)
+
+    def _make_anew(self, item):
+        """Have an empty volume in the place of one that was written to."""
+        place = (item.pool.name, item.target)
+        if self.departure.peer.delete([place], self.instance):
+            raise exception.StorageIntakeError(
+                host=item.pool.host, reason=_(
+                    "see the log of nova-compute there: volume %(volume)s in "
+                    "storage pool %(pool)s could not be deleted") % {
+                        'volume': item.target, 'pool': item.pool.name})
+        item.pool.create(item.target, item.length, item.mode)
+
+    def _copy_all_of(self, item):
+        takes_holes = self.departure.peer.takes_holes()
         LOG.info('Copying volume %(volume)s (%(length)d bytes, %(allocation)d '
                  'allocated) to pool %(pool)s at %(where)s as %(target)s',
                  {'volume': item.source.name, 'length': item.length,
@@ -311,19 +381,16 @@ class Transfer:
                  instance=self.instance)
         with self.departure.peer.target(
                 item.pool.name, item.target) as target:
+            watch = self.watch(item, target, item.set_done)
+            # Holes of a block device are written there as zeroes.
+            watch['stall_timeout'] = room.stall_timeout(
+                item.length, takes_holes and not item.sparse)
             item.result = pump.copy(
-                pump.Volume(self.here.uri, item.source.pool.name,
-                            item.source.name),
-                target.end, item.length,
-                # Holes of a block device are written there as zeroes.
-                sparse=self.departure.peer.takes_holes(),
-                bandwidth=self._bandwidth,
-                stall_timeout=CONF.libvirt.storage_migration_stall_timeout,
-                progress=progress, cancelled=self._cancelled,
-                on_start=started,
-                on_end=lambda pid: self.job_tracker.remove_job(
-                    self.instance, pid))
-        progress(item.length)
+                self.volume(item), target.end, item.length,
+                sparse=takes_holes,
+                find_holes=not item.source.pool.kind().sparse,
+                bandwidth=self._bandwidth, **watch)
+            watch['progress'](item.length)
         LOG.info('Copied volume %(volume)s, read %(how)s: %(data)d bytes of '
                  'data in %(seconds).1f s, %(rate).1f MiB/s',
                  {'volume': item.source.name,
@@ -334,15 +401,29 @@ class Transfer:
                            max(item.result.seconds, 0.001))},
                  instance=self.instance)
 
-    def _report(self, total, start, last=False):
+    @contextlib.contextmanager
+    def reporting(self):
+        """Report progress within, and at the end of what goes well."""
+        self._started = self._reported = time.monotonic()
+        self._before = self._done()
+        yield
+        self._report(last=True)
+
+    def _done(self):
+        return sum(item.done + item.ahead_done for item in self.items)
+
+    def _report(self, last=False):
         """Say how far it is, where users and operators look for it."""
         now = time.monotonic()
         with self._lock:
             if not last and now - self._reported < _REPORT_INTERVAL:
                 return
             self._reported = now
-        done = sum(item.done for item in self.items)
-        rate = done / units.Mi / max(now - start, 0.001)
+        total = sum(item.length + item.ahead_length for item in self.items
+                    if item.source)
+        done = self._done()
+        rate = (done - self._before) / units.Mi / max(
+            now - self._started, 0.001)
         LOG.info('Copied %(done)d of %(total)d bytes of the disks, '
                  '%(rate).1f MiB/s (holes included)',
                  {'done': done, 'total': total, 'rate': rate},

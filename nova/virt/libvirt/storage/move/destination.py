@@ -36,7 +36,7 @@ from nova.virt.libvirt.storage.move import item
 from nova.virt.libvirt.storage.move import offer as storage_offer
 from nova.virt.libvirt.storage.move import peer
 from nova.virt.libvirt.storage.move import room
-from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.move import transport
 from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.pool import pool as storage_pool
@@ -66,20 +66,15 @@ def offer(connection, instance, migration, disks):
         leftovers.delete(connection, disks)
         disks.save(instance._context)
     pools = {}
-    for kind in _kinds_that_may_come(disks):
+    for kind in _kinds_that_may_come(connection, disks):
         pools.setdefault(setup.pool_name_for(kind), []).append(kind)
     if not pools:
         return
-    pools.setdefault(setup.pool_name_for(item.GuestFiles.NAME), []).append(
+    pools.setdefault(_pool_of_files(connection), []).append(
         item.GuestFiles.NAME)
     for pool_name in pools:
-        if (pool_name == CONF.libvirt.storage_disks_pool and
-                CONF.libvirt.images_type == 'libvirt-storage'):
-            pool = storage_pool.StoragePool.ensure(
-                connection, setup.disks_pool_config(), CONF.host)
-        else:
-            pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
-        moves.check_pool(pool)
+        pool = setup.receiving_pool(connection, pool_name, CONF.host)
+        state.check_pool(pool)
         pool.check_mounted()
     if not os.access(CONF.instances_path, os.W_OK):
         raise exception.MigrationPreCheckError(reason=_(
@@ -94,9 +89,17 @@ def offer(connection, instance, migration, disks):
         migration_id=migration.id, owner=[os.geteuid(), os.getegid()],
         pools={name: storage_offer.OfferedPool(
             kinds=sorted(of_pool), free=free[number],
-            file_system=file_systems.index(file_systems[number]))
+            file_system=file_systems.index(file_systems[number]),
+            ceph=state.ceph_of(storage_pool.StoragePool(
+                connection, name, CONF.host)))
                for number, (name, of_pool) in enumerate(pools.items())},
         preallocates=preallocates()))
+
+
+def _pool_of_files(connection):
+    """Return the name of the pool for what is no disk."""
+    return state.file_pool(connection, setup.pool_name_for(
+        item.GuestFiles.NAME)).name
 
 
 def _file_system(connection, pool_name, number):
@@ -111,6 +114,9 @@ def _file_system(connection, pool_name, number):
     pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
     try:
         path = pool.directory()
+        images = pool.ceph()
+        if images is not None:
+            return images.sizes()[1], ('ceph', images.identity)
         if path is None:
             return pool.info().available, number
         return (libvirt_utils.get_fs_info(path)['free'],
@@ -123,22 +129,31 @@ def _device_of(path):
     return os.stat(path).st_dev
 
 
-def _kinds_that_may_come(disks):
+def _kinds_that_may_come(connection, disks):
     """Return the kinds of an instance's disks that may come as volumes.
 
     On a source with pools, files become volumes just before they travel; of
     disks that aren't on record yet, even the names are known there only.
     """
     records = disks.items()
+    travel = metadata.POOL_BACKENDS
     if CONF.libvirt.images_type == 'libvirt-storage':
         if not records:
             return kinds.ALL
-        travel = metadata.FILE_BACKENDS + (
-            fields.LibvirtDiskBackend.LIBVIRT_STORAGE,)
-    else:
-        travel = (fields.LibvirtDiskBackend.LIBVIRT_STORAGE,)
+        travel += metadata.FILE_BACKENDS + (fields.LibvirtDiskBackend.LVM,)
     return sorted({kinds.of(name) for name, record in records
-                   if record.backend in travel})
+                   if record.backend in travel or
+                   _is_taken_over(connection, name, record)})
+
+
+def _is_taken_over(connection, name, record):
+    """Whether a disk of images_type rbd may be one of a pool of this host."""
+    if (record.backend != fields.LibvirtDiskBackend.RBD or
+            CONF.libvirt.images_type != 'libvirt-storage'):
+        return False
+    pool = storage_pool.StoragePool(
+        connection, setup.pool_name_for(name), CONF.host)
+    return pool.exists() and pool.kind().is_ceph
 
 
 def accept(context, instance, disks, connection, local_uri, cache_base):
@@ -190,8 +205,7 @@ def accept(context, instance, disks, connection, local_uri, cache_base):
         disks.set(name, record)
     if came:
         disks.save(context)
-    return any(record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE
-               for _name, record in disks.items())
+    return any(record.is_in_pool for _name, record in disks.items())
 
 
 def is_due(instance, disks):
@@ -316,7 +330,7 @@ def _copy_again(instance, record, connection, local_uri, mismatch):
     try:
         leftovers.delete_volumes(
             connection, CONF.host, [(record.pool, record.volume)], instance)
-        moves.create_volume(
+        state.create_volume(
             pool, record.volume, length, (os.geteuid(), os.getegid()),
             allocation=length if room.is_reserved(connection) else 0)
         pump.copy(
@@ -325,8 +339,10 @@ def _copy_again(instance, record, connection, local_uri, mismatch):
                         before.pool, before.volume),
             pump.Volume(local_uri, record.pool, record.volume), length,
             sparse=not room.is_reserved(connection),
+            # Whether its pool knows of holes there, the source can tell alone.
+            find_holes=True,
             bandwidth=CONF.libvirt.storage_migration_bandwidth * units.Mi,
-            stall_timeout=CONF.libvirt.storage_migration_stall_timeout)
+            stall_timeout=room.stall_timeout(length, not pool.kind().sparse))
         _verify(instance, record, local_uri)
     except exception.NovaException as e:
         raise exception.StorageTransferMismatch(

@@ -62,6 +62,17 @@ def are_needed(instance):
     return os.path.exists(os.path.join(libvirt_utils.VTPM_DIR, instance.uuid))
 
 
+def has_nvram(host, instance):
+    """Whether its firmware keeps variables in a file of this host.
+
+    :param host: the Host of this compute
+    """
+    try:
+        return bool(host.get_guest(instance).get_config().os_nvram)
+    except exception.InstanceNotFound:
+        return False
+
+
 def check_access(instance):
     """Check that the state of a server's TPM isn't overlooked.
 

@@ -35,6 +35,9 @@ class Item:
     :ivar allocation: bytes which that takes up
     :ivar growth: bytes that come in addition when it is flattened
     :ivar done: bytes copied
+    :ivar ahead: the Ahead if it was copied while the guest was running
+    :ivar ahead_length: bytes that it had then
+    :ivar ahead_done: bytes of them that were copied
     :ivar result: the pump's Result
     """
     # The permissions of the volume there.
@@ -49,6 +52,8 @@ class Item:
         self.target = None
         self.sparse = True
         self.length = self.allocation = self.growth = self.done = 0
+        self.ahead = None
+        self.ahead_length = self.ahead_done = 0
         self.result = None
         if source:
             self.measure()
@@ -57,6 +62,9 @@ class Item:
         """Take the sizes of what is copied, as they are now."""
         self.length, allocation = self.source.file_bytes()
         self.allocation = min(allocation, self.length)
+
+    def set_done(self, done):
+        self.done = done
 
     def place_here(self):
         """Return the name of its pool on this host, None if it has none."""

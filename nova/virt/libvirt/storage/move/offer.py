@@ -30,10 +30,12 @@ class OfferedPool:
     :ivar kinds: of what goes there, see records.kinds.of()
     :ivar free: bytes; None if libvirt alone knows
     :ivar file_system: a number that pools in one file system share
+    :ivar ceph: which Ceph pool it is over, None if it is over none
     """
     kinds: list[str]
     free: int | None
     file_system: int
+    ceph: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +67,13 @@ class Offer:
 
 def save(instance, offer):
     """Let the source read an offer."""
+    told = dataclasses.asdict(offer)
+    for pool in told['pools'].values():
+        if pool['ceph'] is None:
+            # Sources of an older version don't know it.
+            del pool['ceph']
     instance.migration_context.driver_info = jsonutils.dumps(
-        dataclasses.asdict(offer), sort_keys=True)
+        told, sort_keys=True)
     instance.save()
 
 

@@ -16,7 +16,7 @@ import contextlib
 from nova.virt.libvirt.storage.move import peer
 from nova.virt.libvirt.storage.move import peers
 from nova.virt.libvirt.storage.move import room
-from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import sharing
 from nova.virt.libvirt.storage.pump import transfer as pump
@@ -66,7 +66,7 @@ class LibvirtPool(peers.PeerPool):
         self._pool = storage_pool.StoragePool(of.connection, name, of.host)
 
     def check(self):
-        return moves.check_pool(self._pool)
+        return state.check_pool(self._pool)
 
     def available(self, wanted):
         return room.measured(self._pool, wanted)
@@ -84,7 +84,7 @@ class LibvirtPool(peers.PeerPool):
         return sharing.is_same(here, self._pool, instance)
 
     def create(self, name, length, mode):
-        moves.create_volume(
+        state.create_volume(
             self._pool, name, length, self._peer.owner, mode,
             length if room.is_reserved(self._peer.connection) else 0)
 

@@ -113,8 +113,9 @@ class ServicePeer(peers.Peer):
                 "over NBD: %(reason)s") % {
                     'host': self.host, 'reason': answer['obstacle']})
         self._has_aes = answer['aes'] and intake.cpu_has_aes()
-        for name in pools:
-            self.pool(name).check()
+        # A file of qcow2 grows meanwhile, and an export can't.
+        self.takes_ahead = bool(answer.get('cuts'))
+        super().check(pools)
         self._check_port()
 
     def _check_port(self):
@@ -145,14 +146,18 @@ class ServicePeer(peers.Peer):
                          aes=self._has_aes, **place)
         export = pump.Export(found['address'], found['port'], '',
                              found['username'], found['key'])
+        target = peers.Target(
+            export, lambda: self.ask('connected', **place))
         try:
-            yield peers.Target(
-                export, lambda: self.ask('connected', **place))
+            yield target
         except Exception:
             with excutils.save_and_reraise_exception():
                 self._close(place)
         # Not before nobody can write to it any more, it has arrived.
-        self.ask('close', **place)
+        if target.length is None:
+            self.ask('close', **place)
+        else:
+            self.ask('close', length=target.length, **place)
 
     def _close(self, place):
         try:

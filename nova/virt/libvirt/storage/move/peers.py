@@ -16,6 +16,7 @@ connection nor a protocol.
 """
 
 import abc
+import dataclasses
 import typing as ty
 
 from nova.virt.libvirt.storage.pool import kinds
@@ -79,14 +80,18 @@ class PeerPool(abc.ABC):
         """
 
 
-class Target(ty.NamedTuple):
+@dataclasses.dataclass
+class Target:
     """A volume of the destination that is open for writing.
 
     :ivar end: what the pump writes to
     :ivar connected: to be called when the pump has connected
+    :ivar length: bytes that are left of it when it is closed; None: all.
+        Only where the Peer takes disks ahead.
     """
     end: ty.Any
     connected: ty.Callable[[], ty.Any] = lambda: None
+    length: int | None = None
 
 
 class Peer(abc.ABC):
@@ -94,9 +99,20 @@ class Peer(abc.ABC):
 
     :ivar where: what it is called in messages and in the log
     :ivar may_be_cut: whether what made a move fail may have cut it off
+    :ivar takes_ahead: whether a disk may be sent in two passes
     """
     where: str
     may_be_cut = True
+    takes_ahead = False
+
+    def check(self, pools: ty.Iterable[str]) -> None:
+        """Check that disks can go to pools of the destination.
+
+        :param pools: their names
+        :raises: exception.MigrationPreCheckError
+        """
+        for name in pools:
+            self.pool(name).check()
 
     @abc.abstractmethod
     def pool(self, name: str) -> PeerPool:

@@ -25,13 +25,13 @@ from nova import exception
 from nova.i18n import _
 from nova import objects
 from nova.objects import fields
-from nova.virt import images
 from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.move import base_image as storage_base
 from nova.virt.libvirt.storage.move import guest_files as files
 from nova.virt.libvirt.storage.move import item as storage_item
 from nova.virt.libvirt.storage.move import offer as storage_offer
+from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.move import transport
 from nova.virt.libvirt.storage.pool import kinds as pool_kinds
 from nova.virt.libvirt.storage.pool import pool as storage_pool
@@ -51,6 +51,12 @@ def _refused(reason):
     """Return the exception that keeps the instance running as it is."""
     return exception.InstanceFaultRollback(
         exception.MigrationPreCheckError(reason=reason))
+
+
+def _described(pool_name, ceph):
+    return (_('%(pool)s (Ceph pool %(ceph)s)') if ceph else
+            _('%(pool)s (no Ceph pool)')) % {
+                'pool': pool_name, 'ceph': ceph}
 
 
 class Departure:
@@ -89,6 +95,10 @@ class Departure:
                 return
             self._check_versions()
             self._take_offer()
+            self._look_at_ceph()
+            if not self._is_anything_sent():
+                # The destination sees the disks where they are.
+                return
             self.peer = transport.reach(stack, self.move, self._offer)
             self._look_at_disks()
             self._look_at_base()
@@ -101,16 +111,22 @@ class Departure:
                 LOG.exception('Unexpected error', instance=self.instance)
             raise exception.InstanceFaultRollback(e)
 
+    def check_peer(self):
+        """Check that the destination can still be reached.
+
+        :raises: exception.NovaException
+        """
+        self.peer.check(self._offer.pools)
+
     def pool_of_files(self):
         """Where what is no disk goes on its way.
 
         :returns: StoragePool here and PeerPool there
         """
-        records = [record for _name, record in self.disks.items()]
+        records = [record for _name, record in self._travelling()]
         here = (records[0].pool if records else
                 setup.pool_name_for(files.NAME))
-        return (storage_pool.StoragePool(
-                    self.host.get_connection(), here, CONF.host),
+        return (state.file_pool(self.host.get_connection(), here),
                 self._there(files.NAME))
 
     def is_shared(self, item):
@@ -139,8 +155,7 @@ class Departure:
                   "has made no offer for this instance's volumes") %
                 self.migration.dest_compute)
 
-    def _there(self, kind):
-        """The destination's pool for a kind of disk."""
+    def _pool_name_there(self, kind):
         name = self._offer.pool_for(kind)
         if name is None:
             raise _refused(
@@ -148,21 +163,67 @@ class Departure:
                   "%(kind)s, only for %(offered)s") % {
                       'host': self.migration.dest_compute, 'kind': kind,
                       'offered': ', '.join(self._offer.kinds)})
-        return self.peer.pool(name)
+        return name
 
-    def _look_at_disks(self):
-        local = self.host.get_connection()
+    def _there(self, kind):
+        """The destination's pool for a kind of disk."""
+        return self.peer.pool(self._pool_name_there(kind))
+
+    def _is_anything_sent(self):
+        return bool(self._travelling() or files.are_needed(self.instance) or
+                    files.has_nvram(self.host, self.instance))
+
+    def _travelling(self):
+        """Name and record of the disks that another host can't see."""
+        return [(name, record) for name, record in self.disks.items()
+                if not record.is_on_ceph and not name.endswith('.rescue')]
+
+    def _look_at_ceph(self):
+        """Check that both hosts have one Ceph pool for a disk, or none.
+
+        There is no way yet from a file or device into such a pool, or back.
+        """
         for name, record in self.disks.items():
             if name.endswith('.rescue'):
                 continue
-            if (record.backend != fields.LibvirtDiskBackend.LIBVIRT_STORAGE or
-                    record.is_building or record.host != CONF.host):
+            pool_name = self._pool_name_there(kinds.of(name))
+            there = self._offer.pools[pool_name].ceph
+            here = self._ceph_here(name, record)
+            if (here, record.pool) != (there, pool_name) and (
+                    here is not None or there is not None):
                 raise _refused(
-                    _("hard reboot the instance, which brings its disks in "
-                      "order: disk %(name)s is on record as %(state)s on "
-                      "host %(host)s, backend %(backend)s") % {
-                          'name': name, 'state': record.state,
-                          'host': record.host, 'backend': record.backend})
+                    _("choose a host with the same Ceph pool under the same "
+                      "name: disk %(name)s is in storage pool %(here)s, and "
+                      "host %(host)s offers %(there)s for it. No disk can "
+                      "move into a Ceph pool, or out of one") % {
+                          'name': name, 'host': self.migration.dest_compute,
+                          'here': _described(record.pool, here),
+                          'there': _described(pool_name, there)})
+
+    def _ceph_here(self, name, record):
+        if not record.is_on_ceph:
+            return None
+        self._check_in_order(name, record)
+        pool = storage_pool.StoragePool(
+            self.host.get_connection(), record.pool, CONF.host)
+        # Gone, it would be made anew there.
+        pool.volume(record.volume)
+        return state.ceph_of(pool)
+
+    def _check_in_order(self, name, record):
+        if not record.is_in_pool or record.is_building or (
+                record.host != CONF.host):
+            raise _refused(
+                _("hard reboot the instance, which brings its disks in "
+                  "order: disk %(name)s is on record as %(state)s on "
+                  "host %(host)s, backend %(backend)s") % {
+                      'name': name, 'state': record.state,
+                      'host': record.host, 'backend': record.backend})
+
+    def _look_at_disks(self):
+        local = self.host.get_connection()
+        for name, record in self._travelling():
+            self._check_in_order(name, record)
             here = storage_pool.StoragePool(local, record.pool, CONF.host)
             there = self._there(kinds.of(name))
             pool_type = there.check()
@@ -205,12 +266,7 @@ class Departure:
         if storage_base.is_kept(self.instance, name, info.backing_file):
             self._needs_image = True
             return 0
-        base_format = info.backing_file_format or fields.LibvirtDiskFormat.RAW
-        base = images.privileged_qemu_img_info(
-            info.backing_file, format=base_format)
-        # What is compressed in the base isn't any more in the overlay.
-        return (base.disk_size if base_format == fields.LibvirtDiskFormat.RAW
-                else base.virtual_size)
+        return storage_base.growth_of(info)
 
     def _look_at_base(self):
         if self.same_host or not self._needs_image:

@@ -30,8 +30,9 @@ from nova.virt.libvirt.storage.intake import export
 from nova.virt.libvirt.storage.move import peer
 from nova.virt.libvirt.storage.move import peer_service
 from nova.virt.libvirt.storage.move import room
-from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.move import transport
+from nova.virt.libvirt.storage.pool import kinds
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage import report
@@ -45,6 +46,8 @@ STAT = 'libvirt_storage'
 READY = 'ready'
 # Likewise: the ways by which disks can come, e.g. "nbd,libvirt".
 WAYS = 'libvirt_storage_ways'
+# Likewise: the pools whose volumes are block devices, e.g. "fast,large".
+DEVICES = 'libvirt_storage_devices'
 
 # Seconds for which a connection that worked is taken to work on.
 _CONNECTED_FOR = 600
@@ -64,6 +67,7 @@ class Readiness:
         self._told: str | None = None
         self._looked_at_version = False
         self._closed: dict[str, str | None] = {}
+        self._devices: list[str] = []
 
     def stats(self) -> dict[str, str]:
         """Look at the pools, and at the ways by which a peer would come.
@@ -76,8 +80,7 @@ class Readiness:
             return {}
         try:
             self._look_at_version()
-            self._check_pools()
-            ways = self._open_ways()
+            ways = self._open_ways() if self._check_pools() else []
             found = READY
         except exception.NovaException as e:
             found, ways = e.format_message(), []
@@ -88,7 +91,8 @@ class Readiness:
             elif self._told is not None:
                 LOG.info('Volumes can come to this host again')
             self._told = found
-        return {STAT: found, WAYS: ','.join(ways)}
+        return {STAT: found, WAYS: ','.join(ways),
+                DEVICES: ','.join(self._devices)}
 
     def _look_at_version(self):
         if self._looked_at_version:
@@ -107,12 +111,22 @@ class Readiness:
         self._looked_at_version = True
 
     def _check_pools(self):
+        """:returns: whether disks have to travel to come to one of them"""
+        has_others = False
         connection = self._host.get_connection()
+        types = {}
         for name in setup.pool_names():
             pool = storage_pool.StoragePool(connection, name, CONF.host)
-            moves.check_pool(pool)
+            types[name] = state.check_pool(pool)
             pool.check_access()
             pool.check_mounted()
+            # asks Ceph, if it is over Ceph
+            has_others = state.ceph_of(pool) is None or has_others
+        of_types = {name: kinds.of_type(pool_type)
+                    for name, pool_type in types.items()}
+        self._devices = [name for name, kind in of_types.items()
+                         if not kind.is_directory and not kind.is_ceph]
+        return has_others
 
     def _open_ways(self):
         """Look which of the configured ways disks can come by.
@@ -140,6 +154,13 @@ class Readiness:
         return found
 
     def _check_export(self):
+        if self._devices:
+            raise exception.MigrationPreCheckError(reason=_(
+                "let disks come by libvirt, with "
+                "[libvirt]/storage_migration_transport = auto or libvirt: the "
+                "volumes of storage pool %(pool)s of host %(host)s are no "
+                "files, which alone come over NBD") % {
+                    'pool': ', '.join(self._devices), 'host': CONF.host})
         export.check(self._get_address())
         # What can't be sent back is no way either.
         peer_service.check_pump()
@@ -162,6 +183,17 @@ def hosts_not_ready(
     found = [(host, stats[STAT]) for host, stats in nodes.items()
              if stats.get(STAT, READY) != READY]
     return sorted(found + _hosts_apart(nodes))
+
+
+def pools_of_devices(
+        context: 'nova_context.RequestContext') -> set[tuple[str, str]]:
+    """List the pools whose volumes are block devices, as (host, pool).
+
+    :raises: exception.CellTimeout if a cell's database doesn't answer
+    """
+    return {(node.host, pool) for node in report.of_all_cells(
+        context, objects.ComputeNodeList.get_all)
+        for pool in (node.stats or {}).get(DEVICES, '').split(',') if pool}
 
 
 def _hosts_apart(nodes):

@@ -20,12 +20,18 @@ holes back when it has found the copy right.
 
 from oslo_concurrency import processutils
 from oslo_log import log as logging
+from oslo_utils import units
 
+import nova.conf
 import nova.privsep.storage
 from nova.virt.libvirt.storage.pool import kinds
 from nova.virt.libvirt.storage.pool import stream
 
+CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
+
+# Bytes in which a block device is overwritten at least.
+_ZEROES_A_SECOND = 32 * units.Mi
 
 FAULTY_VERSIONS = stream.FAULTY_VERSIONS
 
@@ -47,8 +53,27 @@ def is_sparse(connection, pool_type: str) -> bool:
     return kinds.of_type(pool_type).sparse and not is_reserved(connection)
 
 
+def stall_timeout(length: int, is_overwritten: bool) -> int:
+    """How long a copy may show no progress.
+
+    libvirt takes a hole of any length at once. Into a block device it then
+    writes zeroes, and says nothing until it has done so.
+
+    :param length: bytes of the copy
+    :param is_overwritten: whether its holes are written as zeroes
+    :returns: seconds
+    """
+    patience = CONF.libvirt.storage_migration_stall_timeout
+    if is_overwritten:
+        patience += length // _ZEROES_A_SECOND
+    return patience
+
+
 def measured(pool, wanted: int) -> int:
     """How many bytes libvirt takes a pool to have room for.
+
+    Of a peer's pool nobody else can be asked; see usage.measure() for one of
+    this host.
 
     :param pool: StoragePool
     :param wanted: bytes

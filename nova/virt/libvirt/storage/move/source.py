@@ -19,11 +19,12 @@ enough.
 
 In order: the destination makes its offer in prep_resize (destination.py); the
 source checks everything that can be checked while the guest still runs
-(precheck.py); with the guest off it copies (copy.py); the destination compares
-checksums and takes the disks over (destination.py). Until a confirm or
-revert the source's volume is the disk's ``previous``. What both ends know is
-in state.py, how it is undone in undo.py; here is what the driver calls on the
-source.
+(precheck.py) and may send disks while the guest writes to them (ahead.py);
+with the guest off it copies what there is then (copy.py); the destination
+compares checksums and takes the disks over (destination.py). Until a confirm
+or revert the source's volume is the disk's ``previous``. What both ends know
+is in state.py, how it is undone in undo.py; here is what the driver calls on
+the source.
 
 A disk's record is ``building`` from before its first byte on the destination
 until the destination has found it whole. What is still ``building`` is undone
@@ -31,18 +32,23 @@ by abandon() on the source, whenever that comes.
 """
 
 import contextlib
+import time
 
 from oslo_log import log as logging
 from oslo_serialization import jsonutils
+from oslo_utils import excutils
 
+from nova.compute import task_states
 from nova.compute import vm_states
 import nova.conf
+from nova import exception
 from nova import objects
 from nova.objects import fields
 from nova.virt import driver
+from nova.virt.libvirt.storage.move import ahead
 from nova.virt.libvirt.storage.move import copy as transfer
 from nova.virt.libvirt.storage.move import precheck as departure
-from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.move import undo
 from nova.virt.libvirt.storage.records import evacuation
 from nova.virt.libvirt.storage.records import kinds
@@ -67,8 +73,7 @@ def is_pool_backed(disks, block_device_info):
                     block_device_info) and
                 not driver.swap_is_usable(
                     driver.block_device_info_get_swap(block_device_info)))
-    return any(record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE
-               for record in records)
+    return any(record.is_in_pool for record in records)
 
 
 def prepare(here, context, instance, block_device_info):
@@ -86,9 +91,10 @@ def prepare(here, context, instance, block_device_info):
     settle(context, instance, disks)
     migration = objects.Migration.get_by_id_and_instance(
         context, instance.migration_context.migration_id, instance.uuid)
-    outgoing = Outgoing(moves.Move(
+    outgoing = Outgoing(state.Move(
         context, here, instance, migration, disks))
     outgoing.check()
+    outgoing.send_ahead()
     return outgoing
 
 
@@ -101,7 +107,9 @@ class Outgoing:
     def __init__(self, move):
         self.migration = move.migration
         self.departure = departure.Departure(move)
+        self._transfer = None
         self._exit = contextlib.ExitStack()
+        self._since = 0.0
 
     def __enter__(self):
         return self
@@ -120,6 +128,38 @@ class Outgoing:
         with contextlib.ExitStack() as stack:
             self.departure.check(stack)
             self._exit = stack.pop_all()
+        if self.departure.peer is not None:
+            self._transfer = transfer.Transfer(self.departure)
+        self._since = time.monotonic()
+
+    def send_ahead(self):
+        """Send what is worth it of the disks while the guest runs.
+
+        :raises: InstanceFaultRollback; the guest runs on. Others if somebody
+            deletes the instance.
+        """
+        if self._transfer is None:
+            return
+        first = ahead.FirstPass(self._transfer)
+        self._exit.callback(first.close)
+        try:
+            first.run()
+        except Exception as e:
+            with excutils.save_and_reraise_exception() as ctxt:
+                self._exit.close()
+                if self._is_wanted():
+                    ctxt.reraise = False
+                    raise exception.InstanceFaultRollback(e)
+        self._since = time.monotonic()
+
+    def _is_wanted(self):
+        move = self.departure.move
+        try:
+            return objects.Instance.get_by_uuid(
+                move.context, move.instance.uuid
+            ).task_state == task_states.RESIZE_MIGRATING
+        except exception.InstanceNotFound:
+            return False
 
     def run(self, directory):
         """Copy the disks; the guest is off.
@@ -128,8 +168,14 @@ class Outgoing:
         :returns: what finish_migration gets as disk_info
         :raises: StorageTransferError and others
         """
-        if self.departure.peer is not None:
-            transfer.Transfer(self.departure).run(directory)
+        if self._transfer is not None:
+            since = time.monotonic()
+            self._transfer.run(directory)
+            now = time.monotonic()
+            LOG.info('The server has been down for %(down).1f s by now, '
+                     '%(copied).1f s of them to copy its disks',
+                     {'down': now - self._since, 'copied': now - since},
+                     instance=self.departure.instance)
         return jsonutils.dumps([])
 
 
@@ -203,14 +249,15 @@ def unfinished(context, instance, disks=None):
     """
     if disks is None:
         disks = metadata.InstanceDisks.load(context, instance)
-    migration_id = moves.moved_by(disks)
+    migration_id, cut_off = state.moved_by(disks), None
     if migration_id is None and not transfer.is_running(instance):
-        migration_id = _interrupted(disks)
+        migration_id = cut_off = _interrupted(disks)
     if migration_id is None:
         return None
     migration = objects.Migration.get_by_id(context, migration_id)
+    # On one and the same host what is whole is accepted.
     is_from_here = (migration.source_compute == CONF.host and
-                    migration.dest_compute != CONF.host)
+                    (cut_off or migration.dest_compute != CONF.host))
     return migration if is_from_here else None
 
 
@@ -238,7 +285,9 @@ def confirm(context, connection, instance):
     Only those whose successors the destination has found to be whole.
     """
     disks = metadata.InstanceDisks.load(context, instance)
-    if moves.moved_by(disks) is None:
+    if _forget_others(disks):
+        disks.save(context)
+    if state.moved_by(disks) is None:
         return
     done_with = set()
     for name, record in disks.extras.items():
@@ -264,6 +313,20 @@ def confirm(context, connection, instance):
     disks.save(context)
     leftovers.delete(connection, disks)
     disks.save(context)
+
+
+def _forget_others(disks):
+    """Let disks on Ceph be the destination's alone.
+
+    :returns: whether that has changed a record
+    """
+    changed = False
+    for name, record in disks.items():
+        if record.is_on_ceph and record.previous is not None:
+            record.previous = None
+            disks.set(name, record)
+            changed = True
+    return changed
 
 
 def kept(disks):

@@ -53,12 +53,17 @@ revert (S): ready@S
     lies there: disk / -
     killed here: S: abandon()
 
+Disks that are sent ahead are in row "intent" while their guest runs, and
+"pack" comes after it: abandon() is the same, and the guest is left alone.
+
 step_of() tells the row from the records. Swap is made anew: its record is
 building until the destination has made it, and expects nothing.
 """
 
 import dataclasses
 import typing as ty
+
+from oslo_utils import excutils
 
 import nova.conf
 from nova import exception
@@ -67,6 +72,8 @@ from nova.objects import fields
 from nova.virt.libvirt.storage.pool import clearing
 from nova.virt.libvirt.storage.pool import config as storage_config
 from nova.virt.libvirt.storage.pool import kinds as pool_kinds
+from nova.virt.libvirt.storage.pool import ownership
+from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.records import kinds
 
 CONF = nova.conf.CONF
@@ -210,6 +217,7 @@ def create_volume(pool, name, length, owner, mode=0o644, allocation=0):
         number than on the source
     :param allocation: bytes to take from the pool now
     :returns: StorageVolume
+    :raises: as StoragePool.create() does; nothing that was made is left then
     """
     config = storage_config.LibvirtConfigStorageVolume()
     config.name = name
@@ -219,10 +227,43 @@ def create_volume(pool, name, length, owner, mode=0o644, allocation=0):
     config.permissions = storage_config.LibvirtConfigStoragePermissions()
     config.permissions.mode = mode
     config.permissions.owner, config.permissions.group = owner
-    volume = pool.create(config)
-    # Longer than asked for it shows what others have written there.
-    clearing.clear_rest(volume, length)
+    try:
+        volume = pool.create(config)
+        # Longer than asked for it shows what others have written there.
+        clearing.clear_rest(volume, length)
+    except exception.StorageVolumeExists:
+        raise
+    except Exception:
+        with excutils.save_and_reraise_exception():
+            # It may be there nevertheless, and no record names it for long:
+            # libvirt knew of none with this name.
+            ownership.delete_named(pool, name)
     return volume
+
+
+def ceph_of(pool):
+    """Return which Ceph pool a pool of this host is over; None without one.
+
+    Two pools of one Ceph pool are one, whatever their hosts call them.
+
+    :param pool: the StoragePool
+    :raises: exception.StorageCephError
+    """
+    images = pool.ceph() if pool.exists() else None
+    return None if images is None else images.identity
+
+
+def file_pool(connection, pool_name):
+    """Return the pool of this host for what goes with a guest as a file.
+
+    :param pool_name: of the pool for its disks, which may hold no files
+    :returns: a StoragePool
+    """
+    pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
+    if pool.exists() and pool.kind().is_ceph:
+        return storage_pool.StoragePool(
+            connection, CONF.libvirt.storage_base_images_pool, CONF.host)
+    return pool
 
 
 def check_pool(pool):

@@ -32,8 +32,12 @@ class PoolKind(ty.NamedTuple):
     :ivar sparse: whether a volume may take up less than its capacity, and
         what is not written of a new one reads as zeroes
     :ivar keeps_blocks: whether a new volume shows what deleted ones have held
+    :ivar has_snapshots: whether there may be snapshots beside its volumes,
+        which go with what they are of
     :ivar has_overlays: whether a volume can have a backing store
     :ivar resizes: whether libvirt gives a volume another capacity
+    :ivar is_ceph: whether its volumes are images of a Ceph pool, which are
+        librbd's to make, to find and to delete; all hosts see them
     """
     holds_disks: bool = False
     takes_streams: bool = False
@@ -42,8 +46,10 @@ class PoolKind(ty.NamedTuple):
     is_remote: bool = False
     sparse: bool = False
     keeps_blocks: bool = False
+    has_snapshots: bool = False
     has_overlays: bool = False
     resizes: bool = False
+    is_ceph: bool = False
 
 
 _DIRECTORY = PoolKind(
@@ -52,19 +58,24 @@ _DIRECTORY = PoolKind(
 
 # Of a volume with less allocation than capacity, libvirt makes a snapshot of a
 # volume group, which is lost when it is full; so logical volumes are thick.
-# To an rbd pool there is no stream, and the errors don't say what is wrong.
+# To an rbd pool there is no stream, libvirt learns of an image by opening all
+# of them, and its errors don't say what is wrong; see ceph.py.
 # All types that aren't here can't make volumes.
 _KINDS = {
     'dir': _DIRECTORY,
     'fs': _DIRECTORY._replace(is_mounted=True),
     'netfs': _DIRECTORY._replace(is_mounted=True, is_remote=True),
     'logical': PoolKind(holds_disks=True, takes_streams=True,
-                        keeps_blocks=True),
+                        keeps_blocks=True, has_snapshots=True),
     'disk': PoolKind(takes_streams=True, keeps_blocks=True),
+    'rbd': PoolKind(holds_disks=True, sparse=True, is_ceph=True),
 }
 
 DISK_TYPES = tuple(name for name, kind in _KINDS.items() if kind.holds_disks)
 FILE_TYPES = tuple(name for name, kind in _KINDS.items() if kind.is_directory)
+# Of the disks of running guests: QEMU copies files, and Ceph's stay in place.
+LIVE_TYPES = tuple(name for name, kind in _KINDS.items()
+                   if kind.is_directory or kind.is_ceph)
 
 # Of errors that have no code of their own, a part of the text: what
 # createXMLFrom says of a name that is taken, and what lvcreate does, also of a

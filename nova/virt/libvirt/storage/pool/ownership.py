@@ -23,6 +23,7 @@ import re
 
 from oslo_log import log as logging
 
+from nova.compute import task_states
 import nova.conf
 from nova import exception
 from nova.virt.libvirt.storage.pool import pool as storage_pool
@@ -180,15 +181,10 @@ def find(pool, name: str):
     :param pool: the StoragePool
     :returns: its StorageVolume, None if there is no such volume or pool
     """
-    for is_refreshed in (False, True):
-        try:
-            return pool.volume(name)
-        except exception.StoragePoolNotFound:
-            return None
-        except exception.StorageVolumeNotFound:
-            if not is_refreshed:
-                pool.refresh()
-    return None
+    try:
+        return pool.find(name, refresh=True)
+    except exception.StoragePoolNotFound:
+        return None
 
 
 def delete_volume(volume, instance=None) -> bool:
@@ -227,6 +223,17 @@ def delete_named(pool, name: str, instance=None) -> bool:
     return delete_volume(volume, instance)
 
 
+def _is_elsewhere(volume, instance) -> bool:
+    """Whether a volume is, or is going to be, another host's to delete.
+
+    An image of a Ceph pool is the disk whichever host the instance is on: one
+    that cleans up behind it has nothing to delete.
+    """
+    return volume.pool.kind().is_ceph and (
+        instance.host != CONF.host or
+        instance.task_state == task_states.RESIZE_REVERTING)
+
+
 def delete_volumes(connection, instance, rescue=False, keep=(),
                    disks=None) -> bool:
     """Delete an instance's volumes on this host.
@@ -241,7 +248,8 @@ def delete_volumes(connection, instance, rescue=False, keep=(),
     complete = True
     try:
         for volume in get_volumes(connection, instance.uuid, rescue, disks):
-            if (volume.pool.name, volume.name) in keep:
+            if (volume.pool.name, volume.name) in keep or (
+                    _is_elsewhere(volume, instance)):
                 continue
             LOG.info('Deleting volume %(volume)s from storage pool %(pool)s',
                      {'volume': volume.name, 'pool': volume.pool.name},

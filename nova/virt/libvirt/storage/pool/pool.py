@@ -35,11 +35,13 @@ import nova.privsep.fs
 import nova.privsep.storage
 from nova import utils
 from nova.virt.libvirt.storage.pool import access
+from nova.virt.libvirt.storage.pool import ceph as ceph_pool
 from nova.virt.libvirt.storage.pool import clearing
 from nova.virt.libvirt.storage.pool import config as storage_config
 from nova.virt.libvirt.storage.pool import export
 from nova.virt.libvirt.storage.pool import kinds
 from nova.virt.libvirt.storage.pool import mounts
+from nova.virt.libvirt.storage.pool import snapshots
 
 try:
     import libvirt
@@ -126,6 +128,7 @@ class StoragePool:
         self.name = name
         self.host = host
         self._kind: kinds.PoolKind | None = None
+        self._ceph: ceph_pool.CephPool | None = None
 
     @classmethod
     def ensure(cls, conn, config: 'storage_config.LibvirtConfigStoragePool',
@@ -183,7 +186,8 @@ class StoragePool:
         :raises: exception.StoragePoolUnsupported,
             exception.StoragePoolNotMounted, exception.StoragePoolTooSmall,
             exception.StoragePoolTaken,
-            exception.StoragePoolForbidden, exception.StoragePoolError
+            exception.StoragePoolForbidden, exception.StorageCephError,
+            exception.StoragePoolError
         """
         if not self.kind().holds_disks:
             raise exception.StoragePoolUnsupported(
@@ -199,6 +203,11 @@ class StoragePool:
                 not self.volumes()):
             raise exception.StoragePoolTaken(
                 pool=self.name, host=self.host, available=info.available)
+        images = self.ceph()
+        if images is not None:
+            # libvirt has started it, but Nova may not reach it.
+            LOG.info('Storage pool %(pool)s is over Ceph pool %(ceph)s',
+                     {'pool': self.name, 'ceph': images.identity})
         self.check_access()
         if self.kind().is_remote:
             export.check(self)
@@ -318,6 +327,17 @@ class StoragePool:
             self._kind = kinds.of_type(self.config().type)
         return self._kind
 
+    def ceph(self) -> ceph_pool.CephPool | None:
+        """The Ceph pool that this one is over; None if it is over none.
+
+        Of another host's pools libvirt alone is asked.
+        """
+        if self.host != CONF.host or not self.kind().is_ceph:
+            return None
+        if self._ceph is None:
+            self._ceph = ceph_pool.CephPool(self._conn, self, self.config())
+        return self._ceph
+
     def directory(self) -> str | None:
         """The directory in which volumes are files; None if they are none.
 
@@ -352,6 +372,9 @@ class StoragePool:
             copied for longer than that
         """
         pool = self._lookup()
+        if self.kind().is_ceph:
+            # It opens each image, and nobody reads what it finds.
+            return
         if timeout is None:
             timeout = REFRESH_TIMEOUT
         with self._errors():
@@ -360,6 +383,9 @@ class StoragePool:
 
     def volumes(self) -> list['StorageVolume']:
         """All volumes, by one call."""
+        images: ty.Any = self.ceph()
+        if images is not None:
+            return images.images()
         pool = self._lookup()
         with self._errors():
             return [StorageVolume(self, _wrap(volume))
@@ -371,6 +397,9 @@ class StoragePool:
         libvirt knows only what it has made or looked for; its looking, a
         refresh, interprets every file. This interprets none.
         """
+        images = self.ceph()
+        if images is not None:
+            return images.names()
         try:
             return set(nova.privsep.storage.names_in(
                 self.config().target_path))
@@ -405,6 +434,9 @@ class StoragePool:
 
         :raises: exception.StorageVolumeNotFound
         """
+        images: ty.Any = self.ceph()
+        if images is not None:
+            return images.get(name)
         pool = self._lookup()
         with self._errors(name):
             return StorageVolume(self, pool.storageVolLookupByName(name))
@@ -444,26 +476,23 @@ class StoragePool:
             suffix += 1
             name = '%s.%d' % (wanted, suffix)
 
-    def create(self, config: 'storage_config.LibvirtConfigStorageVolume',
-               prealloc_metadata: bool = False) -> 'StorageVolume':
+    def create(self, config: 'storage_config.LibvirtConfigStorageVolume'
+               ) -> 'StorageVolume':
         """Make a volume; it is Nova's to write unless config says otherwise.
 
         A device is root's, whatever config says.
 
-        :param prealloc_metadata: write all of a qcow2 volume's tables now
         :raises: exception.StorageVolumeExists,
             exception.InsufficientStoragePoolSpace,
             exception.StorageVolumeError
         """
-        flags = (libvirt.VIR_STORAGE_VOL_CREATE_PREALLOC_METADATA
-                 if prealloc_metadata else 0)
         pool = self._lookup()
         self.check_mounted()
         if not self.kind().sparse:
             config.allocation = config.capacity
         with self._errors(config.name):
             return StorageVolume(self, pool.createXML(
-                self._with_permissions(config).to_xml(), flags))
+                self._with_permissions(config).to_xml(), 0))
 
     def create_from(
             self, config: 'storage_config.LibvirtConfigStorageVolume',
@@ -508,7 +537,8 @@ def _says(error, texts):
 
 def _is_no_directory(error):
     """Whether a path turned out to be something else than a directory."""
-    return error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR and (
+    return _is_libvirt_error(error) and (
+        error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR) and (
         error.get_int1() == errno.ENOTDIR or
         os.strerror(errno.ENOTDIR) in (error.get_error_message() or ''))
 
@@ -647,6 +677,7 @@ class StorageVolume:
         before = self.physical()
         if capacity <= before:
             return
+        snapshots.check(self)
         try:
             nova.privsep.fs.lvextend(self.path, capacity)
         except processutils.ProcessExecutionError as e:
@@ -669,10 +700,13 @@ class StorageVolume:
         file is deleted without libvirt, which isn't asked what it takes it
         for: it would open what the header names. Already gone is fine.
 
-        :raises: exception.StorageVolumeError, exception.StoragePoolError
+        :raises: exception.StorageVolumeError, exception.StoragePoolError;
+            exception.StorageVolumeHasSnapshots if an operator's would go with
+            it
         """
         try:
             with contextlib.suppress(exception.StorageVolumeNotFound):
+                snapshots.check(self)
                 clearing.clear(self)
                 with self._errors():
                     _delete(self.raw)

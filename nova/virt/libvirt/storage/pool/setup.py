@@ -21,6 +21,7 @@ from oslo_log import log as logging
 
 import nova.conf
 from nova import exception
+from nova.i18n import _
 import nova.privsep.storage
 from nova.virt.libvirt.storage import disk_kinds
 from nova.virt.libvirt.storage.pool import access
@@ -43,6 +44,16 @@ def pool_name_for(disk_name: str) -> str:
     return CONF.libvirt.storage_pool_mapping.get(
         disk_kinds.of_disk(disk_name).mapped_as,
         CONF.libvirt.storage_disks_pool)
+
+
+def pool_of(conn, disk_name: str) -> storage_pool.StoragePool:
+    """The StoragePool of this host in which it makes a disk."""
+    return pool_named(conn, pool_name_for(disk_name))
+
+
+def pool_named(conn, name: str) -> storage_pool.StoragePool:
+    """The StoragePool of that name of this host."""
+    return storage_pool.StoragePool(conn, name, CONF.host)
 
 
 def pool_names() -> list[str]:
@@ -81,8 +92,12 @@ def ensure_pools(conn, host: str) -> None:
     :param conn: a libvirt.virConnect
     :param host: its name, for messages
     :raises: exception.StoragePoolError or one of its subclasses,
-        exception.StorageUserForbidden, exception.StoragePrivilegeMissing
+        exception.StorageUserForbidden, exception.StoragePrivilegeMissing,
+        exception.StorageVirtTypeUnsupported
     """
+    if CONF.libvirt.virt_type not in ('kvm', 'qemu'):
+        raise exception.StorageVirtTypeUnsupported(
+            host=host, virt_type=CONF.libvirt.virt_type)
     _check_user(host)
     base_images = base_images_pool_config()
     cache = storage_pool.StoragePool.ensure(conn, base_images, host)
@@ -95,6 +110,38 @@ def ensure_pools(conn, host: str) -> None:
         if not pool.exists():
             raise exception.StoragePoolNotFound(pool=name, host=host)
         pool.adopt()
+    for name in pool_names():
+        _check_images(pool_named(conn, name))
+
+
+def _check_images(pool):
+    """Refuse to put anything but raw disks into Ceph, as for images_type rbd.
+
+    :raises: exception.InvalidConfiguration
+    """
+    if pool.kind().is_ceph and not CONF.force_raw_images:
+        raise exception.InvalidConfiguration(
+            _("Set [DEFAULT]/force_raw_images = True, or name a pool that "
+              "isn't over Ceph: QEMU takes raw images alone from storage pool "
+              "%(pool)s of host %(host)s") % {
+                  'pool': pool.name, 'host': pool.host})
+
+
+def receiving_pool(conn, name: str, host: str) -> storage_pool.StoragePool:
+    """A pool of this host that is to take another host's disks in.
+
+    The one for disks is made if there is none, as at the service's start.
+
+    :param conn: a libvirt.virConnect
+    :param name: of the pool
+    :param host: its name, for messages
+    :raises: exception.StoragePoolError if it can't be made
+    """
+    if (name == CONF.libvirt.storage_disks_pool and
+            CONF.libvirt.images_type == 'libvirt-storage'):
+        return storage_pool.StoragePool.ensure(
+            conn, disks_pool_config(), host)
+    return storage_pool.StoragePool(conn, name, host)
 
 
 def _check_user(host):

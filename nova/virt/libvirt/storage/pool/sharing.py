@@ -113,7 +113,7 @@ def make_probes(connection, instance_uuid, disks=None) -> list[list[str]]:
     probes: list[list[str]] = []
     configured = setup.pool_names()
     try:
-        for place in ownership.places(connection, disks):
+        for place in _distinct(ownership.places(connection, disks)):
             if place.pool.name in configured or place.is_on_record:
                 if not place.pool.exists():
                     continue
@@ -139,11 +139,24 @@ def find_probes(connection, probes) -> bool:
     names = {name for _pool, name in probes or ()}
     return bool(names) and any(
         names & place.pool.file_names()
-        for place in ownership.places(connection) if place.is_there())
+        for place in _distinct(ownership.places(connection))
+        if place.is_there())
+
+
+def _distinct(places):
+    """The pools that two hosts may or may not share.
+
+    A Ceph pool is known for what it is; no disk there is deleted because an
+    instance has left a host.
+    """
+    for place in places:
+        if not place.pool.exists() or not place.pool.kind().is_ceph:
+            yield place
 
 
 def remove_probes(connection, probes) -> None:
     """Remove the volumes which :func:`make_probes` has made on this host."""
     for pool_name, name in probes:
-        ownership.delete_named(
-            storage_pool.StoragePool(connection, pool_name, CONF.host), name)
+        pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
+        if not pool.exists() or not pool.kind().is_ceph:
+            ownership.delete_named(pool, name)

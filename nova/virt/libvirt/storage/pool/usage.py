@@ -113,6 +113,9 @@ def measure(
         # It would count as one of 0 bytes.
         raise exception.StoragePoolInactive(pool=pool.name, host=pool.host)
     pool.check_mounted()
+    images = pool.ceph()
+    if images is not None:
+        return (images.identity, *images.sizes())
     path = pool.directory()
     if path is None:
         return pool.name, info.capacity, info.available

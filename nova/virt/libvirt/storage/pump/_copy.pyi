@@ -47,6 +47,7 @@ class Table:
 class Copy:
     def __init__(self, source: Any, destination: Any, length: int, *,
                  sparse: bool = ..., bandwidth: int = ..., key: int = ...,
+                 find_holes: bool = ...,
                  table: Table | None = ..., only_changes: bool = ...,
                  slot_size: int = ..., slots: int = ...) -> None: ...
     def run(self) -> None: ...

@@ -221,6 +221,8 @@ cdef class Copy:
     :param bandwidth: bytes a second at most, holes not counted; 0: no limit
     :param key: of the checksum, any number but 0 modulo 2^61 - 1; not with a
         table, which has its own
+    :param find_holes: send zeroes as holes, of a source that can't tell of
+        any. Not with only_changes.
     :param table: a Table to fill, for as many bytes as the content has or
         more. Slots are no smaller than its blocks.
     :param only_changes: send the blocks alone whose checksums aren't those in
@@ -240,7 +242,8 @@ cdef class Copy:
 
     def __cinit__(self, source, destination, long long length, *,
                   bint sparse=True, long long bandwidth=0, uint64_t key=1,
-                  Table table=None, bint only_changes=False,
+                  bint find_holes=False, Table table=None,
+                  bint only_changes=False,
                   size_t slot_size=DEF_SLOT_SIZE, size_t slots=DEF_SLOTS):
         if length <= 0 or bandwidth < 0 or slot_size == 0 or slots < 2:
             raise ValueError("length, bandwidth, slot_size or slots is out "
@@ -258,6 +261,8 @@ cdef class Copy:
             self._copy.has_destination = True
         self._copy.length = length
         self._copy.sparse = sparse
+        # else they would be sent as zeroes again
+        self._copy.find_holes = find_holes and sparse
         self._copy.limit.bandwidth = bandwidth
         checksum_init(&self._copy.checksum, key)
         if table is not None:
@@ -272,6 +277,8 @@ cdef class Copy:
         if only_changes:
             if table is None or not table._filled:
                 raise ValueError("what stands at the destination isn't known")
+            if find_holes:
+                raise ValueError("what has changed is sent as it is")
             if self._copy.destination.skip == NULL or not sparse:
                 raise TypeError("changes alone can't be sent to %r" % (
                     destination,))

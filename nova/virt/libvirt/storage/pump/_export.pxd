@@ -145,6 +145,30 @@ cdef inline int connection_open(connection_t *self, const char *host,
     return connection_check(self, error)
 
 
+cdef inline int connection_flush(connection_t *self, double timeout,
+                                 error_t *error) noexcept nogil:
+    # 0, or -1 with an error. No copy runs.
+    cdef double deadline = seconds_now() + timeout
+    cdef int64_t cookie
+    cdef int done = 0
+    if self.handle == NULL:
+        return set_error(error, ECONNRESET, b"the connection is closed")
+    cookie = nbd.nbd_aio_flush(self.handle, nbd.NBD_NULL_COMPLETION, 0)
+    if cookie < 0:
+        nbd_error(error)
+        return -1
+    while True:
+        done = nbd.nbd_aio_command_completed(self.handle, cookie)
+        if done > 0:
+            return 0
+        if done < 0 or nbd.nbd_poll(self.handle, POLL) < 0:
+            nbd_error(error)
+            return -1
+        if seconds_now() > deadline:
+            return set_error(error, ETIMEDOUT, b"the server didn't answer a "
+                             b"flush in time")
+
+
 cdef inline void connection_close(connection_t *self) noexcept nogil:
     nbd.nbd_close(self.handle)      # NULL is as good
     self.handle = NULL

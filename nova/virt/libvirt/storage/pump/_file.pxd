@@ -89,6 +89,7 @@ cdef struct file_t:
     long long length    # how much of it is read
     long long offset
     long long data_end  # there is data from offset up to here
+    long long hole_end  # there was a hole up to here, though a guest may write
     int error           # errno of the last failure
     bint unsynced       # it was one of having it on disk
 
@@ -139,6 +140,7 @@ cdef inline int file_recv(void *stream, char *data, size_t nbytes,
         if start < 0:
             return file_failed(self, False)
         if start > self.offset:
+            self.hole_end = start
             return -3
         self.data_end = pump_seek_hole(self.fd, self.offset)
         if self.data_end < 0:
@@ -146,6 +148,10 @@ cdef inline int file_recv(void *stream, char *data, size_t nbytes,
             if pump_errno() == NO_DATA:
                 return 0
             return file_failed(self, False)
+        if self.data_end <= self.offset:
+            # A guest has discarded it since: zeroes are read.
+            self.data_end = min(self.offset + DIRECT_STEP,
+                                pump_size(self.fd))
         self.data_end = min(self.data_end, self.length)
         if self.offset >= self.data_end:
             return 0
@@ -160,7 +166,11 @@ cdef inline int file_recv(void *stream, char *data, size_t nbytes,
 cdef inline int file_recv_hole(void *stream, long long *length,
                                unsigned int flags) noexcept nogil:
     cdef file_t *self = <file_t *>stream
-    cdef long long start = file_next_data(self)
+    # What file_recv() has found: a guest that writes there meanwhile is heard
+    # of when all is read again.
+    cdef long long start = self.hole_end
+    if start <= self.offset:
+        start = file_next_data(self)
     if start < 0:
         return file_failed(self, False)
     length[0] = start - self.offset

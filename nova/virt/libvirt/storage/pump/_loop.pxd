@@ -18,6 +18,7 @@ Nothing here needs the GIL. The first failure wins; it stops both threads.
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc
 from libc.stdlib cimport free
+from libc.string cimport memcmp
 from libc.string cimport memset
 from posix.time cimport nanosleep
 from posix.time cimport timespec
@@ -52,6 +53,14 @@ from nova.virt.libvirt.storage.pump._table cimport table_end
 from nova.virt.libvirt.storage.pump._table cimport table_hole
 from nova.virt.libvirt.storage.pump._table cimport table_t
 
+cdef enum:
+    # Zeroes are looked for in blocks of this size: smaller ones would cost a
+    # packet for what they save.
+    ZERO_BLOCK = 16384
+    # Of a hole that was found, in bytes. While one grows, nothing shows that
+    # the copy goes on.
+    MAX_FOUND = 8 * 1024 * 1024
+
 cdef enum side_t:
     SOURCE = 0
     DESTINATION = 1
@@ -71,6 +80,7 @@ cdef struct copy_t:
     end_t destination
     bint has_destination
     bint sparse
+    bint find_holes     # send zeroes as holes
     long long length
     ring_t ring
     char *zeroes
@@ -84,8 +94,9 @@ cdef struct copy_t:
     long long hole      # bytes of one that has come and isn't passed on yet
     long long skip      # bytes that stand at the destination, not told yet
 
-    # The calling thread's: bytes of data in the slots that it holds.
+    # The calling thread's: bytes sent from the slots that it holds.
     long long held
+    long long found     # bytes of a hole that was found and isn't sent yet
 
     # Written by the calling thread, read by any.
     long long data_sent
@@ -422,6 +433,49 @@ cdef inline int send_hole(copy_t *self, long long nbytes) noexcept nogil:
     return 0
 
 
+cdef inline int send_found(copy_t *self) noexcept nogil:
+    cdef long long nbytes = self.found
+    self.found = 0
+    return send_hole(self, nbytes) if nbytes else 0
+
+
+cdef inline int send_parts(copy_t *self, slot_t *slot) noexcept nogil:
+    # Sends what isn't zeroes. The slot's length becomes what was sent of it,
+    # since that alone has to stay.
+    cdef char *data = slot.data + slot.start
+    cdef size_t at = 0, begin, n, length = slot.length
+    slot.length = 0
+    while at < length:
+        begin = at
+        while at < length:
+            n = min(<size_t>ZERO_BLOCK, length - at)
+            if memcmp(data + at, self.zeroes, n) == 0:
+                break
+            at += n
+        if at > begin:
+            if send_found(self) < 0:
+                return -1
+            if send_data(self, data + begin, at - begin) < 0:
+                return -1
+            slot.length += at - begin
+        if at < length:
+            at += n
+            self.found += n
+            if self.found >= MAX_FOUND and send_found(self) < 0:
+                return -1
+    return 0
+
+
+cdef inline int send_slot(copy_t *self, slot_t *slot) noexcept nogil:
+    if slot.length and self.find_holes:
+        return send_parts(self, slot)
+    if send_found(self) < 0:
+        return -1
+    if slot.length:
+        return send_data(self, slot.data + slot.start, slot.length)
+    return send_hole(self, slot.hole)
+
+
 cdef inline long long settle(copy_t *self, long long most) noexcept nogil:
     # How many of the bytes sent must stay; -1 after fail().
     if not self.has_destination or self.destination.settle == NULL:
@@ -462,6 +516,8 @@ cdef inline void send_all(copy_t *self) noexcept nogil:
     while True:
         slot = ring_slot_to_take(&self.ring)
         if slot == NULL:
+            if not ring_stopped(&self.ring):
+                send_found(self)
             return
         if slot.skip and self.destination.skip(self.destination.stream,
                                                slot.skip) < 0:
@@ -470,10 +526,7 @@ cdef inline void send_all(copy_t *self) noexcept nogil:
         if not self.has_destination:
             th.add(&self.data_sent, slot.length)
             th.add(&self.holes_sent, slot.hole)
-        elif slot.length:
-            if send_data(self, slot.data + slot.start, slot.length) < 0:
-                return
-        elif send_hole(self, slot.hole) < 0:
+        elif send_slot(self, slot) < 0:
             return
         ring_taken(&self.ring)
         self.held += slot.length

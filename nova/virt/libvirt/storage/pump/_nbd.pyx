@@ -23,6 +23,7 @@ from nova.virt.libvirt.storage.pump cimport _libnbd as nbd
 from nova.virt.libvirt.storage.pump._end cimport end_t
 from nova.virt.libvirt.storage.pump._end cimport error_t
 from nova.virt.libvirt.storage.pump._export cimport connection_close
+from nova.virt.libvirt.storage.pump._export cimport connection_flush
 from nova.virt.libvirt.storage.pump._export cimport connection_leave
 from nova.virt.libvirt.storage.pump._export cimport connection_open
 from nova.virt.libvirt.storage.pump._export cimport connection_t
@@ -110,6 +111,22 @@ cdef class Connection:
     @property
     def is_open(self):
         return self._connection.handle != NULL
+
+    def flush(self, double timeout=10):
+        """Have the server flush, between two copies.
+
+        It knows by that that somebody is there.
+
+        :param timeout: seconds that this may take
+        :raises: NbdError
+        """
+        cdef error_t error
+        cdef int failed
+        memset(&error, 0, sizeof(error))
+        with nogil:
+            failed = connection_flush(&self._connection, timeout, &error)
+        if failed:
+            self._raise(&error)
 
     def close(self, double timeout=2):
         """Take leave of the server; what was flushed stands in any case.

@@ -121,8 +121,8 @@ class WorkerProcess:
         self._request = {
             'extension': extension, 'source': job.source,
             'destination': self._destination(), 'length': job.length,
-            'sparse': job.sparse, 'key': job.key, 'interval': _INTERVAL,
-            'warm': warm}
+            'sparse': job.sparse, 'find_holes': job.find_holes,
+            'key': job.key, 'interval': _INTERVAL, 'warm': warm}
         self._stdin_lock = threading.Lock()
         self._answer = None
         self._unread = b''

@@ -141,12 +141,15 @@ class Job:
         shorter or longer is an error, but for a device that is only read.
     :ivar sparse: leave holes where the source has them. libvirt leaves them
         in a file, which has to be new, and writes zeroes to a device.
+    :ivar find_holes: leave holes where the source has zeroes, too: of a block
+        device nothing else tells what was never written
     :ivar key: for the checksum; a random one by default
     """
     source: Volume
     destination: Volume | Export | None
     length: int
     sparse: bool = True
+    find_holes: bool = False
     key: int = dataclasses.field(default_factory=new_key)
 
     def __post_init__(self):
@@ -230,7 +233,7 @@ class WarmCopy:
         if length <= 0:
             raise ValueError('length is out of range: %d' % length)
         self._job = Job(source, destination, length, sparse,
-                        new_key() if key is None else key)
+                        key=new_key() if key is None else key)
         self._worker: process.WorkerProcess | None = None
 
     def __enter__(self) -> 'WarmCopy':
@@ -298,15 +301,16 @@ def _watch(keywords):
 
 
 def copy(source: Volume, destination: Volume | Export, length: int, *,
-         sparse: bool = True, key: int | None = None,
-         bandwidth: Bandwidth | int = 0, **watch) -> Result:
+         sparse: bool = True, find_holes: bool = False,
+         key: int | None = None, bandwidth: Bandwidth | int = 0,
+         **watch) -> Result:
     """Copy a volume's content into a new one: a Job in one call.
 
     :param watch: keywords of Watch
     :returns: Result
     :raises: as Job.run()
     """
-    job = Job(source, destination, length, sparse,
+    job = Job(source, destination, length, sparse, find_holes,
               new_key() if key is None else key)
     return job.run(_watch(watch), bandwidth)
 

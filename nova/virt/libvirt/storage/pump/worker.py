@@ -46,6 +46,9 @@ ABORT_SECONDS = 0.04
 # TCP, TLS and NBD's greeting together: a server that is full is silent for
 # ever, and one on a busy host for some seconds.
 CONNECT_SECONDS = 30
+# Between two passes a server hears from us as often: it ends what nobody
+# writes to.
+KEEP_SECONDS = 1
 
 # ioprio_set(2) by machine; no library has it.
 IOPRIO_SET = {'x86_64': 251, 'aarch64': 30, 'ppc64le': 273, 's390x': 282}
@@ -268,6 +271,13 @@ class Export:
     def sizes_written(self, length, data):
         return self.connection.size, None
 
+    def keep(self):
+        """Tell the server that there is more to come."""
+        try:
+            self.connection.flush(timeout=CONNECT_SECONDS)
+        except self.nbd.NbdError as e:
+            raise Failure('destination', 'wait', 'nbd', e.code, 0, e.message)
+
     def close(self):
         self.connection.close()
 
@@ -335,7 +345,7 @@ class Job:
                                         table=table),
                         'physical': destination.sizes_written(length, 0)[0],
                         'allocation': None})
-            length = self.second.get()
+            length = self.wait_for_second(destination)
             set_io_priority(IOPRIO_NONE)
             table.grow(length)
             destination.check(length)
@@ -357,6 +367,14 @@ class Job:
             destination.close()
         say(result={**found, 'physical': physical, 'allocation': allocation,
                     'direct': self.direct})
+
+    def wait_for_second(self, destination):
+        """Return how long the source is in the second pass."""
+        while True:
+            try:
+                return self.second.get(timeout=KEEP_SECONDS)
+            except queue.Empty:
+                destination.keep()
 
     def run_pass(self, pump, source, destination, length, *, table):
         if not length:
@@ -385,8 +403,9 @@ class Job:
         with self.lock:
             self.copy = pump.Copy(
                 download, upload, length, sparse=sparse,
-                bandwidth=self.bandwidth, key=request['key'], table=table,
-                only_changes=second)
+                find_holes=request.get('find_holes', False),
+                bandwidth=self.bandwidth,
+                key=request['key'], table=table, only_changes=second)
             if self.cancelled:
                 self.copy.cancel()
         ended = threading.Event()
@@ -416,7 +435,7 @@ def main():
     except Failure as e:
         say(error=e.report)
     except Exception as e:
-        say(error=Failure('', 'run', 'worker', message='%s: %s' % (
+        say(error=Failure('source', 'run', 'worker', message='%s: %s' % (
             type(e).__name__, e)).report)
     # Not sys.exit(): closing a connection waits for a peer that may be gone.
     os._exit(0)

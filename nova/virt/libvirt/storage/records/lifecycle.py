@@ -193,7 +193,7 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
         fresh = image.metadata(
             size_of(disks.instance, name, block_device_info))
         if (name.startswith('disk.config') and
-                fresh.backend != fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
+                not fresh.is_in_pool):
             fresh.format = fields.LibvirtDiskFormat.RAW
         if record is not None:
             # Made anew after a move: the other host's is still kept.
@@ -205,11 +205,11 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
 
 def _discard(image, record):
     """Drop what an earlier try has left of a disk."""
-    on_this_host = record.host == CONF.host or (
+    on_this_host = record.host == CONF.host or record.is_on_ceph or (
         record.backend == fields.LibvirtDiskBackend.RBD)
     if not record.is_building or not on_this_host:
         return
-    if record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE:
+    if record.is_in_pool:
         image.delete()
     elif image.exists():
         image.discard()

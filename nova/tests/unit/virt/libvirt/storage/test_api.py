@@ -14,9 +14,11 @@ import ast
 from unittest import mock
 
 import ddt
+from oslo_config import cfg
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova.compute import task_states
+from nova.conf import libvirt as libvirt_conf
 from nova import exception
 from nova import objects
 from nova import test
@@ -26,9 +28,12 @@ from nova.virt.libvirt import guest as libvirt_guest
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import api
+from nova.virt.libvirt.storage.live_image import memory_file
 from nova.virt.libvirt.storage.records import metadata
 
 STORAGE = 'nova.virt.libvirt.storage.'
+# What Nova's other tests have replaced by what it was.
+DEFAULT = libvirt_conf.DEFAULT_IMAGES_TYPE
 
 
 class LayersTestCase(test.NoDBTestCase):
@@ -67,12 +72,88 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.addCleanup(patcher.stop)
         return patcher.start()
 
-    def test_add_image_type(self):
+    # Live images
+
+    NICS = {'vifs': [], 'detach': None, 'attach': None, 'plug': None}
+
+    def _save_live(self):
+        uploading = mock.Mock()
+        self.api.save_live(
+            mock.sentinel.context, self.instance, mock.sentinel.image_api,
+            self.NICS, uuids.image, mock.sentinel.metadata, uploading)
+        uploading.assert_called_once_with()
+
+    def test_save_live(self):
+        self.flags(live_images=True, group='libvirt')
+        capture = self.patch('live_image.capture.Capture')
+        store = self.patch('live_image.store.Store')
+        self._save_live()
+        host, instance, nics = capture.mock_calls[0].args
+        self.assertEqual((self.host, self.instance), (host, instance))
+        self.assertEqual(self.host.get_guest.return_value, nics.get_guest())
+        self.host.get_guest.assert_called_once_with(self.instance)
+        store.return_value.publish.assert_called_once_with(
+            mock.sentinel.context, uuids.image, mock.sentinel.metadata,
+            capture.return_value.__enter__.return_value)
+
+    def test_save_live_is_off(self):
+        error = self.assertRaises(
+            exception.LiveImageRefused, self._save_live)
+        self.assertIn('[libvirt]/live_images', str(error))
+
+    def test_save_live_without_a_user_of_nova(self):
+        self.flags(live_images=True, group='libvirt')
+        self.patch('live_image.capture.Capture').return_value.__exit__ = (
+            mock.Mock(return_value=False))
+        self.patch('live_image.store.Store').return_value.publish = mock.Mock(
+            side_effect=memory_file.Unusable('no user'))
+        error = self.assertRaises(
+            exception.LiveImageRefused, self._save_live)
+        self.assertIn('no user', str(error))
+
+    def test_recover_live(self):
+        self.patch('live_image.under_way.instances',
+                   return_value=[uuids.instance, uuids.gone])
+        end = self.patch('live_image.under_way.end')
+        recover = self.patch('live_image.capture.recover')
+        others = objects.Instance(uuid=uuids.other)
+        nics_of = mock.Mock(return_value=self.NICS)
+        self.api.recover_live([others, self.instance], nics_of)
+        nics_of.assert_called_once_with(self.instance)
+        recover.assert_called_once_with(self.host, self.instance, mock.ANY)
+        # Nobody has that guest here any more.
+        end.assert_called_once_with(uuids.gone)
+
+    def test_nothing_to_recover(self):
+        self.patch('live_image.under_way.instances', return_value=[])
+        self.api.recover_live(mock.sentinel.no_list, None)
+
+    def test_live_boot(self):
+        prepare = self.patch('live_image.spawn.prepare')
+        self.assertEqual(prepare.return_value, self.api.live_boot(
+            mock.sentinel.context, self.instance, mock.sentinel.image_api))
+        prepare.assert_called_once_with(
+            self.host, mock.sentinel.image_api, mock.sentinel.context,
+            self.instance)
+
+    def test_memories_age_with_base_images(self):
+        store = self.patch('live_image.store.Store')
+        self.patch('image_cache.cache_changed')
+        self.api.image_cache_changed()
+        store.return_value.sweep.assert_called_once_with()
+
+    @ddt.data(('libvirt-storage', False), ('libvirt-storage-rbd', True))
+    @ddt.unpack
+    def test_add_image_type(self, recorded_as, is_ceph):
+        self.patch('image_rbd._is_on_ceph', return_value=is_ceph)
+        self.flags(images_type='libvirt-storage', group='libvirt')
         backend = imagebackend.Backend(True)
         api.add_image_type(backend, lambda: mock.sentinel.connection)
         self.assertEqual(
             mock.sentinel.connection,
             backend.by_name(self.instance, 'disk')._get_connection())
+        self.assertEqual(recorded_as, backend.by_name(
+            self.instance, 'disk').RECORDED_AS)
 
     @ddt.data('libvirt-storage', 'qcow2')
     def test_init_host(self, images_type):
@@ -114,6 +195,40 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.assertEqual(
             images_type == 'libvirt-storage' and not tls,
             'in plain text' in self.stdlog.logger.output)
+
+    @mock.patch.object(libvirt_conf, 'DEFAULT_IMAGES_TYPE', DEFAULT)
+    @mock.patch.object(api.LOG, 'warning')
+    def test_deprecated_images_types(self, warning):
+        self.patch('pool.setup.ensure_pools')
+        self.patch('pool.ownership.has_pools')
+        for images_type, deprecated in (
+                ('raw', True), ('flat', True), ('qcow2', True),
+                ('lvm', False), ('rbd', False), ('default', False),
+                ('libvirt-storage', False)):
+            warning.reset_mock()
+            self.flags(images_type=images_type, group='libvirt',
+                       live_migration_with_native_tls=True)
+            self.api.init_host()
+            self.assertEqual(deprecated, warning.called, images_type)
+        self.flags(images_type='flat', group='libvirt')
+        self.api.init_host()
+        self.assertIn('images_type = flat is deprecated',
+                      warning.call_args.args[0] % warning.call_args.args[1])
+
+    @ddt.data('default', 'libvirt-storage', 'qcow2')
+    @mock.patch.object(libvirt_conf, 'DEFAULT_IMAGES_TYPE', DEFAULT)
+    def test_default_means_pools(self, images_type):
+        self.flags(images_type=images_type, group='libvirt')
+        self.assertEqual(images_type != 'qcow2', api.makes_pool_disks())
+
+    @mock.patch.object(libvirt_conf, 'DEFAULT_IMAGES_TYPE', DEFAULT)
+    def test_option_that_is_not_set(self):
+        conf = cfg.ConfigOpts()
+        libvirt_conf.register_opts(conf)
+        conf([], default_config_files=[])
+        self.assertEqual('libvirt-storage', conf.libvirt.images_type)
+        self.assertRaises(ValueError, conf.set_override, 'images_type',
+                          'qcow', group='libvirt')
 
     @ddt.data('libvirt-storage', 'qcow2')
     def test_what_is_of_no_interest_without_pools(self, images_type):

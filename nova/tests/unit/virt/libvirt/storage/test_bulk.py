@@ -123,7 +123,10 @@ class BulkTestCase(test.NoDBTestCase):
                      if fault.instance_uuid in found]),
                 ('MigrationList.get_in_progress_by_instance',
                  lambda *arguments: [])):
-            self.stub_out('nova.objects.' + name, staticmethod(value))
+            self.stub_out(
+                'nova.objects.' + name,
+                lambda _cls, *args, value=value, **kwargs: value(
+                    *args, **kwargs))
         self.clock = itertools.count()
         self.useFixture(fixtures.MockPatchObject(
             bulk, 'time', mock.Mock(
@@ -355,7 +358,7 @@ class TestRun(BulkTestCase):
             memory_total=10 << 20, memory_remaining=5 << 20)
         self.stub_out(
             'nova.objects.MigrationList.get_in_progress_by_instance',
-            staticmethod(lambda *arguments: [migration]))
+            lambda *arguments: [migration])
         instance = self.cloud.add('one', task_state=task_states.MIGRATING)
         self.clock = itertools.count(step=bulk.TOLD_EVERY)
         self.cloud.sleeps = iter(

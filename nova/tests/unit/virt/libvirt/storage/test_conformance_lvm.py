@@ -41,6 +41,8 @@ POOL = ("<pool type='logical'><name>%s</name><source><name>%s</name>"
         "</pool>")
 FILES = ("<pool type='dir'><name>%s</name><target><path>%s</path></target>"
          "</pool>")
+SNAPSHOT = ("<volume><name>%s</name><capacity unit='bytes'>%d</capacity>"
+            "<backingStore><path>%s</path></backingStore></volume>")
 VOLUME = ("<volume><name>%s</name><capacity unit='bytes'>%d</capacity>"
           "<allocation unit='bytes'>%d</allocation><target><format type='%s'/>"
           "</target></volume>")
@@ -175,9 +177,28 @@ class Conformance:
         self.assertEqual(b'x' * 16, self.read(volume.raw, 16, 16 * MIB - 16))
 
     def test_past_the_end(self):
+        """What the last packets have too many, nobody is told of."""
         raw = self.make(capacity=4 * MIB)
-        self.assertRaises(self.libvirt.libvirtError, self.write, raw,
-                          b'x' * (4 * MIB + 1))
+        e = self.assertRaises(self.libvirt.libvirtError, self.write, raw,
+                              b'x' * 8 * MIB)
+        self.assertEqual((38, 28), (e.get_error_code(), e.get_int1()))
+
+    def test_snapshot_goes_with_its_origin(self):
+        """And Nova lets neither of them go."""
+        volume = self.pool.create(self.wanted(8 * MIB))
+        taken = self.raw.createXML(SNAPSHOT % (
+            self.prefix + 'backup', 8 * MIB, volume.path), 0)
+        self.assertEqual(
+            volume.path,
+            self.pool.volume(taken.name()).config().backing_store.path)
+        for name in (volume.name, taken.name()):
+            e = self.assertRaises(exception.StorageVolumeHasSnapshots,
+                                  self.pool.volume(name).delete)
+            self.assertIn('Remove logical volumes %s on' % taken.name(),
+                          str(e))
+        volume.raw.delete(0)
+        self.raw.refresh(0)
+        self.fails(50, self.raw.storageVolLookupByName, taken.name())
 
     def test_hole_is_written_as_zeroes(self):
         volume = self.pool.create(self.wanted(4 * MIB))

@@ -15,6 +15,7 @@ For the latter set NOVA_TEST_LIBVIRT_URI, and NOVA_TEST_LIBVIRT_EXPORTS to
 ``server:/directory``. The server exports three directories below that, which
 are the user's who runs the test, and who isn't root: trusting
 (no_root_squash), squashing (root_squash) and readonly (ro). Each has a GiB.
+NOVA_TEST_LIBVIRT_NFS_VERSION says by which version of the protocol, e.g. 4.2.
 """
 
 import os
@@ -32,10 +33,13 @@ from nova.virt.libvirt.storage.pool import config
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 
 EXPORTS = os.environ.get('NOVA_TEST_LIBVIRT_EXPORTS')
+VERSION = os.environ.get('NOVA_TEST_LIBVIRT_NFS_VERSION', '4.2')
 
-POOL = ("<pool type='netfs'><name>%s</name><source><host name='%s'/>"
+POOL = ("<pool type='netfs' xmlns:fs='http://libvirt.org/schemas/storagepool/"
+        "fs/1.0'><name>%s</name><source><host name='%s'/>"
         "<dir path='%s'/><format type='nfs'/></source><target><path>%s</path>"
-        "</target></pool>")
+        "</target><fs:mount_opts><fs:option name='nfsvers=%s'/>"
+        "</fs:mount_opts></pool>")
 MIB = units.Mi
 
 
@@ -54,7 +58,7 @@ class Conformance:
         server, directory = self.source
         self.raw = self.conn.storagePoolDefineXML(POOL % (
             name, server, os.path.join(directory, export),
-            '/mnt/' + name), 0)
+            '/mnt/' + name, VERSION), 0)
         self.addCleanup(self._remove, self.raw)
         self.raw.build(0)
         self.raw.create(0)

@@ -137,8 +137,7 @@ class Pool:
                 volume=name, pool=self.name, host=self.host)
         return self.volumes_by_name[name]
 
-    def create(self, config, source=None, prealloc_metadata=False):
-        self.prealloc_metadata = prealloc_metadata
+    def create(self, config, source=None):
         if config.name in self.volumes_by_name:
             raise exception.StorageVolumeExists(
                 volume=config.name, pool=self.name, host=self.host)
@@ -301,7 +300,6 @@ class ContainerTestCase(ImageTestCase):
         self.assertIsNone(source)
         self.assertEqual(('qcow2', '1.1', self.SIZE), (
             config.target_format, config.compat, config.capacity))
-        self.assertTrue(self.disks.prealloc_metadata)
         volume = self.disks.volume(image.volume_name)
         self.fill.assert_called_once_with(
             mock.ANY, 'raw', volume.path, 'qcow2')

@@ -48,6 +48,7 @@ class LogicalDiskTestCase(base.PoolsTestCase):
         os.makedirs(self.cache)
         self.add_pool('nova-base-images-pool', self.cache)
         self.group = self.conn.volume_group('vg')
+        self.stub_out('nova.privsep.fs.lvorigins', self.group.lvorigins)
         self.image_class = backend.LibvirtStorage.bound_to(lambda: self.conn)
         self.instance = objects.Instance(
             uuid=uuids.instance, system_metadata={})

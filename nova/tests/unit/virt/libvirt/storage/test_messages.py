@@ -35,7 +35,7 @@ LONGEST = collections.defaultdict(lambda: 'x' * 20, {
     'volume': '%s_disk.config' % ('u' * 36), 'mapping': 'u' * 36,
     'disks': 'disk, disk.eph0, disk.eph1, disk.swap, disk.config',
     'instance': 'u' * 36, 'instance_id': 'u' * 36, 'uuid': 'u' * 36,
-    'supported': 'dir, fs, netfs, logical', 'other': 'p' * 60,
+    'supported': 'dir, fs, netfs, logical, rbd', 'other': 'p' * 60,
     'path': 'p' * 100, 'expected': 'p' * 100, 'cache': 'p' * 100,
     'file': 'p' * 90 + 'f' * 40, 'mark': '.nova-image-cache',
     'capacity': 10 ** 9, 'minimum': 1 << 30, 'code': 38, 'missing': 'rx',
@@ -57,15 +57,17 @@ ADVICE = re.compile(
     r"Look at the free space of storage pool p+|Free space in the file|"
     r"Remove the cause|Check the network|Try again|Revert the resize|"
     r"Mend the export of storage pool|Start storage pool p+ on host h+ anew|"
-    r"Give user u+|Let user u+ on host|"
+    r"Set \[libvirt\]/images_type to|Give user u+|Let user u+ on host|"
     r"Make room in storage pool|"
-    r"Use a volume group of its own|"
+    r"Use a volume group of its own|Remove logical volumes|"
+    r"Check that Ceph answers host h+|Look with rbd status|"
     r"Check which host this migration is|"
     r"Wait for the copy|Install Nova from a wheel|Make image u+ available|"
+    r"Take a snapshot without memory|Make a new live image|"
     r"rebuild or delete it", re.I)
 
 # Whose message is made of the reason, which is looked at instead; Nova's own.
-OTHERS = ('NovaException', 'InstanceFaultRollback',
+OTHERS = ('NovaException', 'InvalidConfiguration', 'InstanceFaultRollback',
           'MigrationError', 'MigrationPreCheckError', 'CellTimeout',
           'InstanceNotFound', 'InvalidDiskInfo', 'InvalidInput',
           # told by nova-manage alone

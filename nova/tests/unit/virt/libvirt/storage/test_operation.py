@@ -45,10 +45,12 @@ class OperationTestCase(test.NoDBTestCase):
         self.local = operation.LocalHost(
             mock.Mock(), mock.Mock(), mock.Mock(), 'qemu:///system',
             mock.Mock())
+        self.guest = self.local.host.get_guest.return_value
+        self.guest.is_active.return_value = False
         self.instance = objects.Instance(
             id=1, uuid=uuids.instance, image_ref=uuids.image,
             system_metadata={}, task_state=None, old_flavor=None,
-            trusted_certs=None)
+            trusted_certs=None, migration_context=None)
         self.records = metadata.InstanceDisks(
             self.instance, {}, mock.Mock(driver_info=None))
         self.records.clear()
@@ -69,6 +71,20 @@ class OperationTestCase(test.NoDBTestCase):
 
 @ddt.ddt
 class DiskOperationTestCase(OperationTestCase):
+
+    @ddt.data(('libvirt-storage', True, 'qcow2'),
+              ('libvirt-storage', False, 'libvirt-storage'),
+              ('flat', True, 'flat'))
+    @ddt.unpack
+    @mock.patch('nova.virt.libvirt.storage.records.lifecycle.take_up')
+    def test_file_of_which_nothing_is_known(
+            self, configured, use_cow, expected, mock_take_up):
+        """It was made before the host's default was changed."""
+        self.flags(use_cow_images=use_cow)
+        backend = self.local.image_backend.backend.return_value
+        backend.RECORDED_AS = configured
+        self.of().take_up({'mapping': {}}, None)
+        self.assertEqual(expected, mock_take_up.call_args.args[3])
 
     @mock.patch('nova.virt.libvirt.storage.records.lifecycle.begin')
     @mock.patch('nova.virt.libvirt.storage.move.undo.after_evacuation')
@@ -199,6 +215,14 @@ class DiskOperationTestCase(OperationTestCase):
         self.assertRaises(exception.DiskTransitionFailed, self._move,
                           guest_is_off=False)
 
+    def test_files_do_not_go_into_ceph(self):
+        pool_of = self.patch(
+            'nova.virt.libvirt.storage.pool.setup.pool_of')
+        self.records.set('disk', record(backend='qcow2', format='qcow2'))
+        for is_ceph in (True, False):
+            pool_of.return_value.kind.return_value.is_ceph = is_ceph
+            self.assertEqual(not is_ceph, self._move().run.called)
+
     def test_legacy_backend(self):
         self.flags(images_type='qcow2', group='libvirt')
         self._move().run.assert_not_called()
@@ -279,8 +303,7 @@ class RebootTestCase(OperationTestCase):
         self.records.set('disk', record(host='there'))
         self.check()  # in a pool that both hosts see, say
         if is_gone:
-            self.pool.volume.side_effect = exception.StorageVolumeNotFound(
-                volume='v', pool='p', host='here')
+            self.pool.find.return_value = None
         else:
             self.records.leftovers = [('here', 'p', record().volume)]
         e = self.assertRaises(exception.DiskGivenBack, self.check)
@@ -352,6 +375,18 @@ class RebootTestCase(OperationTestCase):
             self.bring_in_order()[:4])
         self.assertEqual(['disk.info'], os.listdir(directory))
         self.assertFalse(os.path.exists(directory + '_resize'))
+
+    def test_guest_that_was_never_off(self):
+        # This service was killed while disks were sent ahead.
+        abandon = self.patch('nova.virt.libvirt.storage.move.source.abandon')
+        self.patch('nova.virt.libvirt.storage.move.guest_files.restore_nvram')
+        self.guest.is_active.return_value = True
+        disks = self.of(reboot.Return)
+        with mock.patch.object(disks, 'take_up') as mock_take_up:
+            disks.take_back(mock.sentinel.migration)
+        abandon.assert_called_once()
+        self.assertTrue(disks.guest_runs)
+        mock_take_up.assert_not_called()
 
     def test_legacy_names_go_at_a_revert(self):
         # They were linked into the pool while the guest ran.

@@ -20,6 +20,7 @@ from nova import exception
 from nova import objects
 from nova import test
 from nova.virt.libvirt.storage import orphans
+from nova.virt.libvirt.storage.pool import kinds
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import metadata
 
@@ -35,6 +36,7 @@ class OrphansTestCase(test.NoDBTestCase):
         self.pool = mock.Mock()
         self.pool.is_active.return_value = True
         self.pool.name = POOL
+        self.pool.kind.return_value = kinds.of_type('dir')
         self.stub_out('nova.virt.libvirt.storage.pool.pool.list_pools',
                       lambda connection, host: [self.pool])
         self.stub_out('nova.virt.libvirt.storage.pool.pool.StoragePool',
@@ -161,6 +163,12 @@ class OrphansTestCase(test.NoDBTestCase):
         self.pool.is_active.return_value = False
         self.assertEqual([], self.kinds())
         self.assertEqual([(POOL, 'it is not active')], self.unread())
+
+    def test_ceph_is_everybodys(self):
+        self.pool.kind.return_value = kinds.of_type('rbd')
+        self.assertEqual([], self.kinds())
+        self.assertEqual([], self.unread())
+        self.pool.volumes.assert_not_called()
 
     def test_pool_is_sick(self):
         self.pool.volumes.side_effect = exception.StoragePoolError(

@@ -30,11 +30,12 @@ class ReportTestCase(test.NoDBTestCase):
         self.flags_seen = []
         self.stub_out('nova.virt.libvirt.storage.report.PAGE', 2)
         self.stub_out('nova.objects.InstanceList.get_by_filters',
-                      staticmethod(self._instances))
+                      lambda cls, *args, **kwargs: self._instances(
+                          *args, **kwargs))
         self.stub_out(
             'nova.objects.BlockDeviceMappingList.bdms_by_instance_uuid',
-            staticmethod(lambda ctxt, found: {
-                uuid: self.bdms[uuid] for uuid in found}))
+            lambda cls, ctxt, found: {
+                uuid: self.bdms[uuid] for uuid in found})
         self.stub_out('nova.context.scatter_gather_skip_cell0',
                       lambda ctxt, fn, *args: {
                           uuids.cell1: fn(ctxt, *args), uuids.cell2: []})
@@ -103,6 +104,12 @@ class TestReport(ReportTestCase):
         self.assertEqual(['b q/w'], [line.next for line in lines])
         self.assertIn('b q/w', report.as_tables(lines))
 
+    def test_on_ceph_all_are_raw(self):
+        """There libvirt reads no guest's first bytes."""
+        line = report.DiskLine('a', 'one', 'disk', 'libvirt-storage-rbd',
+                               'raw')
+        self.assertEqual((True, False), (line.in_pool, line.is_raw_in_pool))
+
     def test_raw_files_of_pools_are_counted(self):
         self.add('one', 'a', self.volume())
         raw = self.volume()
@@ -124,7 +131,7 @@ class TestReport(ReportTestCase):
         two = self.add('two', 'a', self.volume())
         self.stub_out(
             'nova.objects.BlockDeviceMappingList.get_by_instance_uuid',
-            staticmethod(lambda ctxt, uuid: self.bdms[uuid]))
+            lambda cls, ctxt, uuid: self.bdms[uuid])
         self.assertEqual([(two, True)], [
             (x.instance_uuid, x.in_pool)
             for x in report.disks_of(self.context, self.instances[1])])

@@ -335,7 +335,7 @@ class TestTransition(TransitionTestCase):
         self.assertIn('never finished', str(e))
         self.assertEqual([], self.made)
 
-    @ddt.data('lvm', 'rbd', 'ploop')
+    @ddt.data('rbd', 'ploop')
     def test_with_a_disk_of_another_backend_all_stay(self, backend):
         self.legacy('disk', backend=backend)
         self.legacy('disk.config')

@@ -124,7 +124,8 @@ class IntakeTestCase(IntakeTestBase):
 
     def test_greet(self):
         self.assertEqual(
-            {'obstacle': mock.ANY, 'aes': intake.cpu_has_aes()},
+            {'obstacle': mock.ANY, 'aes': intake.cpu_has_aes(),
+             'cuts': True},
             self.ask('greet'))
 
     def test_host_that_takes_nothing_in(self):
@@ -151,6 +152,23 @@ class IntakeTestCase(IntakeTestBase):
         found.end.assert_called_once_with()
         self.ask('close', **self.place())
         found.end.assert_called_once_with()
+
+    def test_close_with_less_than_was_made(self):
+        # The length is known when the guest is off.
+        self.create()
+        self.open()
+        (found,) = self.exports
+        with mock.patch.object(export, 'cut', autospec=True) as cut:
+            cut.side_effect = lambda *args: found.end.assert_called_once_with()
+            self.ask('close', length=700, **self.place())
+            # An answer may be lost.
+            self.ask('close', length=700, **self.place())
+            self.assertEqual([mock.call('/disks/' + self.name, 700)] * 2,
+                             cut.call_args_list)
+            self.refused('close', length='700', **self.place())
+            self.on_its_way('disk', state='ready')
+            self.refused('close', length=0, **self.place())
+            self.assertEqual(2, cut.call_count)
 
     def test_aes_if_both_have_it(self):
         with mock.patch.object(intake, 'cpu_has_aes', autospec=True,
@@ -366,14 +384,14 @@ class ReaperTestCase(two_hosts.TwoHostsTestCase):
         self.assertEqual([], os.listdir(keys.root()))
 
     def test_process(self):
-        if shutil.which(export.PROGRAM) is None:
-            self.skipTest('%s is not installed' % export.PROGRAM)
+        if shutil.which(export.QEMU) is None:
+            self.skipTest('%s is not installed' % export.QEMU)
         path = os.path.join(CONF.state_path, 'volume')
         with open(path, 'wb') as f:
             f.truncate(1 << 20)
         directory = keys.KeyDirectory()
         process = subprocess.Popen(
-            [export.PROGRAM, '-b', '127.0.0.1', '-p', '0', '-f', 'raw',
+            [export.QEMU, '-b', '127.0.0.1', '-p', '0', '-f', 'raw',
              '--object', 'tls-creds-psk,id=tls,endpoint=server,dir=%s' %
              directory.path, '--tls-creds', 'tls', path],
             stderr=subprocess.DEVNULL)

@@ -22,6 +22,7 @@ from nova.tests.unit.virt.libvirt.storage.live import test_settle
 from nova.tests.unit.virt.libvirt.storage.move import two_hosts
 from nova.virt.libvirt.storage.live import file_systems
 from nova.virt.libvirt.storage.live import offer
+from nova.virt.libvirt.storage.pool import kinds
 
 POOL = two_hosts.POOL
 KINDS = ('disk', 'disk.eph', 'disk.swap', 'disk.config')
@@ -45,6 +46,18 @@ class OfferTestCase(test_settle.LiveTestCase):
             'dst_storage_probes': {POOL: ['one'], 'other': ['two']},
             'dst_storage_address': '192.0.2.2', 'dst_takes_legacy': True},
             self.make())
+
+    def test_on_ceph(self):
+        """What it is takes the place of a probe."""
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.pool.kinds._KINDS',
+            {**kinds._KINDS,
+             'rbd': kinds._KINDS['rbd']._replace(holds_disks=True)}))
+        self.dest.types[POOL] = 'rbd'
+        self.dest.ceph[POOL] = 'cluster/nova'
+        self.make_probes.return_value = [['other', 'two']]
+        self.assertEqual({POOL: ['cluster/nova'], 'other': ['two']},
+                         self.make()['dst_storage_probes'])
 
     def test_host_makes_legacy_disks(self):
         self.flags(images_type='qcow2', group='libvirt')

@@ -107,6 +107,49 @@ class TestPlan(PlanTestCase):
         self.assertEqual(dict.fromkeys(DEVICES, 'share'), self.ways())
         self.assertEqual([], self.host.uris)
 
+    def on_ceph(self, there='cluster/nova', pool=POOL):
+        """Have all disks in a Ceph pool, and the destination's as told."""
+        self.source.types[POOL] = 'rbd'
+        self.source.ceph[POOL] = 'cluster/nova'
+        self.useFixture(fixtures.MockPatchObject(
+            two_hosts.Volume, 'key', create=True, new=property(
+                lambda volume: 'nova/' + volume.name)))
+        for name, device in self.devices.items():
+            record = self.disks.get(name)
+            record.backend = 'libvirt-storage-rbd'
+            self.disks.set(name, record)
+            device.source_type, device.source_pool = 'network', None
+            device.source_volume = None
+            device.source_name = 'nova/' + self.volume_name(name)
+        self.disks.save(self.context)
+        self.data.dst_storage_pools = dict.fromkeys(KINDS, pool)
+        self.data.dst_storage_probes = {pool: [there]}
+
+    def test_on_ceph(self):
+        """It stays, whatever libvirt thinks of file systems."""
+        self.on_ceph()
+        self.file_system = 'ext4'
+        self.assertEqual(dict.fromkeys(DEVICES, 'share'), self.ways())
+        self.assertEqual([], self.host.uris)
+
+    def test_guest_runs_with_another_image(self):
+        self.on_ceph()
+        self.devices['disk'].source_name = 'nova/other'
+        self.refused('hard reboot the server', 'disk')
+
+    @ddt.data(('cluster/other', POOL), ('cluster/nova', 'another name'),
+              ('probe', POOL))
+    @ddt.unpack
+    def test_not_the_same_ceph_pool(self, there, pool):
+        self.on_ceph(there, pool)
+        self.refused('choose a host with the same Ceph pool',
+                     'cluster/nova', there)
+
+    def test_into_ceph(self):
+        self.data.dst_storage_probes = {'there': ['cluster/nova']}
+        self.refused('choose a host with the same Ceph pool',
+                     'no Ceph pool', 'cluster/nova')
+
     def test_pool_of_another_kind_is_shared(self):
         self.source.pools[POOL]['probe'] = {'length': 1}
         self.data.dst_storage_pools['disk.swap'] = 'other'
@@ -158,6 +201,10 @@ class TestPlan(PlanTestCase):
         disk.source_volume, disk.target_dev = 'more', 'vdx'
         self.devices['more'] = disk
         self.refused('vdx', POOL + '/more')
+
+    def test_volume_group(self):
+        self.source.types[POOL] = 'logical'
+        self.refused('migrate the server cold', 'disk', POOL, 'logical')
 
     def test_tunnelled(self):
         self.flags(live_migration_tunnelled=True, group='libvirt')

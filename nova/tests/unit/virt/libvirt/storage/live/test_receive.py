@@ -189,6 +189,12 @@ class TestCheck(ReceiveTestCase):
         setattr(disk, field, value)
         self.refused(field, 'dest')
 
+    def test_file_does_not_go_into_ceph(self):
+        """Whatever a source says that knows no Ceph pools."""
+        self.plan()
+        self.dest.types[POOL] = 'rbd'
+        self.refused('pool', 'dest')
+
     def test_guest_is_here(self):
         # Nothing may be deleted that it runs with.
         self.plan()

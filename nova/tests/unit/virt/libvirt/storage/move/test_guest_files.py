@@ -203,8 +203,8 @@ class MoveTestCase(FilesTestCase):
 
         self.copy_error = Killed()
         with mock.patch('nova.virt.libvirt.storage.move.copy.Transfer'
-                        '._delete_created'), mock.patch(
-                'nova.virt.libvirt.storage.move.copy.Transfer._restore'
+                        '.delete_created'), mock.patch(
+                'nova.virt.libvirt.storage.move.copy.Transfer.restore'
                 ), mock.patch('nova.virt.libvirt.storage.move.copy.Transfer'
                               '._delete_packed'):
             self.assertRaises(Killed, self.move)

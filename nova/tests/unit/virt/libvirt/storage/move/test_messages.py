@@ -46,7 +46,8 @@ LONGEST = {
     'transferred': 10 ** 15, 'length': 10 ** 15, 'operation': 'look up pool',
     'dev': 'vda', 'place': 'p' * 110, 'runs': 'qcow2', 'record': 'raw',
     'uuid': 'u' * 36, 'disks': 'd' * 160, 'faults': 'name, format, size',
-    'volumes': 'v' * 200,
+    'volumes': 'v' * 200, 'ceph': 'f' * 36 + '/' + 'c' * 20,
+    'there': 't' * 100,
 }
 
 ADVICE = re.compile(
@@ -57,10 +58,11 @@ ADVICE = re.compile(
     r'check \[libvirt\]/migration_inbound_addr|'
     r'check libvirt and the certificates of both hosts|'
     r'have the guest overwrite the start of its disk|'
-    r'let the user of nova-compute write to|'
+    r'let the user of nova-compute write to|let disks come by libvirt|'
     r'install libnbd on host h+|check the firewall of host h+|'
     r'see the log of nova-compute there|check which host this migration is|'
     r'to a group of user u+|check the Kerberos ticket or keytab|'
+    r'choose a host with the same Ceph pool under the same name|'
     r"run 'setfacl -m u:u+:x [a-z/]+'|"
     r'Do not start a guest|evacuate the server there|'
     r'migrate the server cold|turn off \[libvirt\]/|'
@@ -72,7 +74,7 @@ PARTS = re.compile(
     r'earlier attempts|no answer within|nothing is known of its checksum|'
     # what a peer isn't allowed, and why two hosts don't fit together
     r'^file |^mode |^%d names|^disks come by|'
-    r'%\(first\)s|^it |^its |'
+    r'%\(first\)s|^it |^its |^no Ceph|^%\(pool\)s \(|'
     # of a migration that has begun
     r"^disk %\(name\)s still depends|^nothing is planned")
 

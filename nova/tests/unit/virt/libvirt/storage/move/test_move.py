@@ -34,7 +34,7 @@ from nova.virt.libvirt.storage.move import guest_files as files
 from nova.virt.libvirt.storage.move import offer
 from nova.virt.libvirt.storage.move import peer
 from nova.virt.libvirt.storage.move import source as migration
-from nova.virt.libvirt.storage.move import state as moves
+from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import lifecycle
@@ -65,8 +65,8 @@ class OutgoingTestCase(two_hosts.TwoHostsTestCase):
 
     def outgoing(self, same_host=False):
         self.assertEqual(same_host, self.migration.dest_compute == 'source')
-        return migration.Outgoing(moves.Move(
-            self.context, moves.ThisHost(
+        return migration.Outgoing(state.Move(
+            self.context, state.ThisHost(
                 self.host, 'qemu:///system', '192.0.2.1', self.jobs),
             self.instance, self.migration, self.disks))
 
@@ -237,12 +237,12 @@ class CheckTestCase(OutgoingTestCase):
         del self.dest.pools[POOL]
         self.assertIn("doesn't exist", self.refused())
 
-    @ddt.data('rbd', 'disk')
+    @ddt.data('disk')
     def test_pool_of_a_type_that_holds_no_disks(self, pool_type):
         self.dest.types[POOL] = pool_type
         text = self.refused()
         self.assertIn('is of type %s' % pool_type, text)
-        self.assertIn('dir, fs, netfs, logical in nova.conf', text)
+        self.assertIn('dir, fs, netfs, logical, rbd in nova.conf', text)
         self.assertEqual([], self.dest.log)
 
     def test_too_little_room_counts_what_is_allocated(self):
@@ -447,7 +447,7 @@ class CheckTestCase(OutgoingTestCase):
 
 class PrepareTestCase(OutgoingTestCase):
     def prepare(self):
-        here = moves.ThisHost(
+        here = state.ThisHost(
             self.host, 'qemu:///system', '192.0.2.1', self.jobs)
         self.instance.migration_context.migration_id = self.migration.id
         self.stub_out(
@@ -578,6 +578,26 @@ class RunTestCase(OutgoingTestCase):
         self.jobs.add_job.assert_called_with(self.instance, 1234)
         self.jobs.remove_job.assert_called_with(self.instance, 1234)
 
+    def test_from_a_volume_group(self):
+        """Of a block device zeroes alone tell what was never written."""
+        self.source.types[POOL] = 'logical'
+        self.move()
+        self.assertEqual([True] * 3, [c[3]['find_holes']
+                                      for c in self.copies])
+
+    @ddt.data(('dir', 5), ('logical', 5 + (1 << 39) // (32 << 20)))
+    @ddt.unpack
+    def test_patience_while_a_hole_is_overwritten(self, pool_type, expected):
+        """libvirt is silent for as long as it writes zeroes."""
+        self.flags(group='libvirt', storage_migration_stall_timeout=5)
+        self.source.pools[POOL][self.volume_name('disk')]['length'] = 1 << 39
+        self.dest.available = 4 << 40
+        self.dest.types[POOL] = pool_type
+        self.make_offer()
+        self.move()
+        self.assertEqual(expected, max(c[3]['stall_timeout']
+                                       for c in self.copies))
+
     def test_to_a_volume_group(self):
         """Holes needn't travel, and nothing old is behind the content."""
         self.take_volume_groups()
@@ -592,6 +612,8 @@ class RunTestCase(OutgoingTestCase):
         self.make_offer()
         self.move()
         self.assertEqual([True] * 3, [c[3]['sparse'] for c in self.copies])
+        self.assertEqual([False] * 3, [c[3]['find_holes']
+                                       for c in self.copies])
         self.assertEqual(
             {self.volume_name('disk'): (1000, 1024),
              self.volume_name('disk.eph0'): (600, 1024),
@@ -710,7 +732,7 @@ class RunTestCase(OutgoingTestCase):
         self.assertIs(error, e)
         self.assertEqual(AT_SOURCE, self.places())
         self.assertEqual(sorted(AT_SOURCE), self.ours(self.source))
-        self.assertIsNone(moves.moved_by(self.load()))
+        self.assertIsNone(state.moved_by(self.load()))
         self.assertTrue(self.dest.closed)
 
     def test_progress_that_cant_be_saved(self):
@@ -825,7 +847,7 @@ class RunTestCase(OutgoingTestCase):
         error = exception.InternalError('no conductor')
         save = mock.Mock(side_effect=[error, None])
         self.stub_out('nova.objects.BlockDeviceMappingList._save_driver_info',
-                      staticmethod(lambda c, i, infos: save()))
+                      lambda cls, c, i, infos: save())
         self.failed(error)
         self.assertEqual([], self.ours(self.dest))
 
@@ -834,7 +856,7 @@ class RunTestCase(OutgoingTestCase):
         save = mock.Mock(side_effect=[
             None, messaging.MessagingTimeout, None])
         self.stub_out('nova.objects.BlockDeviceMappingList._save_driver_info',
-                      staticmethod(lambda c, i, infos: save(infos)))
+                      lambda cls, c, i, infos: save(infos))
         self.assertRaises(messaging.MessagingTimeout, self.move)
         # The driver goes on with the same mappings.
         migration.abandon(self.context, self.host, self.instance,
@@ -947,8 +969,12 @@ class EndTestCase(OutgoingTestCase):
         for word in ('rebuild', 'delete'):
             self.assertNotIn(word, str(errors[0]))
 
-    def test_hard_reboot_after_the_copy_was_killed(self):
-        self.move()
+    def test_hard_reboot_after_the_copy_on_one_host_was_killed(self):
+        self.migration.dest_compute = 'source'
+        self.test_hard_reboot_after_the_copy_was_killed(same_host=True)
+
+    def test_hard_reboot_after_the_copy_was_killed(self, same_host=False):
+        self.move(same_host)
         disks = self.load()
         record = disks.get('disk')
         record.expected = None
@@ -1004,6 +1030,24 @@ class EndTestCase(OutgoingTestCase):
         self.assertEqual('content of disk.eph0', self.dest.pools[POOL][
             self.volume_name('disk.eph0')]['content'])
         self.assertEqual('ready', self.places()['disk.eph0'][0])
+
+    @mock.patch('nova.privsep.storage.sync')
+    def test_accept_in_a_volume_group_what_was_changed(self, sync):
+        """The source alone knows whether it has holes, and which."""
+        self.flags(group='libvirt', storage_migration_stall_timeout=5)
+        self.take_volume_groups()
+        self.stub_out('nova.virt.libvirt.storage.pool.stream.write_zeroes',
+                      mock.Mock())
+        self.source.pools[POOL][self.volume_name('disk.eph0')]['length'] = (
+            1 << 39)
+        self.dest.available = 4 << 40
+        self.make_offer()
+        self.move()
+        self.dest.pools[POOL][self.volume_name('disk.eph0')]['content'] = ''
+        self.accept()
+        again = self.copies[-1][3]
+        self.assertEqual((True, 5 + (1 << 39) // (32 << 20)),
+                         (again['find_holes'], again['stall_timeout']))
 
     def test_accept_what_cant_be_copied_again(self):
         self.move()
@@ -1203,7 +1247,7 @@ class EndTestCase(OutgoingTestCase):
              'disk.eph0': ('ready', 'source', 'disk.eph0.1', None),
              'disk.swap': ('ready', 'source', 'disk.swap.1', None)},
             self.places())
-        self.assertIsNone(moves.moved_by(self.load()))
+        self.assertIsNone(state.moved_by(self.load()))
         self.assertEqual({}, self.load().extras)
         # It goes at the next chance, and what is in use does not.
         self.delete_left()
@@ -1426,7 +1470,7 @@ class OfferTestCase(two_hosts.TwoHostsTestCase):
         self.assertIsNone(offer.load(self.instance))
         self.instance.save.assert_not_called()
 
-    @ddt.data('lvm', 'rbd', 'ploop')
+    @ddt.data('rbd', 'ploop')
     def test_disks_that_stay_legacy_need_no_pool(self, backend):
         self.set_backend(backend)
         self.refuses_nothing()

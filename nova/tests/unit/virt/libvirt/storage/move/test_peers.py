@@ -276,6 +276,22 @@ class ServicePeerTestCase(PeerContract, ServicePeerBase):
              'volume': self.name, 'connections': pump.NBD_CONNECTIONS,
              'aes': False}, request)
 
+    def test_target_that_is_longer_than_the_disk(self):
+        with self.open() as target:
+            target.length = 700
+        self.assertEqual(
+            {'do': 'close', 'host': 'source', 'pool': POOL,
+             'volume': self.name, 'length': 700},
+            self.rpc.call_args.args[3])
+
+    def test_old_peer_does_not_cut(self):
+        self.assertFalse(self.peer.takes_ahead)
+        self.peer.check([])
+        self.assertTrue(self.peer.takes_ahead)
+        self.answers['greet'] = {'obstacle': None, 'aes': True}
+        self.peer.check([])
+        self.assertFalse(self.peer.takes_ahead)
+
     def test_both_have_aes(self):
         with mock.patch.object(intake, 'cpu_has_aes', autospec=True,
                                return_value=True):

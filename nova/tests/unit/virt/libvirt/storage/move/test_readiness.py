@@ -32,6 +32,7 @@ class ReadinessTestCase(test.NoDBTestCase):
         self.flags(host='here')
         self.time, self.broken_pools, self.connected = 0, {}, []
         self.refusal = None
+        self.types = {}
         self.check_access = self.useFixture(fixtures.MockPatchObject(
             readiness.storage_pool.StoragePool, 'check_access',
             autospec=True)).mock
@@ -41,6 +42,9 @@ class ReadinessTestCase(test.NoDBTestCase):
         self.stub_out('time.monotonic', lambda: self.time)
         self.stub_out('nova.virt.libvirt.storage.move.state.check_pool',
                       self._check_pool)
+        self.ceph = {}
+        self.stub_out('nova.virt.libvirt.storage.move.state.ceph_of',
+                      lambda pool: self.ceph.get(pool.name))
         self.stub_out('nova.virt.libvirt.storage.move.peer.connected',
                       self._connect)
         host = mock.Mock()
@@ -60,6 +64,7 @@ class ReadinessTestCase(test.NoDBTestCase):
         if pool.name in self.broken_pools:
             raise exception.MigrationPreCheckError(
                 reason=self.broken_pools[pool.name])
+        return self.types.get(pool.name, 'dir')
 
     @contextlib.contextmanager
     def _connect(self, host, uri):
@@ -89,6 +94,14 @@ class ReadinessTestCase(test.NoDBTestCase):
         self.assertIn('no trust', self.found())
         self.refusal = None
         self.assertEqual('ready', self.found())
+
+    def test_disks_on_ceph_need_no_way(self):
+        self.refusal = 'no trust'
+        self.ceph['nova-disks-pool'] = 'cluster/nova'
+        self.assertEqual('ready', self.found())
+        self.assertEqual([], self.connected)
+        self.flags(storage_pool_mapping={'swap': 'files'}, group='libvirt')
+        self.assertIn('no trust', self.found())
 
     def ways(self, transport):
         self.flags(storage_migration_transport=transport, group='libvirt')
@@ -130,6 +143,32 @@ class ReadinessTestCase(test.NoDBTestCase):
         found, ways = self.ways('auto')
         self.assertEqual('', ways)
         self.assertIn('no qemu-nbd', found)
+
+    def test_volume_group(self):
+        """Its disks come by libvirt alone."""
+        self.flags(storage_pool_mapping={'swap': 'vg'}, group='libvirt')
+        self.types['vg'] = 'logical'
+        self.assertEqual(('ready', 'libvirt'), self.ways('auto'))
+        self.assertEqual('vg', self.readiness.stats()[readiness.DEVICES])
+        found, ways = self.ways('nbd')
+        self.assertEqual('', ways)
+        self.assertIn('let disks come by libvirt', found)
+        self.assertIn('volumes of storage pool vg of host here', found)
+        self.types.clear()
+        self.assertEqual(('ready', 'nbd'), self.ways('nbd'))
+        self.assertEqual('', self.readiness.stats()[readiness.DEVICES])
+
+    def test_pools_of_devices(self):
+        self.stub_out(
+            'nova.context.scatter_gather_skip_cell0',
+            lambda ctxt, function: {uuids.cell1: [
+                objects.ComputeNode(host=host, stats=stats)
+                for host, stats in (
+                    ('a', {readiness.DEVICES: 'vg,fast'}), ('c', None),
+                    ('b', {readiness.DEVICES: ''}), ('d', {}))]})
+        self.assertEqual({('a', 'vg'), ('a', 'fast')},
+                         readiness.pools_of_devices(
+                             context.get_admin_context()))
 
     def test_hosts_without_a_way_in_common(self):
         nodes = {uuids.cell1: [

@@ -78,7 +78,7 @@ class CrashTestCase(test_move.OutgoingTestCase):
         self.phase = None
         self.stub_out(
             'nova.objects.BlockDeviceMappingList._save_driver_info',
-            staticmethod(lambda context, uuid, infos: self.save(infos)))
+            lambda cls, context, uuid, infos: self.save(infos))
         for name, do in (('Pool.create', two_hosts.Pool.create),
                          ('Volume.delete', two_hosts.Volume.delete)):
             self.stub_out('nova.tests.unit.virt.libvirt.storage.move.'

@@ -111,7 +111,7 @@ class TransportTestCase(test_peers.ServicePeerBase,
         self.assertEqual(([], []), (self.asked(), self.host.uris))
 
 
-class MoveTestCase(test_peers.ServicePeerBase, test_move.OutgoingTestCase):
+class MoveTestBase(test_peers.ServicePeerBase, test_move.OutgoingTestCase):
     """A move over NBD, of which the pump is played."""
 
     def setUp(self):
@@ -140,6 +140,9 @@ class MoveTestCase(test_peers.ServicePeerBase, test_move.OutgoingTestCase):
         return super().pump_copy(
             source_, pump.Volume('qemu+tls://192.0.2.2/system', pool, name),
             length, **kwargs)
+
+
+class MoveTestCase(MoveTestBase):
 
     def test_move(self):
         self.move()

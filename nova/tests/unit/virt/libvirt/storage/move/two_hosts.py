@@ -72,6 +72,8 @@ class Daemon:
         self.version = 9_000_000
         self.extent = 1
         self.allocated = {}
+        # By pool, the identity of the Ceph pool that it is over
+        self.ceph = {}
 
     def getLibVersion(self):
         return self.version
@@ -148,6 +150,11 @@ class Pool:
 
     def kind(self):
         return kinds.of_type(self.daemon.types[self.name])
+
+    def ceph(self):
+        identity = self.daemon.ceph.get(self.name)
+        return identity and mock.Mock(
+            identity=identity, sizes=lambda: (1 << 40, 1 << 38))
 
     def directory(self):
         return self.config().target_path
@@ -271,7 +278,7 @@ class TwoHostsTestCase(test.NoDBTestCase):
         self.saves = []
         self.stub_out(
             'nova.objects.BlockDeviceMappingList._save_driver_info',
-            staticmethod(lambda c, i, infos: self.saves.append(infos)))
+            lambda cls, c, i, infos: self.saves.append(infos))
         self.image_error = None
         self.image_status = 'active'
         self.stub_out('nova.virt.images.get_info', self.get_image)

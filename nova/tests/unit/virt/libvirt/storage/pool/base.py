@@ -20,6 +20,9 @@ from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.virt.libvirt.storage.pool import config
 from nova.virt.libvirt.storage.pool import pool
 
+# Of pools over Ceph
+SECRET = '5a2f4d3e-0d3c-4d5f-9a2a-3b1d7c9e6f10'
+
 VOLUME = ("<volume><name>%s</name><capacity unit='bytes'>%d</capacity>"
           "<allocation unit='bytes'>0</allocation>"
           "<target><format type='%s'/></target></volume>")
@@ -43,10 +46,18 @@ class PoolsTestCase(test.NoDBTestCase):
         """:returns: the fake's StoragePool"""
         made = config.LibvirtConfigStoragePool()
         made.type, made.name = kind, name
-        made.target_path = path or os.path.join('/nowhere/pools', name)
+        if kind != 'rbd':
+            made.target_path = path or os.path.join('/nowhere/pools', name)
         made.source = config.LibvirtConfigStoragePoolSource()
         if kind == 'logical':
             made.source.name = 'vg'
+        elif kind == 'rbd':
+            made.source.name = 'nova'
+            made.source.hosts = [('10.0.0.1', '6790'), ('fd00::1', None)]
+            made.source.auth = config.LibvirtConfigStorageAuth()
+            made.source.auth.type = 'ceph'
+            made.source.auth.username = 'compute'
+            made.source.auth.secret_uuid = SECRET
         elif kind == 'netfs':
             made.source.hosts = [('server', None)]
             made.source.dir = '/export'

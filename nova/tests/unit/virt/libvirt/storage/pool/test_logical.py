@@ -32,6 +32,7 @@ class LogicalPoolTestCase(base.PoolsTestCase):
         super().setUp()
         self.raw = self.add_pool('vg-pool', '/dev/vg', kind='logical')
         self.group = self.conn.volume_group('vg')
+        self.stub_out('nova.privsep.fs.lvorigins', self.group.lvorigins)
         self.pool = self.pool('vg-pool')
 
     @staticmethod
@@ -220,6 +221,72 @@ class ClearingTestCase(OldBlocksTestCase):
         del self.group.devices['v']
         self.pool.refresh()
         volume.delete()
+
+
+class SnapshotsTestCase(OldBlocksTestCase):
+    """An operator's, which nobody has told libvirt of."""
+
+    def setUp(self):
+        super().setUp()
+        self.volume = self.pool.create(self.wanted(10 * units.Mi))
+        self.fill(self.volume)
+        self.group.snapshot('backup', 'v')
+
+    def refused(self, function, *args):
+        e = self.assertRaises(exception.StorageVolumeHasSnapshots,
+                              function, *args)
+        self.assertIn('Remove logical volumes backup on host %s first' %
+                      self.pool.host, str(e))
+        self.assertEqual({'v', 'backup'}, set(self.group.devices))
+        self.assertEqual(12, len(self.secrets()))
+
+    def test_delete(self):
+        """LVM would delete the snapshot with it, and clearing spoil it."""
+        self.refused(self.volume.delete)
+        self.group.remove('backup')
+        self.volume.delete()
+        self.assertEqual({}, self.group.devices)
+
+    def test_delete_on_another_host(self):
+        self.pool.host = 'there'
+        self.pool.refresh()
+        self.refused(self.volume.delete)
+
+    def test_snapshot_that_is_called_like_a_disk(self):
+        self.pool.refresh()
+        for host in ('here', 'there'):
+            self.pool.host = host
+            self.refused(self.pool.volume('backup').delete)
+
+    def test_grow(self):
+        with mock.patch('nova.privsep.fs.lvextend',
+                        side_effect=AssertionError):
+            self.refused(self.volume.resize, 20 * units.Mi)
+
+    def test_sparse_volume_of_the_legacy_backend(self):
+        """LVM makes it as a snapshot of what nobody sees."""
+        volume = self.pool.create(self.wanted(name='sparse'))
+        self.group.origins['sparse'] = '[sparse_vorigin]'
+        volume.delete()
+        self.assertEqual({'v', 'backup'}, set(self.group.devices))
+
+    def test_others_are_deleted(self):
+        self.pool.create(self.wanted(name='other')).delete()
+        self.assertEqual({'v', 'backup'}, set(self.group.devices))
+
+    def test_lvm_fails(self):
+        with mock.patch('nova.privsep.fs.lvorigins', side_effect=(
+                processutils.ProcessExecutionError(stderr='  no dm\n'))):
+            e = self.assertRaises(exception.StorageVolumeError,
+                                  self.volume.delete)
+        self.assertIn('no dm', str(e))
+
+    def test_files(self):
+        self.add_pool('files')
+        files = base.pool.StoragePool(self.conn, 'files', 'here')
+        with mock.patch('nova.privsep.fs.lvorigins',
+                        side_effect=AssertionError):
+            files.create(self.wanted()).delete()
 
 
 class ResizeTestCase(OldBlocksTestCase):

@@ -186,11 +186,14 @@ class FindTestCase(OwnershipTestCase):
         self.assertIsNone(self.find('disk', 'gone'))
 
     def test_libvirt_does_not_know_of_it_yet(self):
-        found = mock.Mock()
-        found.volume.side_effect = [exception.StorageVolumeNotFound(
-            volume='disk', pool=DISKS, host='here'), mock.sentinel.volume]
-        self.assertIs(mock.sentinel.volume, ownership.find(found, 'disk'))
-        found.refresh.assert_called_once_with()
+        found = self.pool(DISKS)
+        with mock.patch.object(found, 'volume', side_effect=[
+                exception.StorageVolumeNotFound(
+                    volume='disk', pool=DISKS, host='here'),
+                mock.sentinel.volume]), mock.patch.object(
+                    found, 'refresh') as mock_refresh:
+            self.assertIs(mock.sentinel.volume, ownership.find(found, 'disk'))
+        mock_refresh.assert_called_once_with()
 
 
 class HasVolumesTestCase(OwnershipTestCase):

@@ -183,12 +183,12 @@ class TestEnsure(PoolTestCase):
         self.assertEqual((True, False, 1),
                          (raw.active, raw.autostart, raw.starts))
 
-    @ddt.data('iscsi', 'scsi', 'disk', 'mpath', 'gluster', 'rbd')
+    @ddt.data('iscsi', 'scsi', 'disk', 'mpath', 'gluster')
     def test_type_that_can_not_serve(self, kind):
         raw = self.define(kind=kind)
         e = self.assertRaises(exception.StoragePoolUnsupported, self.ensure)
         for part in ('nova-disks-pool', 'host-a', kind,
-                     'dir, fs, netfs, logical'):
+                     'dir, fs, netfs, logical, rbd'):
             self.assertIn(part, str(e))
         self.assertFalse(raw.active)
 
@@ -242,6 +242,16 @@ class TestEnsure(PoolTestCase):
                       'host-a' % access.user(), str(e))
         self.assertIn('drwxr-xr-x root:root', str(e)[:200])
         self.assertEqual({}, self.daemon.pools)
+
+    def test_guests_that_use_no_pools(self):
+        for virt_type in ('lxc', 'parallels'):
+            self.flags(virt_type=virt_type, group='libvirt')
+            e = self.assertRaises(exception.StorageVirtTypeUnsupported,
+                                  setup.ensure_pools, self.daemon, 'host-a')
+            self.assertIn('images_type to qcow2 or flat on host host-a',
+                          str(e))
+            self.assertIn(virt_type, str(e))
+            self.assertEqual({}, self.daemon.pools)
 
     def test_privileges_that_nova_does_not_get(self):
         with mock.patch('nova.privsep.storage.names_in', side_effect=(

@@ -10,9 +10,9 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-import os
 from unittest import mock
 
+import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
 from oslo_utils import units
 
@@ -20,8 +20,8 @@ import nova.conf
 from nova import exception
 from nova import objects
 from nova import test
-from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt as fakelibvirt
+from nova.tests.fixtures import libvirt_storage
 from nova.tests.unit.virt.libvirt.storage.pool import base
 from nova.virt import fake
 from nova.virt.libvirt import config as guest_config
@@ -32,14 +32,14 @@ from nova.virt.libvirt.storage.pool import usage
 
 CONF = nova.conf.CONF
 
-CAPTURES = os.path.join(os.path.dirname(__file__), 'captures')
 OVERLAY = '5c9c2d23-9be7-4b6a-8f5f-52f0a4a2c001_disk'
-DISGUISED = 'volume-raw-guest-wrote-qcow2-header.xml'
-
-
-def capture(name):
-    with open(os.path.join(CAPTURES, name), encoding='utf-8') as f:
-        return f.read()
+PATH = '/nowhere/pools/nova-disks-pool/'
+OVERLAY_XML = """
+<volume>
+  <name>%s</name><capacity>%d</capacity>
+  <target><format type='qcow2'/></target>
+  <backingStore><path>%s</path><format type='raw'/></backingStore>
+</volume>""" % (OVERLAY, units.Gi, PATH + 'base')
 
 
 def disk(volume, fmt, dev='vda', pool='nova-disks-pool'):
@@ -50,51 +50,21 @@ def disk(volume, fmt, dev='vda', pool='nova-disks-pool'):
     return conf
 
 
-class Pool:
-    """A virStoragePool with captured volumes."""
-
-    def __init__(self, captures, state=2, path='/nowhere'):
-        self.volumes = {}
-        for volume, xml in captures.items():
-            raw = self.volumes[volume] = mock.Mock()
-            raw.name.return_value = volume
-            raw.XMLDesc.return_value = capture(xml)
-            raw.path.return_value = '/srv/nova/instances/disks/' + volume
-            raw.infoFlags.return_value = [0, -1, 64 * units.Mi]
-            raw.info.return_value = [0, -1, 0]
-        self.listAllVolumes = mock.Mock(
-            side_effect=lambda flags: list(self.volumes.values()))
-        self.info = mock.Mock(return_value=[
-            state, 100 * units.Gi, 40 * units.Gi, 60 * units.Gi])
-        self.XMLDesc = mock.Mock(return_value=(
-            "<pool type='dir'><target><path>%s</path></target></pool>" % path))
-
-    def storageVolLookupByName(self, name):
-        if name not in self.volumes:
-            raise fakelibvirt.make_libvirtError(
-                fakelibvirt.libvirtError, 'no storage vol',
-                error_code=fakelibvirt.VIR_ERR_NO_STORAGE_VOL)
-        return self.volumes[name]
-
-
-class UsageTestCase(test.NoDBTestCase):
+class UsageTestCase(base.PoolsTestCase):
+    """A pool with an overlay, a raw disk, and one that says it is qcow2."""
 
     def setUp(self):
         super().setUp()
-        self.useFixture(fakelibvirt.LibvirtModuleFixture())
-        self.useFixture(nova_fixtures.PrivsepFixture())
-        self.pool = Pool({OVERLAY: 'volume-qcow2-overlay.xml',
-                          'raw': 'volume-raw.xml', 'lies': DISGUISED})
-        self.pools = {'nova-disks-pool': self.pool}
-        self.conn = mock.Mock()
-        self.conn.storagePoolLookupByName.side_effect = self._pool
-
-    def _pool(self, name):
-        if name not in self.pools:
-            raise fakelibvirt.make_libvirtError(
-                fakelibvirt.libvirtError, 'no pool',
-                error_code=fakelibvirt.VIR_ERR_NO_STORAGE_POOL)
-        return self.pools[name]
+        self.disks = self.add_pool('nova-disks-pool')
+        self.add_volume(self.disks, 'base', units.Gi)
+        self.overlay = self.disks.createXML(OVERLAY_XML, 0)
+        self.add_volume(self.disks, 'raw', 64 * units.Mi)
+        self.add_volume(self.disks, 'lies', 64 * units.Mi)
+        # Its guest writes, and libvirt believes it.
+        self.conn.file_system.open(PATH + 'lies').write(
+            0, libvirt_storage.qcow2_header(7 * units.Gi, '/etc/passwd'))
+        self.disks.refresh(0)
+        self.allocated = self.overlay.info()[2]
 
 
 class DiskInfoTestCase(UsageTestCase):
@@ -106,11 +76,11 @@ class DiskInfoTestCase(UsageTestCase):
     def test_overlay(self):
         self.assertEqual({
             'type': 'qcow2',
-            'path': '/srv/nova/instances/disks/' + OVERLAY,
+            'path': PATH + OVERLAY,
             'virt_disk_size': units.Gi,
-            'disk_size': 200704,
-            'over_committed_disk_size': units.Gi - 200704,
-            'backing_file': '/srv/nova/instances/disks/base',
+            'disk_size': self.allocated,
+            'over_committed_disk_size': units.Gi - self.allocated,
+            'backing_file': PATH + 'base',
             'pool': 'nova-disks-pool',
             'volume': OVERLAY,
         }, self.volumes.disk_info(disk(OVERLAY, 'qcow2')))
@@ -132,14 +102,15 @@ class DiskInfoTestCase(UsageTestCase):
                 return_value=(64 * units.Mi, 4096))
     def test_libvirt_looks_into_no_raw_disk(self, mock_bytes):
         """It may fail to, or open what the guest has named there."""
-        raw = self.pool.volumes['lies']
-        for call in (raw.XMLDesc, raw.info, raw.infoFlags):
-            call.side_effect = AssertionError
+        for name in ('XMLDesc', 'info', 'infoFlags'):
+            self.useFixture(fixtures.MockPatchObject(
+                libvirt_storage.StorageVol, name,
+                side_effect=AssertionError))
         volumes = usage.Volumes(lambda: self.conn, CONF.host)
         info = volumes.disk_info(disk('lies', 'raw'))
         self.assertEqual((64 * units.Mi, 4096), (
             info['virt_disk_size'], info['disk_size']))
-        mock_bytes.assert_called_once_with(raw.path.return_value)
+        mock_bytes.assert_called_once_with(PATH + 'lies')
 
     @mock.patch.object(usage.LOG, 'warning')
     def test_another_header_over_a_qcow2_disk(self, mock_warning):
@@ -159,8 +130,10 @@ class DiskInfoTestCase(UsageTestCase):
                           disk('raw', 'raw', pool='other'))
 
     def test_the_pool_is_not_listed(self):
-        self.volumes.disk_info(disk('raw', 'raw'))
-        self.pool.listAllVolumes.assert_not_called()
+        with mock.patch.object(
+                libvirt_storage.StoragePool, 'listAllVolumes') as mock_list:
+            self.volumes.disk_info(disk('raw', 'raw'))
+        mock_list.assert_not_called()
 
 
 class LocalInfoTestCase(base.PoolsTestCase):
@@ -316,13 +289,17 @@ class DriverTestCase(UsageTestCase):
 
         # The one that is gone does not keep the others from being counted.
         self.assertEqual(
-            2 * (units.Gi - 200704) + 64 * units.Mi,
+            2 * (units.Gi - self.allocated) + 64 * units.Mi,
             self.drvr._get_disk_over_committed_size_total())
 
     def test_local_gb(self):
         self.flags(images_type='libvirt-storage', group='libvirt')
-        self.assertEqual({'total': 100, 'free': 60, 'used': 40},
-                         self.drvr._get_local_gb_info())
+        file_system = self.conn.file_system
+        file_system.open(PATH + 'raw').allocate(64 * units.Mi)
+        total, used = file_system.capacity, file_system.used
+        self.assertEqual(
+            {'total': total / units.Gi, 'free': (total - used) / units.Gi,
+             'used': used / units.Gi}, self.drvr._get_local_gb_info())
 
     def _check_live_migration(self, *disks):
         instance = objects.Instance(id=1, uuid=uuids.instance)

@@ -21,6 +21,7 @@ from nova.tests.unit.virt.libvirt.storage.pump import base
 from nova.tests.unit.virt.libvirt.storage.pump import ends
 
 StubStream = ends.StubStream
+K16 = 16384
 
 # What a process prints that loads the extension as the worker does.
 ALONE = """
@@ -102,6 +103,63 @@ class CopyTestCase(base.PumpExtensionTestCase):
         self.assertEqual(content_of(parts), destination.written)
         self.assertNotIn('hole', str(destination.log))
         self.assertEqual(5310, copy.data)
+
+    # Zeroes in whole blocks, of 16 KiB from the content's start, are found.
+    @ddt.data(
+        ([b'A' * K16, bytes(3 * K16), b'B'], [K16, ('hole', 3 * K16), 1]),
+        ([bytes(K16), b'A'], [('hole', K16), 1]),
+        ([b'A', bytes(K16)], [K16, ('hole', 1)]),
+        ([bytes(5)], [('hole', 5)]),
+        ([b'A' * 100 + bytes(K16)], [K16, ('hole', 100)]),
+        # no less than a block
+        ([b'A', bytes(K16 - 2), b'B' + bytes(K16 - 1) + b'C'],
+         [2 * K16]),
+        # with what the source knows for a hole, one after the other
+        ([b'A' * K16, 7 * K16, bytes(K16), b'B'],
+         [K16, ('hole', 7 * K16), ('hole', K16), 1]))
+    @ddt.unpack
+    def test_zeroes_are_found(self, parts, expected):
+        length = len(content_of(parts))
+        destination = StubStream()
+        copy = self.copy(StubStream(parts), destination, length,
+                         find_holes=True)
+        self.assertEqual(expected + ['finish'], destination.log)
+        self.assertEqual(content_of(parts), destination.written)
+        self.assertEqual(length, copy.transferred)
+        self.assertEqual(
+            sum(n for n in expected if isinstance(n, int)), copy.data)
+        self.assertEqual(self._pump.checksum(parts, 0x1234567890abcdef),
+                         copy.checksum)
+
+    def test_zeroes_that_are_found_show_progress(self):
+        destination = StubStream()
+        self.copy(StubStream([bytes(1 << 20)] * 20), destination, 20 << 20,
+                  find_holes=True)
+        self.assertEqual([('hole', 8 << 20)] * 2 + [
+            ('hole', 4 << 20), 'finish'], destination.log)
+
+    def test_zeroes_are_sent_where_old_content_may_be(self):
+        destination = StubStream()
+        self.copy(StubStream([bytes(K16)]), destination, K16, sparse=False,
+                  find_holes=True)
+        self.assertEqual([K16, 'finish'], destination.log)
+
+    def test_error_in_the_last_hole_that_is_found(self):
+        destination = StubStream(fail_hole=True)
+        e = self.fails(StubStream([b'A' * K16, bytes(K16)]), destination,
+                       2 * K16, find_holes=True)
+        self.assertEqual(('destination', 'send a hole'),
+                         (e.side, e.operation))
+        self.assertEqual('abort', destination.log[-1])
+
+    # Of what lies in a slot a part alone is sent.
+    @ddt.data(0, 1, 9, 10, 25, 1000)
+    def test_what_is_kept_of_parts_never_holds_up_the_copy(self, keep):
+        parts = [(b'A' if n % 3 else b'\0') * 10 for n in range(300)]
+        destination = StubStream(keep=keep)
+        self.copy(StubStream(parts), destination, 3000, slot_size=10,
+                  slots=3, find_holes=True)
+        self.assertEqual(content_of(parts), destination.written)
 
     def test_reads_alone_without_destination(self):
         parts = [b'A' * 10000, 10000]

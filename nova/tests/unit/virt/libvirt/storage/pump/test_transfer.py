@@ -105,7 +105,8 @@ class PumpTestCase(test.NoDBTestCase):
         self.assertEqual(
             {'source': list(SOURCE), 'destination': list(DESTINATION),
              'extension': '/extension', 'length': 100, 'sparse': False,
-             'bandwidth': 7, 'key': 9, 'interval': 0.2, 'warm': False},
+             'bandwidth': 7, 'key': 9, 'interval': 0.2, 'warm': False,
+             'find_holes': False},
             request)
         self.assertEqual([process._WORKER], argv)
         self.assertNotIn('OS_PASSWORD', environ)

@@ -190,6 +190,23 @@ class WarmCopyTestCase(test_nbd.WorkerTestCase):
         self.assertLess(peak, 64 * MIB)
         self.assertEqual(0, copy.rest(256 << 30, self.watch()).data)
 
+    def test_server_hears_of_it_between_the_passes(self):
+        # it ends what nobody writes to
+        source = self.source(os.urandom(MIB))
+        copy = self.warm(source, self.serve(MIB), MIB)
+        copy.first(self.watch())
+
+        def heard():
+            with open('/proc/%d/io' % self.server.process.pid) as f:
+                return f.read()
+
+        for _n in range(2):
+            before, deadline = heard(), time.monotonic() + 30
+            while heard() == before:
+                self.assertLess(time.monotonic(), deadline)
+                time.sleep(0.1)
+        self.check(source, copy.rest(MIB, self.watch()))
+
     @ddt.data('server', 'worker')
     def test_killed_between_the_passes(self, who):
         source = self.source(os.urandom(4 * MIB))

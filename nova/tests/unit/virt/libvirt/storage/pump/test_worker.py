@@ -363,6 +363,20 @@ class LocalFileTestCase(test.NoDBTestCase):
                          mock.Mock() if request else None, 5, table=None)
         extension.File.assert_called_once_with(3, 5, sync=sync, direct=False)
 
+    def test_failure_of_its_own(self):
+        """The message says where it was."""
+        job = mock.Mock()
+        job.run.side_effect = TypeError('direct')
+        with mock.patch.object(self.module, 'messages',
+                               return_value=iter([{}])), \
+                mock.patch.object(self.module, 'Job', return_value=job), \
+                mock.patch.object(self.module, 'say') as say, \
+                mock.patch('os._exit'):
+            self.module.main()
+        report = say.call_args.kwargs['error']
+        self.assertEqual('TypeError: direct', report['message'])
+        self.assertEqual('source', report['side'])
+
     def test_not_novas_to_read(self):
         with mock.patch('os.open', side_effect=PermissionError):
             self.assertIsNone(self.file())

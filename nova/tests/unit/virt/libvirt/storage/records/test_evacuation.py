@@ -144,6 +144,16 @@ class AfterEvacuationTestCase(two_hosts.TwoHostsTestCase):
         self.assertEqual(
             set(), evacuation.old_copies(self.instance, self.disks))
 
+    def test_on_ceph_there_is_no_old_copy(self):
+        """Or the disk would be made anew, and lost."""
+        self.moved()
+        record = self.disks.get('disk')
+        record.backend = 'libvirt-storage-rbd'
+        self.disks.set('disk', record)
+        self.assertEqual([], self.after())
+        self.assertEqual([], self.left())
+        self.assertIsNone(self.disks.get('disk').previous)
+
     def test_third_host(self):
         self.moved()
         self.flags(host='third')

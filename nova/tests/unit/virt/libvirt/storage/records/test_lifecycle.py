@@ -57,7 +57,7 @@ class RecordsTestCase(test.NoDBTestCase):
         self.saves = []
         self.stub_out(
             'nova.objects.BlockDeviceMappingList._save_driver_info',
-            staticmethod(lambda c, i, infos: self.saves.append(infos)))
+            lambda cls, c, i, infos: self.saves.append(infos))
         self.mapping = {
             'root': {'dev': 'vda'}, 'disk': {'dev': 'vda'},
             'disk.swap': {'dev': 'vdb'}, 'disk.config': {'dev': 'vdd'},
@@ -440,6 +440,17 @@ class TestDiscard(RecordsTestCase):
                          records.discard_unfinished(
                              disks, lambda name, mapping: image))
         return image.discard.called
+
+    def test_on_ceph(self):
+        """Whichever host has begun it, its snapshots go with it."""
+        image = mock.Mock()
+        for host in ('here', 'other'):
+            records._discard(image, self.record(
+                backend='libvirt-storage-rbd', state='building', host=host))
+        self.assertEqual(2, image.delete.call_count)
+        records._discard(image, self.record(
+            backend='libvirt-storage-rbd', host='other'))
+        self.assertEqual(2, image.delete.call_count)
 
     @ddt.data('flat', 'qcow2', 'lvm', 'rbd', 'ploop')
     def test_begun_here(self, backend):

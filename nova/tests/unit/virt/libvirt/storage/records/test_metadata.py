@@ -28,7 +28,7 @@ from nova.virt.libvirt.storage.records import metadata
 # Of all fields and their types.
 HASHES = {
     'LibvirtDiskExpected': '1.0-c8285c5326d9018c774d63e69e3200f5',
-    'LibvirtDiskMetadata': '1.2-a526ba4426b16e422ffed1446bcad822',
+    'LibvirtDiskMetadata': '1.2-f1b555a27ef52da9397b3c1797c4b976',
     'LibvirtLeftoverVolume': '1.0-6e0cebde64c2cbf57dfeed55e7f2414a'}
 
 
@@ -52,8 +52,7 @@ class RecordsTestCase(test.NoDBTestCase):
         self.saves = []
         self.stub_out(
             'nova.objects.BlockDeviceMappingList._save_driver_info',
-            staticmethod(
-                lambda ctxt, instance, infos: self.saves.append(infos)))
+            lambda cls, ctxt, instance, infos: self.saves.append(infos))
 
     def bdm(self, name, **kwargs):
         bdm = objects.BlockDeviceMapping(**{
@@ -228,9 +227,17 @@ class TestBroken(RecordsTestCase):
         self.refused(metadata.dumps(given, uuids.vda))
 
     def test_next_names_a_volume(self):
-        given = record(next=record(backend='libvirt-storage'))
-        self.assertIn('it names no volume', self.refused(
-            metadata.dumps(given, uuids.vda)))
+        for backend in metadata.POOL_BACKENDS:
+            given = record(next=record(backend=backend))
+            self.assertIn('it names no volume', self.refused(
+                metadata.dumps(given, uuids.vda)))
+
+    def test_which_disks_are_in_pools(self):
+        for backend, expected in (
+                ('rbd', (False, False)), ('libvirt-storage', (True, False)),
+                ('libvirt-storage-rbd', (True, True))):
+            found = record(backend=backend)
+            self.assertEqual(expected, (found.is_in_pool, found.is_on_ceph))
 
     def test_record_of_another_mapping(self):
         text = metadata.dumps(record(), uuids.vdb)
@@ -384,7 +391,7 @@ class TestInstanceDisks(RecordsTestCase):
 
         self.stub_out(
             'nova.objects.BlockDeviceMappingList._save_driver_info',
-            staticmethod(fail))
+            fail)
         self.assertRaises(exception.BDMNotFound, disks.save, self.context)
         self.assertRaises(exception.BDMNotFound, disks.save, self.context)
 

@@ -1,0 +1,333 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""Instances whose disks are in storage pools over Ceph, on two hosts."""
+
+import fixtures
+
+from nova import objects
+from nova.tests.fixtures import ceph
+from nova.tests.functional.libvirt import storage_pools
+
+SECRET = '5a2f4d3e-0d3c-4d5f-9a2a-3b1d7c9e6f10'
+POOL = (
+    "<pool type='rbd'><name>nova-disks-pool</name><source>"
+    "<host name='192.0.2.100' port='6789'/><name>%s</name>"
+    "<auth type='ceph' username='nova'><secret uuid='" + SECRET + "'/></auth>"
+    "</source></pool>")
+NAMES = ['disk', 'disk.config', 'disk.eph0', 'disk.swap']
+
+
+class CephTestBase(storage_pools.StoragePoolsTestBase):
+
+    #: by host, the Ceph pool of its storage pool; None: it has a directory
+    ceph_pools = {'compute1': 'nova', 'compute2': 'nova'}
+
+    def setUp(self):
+        super().setUp()
+        self.flags(state_path=self.useFixture(fixtures.TempDir()).path,
+                   force_config_drive=True)
+        self.flags(group='libvirt', rbd_destroy_volume_retries=1,
+                   rbd_destroy_volume_retry_interval=0,
+                   images_rbd_pool='nova', rbd_user='nova',
+                   rbd_secret_uuid=SECRET)
+        self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pool.ceph._DEFAULT_CONF',
+            '/nowhere/ceph.conf'))
+        self.ceph = self.useFixture(ceph.CephFixture()).cluster
+        self.ceph.pools['other'] = {}
+        self.images = self.ceph.pools['nova']
+        size = len(storage_pools.CONTENT)
+        image = ceph.StoredImage(size, storage_pools.CONTENT)
+        image.snapshots['snap'] = ceph.Snapshot(image.content, size)
+        image.snapshots['snap'].protected = True
+        self.ceph.pools['images']['image'] = image
+        self.glance.images[storage_pools.IMAGE]['locations'] = [
+            {'url': 'rbd://%s/images/image/snap' % self.ceph.fsid}]
+        self.useFixture(fixtures.MockPatch(
+            'nova.storage.rbd_utils.RBDDriver.get_mon_addrs',
+            return_value=(['192.0.2.100'], ['6789'])))
+        for host in self.ceph_pools:
+            self.start_compute(host)
+
+    def _get_connection(self, *args, **kwargs):
+        connection = super()._get_connection(*args, **kwargs)
+        connection.secretDefineXML(
+            "<secret ephemeral='no' private='no'><uuid>%s</uuid></secret>" %
+            SECRET).setValue(b'key')
+        name = self.ceph_pools[kwargs['hostname']]
+        if name is not None:
+            connection.storagePoolDefineXML(POOL % name)
+        return connection
+
+    def boot_with_all(self):
+        server = self.boot(ephemeral=1, swap=64)
+        self.written = {}
+        for name in NAMES:
+            self.write_image(server, name, b'guest ' + name.encode())
+            self.written[name] = b'guest ' + name.encode()
+        return server
+
+    def write_image(self, server, name, content):
+        self.images['%s_%s' % (server['id'], name)].content = content
+
+    def assert_on(self, host, server, backend='libvirt-storage-rbd',
+                  pool='nova-disks-pool'):
+        """Check that all of a server's disks are where they have been."""
+        is_in_pool = pool is not None
+        self.assertEqual(
+            {name: (backend, 'raw', 'ready', host, pool,
+                    '%s_%s' % (server['id'], name) if is_in_pool else None)
+             for name in NAMES},
+            {name: (r.backend, r.format, r.state, r.host, r.pool, r.volume)
+             for name, r in self.records(server).items()})
+        self.assertEqual(
+            self.written,
+            {name: self.images['%s_%s' % (server['id'], name)].content
+             for name in NAMES})
+        self.assertEqual(len(NAMES), len(self.images))
+        self.assertEqual({}, self.images[server['id'] + '_disk'].snapshots)
+        self.assertEqual(
+            {('network', 'rbd', 'nova/%s_%s' % (server['id'], name))
+             for name in NAMES}, self.sources(host, server))
+        for other in {*self.connections} - {host}:
+            self.assert_no_guest(other, server)
+        self.assert_nobody_copies()
+
+    def sources(self, host, server):
+        guest = self.computes[host].driver._host.get_guest(
+            objects.Instance.get_by_uuid(self.context, server['id']))
+        return {(disk.source_type, disk.source_protocol, disk.source_name)
+                for disk in guest.get_all_disks()}
+
+    def assert_nobody_copies(self):
+        """Not a byte, and no host reaches for another one."""
+        self.assertEqual([], self.pump.copied)
+        self.assertFalse([command for command in self.programs.executed
+                          if command[0] in ('ssh', 'scp', 'rsync')])
+        for host, name in self.ceph_pools.items():
+            if name is not None:
+                self.assertEqual(0, self.raw_pool(host).refreshes)
+
+    def force_down(self, host, down):
+        (service,) = self.api.get_services(host=host, binary='nova-compute')
+        self.api.put_service(service['id'], {'forced_down': down})
+
+
+class TestCeph(CephTestBase):
+
+    def assert_deleted(self, server):
+        self._delete_server(server)
+        self.assertEqual({}, self.images)
+        self.assert_nobody_copies()
+
+    def test_boot_and_reboot(self):
+        server = self.boot_with_all()
+        self.assert_on('compute1', server)
+        self.assertEqual(1 << 30, self.images[server['id'] + '_disk'].size)
+        self._reboot_server(server, hard=True)
+        self.assert_on('compute1', server)
+        self._stop_server(server)
+        self._start_server(server)
+        self.assert_on('compute1', server)
+        self.assert_deleted(server)
+
+    def test_rescue(self):
+        server = self.boot_with_all()
+        self._rescue_server(server)
+        self.assertEqual(
+            sorted('%s_%s' % (server['id'], name) for name in (
+                *NAMES, 'disk.config.rescue', 'disk.rescue')),
+            sorted(self.images))
+        self._unrescue_server(server)
+        self.assertEqual(len(NAMES), len(self.images))
+        self._reboot_server(server, hard=True)
+        self.assert_on('compute1', server)
+
+    def test_migrate_and_confirm(self):
+        server = self.boot_with_all()
+        server = self._migrate_server(server)
+        self.assertEqual('compute2', server['OS-EXT-SRV-ATTR:host'])
+        self.assertEqual(
+            ['nova-resize'],
+            list(self.images[server['id'] + '_disk'].snapshots))
+        self._confirm_resize(server)
+        self.assert_on('compute2', server)
+        self.assertEqual({None}, {
+            record.previous for record in self.records(server).values()})
+        self._reboot_server(server, hard=True)
+        self.assert_on('compute2', server)
+        self._migrate_server(server)
+        self._confirm_resize(server)
+        self.assert_on('compute1', server)
+        self.assert_deleted(server)
+
+    def test_revert(self):
+        server = self.boot_with_all()
+        before = self.records(server)
+        self._resize_server(
+            server, self.flavor(disk=2, ephemeral=1, swap=64))
+        self.assertEqual(2 << 30, self.images[server['id'] + '_disk'].size)
+        self.write_image(server, 'disk', b'what is taken back')
+        server = self._revert_resize(server)
+        self.assertEqual('compute1', server['OS-EXT-SRV-ATTR:host'])
+        self.assert_on('compute1', server)
+        self.assertEqual(1 << 30, self.images[server['id'] + '_disk'].size)
+        self.assertEqual(
+            {name: record.obj_to_primitive()
+             for name, record in before.items()},
+            {name: record.obj_to_primitive()
+             for name, record in self.records(server).items()})
+        self._reboot_server(server, hard=True)
+        self.assert_on('compute1', server)
+        self.assert_deleted(server)
+
+    def test_delete_while_it_waits(self):
+        server = self.boot_with_all()
+        self._migrate_server(server)
+        self.assert_deleted(server)
+
+    def test_evacuate(self):
+        server = self.boot_with_all()
+        self.computes['compute1'].stop()
+        self.force_down('compute1', True)
+        self._evacuate_server(server, expected_host='compute2')
+        self.assertEqual(
+            {('compute2', None)},
+            {(r.host, r.previous) for r in self.records(server).values()})
+        self.restart_compute_service('compute1')
+        self.force_down('compute1', False)
+        self.assert_on('compute2', server)
+        # and back again, where old copies are known of other pools
+        self.computes['compute2'].stop()
+        self.force_down('compute2', True)
+        self._evacuate_server(server, expected_host='compute1')
+        self.restart_compute_service('compute2')
+        self.force_down('compute2', False)
+        self.assert_on('compute1', server)
+        self.assert_deleted(server)
+
+    def test_evacuate_while_it_waits_for_confirm(self):
+        server = self.boot_with_all()
+        self._migrate_server(server)
+        self._confirm_resize(server)
+        self.computes['compute2'].stop()
+        self.force_down('compute2', True)
+        self._evacuate_server(server, expected_host='compute1')
+        self.restart_compute_service('compute2')
+        self.force_down('compute2', False)
+        self.assert_on('compute1', server)
+
+    def test_shelve(self):
+        server = self.boot_with_all()
+        self.flags(shelved_offload_time=0)
+        self._shelve_server(server)
+        self.assertEqual({}, self.images)
+
+
+class TestRefused(CephTestBase):
+    """A disk that can't come stays where it is, and runs on."""
+
+    ceph_pools = {'compute1': 'nova', 'compute2': None}
+    # An error on a host is none of the API.
+    CAST_AS_CALL = False
+
+    def refuse(self, server, *words):
+        self.api.post_server_action(
+            server['id'], {'migrate': {'host': 'compute2'}})
+        self.wait_for_refusal(server)
+        actions = self.api.get_instance_actions(server['id'])
+        (action,) = [a for a in actions if a['action'] == 'migrate']
+        detail = self.api.get_instance_action_details(
+            server['id'], action['request_id'])
+        told = '\n'.join('%s %s' % (event.get('details'), event['traceback'])
+                         for event in detail['events'])
+        for word in words:
+            self.assertIn(word, told)
+
+    def test_out_of_ceph(self):
+        server = self.boot_with_all()
+        self.refuse(
+            server, 'choose a host with the same Ceph pool',
+            'nova-disks-pool (Ceph pool %s/nova)' % self.ceph.fsid,
+            'nova-disks-pool (no Ceph pool)')
+        self.assert_on('compute1', server)
+
+
+class TestRefusedIntoCeph(TestRefused):
+
+    ceph_pools = {'compute1': None, 'compute2': 'nova'}
+
+    def test_out_of_ceph(self):
+        server = self.boot()
+        self.refuse(server, 'choose a host with the same Ceph pool')
+        self.assertEqual({}, self.images)
+
+
+class TestRefusedOtherPool(TestRefused):
+
+    ceph_pools = {'compute1': 'nova', 'compute2': 'other'}
+
+    def test_out_of_ceph(self):
+        server = self.boot_with_all()
+        self.refuse(server, '%s/nova' % self.ceph.fsid,
+                    '%s/other' % self.ceph.fsid)
+        self.assert_on('compute1', server)
+
+
+class TestTakeOver(CephTestBase):
+    """Servers of ``images_type = rbd`` and of pools are the same disks."""
+
+    images_types = {'compute1': 'rbd', 'compute2': 'rbd'}
+
+    def upgrade(self, images_type='libvirt-storage'):
+        for host in self.connections:
+            self.set_option(host, 'images_type', images_type)
+            self.restart_compute_service(host)
+
+    def test_there_and_back(self):
+        server = self.boot_with_all()
+        self.assert_on('compute1', server, backend='rbd', pool=None)
+        self.upgrade()
+        self.assert_on('compute1', server, backend='rbd', pool=None)
+        self._reboot_server(server, hard=True)
+        self.assert_on('compute1', server)
+        self.upgrade('rbd')
+        self._reboot_server(server, hard=True)
+        self.assert_on('compute1', server, backend='rbd', pool=None)
+        self.upgrade()
+        self._delete_server(server)
+        self.assertEqual({}, self.images)
+
+    def test_migrate(self):
+        server = self.boot_with_all()
+        self.upgrade()
+        self._migrate_server(server)
+        self._confirm_resize(server)
+        self.assert_on('compute2', server)
+
+    def test_evacuate(self):
+        server = self.boot_with_all()
+        self.upgrade()
+        self.computes['compute1'].stop()
+        self.force_down('compute1', True)
+        self._evacuate_server(server, expected_host='compute2')
+        self.assert_on('compute2', server, backend='rbd', pool=None)
+        self._reboot_server(server, hard=True)
+        self.assert_on('compute2', server)
+
+    def test_other_ceph_pool(self):
+        server = self.boot_with_all()
+        self.upgrade()
+        self.flags(group='libvirt', images_rbd_pool='other')
+        self._reboot_server(server, hard=True)
+        self.assertEqual({'rbd'}, {
+            record.backend for record in self.records(server).values()})

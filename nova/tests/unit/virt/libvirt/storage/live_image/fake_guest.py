@@ -1,0 +1,125 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""A guest that is saved and goes on, without libvirt."""
+
+from nova.compute import power_state
+from nova.tests.unit.virt.libvirt.storage.live_image import test_definition
+from nova.tests.unit.virt.libvirt.storage.live_image import test_memory_file
+from nova.virt.libvirt.storage.live_image import interfaces
+from nova.virt.libvirt.storage.live_image import refusal
+
+MACS = ('fa:16:3e:00:00:01', 'fa:16:3e:00:00:02')
+
+
+class Killed(BaseException):
+    """As the end of the process: nothing handles it."""
+
+
+class Job:
+    def __init__(self, kind):
+        self.type = kind
+
+
+class Guest:
+    """A guest that does what libvirt and QEMU were seen to do.
+
+    :ivar steps: what was done, in order
+    :ivar fails: step -> error
+    """
+
+    def __init__(self):
+        self.steps = []
+        self.fails = {}
+        self.macs = list(MACS)
+        self.state = power_state.RUNNING
+        self.polls = 0
+        self.completed = {'operation': 9, 'success': True}
+        self.slow = None
+
+    def step(self, name):
+        self.steps.append(name)
+        if name in self.fails:
+            raise self.fails.pop(name)
+
+    def get_xml_desc(self):
+        return test_definition.SAVED.replace(
+            "<interface type='bridge'><mac address='fa:16:3e:00:00:01'/>"
+            "</interface>", ''.join(
+                "<interface type='bridge'><mac address='%s'/></interface>" %
+                mac for mac in self.macs))
+
+    def is_active(self):
+        return True
+
+    def get_power_state(self, host):
+        return self.state
+
+    def _path(self, xml, element):
+        return refusal.parse(xml).xpath(element)[0]
+
+    def save_memory_live(self, xml):
+        assert not self.macs, 'it has interfaces'
+        path = self._path(xml, 'memory/@file')
+        with open(path, 'wb') as f:
+            f.write(b'part')
+        if self.slow:
+            self.slow()
+        self.step('memory')
+        with open(path, 'wb') as f:
+            f.write(test_memory_file.saved(b'QEVMstream'))
+        self.state = power_state.PAUSED
+
+    def begin_backup(self, xml):
+        assert self.state == power_state.PAUSED
+        with open(self._path(xml, 'disks/disk/target/@file'), 'wb') as f:
+            f.write(b'disk')
+        self.polls = 2
+        self.step('disk')
+
+    def resume(self):
+        self.step('resume')
+        self.state = power_state.RUNNING
+
+    def pause(self):
+        self.step('pause')
+        self.state = power_state.PAUSED
+
+    def abort_job(self):
+        self.step('abort')
+        self.polls = 0
+
+    def get_job_info(self):
+        self.polls -= 1
+        return Job(2 if self.polls >= 0 else 0)
+
+    def get_completed_job(self):
+        self.step('copied')
+        return self.completed
+
+    # The driver's part.
+
+    def detach(self, vif):
+        self.step('detach')
+        self.macs.remove(vif['address'])
+
+    def attach(self, vif):
+        self.step('attach')
+        self.macs.append(vif['address'])
+
+    def plug(self, vif):
+        self.step('plug')
+
+
+def interfaces_of(guest):
+    return interfaces.Interfaces(
+        lambda: guest, [{'address': mac} for mac in MACS], guest.detach,
+        guest.attach, guest.plug)

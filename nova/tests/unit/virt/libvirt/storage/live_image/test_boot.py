@@ -1,0 +1,210 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+import os
+import shutil
+from unittest import mock
+
+import ddt
+import fixtures
+
+from nova import exception
+from nova import objects
+from nova import test
+from nova.tests.fixtures import libvirt as fakelibvirt
+from nova.tests.unit.virt.libvirt.storage.live_image import test_definition
+from nova.virt.libvirt import config as vconfig
+from nova.virt.libvirt.storage.live_image import boot
+from nova.virt.libvirt.storage.live_image import memory_file
+from nova.virt.libvirt.storage.live_image import refusal
+from nova.virt.libvirt.storage.live_image import vm_state
+
+CAPS = '''
+<capabilities><host><cpu><arch>x86_64</arch></cpu></host>
+<guest><os_type>hvm</os_type><arch name='x86_64'><wordsize>64</wordsize>
+<machine>%s</machine><machine canonical='pc-i440fx-7.2'>pc</machine>
+<domain type='qemu'/><domain type='kvm'><machine>pc-q35-7.2</machine></domain>
+</arch></guest></capabilities>'''
+
+
+@ddt.ddt
+class LiveBootTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(fixtures.MockPatchObject(
+            boot, 'libvirt', fakelibvirt))
+        self.folder = self.useFixture(fixtures.TempDir()).path
+        self.path = os.path.join(self.folder, 'memory')
+        self.flags(host='here')
+        self.flags(virt_type='qemu', group='libvirt')
+        self.instance = objects.Instance(
+            uuid=test_definition.OWN, flavor=objects.Flavor(
+                memory_mb=256, vcpus=1, root_gb=1))
+        self.host = mock.Mock()
+        self.host.get_connection.return_value.getVersion.return_value = (
+            7002000)
+        self._has_machine('pc-i440fx-7.2')
+        self._keep()
+
+    def _has_machine(self, name):
+        caps = vconfig.LibvirtConfigCaps()
+        caps.parse_str(CAPS % name)
+        self.host.get_capabilities.return_value = caps
+
+    def _keep(self, **changes):
+        stream = os.path.join(self.folder, 'stream')
+        with open(stream, 'wb') as f:
+            f.write(b'QEVM')
+        with memory_file.Reader(
+                test_definition.described(**changes),
+                vm_state.Stream(stream, 0, 4)) as reader, open(
+                    self.path, 'wb') as out:
+            shutil.copyfileobj(reader, out)
+
+    def _boot(self):
+        return boot.LiveBoot(self.host, self.instance, self.path)
+
+    def _assert_unusable(self, text, function, *args):
+        error = self.assertRaises(
+            exception.LiveImageUnusable, function, *args)
+        for part in (text, test_definition.OWN, 'here'):
+            self.assertIn(part, str(error))
+
+    def test_file_that_is_no_memory(self):
+        with open(self.path, 'wb') as f:
+            f.write(b'QFI\xfb')
+        self._assert_unusable('no memory', self._boot)
+        os.unlink(self.path)
+        self._assert_unusable('No such file', self._boot)
+
+    def test_check_host(self):
+        self._boot().check_host()
+        # 0: as large as the image.
+        self.instance.flavor.root_gb = 0
+        self._boot().check_host()
+
+    @ddt.data(('memory_mb', 512, '256 in the image, 512 in the flavor'),
+              ('vcpus', 2, '1 in the image, 2 in the flavor'),
+              ('root_gb', 2, '1073741824 bytes in the image, 2147483648'))
+    @ddt.unpack
+    def test_flavor_of_another_size(self, name, value, text):
+        setattr(self.instance.flavor, name, value)
+        self._assert_unusable(text, self._boot().check_host)
+
+    def test_machine_that_the_host_has_not(self):
+        self._has_machine('pc-i440fx-9.0')
+        self._assert_unusable('no machine of type pc-i440fx-7.2 (x86_64)',
+                              self._boot().check_host)
+
+    def test_older_qemu(self):
+        self._keep(qemu_version=7002001)
+        self._assert_unusable('7002001 in the image, 7002000 here',
+                              self._boot().check_host)
+        self._keep(qemu_version=7000000)
+        self._boot().check_host()
+
+    @ddt.data((fakelibvirt.VIR_CPU_COMPARE_IDENTICAL, True),
+              (fakelibvirt.VIR_CPU_COMPARE_SUPERSET, True),
+              (fakelibvirt.VIR_CPU_COMPARE_INCOMPATIBLE, False),
+              (fakelibvirt.VIR_CPU_COMPARE_ERROR, False))
+    @ddt.unpack
+    def test_cpu(self, result, fits):
+        self.flags(virt_type='kvm', group='libvirt')
+        self.host.compare_hypervisor_cpu.return_value = result
+        if fits:
+            self._boot().check_host()
+        else:
+            self._assert_unusable('Nehalem', self._boot().check_host)
+        self.assertIn('Nehalem', self.host.compare_hypervisor_cpu.mock_calls[
+            0].args[0])
+
+    def test_cpu_that_can_not_be_compared(self):
+        self.flags(virt_type='kvm', group='libvirt')
+        self.host.compare_hypervisor_cpu.side_effect = (
+            fakelibvirt.libvirtError('unknown CPU model'))
+        self._assert_unusable('unknown CPU model', self._boot().check_host)
+
+    def test_emulated_cpu(self):
+        self.flags(virt_type='qemu', group='libvirt')
+        self._boot().check_host()
+        self.host.compare_hypervisor_cpu.assert_not_called()
+
+    def _image(self, base='/base', size=1 << 30):
+        disk = os.path.join(self.folder, 'disk')
+        open(disk, 'wb').close()
+        self.useFixture(fixtures.MockPatch(
+            'nova.virt.images.qemu_img_info', return_value=mock.Mock(
+                virtual_size=size, backing_file_format='raw')))
+        image = mock.Mock(path=disk)
+        image.get_backing_file.return_value = base
+        return image
+
+    def test_write_root(self):
+        image = self._image()
+        with mock.patch.object(vm_state, 'write') as write:
+            self._boot().write_root(image)
+        path, stream, capacity, backing, name = write.mock_calls[0].args
+        self.assertEqual((image.path, 1 << 30, ('/base', 'raw'), 'live'),
+                         (path, capacity, backing, name))
+        self.assertEqual((self.path, 4), (stream.path, stream.length))
+
+    def test_write_root_of_another_size(self):
+        self._assert_unusable('root disk', self._boot().write_root,
+                              self._image(size=2 << 30))
+
+    def test_write_root_that_is_no_overlay(self):
+        self._assert_unusable('use_cow_images', self._boot().write_root,
+                              self._image(base=None))
+
+    def test_define(self):
+        made = refusal.parse(self._boot().define(test_definition.WANTED))
+        self.assertEqual(test_definition.OWN, made.findtext('uuid'))
+        self._assert_unusable(
+            '524288 here', self._boot().define,
+            test_definition.WANTED.replace('262144', '524288'))
+
+    def test_start(self):
+        guest = mock.Mock()
+        live = self._boot()
+        xml = live.define(test_definition.WANTED)
+        live.start(guest, xml)
+        snapshot = refusal.parse(
+            guest.go_on_from_snapshot.mock_calls[0].args[0])
+        self.assertEqual(test_definition.OWN,
+                         snapshot.findtext('domain/uuid'))
+
+    def test_start_fails(self):
+        """There is no other start in its place."""
+        guest = mock.Mock()
+        guest.go_on_from_snapshot.side_effect = fakelibvirt.libvirtError(
+            'Size mismatch: pc.ram')
+        live = self._boot()
+        self._assert_unusable(
+            'Size mismatch: pc.ram', live.start, guest,
+            live.define(test_definition.WANTED))
+        self.assertEqual(1, len(guest.mock_calls))
+
+    def test_give_devices(self):
+        wanted = vconfig.LibvirtConfigGuest()
+        wanted.parse_str(test_definition.WANTED)
+        # Which isn't parsed.
+        wanted.devices[1].source_device = 'cdrom'
+        guest = mock.Mock()
+        self._boot().give_devices(guest, wanted)
+        cdrom, nic = guest.mock_calls
+        self.assertEqual('change_media', cdrom[0])
+        self.assertEqual('hda', cdrom.args[0].target_dev)
+        self.assertEqual(
+            mock.call.attach_device(mock.ANY, persistent=True, live=True),
+            nic)
+        self.assertEqual('fa:16:3e:00:00:02', nic.args[0].mac_addr)

@@ -1,0 +1,268 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+import os
+import time
+from unittest import mock
+
+import ddt
+import fixtures
+
+from nova.compute import power_state
+from nova import exception
+from nova import objects
+from nova import test
+from nova.tests.fixtures import libvirt as fakelibvirt
+from nova.tests.unit.virt.libvirt.storage.live_image import fake_guest
+from nova.tests.unit.virt.libvirt.storage.live_image import test_definition
+from nova.virt.libvirt.storage.live_image import capture
+from nova.virt.libvirt.storage.live_image import refusal
+from nova.virt.libvirt.storage.live_image import under_way
+from nova.virt.libvirt.storage.live_image import watch
+
+MACS = fake_guest.MACS
+
+
+@ddt.ddt
+class CaptureTestCase(test.NoDBTestCase):
+
+    WHOLE = ['detach', 'detach', 'memory', 'disk', 'resume', 'attach',
+             'attach', 'copied']
+
+    def setUp(self):
+        super().setUp()
+        self.folder = os.path.join(
+            self.useFixture(fixtures.TempDir()).path, 'snapshots')
+        self.flags(snapshots_directory=self.folder, group='libvirt')
+        self.useFixture(fixtures.MockPatchObject(
+            capture, 'libvirt', fakelibvirt))
+        self.chown = self.useFixture(fixtures.MockPatch(
+            'nova.privsep.path.chown')).mock
+        self.info = self.useFixture(fixtures.MockPatch(
+            'nova.virt.images.qemu_img_info',
+            return_value=mock.Mock(virtual_size=1 << 30))).mock
+        for retried in (capture._let_go_on, capture._end_jobs):
+            self.useFixture(fixtures.MockPatchObject(
+                retried.retry, 'sleep'))
+            self.useFixture(fixtures.MockPatchObject(
+                retried.retry, 'stop', lambda state: (
+                    state.attempt_number >= 5)))
+        self.useFixture(fixtures.MockPatchObject(capture, 'POLL_JOB', 0))
+        self.instance = objects.Instance(uuid=test_definition.SOURCE)
+        self.guest = fake_guest.Guest()
+        self.host = mock.Mock()
+        self.host.get_guest.return_value = self.guest
+        connection = self.host.get_connection.return_value
+        connection.saveImageGetXMLDesc.return_value = test_definition.SAVED
+        connection.getVersion.return_value = 7002000
+        self.interfaces = fake_guest.interfaces_of(self.guest)
+
+    def _capture(self):
+        return capture.Capture(self.host, self.instance, self.interfaces)
+
+    def _assert_right(self):
+        self.assertEqual(power_state.RUNNING, self.guest.state)
+        self.assertEqual(set(MACS), set(self.guest.macs))
+        self.assertEqual([], os.listdir(self.folder)
+                         if os.path.isdir(self.folder) else [])
+
+    def test_capture(self):
+        with self._capture() as saved:
+            self.assertEqual(self.WHOLE, self.guest.steps)
+            self.assertEqual(10, saved.memory.length)
+            with open(saved.disk, 'rb') as f:
+                self.assertEqual(b'disk', f.read())
+            self.assertEqual(1 << 30, saved.description.capacity)
+            self.assertEqual(256, saved.description.memory_mb)
+            self.assertEqual(1, saved.description.vcpus)
+            self.assertEqual(7002000, saved.description.qemu_version)
+            self.assertEqual(test_definition.SAVED, saved.description.domain)
+            # Both are root's or QEMU's.
+            self.assertEqual(
+                {saved.disk, saved.memory.path},
+                {call.args[0] for call in self.chown.mock_calls})
+            # libvirt passes, and nobody else lists it.
+            self.assertEqual(0o701, os.stat(os.path.dirname(
+                saved.disk)).st_mode & 0o777)
+        self._assert_right()
+
+    def test_only_the_disk_is_left_to_others(self):
+        with mock.patch.object(self.guest, 'save_memory_live',
+                               side_effect=OSError('enough')) as save:
+            self.assertRaises(exception.LiveImageCaptureFailed,
+                              self._capture().__enter__)
+        found = refusal.parse(save.mock_calls[0].args[0])
+        self.assertEqual([('vda', 'manual'), ('hda', 'no')], [
+            (disk.get('name'), disk.get('snapshot'))
+            for disk in found.findall('disks/disk')])
+
+    def test_refused_before_anything_is_done(self):
+        with mock.patch.object(
+                self.guest, 'get_xml_desc',
+                return_value=test_definition.SAVED.replace('genid', 'other')):
+            self.assertRaises(exception.LiveImageRefused,
+                              self._capture().__enter__)
+        self.assertEqual([], self.guest.steps)
+        self._assert_right()
+
+    def test_two_at_once(self):
+        with self._capture():
+            steps = list(self.guest.steps)
+            self.assertRaises(exception.LiveImageRefused,
+                              self._capture().__enter__)
+            self.assertEqual(steps, self.guest.steps)
+        self._assert_right()
+
+    @ddt.data('detach', 'memory', 'disk', 'resume', 'copied')
+    def test_failure(self, step):
+        self.guest.fails[step] = fakelibvirt.libvirtError('no')
+        error = self.assertRaises(exception.LiveImageCaptureFailed,
+                                  self._capture().__enter__)
+        self.assertIn({'detach': 'interfaces', 'copied': 'copy'}.get(
+            step, step), str(error))
+        self._assert_right()
+
+    def test_copy_does_not_go_on_in_vain(self):
+        self.guest.fails['resume'] = fakelibvirt.libvirtError('no')
+        self.assertRaises(exception.LiveImageCaptureFailed,
+                          self._capture().__enter__)
+        self.assertEqual('abort', self.guest.steps[-1])
+        self._assert_right()
+
+    def test_failure_to_describe(self):
+        self.info.side_effect = OSError('no')
+        error = self.assertRaises(exception.LiveImageCaptureFailed,
+                                  self._capture().__enter__)
+        self.assertIn('description', str(error))
+        self._assert_right()
+
+    def test_never_resumed_before_the_disk_is_begun(self):
+        self.guest.fails['disk'] = fakelibvirt.libvirtError('no')
+        self.assertRaises(exception.LiveImageCaptureFailed,
+                          self._capture().__enter__)
+        self.assertLess(self.guest.steps.index('disk'),
+                        self.guest.steps.index('resume'))
+
+    @ddt.data({'operation': 9, 'success': False, 'errmsg': 'no space'},
+              {'operation': 6, 'success': True}, {})
+    def test_copy_that_has_failed(self, stats):
+        self.guest.completed = stats
+        error = self.assertRaises(exception.LiveImageCaptureFailed,
+                                  self._capture().__enter__)
+        self.assertIn(stats.get('errmsg', 'copy'), str(error))
+        self._assert_right()
+
+    def test_libvirt_that_can_not_copy_at_that_moment(self):
+        self.guest.fails['disk'] = fakelibvirt.libvirtError(
+            "Could not create node: Inactive 'libvirt-1-format' can't be a "
+            "file child of active '#block235'")
+        error = self.assertRaises(exception.LiveImageCaptureFailed,
+                                  self._capture().__enter__)
+        self.assertIn('libvirt 9.0 with QEMU 7.2', str(error))
+        self._assert_right()
+
+    def test_libvirt_is_away_for_a_while(self):
+        self.guest.fails['memory'] = fakelibvirt.libvirtError('closed')
+        gone = exception.InternalError('no connection')
+
+        def get_guest(_instance):
+            if self.guest.steps[-1:] == ['memory'] and self.away:
+                self.away -= 1
+                raise gone
+            return self.guest
+        self.away = 3
+        self.host.get_guest.side_effect = get_guest
+        self.assertRaises(exception.LiveImageCaptureFailed,
+                          self._capture().__enter__)
+        self._assert_right()
+
+    def test_libvirt_stays_away(self):
+        """What can't be put right now is for the next start."""
+        self.guest.fails['memory'] = fakelibvirt.libvirtError('closed')
+        self.host.get_guest.side_effect = [
+            self.guest, self.guest, *[exception.InternalError('gone')] * 5]
+        self.assertRaises(exception.LiveImageCaptureFailed,
+                          self._capture().__enter__)
+        self.assertEqual([self.instance.uuid], under_way.instances())
+        self.assertEqual([], self.guest.macs)
+
+        self.host.get_guest.side_effect = None
+        capture.recover(self.host, self.instance, self.interfaces)
+        self._assert_right()
+
+    def test_guest_is_deleted_meanwhile(self):
+        self.guest.fails['memory'] = fakelibvirt.libvirtError('no domain')
+        self.host.get_guest.side_effect = [
+            self.guest, self.guest,
+            *[exception.InstanceNotFound(instance_id='x')] * 5]
+        self.assertRaises(exception.LiveImageCaptureFailed,
+                          self._capture().__enter__)
+        self.assertEqual([], os.listdir(self.folder))
+
+    @ddt.data('detach', 'memory', 'disk', 'resume', 'attach')
+    def test_killed(self, step):
+        self.guest.fails[step] = fake_guest.Killed()
+        # Nothing of ours runs any more.
+        with mock.patch.object(
+                capture, 'put_right',
+                capture.put_right if step == 'attach' else mock.Mock()), (
+                    mock.patch.object(under_way, 'end')):
+            self.assertRaises(fake_guest.Killed, self._capture().__enter__)
+        self.assertEqual([self.instance.uuid], under_way.instances())
+        # libvirt ends what it was asked for all the same.
+        if step == 'memory':
+            self.guest.state = power_state.PAUSED
+        capture.recover(self.host, self.instance, self.interfaces)
+        self._assert_right()
+
+    def test_recover_waits_for_the_end_of_the_job(self):
+        under_way.begin(self.instance.uuid)
+        self.guest.polls = 1
+        self.guest.state = power_state.PAUSED
+        self.guest.macs = []
+        capture.recover(self.host, self.instance, self.interfaces)
+        self.assertEqual(['abort', 'resume', 'attach', 'attach'],
+                         self.guest.steps)
+        self._assert_right()
+
+    def test_recover_of_a_server_that_is_gone(self):
+        under_way.begin(self.instance.uuid)
+        self.host.get_guest.side_effect = exception.InstanceNotFound(
+            instance_id='x')
+        capture.recover(self.host, self.instance, self.interfaces)
+        self.assertEqual([], under_way.instances())
+
+    def test_recover_without_libvirt(self):
+        under_way.begin(self.instance.uuid)
+        self.host.get_guest.side_effect = exception.InternalError('gone')
+        capture.recover(self.host, self.instance, self.interfaces)
+        self.assertEqual([self.instance.uuid], under_way.instances())
+
+    def test_time_limit(self):
+        """First the guest is paused, then the job is ended."""
+        self.flags(live_image_timeout=1, group='libvirt')
+        self.useFixture(fixtures.MockPatchObject(watch, 'POLL', 0.01))
+        now = [0.0]
+
+        def slow():
+            while self.guest.steps[-1] != 'abort':
+                now[0] += 0.1
+                sleep(0.01)
+            raise fakelibvirt.libvirtError('operation aborted')
+        sleep = time.sleep
+        self.guest.slow = slow
+        with mock.patch.object(watch.time, 'monotonic', lambda: now[0]):
+            self.assertRaises(exception.LiveImageCaptureFailed,
+                              self._capture().__enter__)
+        self.assertEqual(['detach', 'detach', 'pause', 'abort', 'resume',
+                          'attach', 'attach'], self.guest.steps)
+        self._assert_right()

@@ -1,0 +1,52 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+from nova import exception
+from nova import test
+from nova.tests.unit.virt.libvirt.storage.live_image import fake_guest
+from nova.virt.libvirt.storage.live_image import interfaces
+
+MACS = fake_guest.MACS
+
+
+class InterfacesTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.guest = fake_guest.Guest()
+        self.interfaces = fake_guest.interfaces_of(self.guest)
+
+    def test_all_are_tried(self):
+        self.guest.macs = []
+        self.guest.fails['attach'] = OSError('first')
+        self.assertRaises(OSError, self.interfaces.put_back)
+        self.assertEqual([MACS[1]], self.guest.macs)
+        self.interfaces.put_back()
+        self.assertEqual(set(MACS), set(self.guest.macs))
+        # The one that was there came to no second time.
+        self.assertEqual(2, len(self.guest.macs))
+
+    def test_one_that_did_not_come_out(self):
+        """The driver has unplugged it all the same."""
+        self.guest.fails['detach'] = exception.DeviceDetachFailed(
+            device='net', reason='time')
+        self.assertRaises(exception.DeviceDetachFailed,
+                          self.interfaces.take_out)
+        self.interfaces.put_back()
+        self.assertEqual(['detach', 'plug', 'plug'], self.guest.steps)
+        self.assertEqual(list(MACS), self.guest.macs)
+
+    def test_one_that_is_none_of_the_instance(self):
+        self.guest.macs.append('52:54:00:00:00:01')
+        error = self.assertRaises(interfaces.StillThere,
+                                  self.interfaces.take_out)
+        self.assertIn('52:54:00:00:00:01', str(error))

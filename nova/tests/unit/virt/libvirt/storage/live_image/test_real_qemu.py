@@ -1,0 +1,125 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""The state of a real QEMU, through the writer, into another one."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+import unittest
+
+import fixtures
+from oslo_serialization import jsonutils
+
+from nova import test
+from nova.virt.libvirt.storage.live_image import vm_state
+
+QEMU = shutil.which('qemu-system-x86_64')
+MEMORY = 16  # MiB
+CAPACITY = (512 << 20) + 512
+
+
+@unittest.skipUnless(QEMU, 'there is no QEMU here')
+class RealQEMUTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        # A socket's path has 107 bytes at most.
+        self.folder = self.useFixture(fixtures.TempDir()).path
+        self.base = self._path('base')
+        with open(self.base, 'wb') as f:
+            f.truncate(CAPACITY)
+            f.write(b'of the base image')
+
+    def _path(self, name):
+        return os.path.join(self.folder, name)
+
+    def _start(self, name, disk, kind, *more):
+        """A machine without an operating system, and its monitor."""
+        monitor = self._path(name)
+        process = subprocess.Popen(
+            [QEMU, '-machine', 'pc,accel=tcg', '-m', str(MEMORY),
+             '-nodefaults', '-display', 'none', '-S', '-qmp',
+             'unix:%s,server=on,wait=off' % monitor, '-drive',
+             'file=%s,format=%s,if=virtio' % (disk, kind), *more],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        connection = socket.socket(socket.AF_UNIX)
+        self.addCleanup(connection.close)
+        until = time.monotonic() + 60
+        while True:
+            try:
+                connection.connect(monitor)
+                break
+            except OSError:
+                if process.poll() is not None:
+                    self.fail(process.communicate()[0])
+                self.assertLess(time.monotonic(), until)
+                time.sleep(0.05)
+        lines = connection.makefile('rw')
+        self.addCleanup(lines.close)
+        lines.readline()
+
+        def ask(command, **arguments):
+            lines.write(jsonutils.dumps(
+                {'execute': command, 'arguments': arguments}) + '\n')
+            lines.flush()
+            while True:
+                answer = jsonutils.loads(lines.readline())
+                if 'event' not in answer:
+                    self.assertIn('return', answer)
+                    return answer['return']
+        ask('qmp_capabilities')
+        return ask
+
+    def _memory(self, ask, name):
+        ask('pmemsave', val=0, size=MEMORY << 20, filename=self._path(name))
+        with open(self._path(name), 'rb') as f:
+            return f.read()
+
+    def test_memory_arrives(self):
+        source = self._start('source', self.base, 'raw', '-snapshot')
+        source('cont')
+        time.sleep(1)
+        source('stop')
+        stream = self._path('stream')
+        source('migrate', uri='exec:cat >' + stream)
+        until = time.monotonic() + 60
+        while source('query-migrate').get('status') != 'completed':
+            self.assertLess(time.monotonic(), until)
+            time.sleep(0.05)
+        memory = self._memory(source, 'memory-1')
+        self.assertTrue(any(memory))
+
+        target = self._path('disk')
+        open(target, 'wb').close()
+        vm_state.write(
+            target, vm_state.Stream(stream, 0, os.path.getsize(stream)),
+            CAPACITY, vm_state.Backing(self.base, 'raw'), 'live')
+        clone = self._start('clone', target, 'qcow2', '-loadvm', 'live')
+        self.assertFalse(clone('query-status')['running'])
+        self.assertEqual(memory, self._memory(clone, 'memory-2'))
+        # It goes on, and its disk is whole without the snapshot.
+        said = clone('human-monitor-command', **{
+            'command-line': 'delvm live'})
+        self.assertEqual('', said)
+        clone('cont')
+        self.assertEqual('running', clone('query-status')['status'])
+        clone('quit')
+        time.sleep(0.5)
+        found = jsonutils.loads(subprocess.run(
+            ['qemu-img', 'check', '--output=json', '-f', 'qcow2', '-U',
+             target], capture_output=True, text=True, check=True).stdout)
+        self.assertEqual(0, found['check-errors'])
+        self.assertNotIn('leaks', found)

@@ -1,0 +1,105 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+from unittest import mock
+
+import ddt
+import fixtures
+from oslo_utils.fixture import uuidsentinel as uuids
+
+from nova.compute import vm_states
+from nova import exception
+from nova import objects
+from nova import test
+from nova.tests.unit.virt.libvirt.storage.live_image import test_definition
+from nova.virt.libvirt.storage.live_image import memory_file
+from nova.virt.libvirt.storage.live_image import spawn
+
+
+@ddt.ddt
+class SpawnTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.flags(live_images=True, images_type='libvirt-storage',
+                   group='libvirt')
+        self.instance = objects.Instance(
+            uuid=test_definition.OWN, image_ref=uuids.disk,
+            project_id='project', vm_state=vm_states.BUILDING,
+            system_metadata={'image_img_live_memory_id': uuids.memory})
+        self.glance = mock.Mock()
+        self.disk = {'id': uuids.disk, 'properties': {
+            'img_live_memory_id': uuids.memory}}
+        self.glance.get.return_value = self.disk
+        self.store = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.live_image.store.Store')
+        ).mock.return_value
+        self.live = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.live_image.boot.LiveBoot')).mock
+
+    def _prepare(self):
+        return spawn.prepare(
+            mock.sentinel.host, self.glance, mock.sentinel.context,
+            self.instance)
+
+    def test_prepare(self):
+        found = self._prepare()
+        self.glance.get.assert_called_once_with(
+            mock.sentinel.context, uuids.disk)
+        self.assertEqual(
+            [mock.call.check(self.disk, uuids.memory, 'project'),
+             mock.call.fetch(uuids.memory)], self.store.mock_calls)
+        self.live.assert_called_once_with(
+            mock.sentinel.host, self.instance, self.store.fetch.return_value)
+        self.live.return_value.check_host.assert_called_once_with()
+
+        config, guest = mock.Mock(), mock.Mock()
+        xml = self.live.return_value.define.return_value
+        self.assertEqual(xml, found.define(config))
+        self.live.return_value.define.assert_called_once_with(
+            config.to_xml.return_value)
+        found.start(guest)
+        self.live.return_value.start.assert_called_once_with(guest, xml)
+        found.give_devices(guest)
+        self.live.return_value.give_devices.assert_called_once_with(
+            guest, config)
+
+    def test_image_without_memory(self):
+        self.instance.system_metadata = {}
+        self.assertIsNone(self._prepare())
+
+    @ddt.data(vm_states.ACTIVE, vm_states.SHELVED_OFFLOADED,
+              vm_states.RESIZED, vm_states.ERROR)
+    def test_no_new_instance(self, vm_state):
+        """Its disk is another by now, or the image is."""
+        self.instance.vm_state = vm_state
+        self.assertIsNone(self._prepare())
+
+    @ddt.data({'live_images': False}, {'images_type': 'qcow2'})
+    def test_host_that_starts_none(self, flags):
+        """It isn't booted in place of that."""
+        self.flags(group='libvirt', **flags)
+        error = self.assertRaises(exception.LiveImageUnusable, self._prepare)
+        self.assertIn(next(iter(flags)), str(error))
+        self.store.fetch.assert_not_called()
+
+    @ddt.data({}, {'img_live_memory_id': uuids.other})
+    def test_image_was_changed(self, properties):
+        self.disk['properties'] = properties
+        self.assertRaises(exception.LiveImageUnusable, self._prepare)
+        self.store.fetch.assert_not_called()
+
+    def test_check_fails(self):
+        self.store.check.side_effect = memory_file.Unusable('forged')
+        error = self.assertRaises(exception.LiveImageUnusable, self._prepare)
+        self.assertIn('forged', str(error))
+        self.store.fetch.assert_not_called()

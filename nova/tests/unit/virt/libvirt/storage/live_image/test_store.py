@@ -1,0 +1,235 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+import os
+import threading
+import time
+from unittest import mock
+
+import ddt
+import fixtures
+from oslo_utils.fixture import uuidsentinel as uuids
+
+from nova import exception
+from nova import test
+from nova.tests.unit.virt.libvirt.storage.live_image import test_definition
+from nova.virt.libvirt.storage.live_image import memory_file
+from nova.virt.libvirt.storage.live_image import store
+from nova.virt.libvirt.storage.live_image import vm_state
+
+DISK = {'id': uuids.disk, 'properties': {'os_hash_value': 'abc'}}
+
+
+@ddt.ddt
+class StoreTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        folder = self.useFixture(fixtures.TempDir()).path
+        self.flags(instances_path=folder)
+        self.cache = os.path.join(folder, 'live')
+        self.auth = mock.Mock()
+        self.auth.get_project_id.return_value = 'service'
+        self.get_auth = self.useFixture(fixtures.MockPatch(
+            'nova.service_auth.get_service_auth_plugin',
+            return_value=self.auth)).mock
+        self.useFixture(fixtures.MockPatch(
+            'nova.service_auth.get_service_auth_session'))
+        self.glance = mock.Mock()
+        self.glance.create.return_value = {'id': uuids.memory}
+        self.store = store.Store(self.glance, self.cache)
+
+    def _uploaded(self):
+        """The image as it is in Glance afterwards."""
+        self.store.upload(DISK, 'name', 'project', mock.sentinel.reader)
+        self.glance.get.return_value = {
+            **self.glance.create.mock_calls[0].args[1],
+            'id': uuids.memory, 'owner': 'service', 'status': 'active'}
+        return self.glance.get.return_value
+
+    def test_belongs_to_nova(self):
+        image = self._uploaded()
+        self.assertEqual('private', image['visibility'])
+        for call in (self.glance.create, self.glance.update):
+            context = call.mock_calls[0].args[0]
+            self.assertEqual(self.auth, context.get_auth_plugin())
+            self.assertIsNone(context.auth_token)
+        self.get_auth.assert_called_with('service_user')
+        self.assertEqual(mock.sentinel.reader,
+                         self.glance.update.mock_calls[0].kwargs['data'])
+
+    def test_nova_has_no_user(self):
+        self.get_auth.return_value = None
+        for call in (
+                lambda: self.store.upload(DISK, 'name', 'project', None),
+                lambda: self.store.check(DISK, uuids.memory, 'project'),
+                lambda: self.store.fetch(uuids.memory)):
+            error = self.assertRaises(memory_file.Unusable, call)
+            self.assertIn('[service_user]', str(error))
+        self.assertEqual([], self.glance.mock_calls)
+
+    def test_upload_fails(self):
+        self.glance.update.side_effect = exception.ImageBadRequest(
+            image_id='x', response='full')
+        self.assertRaises(exception.ImageBadRequest, self.store.upload, DISK,
+                          'name', 'project', None)
+        self.glance.delete.assert_called_once_with(mock.ANY, uuids.memory)
+
+    def _publish(self):
+        folder = self.useFixture(fixtures.TempDir()).path
+        disk, memory = (os.path.join(folder, name) for name in 'dm')
+        for path in (disk, memory):
+            with open(path, 'wb') as f:
+                f.write(path[-1].encode() * 4)
+        self.read = []
+        self.glance.get.return_value = DISK
+
+        def update(context, image_id, metadata, data=None, purge_props=None):
+            self.read.append((image_id, data and data.read()))
+        self.glance.update.side_effect = self.glance.update.side_effect or (
+            update)
+        self.store.publish(
+            mock.sentinel.context, uuids.disk,
+            {'name': 'warm', 'properties': {'owner_id': 'project'}},
+            mock.Mock(disk=disk, memory=vm_state.Stream(memory, 0, 4),
+                      description=test_definition.described()))
+
+    def test_publish(self):
+        self._publish()
+        (disk, data), (memory, kept), (last, none) = self.read
+        self.assertEqual((uuids.disk, b'dddd'), (disk, data))
+        self.assertEqual(uuids.memory, memory)
+        self.assertTrue(kept.startswith(b'NOVALIVE'))
+        self.assertTrue(kept.endswith(b'mmmm'))
+        # The disk's image knows of it when all is there.
+        self.assertEqual((uuids.disk, None), (last, none))
+        calls = self.glance.update.mock_calls
+        self.assertEqual({'properties': {
+            'img_live_memory_id': uuids.memory}}, calls[-1].args[2])
+        self.assertFalse(calls[-1].kwargs['purge_props'])
+        self.assertEqual([mock.sentinel.context] * 2,
+                         [calls[0].args[0], calls[-1].args[0]])
+        self.assertEqual(self.auth, calls[1].args[0].get_auth_plugin())
+        properties = self.glance.create.mock_calls[0].args[1]['properties']
+        self.assertEqual('project', properties['nova_live_project_id'])
+
+    def test_publish_without_a_user_of_nova(self):
+        self.get_auth.return_value = None
+        self.assertRaises(memory_file.Unusable, self._publish)
+        self.glance.update.assert_not_called()
+
+    def test_publish_fails_at_the_end(self):
+        error = exception.ImageNotFound(image_id='x')
+        self.glance.update.side_effect = (None, None, error)
+        self.assertRaises(exception.ImageNotFound, self._publish)
+        self.glance.delete.assert_called_once_with(mock.ANY, uuids.memory)
+
+    def test_delete(self):
+        for error in (None, exception.ImageNotFound(image_id='x'),
+                      exception.GlanceConnectionFailed(server='g', reason='')):
+            self.glance.delete.side_effect = error
+            self.store.delete(uuids.memory)
+
+    def test_check(self):
+        self._uploaded()
+        self.store.check(DISK, uuids.memory, 'project')
+
+    @ddt.data(
+        ({'owner': 'project'}, 'belongs to a user'),
+        ({'owner': None}, 'belongs to a user'),
+        ({'status': 'deactivated'}, 'deactivated'),
+        ({'status': 'queued'}, 'queued'),
+        ({'properties': {}}, 'another disk'))
+    @ddt.unpack
+    def test_forged(self, changes, text):
+        self._uploaded().update(changes)
+        error = self.assertRaises(memory_file.Unusable, self.store.check,
+                                  DISK, uuids.memory, 'project')
+        self.assertIn(text, str(error))
+
+    @ddt.data(({'id': uuids.other}, 'another disk'),
+              ({'properties': {'os_hash_value': 'changed'}}, 'another disk'),
+              ({'properties': {}}, 'another disk'))
+    @ddt.unpack
+    def test_another_disk(self, changes, text):
+        """A user has copied the property, or replaced the data."""
+        self._uploaded()
+        error = self.assertRaises(memory_file.Unusable, self.store.check,
+                                  {**DISK, **changes}, uuids.memory,
+                                  'project')
+        self.assertIn(text, str(error))
+
+    @ddt.data('other', None, '')
+    def test_another_project(self, project):
+        self._uploaded()['properties'].setdefault('x', None)
+        error = self.assertRaises(memory_file.Unusable, self.store.check,
+                                  DISK, uuids.memory, project)
+        self.assertIn('another project', str(error))
+
+    @ddt.data(exception.ImageNotFound(image_id='x'),
+              exception.ImageNotAuthorized(image_id='x'))
+    def test_gone(self, error):
+        self.glance.get.side_effect = error
+        error = self.assertRaises(memory_file.Unusable, self.store.check,
+                                  DISK, uuids.memory, 'project')
+        self.assertIn(uuids.memory, str(error))
+
+    def _download(self, context, image_id, dest_path):
+        with open(dest_path, 'w') as f:
+            f.write(image_id)
+
+    def test_fetched_once(self):
+        self.glance.download.side_effect = self._download
+        path = self.store.fetch(uuids.memory)
+        self.assertEqual(path, self.store.fetch(uuids.memory))
+        self.assertEqual(1, self.glance.download.call_count)
+        self.assertEqual([uuids.memory], os.listdir(self.cache))
+        self.assertEqual(0o700, os.stat(self.cache).st_mode & 0o777)
+
+    def test_two_at_once_fetch_it_once(self):
+        def slow(context, image_id, dest_path):
+            time.sleep(0.2)
+            self._download(context, image_id, dest_path)
+        self.glance.download.side_effect = slow
+        threads = [threading.Thread(
+            target=self.store.fetch, args=(uuids.memory,))
+            for _number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(1, self.glance.download.call_count)
+        self.assertEqual([uuids.memory], os.listdir(self.cache))
+
+    def test_what_was_not_fetched_whole_is_gone(self):
+        def cut(context, image_id, dest_path):
+            self._download(context, image_id, dest_path)
+            raise OSError('corrupt')
+        self.glance.download.side_effect = cut
+        self.assertRaises(OSError, self.store.fetch, uuids.memory)
+        self.assertEqual([], os.listdir(self.cache))
+
+    def test_sweep(self):
+        self.flags(remove_unused_original_minimum_age_seconds=100,
+                   group='image_cache')
+        self.store.sweep()
+        self.glance.download.side_effect = self._download
+        old = self.store.fetch(uuids.old)
+        self.store.fetch(uuids.new)
+        os.utime(old, times=(time.time() - 101,) * 2)
+        self.store.sweep()
+        self.assertEqual([uuids.new], os.listdir(self.cache))
+        # Use makes it young again.
+        os.utime(self.store.fetch(uuids.new), times=(0, 0))
+        self.store.fetch(uuids.new)
+        self.store.sweep()
+        self.assertEqual([uuids.new], os.listdir(self.cache))

@@ -1,0 +1,81 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+import threading
+import time
+from unittest import mock
+
+import fixtures
+
+from nova.compute import power_state
+from nova import test
+from nova.virt.libvirt.storage.live_image import watch
+
+
+class WatchTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(fixtures.MockPatchObject(watch, 'POLL', 0.001))
+        self.guest = mock.Mock()
+        self.guest.abort_job.__name__ = 'abort_job'
+        self.guest.pause.__name__ = 'pause'
+        self._is(power_state.RUNNING)
+
+    def _is(self, state):
+        self.polled = threading.Event()
+
+        def get_power_state(_host):
+            self.polled.set()
+            return state
+        self.guest.get_power_state.side_effect = get_power_state
+
+    def _wait_for_polls(self):
+        for _poll in range(3):
+            self.polled.clear()
+            self.assertTrue(self.polled.wait(20))
+
+    def _watch(self, limit=100):
+        return watch.Watch(self.guest, mock.sentinel.host, limit, None)
+
+    def test_pause(self):
+        with self._watch() as watched:
+            self._wait_for_polls()
+            self._is(power_state.PAUSED)
+            # It isn't asked any more then.
+            self.assertTrue(self.polled.wait(20))
+            time.sleep(0.1)
+        self.assertGreater(watched.pause(), 0.1)
+        self.guest.pause.assert_not_called()
+
+    def test_no_pause(self):
+        with self._watch() as watched:
+            self._wait_for_polls()
+        self.assertEqual(0, watched.pause())
+
+    def test_guest_that_can_not_be_asked(self):
+        with self._watch() as watched:
+            self.guest.get_power_state.side_effect = OSError('gone')
+            time.sleep(0.05)
+            self._is(power_state.PAUSED)
+            self.assertTrue(self.polled.wait(20))
+            time.sleep(0.01)
+        self.assertGreater(watched.pause(), 0)
+
+    def test_limits(self):
+        with self._watch(limit=0.1):
+            while not self.guest.abort_job.called:
+                time.sleep(0.01)
+        self.assertEqual(
+            ['pause', 'abort_job'],
+            [name for name, _args, _kwargs in self.guest.mock_calls
+             if name != 'get_power_state'])

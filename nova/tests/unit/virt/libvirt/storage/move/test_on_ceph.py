@@ -1,0 +1,173 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""Disks in Ceph pools, and moves between hosts that see them, or don't."""
+
+import fixtures
+from oslo_serialization import jsonutils
+
+from nova import exception
+from nova import objects
+from nova.tests.unit.virt.libvirt.storage.move import test_move
+from nova.tests.unit.virt.libvirt.storage.move import two_hosts
+from nova.virt.libvirt.storage.move import offer
+from nova.virt.libvirt.storage.move import source
+from nova.virt.libvirt.storage.pool import kinds as pool_kinds
+from nova.virt.libvirt.storage.records import lifecycle
+
+POOL, BASES = two_hosts.POOL, two_hosts.BASES
+
+
+class OnCephTestCase(test_move.OutgoingTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.pool.kinds._KINDS',
+            {**pool_kinds._KINDS, 'rbd': pool_kinds._KINDS['rbd']._replace(
+                holds_disks=True)}))
+        self.nvram = False
+        self.stub_out(
+            'nova.virt.libvirt.storage.move.guest_files.has_nvram',
+            lambda host, instance: self.nvram)
+        for daemon in (self.source, self.dest):
+            self.put_on_ceph(daemon)
+        for name, record in self.disks.items():
+            record.backend = 'libvirt-storage-rbd'
+            self.disks.set(name, record)
+        self.disks.save(self.context)
+        self.saves.clear()
+
+    @staticmethod
+    def put_on_ceph(daemon, ceph='cluster/nova'):
+        daemon.types[POOL], daemon.ceph[POOL] = 'rbd', ceph
+
+    def take_off_ceph(self, daemon):
+        del daemon.types[POOL], daemon.ceph[POOL]
+
+    def offered(self):
+        self.make_offer()
+        self.disks = self.load()
+        self.saves.clear()
+
+    def test_offer(self):
+        self.offered()
+        pools = offer.load(self.instance).pools
+        self.assertEqual('cluster/nova', pools[POOL].ceph)
+        self.assertNotIn('files', pools[POOL].kinds)
+        # That pool takes no streams.
+        self.assertIn('files', pools[BASES].kinds)
+        # An older source doesn't know it.
+        told = jsonutils.loads(self.instance.migration_context.driver_info)
+        self.assertNotIn('ceph', told['pools'][BASES])
+
+    def test_offer_to_disks_of_images_type_rbd(self):
+        for name, record in self.disks.items():
+            record.backend, record.pool, record.volume = 'rbd', None, None
+            self.disks.set(name, record)
+        self.disks.save(self.context)
+        self.offered()
+        self.assertEqual('cluster/nova', offer.load(
+            self.instance).pools[POOL].ceph)
+
+    def test_nothing_travels(self):
+        """Not even a connection is made."""
+        self.offered()
+        self.stub_out('nova.virt.libvirt.storage.move.transport.reach', None)
+        before = self.places()
+        self.assertEqual([], jsonutils.loads(self.move()))
+        self.assertEqual([], self.copies)
+        self.assertEqual(before, self.places())
+        self.assertEqual([], self.saves)
+
+    def test_firmware_travels(self):
+        self.nvram = True
+        self.offered()
+        outgoing = self.outgoing()
+        outgoing.check()
+        self.assertIsNotNone(outgoing.departure.peer)
+        self.assertEqual([], outgoing.departure.items)
+        here, there = outgoing.departure.pool_of_files()
+        self.assertEqual((BASES, BASES), (here.name, there.name))
+        with outgoing:
+            pass
+
+    def test_image_is_gone(self):
+        self.offered()
+        self.source.pools[POOL].clear()
+        self.assertRaises(exception.InstanceFaultRollback,
+                          self.outgoing().check)
+
+    def test_one_host(self):
+        self.migration.dest_compute = 'source'
+        self.flags(host='dest')
+        self.offered()
+        self.assertEqual([], jsonutils.loads(self.move(same_host=True)))
+
+    def test_other_ceph_pool(self):
+        self.put_on_ceph(self.dest, 'cluster/other')
+        self.offered()
+        text = self.refused()
+        for part in ('cluster/nova', 'cluster/other', 'same Ceph pool'):
+            self.assertIn(part, text)
+
+    def test_out_of_ceph(self):
+        self.take_off_ceph(self.dest)
+        self.offered()
+        self.assertIn('no Ceph pool', self.refused())
+
+    def test_into_ceph(self):
+        self.take_off_ceph(self.source)
+        for name, record in self.disks.items():
+            record.backend = 'libvirt-storage'
+            self.disks.set(name, record)
+        self.disks.save(self.context)
+        self.offered()
+        self.assertIn('no Ceph pool', self.refused())
+
+    def test_unfinished(self):
+        record = self.disks.get('disk')
+        record.state = 'building'
+        self.disks.set('disk', record)
+        self.disks.save(self.context)
+        self.offered()
+        e = self.assertRaises(exception.InstanceFaultRollback,
+                              self.outgoing().check)
+        self.assertIn('hard reboot', str(e))
+
+    def test_confirm(self):
+        self.stub_out(
+            'nova.virt.libvirt.storage.records.metadata.InstanceDisks.load',
+            lambda cls, context, instance: self.load())
+        images = dict(self.source.pools[POOL])
+        self.flags(host='dest')
+        lifecycle.arrived(self.disks, [])
+        self.disks.save(self.context)
+        self.assertEqual('source', self.disks.get('disk').previous.host)
+        self.flags(host='source')
+        source.confirm(self.context, self.source, self.instance)
+        self.assertEqual(
+            {('dest', 'ready', None)},
+            {(record.host, record.state, record.previous)
+             for _name, record in self.load().items()})
+        self.assertEqual(images, self.source.pools[POOL])
+        self.assertEqual([], self.load().leftovers)
+
+    def test_revert(self):
+        self.flags(host='dest')
+        lifecycle.arrived(self.disks, [])
+        self.flags(host='source')
+        self.instance.flavor = objects.Flavor(root_gb=0)
+        lifecycle.went_back(self.disks)
+        self.assertEqual(
+            {('source', 'ready')},
+            {(record.host, record.state)
+             for _name, record in self.disks.items()})

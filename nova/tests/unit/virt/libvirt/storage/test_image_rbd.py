@@ -1,0 +1,287 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""Disks that are images of a Ceph pool."""
+
+import os
+from unittest import mock
+
+import fixtures
+from oslo_utils.fixture import uuidsentinel as uuids
+from oslo_utils import units
+
+import nova.conf
+from nova import exception
+from nova import objects
+from nova.objects import fields
+from nova.tests.fixtures import ceph
+from nova.tests.unit.virt.libvirt.storage.pool import base
+from nova.virt import images
+from nova.virt.libvirt import imagebackend
+from nova.virt.libvirt.storage import image
+from nova.virt.libvirt.storage import image_rbd
+
+CONF = nova.conf.CONF
+
+RBD = fields.LibvirtDiskBackend.LIBVIRT_STORAGE_RBD
+MIB = units.Mi
+
+
+class RbdDiskTestCase(base.PoolsTestCase):
+
+    def setUp(self):
+        super().setUp()
+        path = self.useFixture(fixtures.TempDir()).path
+        self.flags(instances_path=path, state_path=path)
+        self.flags(group='libvirt', storage_disks_pool='ceph',
+                   images_type='libvirt-storage',
+                   storage_pool_mapping={'swap': 'files'},
+                   rbd_destroy_volume_retries=1,
+                   rbd_destroy_volume_retry_interval=0)
+        self.useFixture(fixtures.MockPatch('nova.privsep.path.utime'))
+        self.ceph = self.useFixture(ceph.CephFixture()).cluster
+        self.images = self.ceph.pools['nova']
+        self.conn.secretDefineXML(
+            "<secret ephemeral='no' private='no'><uuid>%s</uuid></secret>" %
+            base.SECRET).setValue(b'a key')
+        self.raw = self.add_pool('ceph', kind='rbd')
+        self.add_pool('files')
+        self.add_pool('nova-base-images-pool',
+                      os.path.join(path, '_base'))
+        self.backends = imagebackend.Backend(True)
+        self.backends.BACKEND.update(
+            image_rbd.bound_to(lambda: self.conn))
+        self.instance = objects.Instance(
+            uuid=uuids.instance, host='here', task_state='spawning',
+            system_metadata={})
+        self.in_glance = ceph.StoredImage(20 * MIB, b'image')
+        self.in_glance.snapshots['snap'] = ceph.Snapshot(b'image', 20 * MIB)
+        self.in_glance.snapshots['snap'].protected = True
+        self.ceph.pools['images'][uuids.image] = self.in_glance
+        self.glance = self.useFixture(fixtures.MockPatchObject(
+            imagebackend, 'IMAGE_API')).mock
+        self.meta = {'id': uuids.image, 'disk_format': 'raw', 'locations': [
+            {'url': 'rbd://%s/images/%s/snap' % (
+                self.ceph.fsid, uuids.image)}]}
+        self.glance.get.return_value = self.meta
+        self.fetched = []
+        self.stub_out('nova.virt.libvirt.utils.fetch_image', self._fetch)
+
+    def _fetch(self, target, **kwargs):
+        self.fetched.append(target)
+        with open(target, 'wb') as f:
+            f.write(b'image')
+
+    def image(self, name='disk', record=None):
+        mapping = {'bus': 'virtio', 'dev': 'vda', 'type': 'disk'}
+        if record is not None:
+            mapping['metadata'] = record
+        return self.backends.by_name(
+            self.instance, name, disk_info_mapping=mapping)
+
+    def new(self, name='disk', size=48 * MIB):
+        return self.image(name, self.image(name).metadata(size))
+
+    def create(self, size=48 * MIB):
+        made = self.new()
+        made.create_from_image(mock.sentinel.context, uuids.image, size)
+        made.record.state = fields.LibvirtDiskState.READY
+        return made
+
+    @property
+    def disk(self):
+        return self.images['%s_disk' % uuids.instance]
+
+
+class WhichTestCase(RbdDiskTestCase):
+
+    def test_new_disk_is_what_its_pool_is(self):
+        self.assertIsInstance(self.image(), image_rbd.LibvirtStorageRbd)
+        swap = self.image('disk.swap')
+        self.assertIsInstance(swap, image.LibvirtStorage)
+        self.assertNotIsInstance(swap, image_rbd.LibvirtStorageRbd)
+
+    def test_disk_is_what_is_on_record(self):
+        record = self.image().metadata(MIB)
+        self.assertEqual(
+            (RBD, 'raw', 'ceph', '%s_disk' % uuids.instance, 'building'),
+            (record.backend, record.format, record.pool, record.volume,
+             record.state))
+        self.flags(group='libvirt', storage_disks_pool='files')
+        self.assertIsInstance(self.image(record=record),
+                              image_rbd.LibvirtStorageRbd)
+        record.backend = fields.LibvirtDiskBackend.LIBVIRT_STORAGE
+        self.flags(group='libvirt', storage_disks_pool='ceph')
+        self.assertNotIsInstance(self.image(record=record),
+                                 image_rbd.LibvirtStorageRbd)
+
+    def test_pool_that_is_not_there(self):
+        self.flags(group='libvirt', storage_disks_pool='nowhere')
+        self.assertNotIsInstance(self.image(), image_rbd.LibvirtStorageRbd)
+
+    def test_constructor_asks_nobody(self):
+        record = self.image().metadata(MIB)
+        self.ceph.answers = False
+        self.ceph.opened.clear()
+        self.image(record=record)
+        self.assertEqual([], self.ceph.opened)
+
+    def test_name_is_taken(self):
+        self.images['%s_disk' % uuids.instance] = ceph.StoredImage(1)
+        self.assertEqual('%s_disk.1' % uuids.instance,
+                         self.image().metadata(MIB).volume)
+
+    def test_evacuated_without_a_record(self):
+        """A new disk would be an empty one."""
+        self.images['%s_disk' % uuids.instance] = ceph.StoredImage(1)
+        self.instance.task_state = 'rebuild_spawning'
+        record = self.image().metadata(MIB)
+        self.assertEqual(('%s_disk' % uuids.instance, 'ready'),
+                         (record.volume, record.state))
+
+
+class XMLTestCase(RbdDiskTestCase):
+
+    def test_network_disk(self):
+        info = self.image(record=self.image().metadata(MIB)).libvirt_info(
+            'none', {})
+        self.assertEqual(
+            ('network', 'rbd', 'nova/%s_disk' % uuids.instance, 'raw', 'qemu',
+             None), (info.source_type, info.source_protocol,
+                     info.source_name, info.driver_format, info.driver_name,
+                     info.driver_io))
+        self.assertEqual((['10.0.0.1', 'fd00::1'], ['6790', '6789']),
+                         (info.source_hosts, info.source_ports))
+        self.assertEqual(
+            ('ceph', base.SECRET, 'compute'),
+            (info.auth_secret_type, info.auth_secret_uuid,
+             info.auth_username))
+        self.assertEqual([], self.ceph.commands)
+
+    def test_model(self):
+        model = self.create().get_model(self.conn)
+        self.assertEqual(
+            ('nova', 'compute', b'YSBrZXk=',
+             ['10.0.0.1:6790', '[fd00::1]:6789']),
+            (model.pool, model.user, model.password, model.servers))
+
+
+class CreateTestCase(RbdDiskTestCase):
+
+    def test_clone(self):
+        self.create()
+        self.assertEqual(('images', uuids.image, 'snap'), self.disk.parent)
+        self.assertEqual(48 * MIB, self.disk.size)
+        self.assertEqual([], self.fetched)
+        self.assertEqual(0, self.raw.refreshes)
+
+    def test_image_is_larger(self):
+        self.assertRaises(exception.FlavorDiskSmallerThanImage,
+                          self.create, 10 * MIB)
+
+    def test_import(self):
+        self.meta['locations'] = []
+        self.create()
+        self.assertEqual(b'image', self.disk.content)
+        self.assertEqual(48 * MIB, self.disk.size)
+        self.assertIn(CONF.state_path + '/ceph/ceph.conf',
+                      self.ceph.commands[0])
+
+    def test_never_download(self):
+        self.flags(group='workarounds', never_download_image_if_on_rbd=True)
+        self.meta['locations'] = []
+        self.assertRaises(exception.ImageUnacceptable, self.create)
+        self.assertEqual([], self.fetched)
+
+    def test_copy_to_the_store_of_this_ceph(self):
+        self.flags(group='libvirt', images_rbd_glance_store_name='near',
+                   images_rbd_glance_copy_poll_interval=0)
+        here, self.meta['locations'] = self.meta['locations'], []
+
+        def copied(context, image_id, store):
+            self.meta.update(locations=here, stores='far,near')
+
+        self.glance.copy_image_to_store.side_effect = copied
+        self.create()
+        self.assertEqual(('images', uuids.image, 'snap'), self.disk.parent)
+
+    def test_begun_before(self):
+        record = self.image().metadata(48 * MIB)
+        self.images[record.volume] = ceph.StoredImage(1)
+        self.assertFalse(self.image(record=record).exists())
+        self.image(record=record).discard()
+        self.assertEqual({}, self.images)
+
+    def test_generated(self):
+        def write(target):
+            with open(target, 'wb') as f:
+                f.write(b'drive')
+
+        self.new('disk.config').create_from_func(write, None)
+        self.assertEqual(
+            b'drive',
+            self.images['%s_disk.config' % uuids.instance].content)
+
+    def test_exists(self):
+        made = self.create()
+        self.assertTrue(made.exists())
+        self.images.clear()
+        self.assertFalse(made.exists())
+        self.ceph.answers = False
+        self.assertRaises(exception.StorageCephError, made.exists)
+
+
+class LaterTestCase(RbdDiskTestCase):
+
+    def test_revert_of_a_resize(self):
+        made = self.create()
+        self.disk.content = b'before'
+        made.create_snap('nova-resize')
+        made.create_from_image(mock.sentinel.context, uuids.image, 96 * MIB)
+        self.assertEqual(96 * MIB, self.disk.size)
+        self.disk.content = b'after'
+        made.rollback_to_snap('nova-resize')
+        made.remove_snap('nova-resize')
+        self.assertEqual((b'before', 48 * MIB, {}), (
+            self.disk.content, self.disk.size, self.disk.snapshots))
+
+    def test_flatten(self):
+        self.create().flatten()
+        self.assertIsNone(self.disk.parent)
+
+    def test_direct_snapshot(self):
+        made = self.create()
+        self.disk.content = b'snapshot'
+        url = made.direct_snapshot(
+            mock.sentinel.context, 'temporary', 'raw', uuids.snapshot,
+            uuids.image)
+        self.assertEqual(
+            'rbd://%s/images/%s/snap' % (self.ceph.fsid, uuids.snapshot), url)
+        kept = self.ceph.pools['images'][uuids.snapshot]
+        self.assertEqual((b'snapshot', None), (kept.content, kept.parent))
+        self.assertTrue(kept.snapshots['snap'].protected)
+        self.assertEqual({}, self.disk.snapshots)
+
+    def test_snapshot_by_qemu_img(self):
+        made = self.create()
+        with mock.patch.object(images, 'convert_image',
+                               autospec=True) as mock_convert:
+            made.snapshot_extract('/target', 'qcow2')
+        self.assertEqual(
+            'rbd:nova/%s_disk:id=compute:conf=%s/ceph/ceph.conf' % (
+                uuids.instance, CONF.state_path),
+            mock_convert.call_args.args[0])
+
+    def test_delete(self):
+        made = self.create()
+        made.delete()
+        made.delete()
+        self.assertEqual({}, self.images)

@@ -1,0 +1,176 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""The image backend whose disks are volumes of storage pools over Ceph.
+
+libvirt takes no volume of an rbd pool as the disk of a guest, copies none from
+an image, and streams none. So the pool says where Ceph is, the guest is given
+a network disk, and the rest is what ``images_type = rbd`` has always done; see
+:mod:`nova.virt.libvirt.storage.pool.ceph`. The names are the same, too: a disk
+of the one backend becomes one of the other by its record alone.
+"""
+
+from oslo_log import log as logging
+
+from nova.compute import task_states
+import nova.conf
+from nova import exception
+from nova.objects import fields
+from nova.virt.image import model as imgmodel
+from nova.virt.libvirt import imagebackend
+from nova.virt.libvirt.storage import image
+from nova.virt.libvirt.storage.pool import ceph as ceph_pool
+from nova.virt.libvirt.storage.pool import setup
+from nova.virt.libvirt.storage.records import metadata
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+
+def bound_to(get_connection):
+    """Return the image backends whose disks are in the pools of one host.
+
+    :param get_connection: gives the connection to that host's libvirt
+    :returns: by the backend that is on record. A disk that isn't on record yet
+        is of the first, or of the second if its pool is over Ceph.
+    """
+    volumes = image.LibvirtStorage.bound_to(get_connection)
+    images = type('LibvirtStorageRbd', (LibvirtStorageRbd, volumes), {})
+    is_ceph: dict[str, bool] = {}
+
+    def new(cls, instance=None, disk_name=None, path=None,
+            disk_info_mapping=None):
+        if (cls is volumes and disk_name is not None and
+                not (disk_info_mapping or {}).get('metadata') and
+                _is_on_ceph(get_connection, disk_name, is_ceph)):
+            cls = images
+        return object.__new__(cls)
+
+    volumes.__new__ = staticmethod(new)
+    return {volumes.RECORDED_AS: volumes, images.RECORDED_AS: images}
+
+
+def _is_on_ceph(get_connection, disk_name, known):
+    """Whether a disk's pool is over Ceph; asked once for each pool."""
+    name = setup.pool_name_for(disk_name)
+    if name not in known:
+        try:
+            known[name] = setup.pool_of(
+                get_connection(), disk_name).kind().is_ceph
+        except exception.StoragePoolError as e:
+            LOG.debug('The type of storage pool %(pool)s is not known: '
+                      '%(error)s', {'pool': name, 'error': e})
+            return False
+    return known[name]
+
+
+class LibvirtStorageRbd(imagebackend.Rbd, image.LibvirtStorage):
+    """A disk which is an image of the Ceph pool that a storage pool is over.
+
+    What it does with an image is imagebackend.Rbd's, where the disk is and who
+    reaches it is LibvirtStorage's.
+    """
+
+    RECORDED_AS = fields.LibvirtDiskBackend.LIBVIRT_STORAGE_RBD
+
+    def __init__(self, *args, **kwargs):
+        # Rbd's asks nova.conf where Ceph is.
+        image.LibvirtStorage.__init__(self, *args, **kwargs)
+        self.preallocate = False
+        self.driver_io = None
+        self._ceph = None
+
+    def _get_new_format(self):
+        return fields.LibvirtDiskFormat.RAW
+
+    @property
+    def ceph(self) -> ceph_pool.CephPool:
+        """The Ceph pool that the disk is in."""
+        if self._ceph is None:
+            self._ceph = self._get_pool(self.pool_name).ceph()
+        return self._ceph
+
+    @property
+    def driver(self):
+        return self.ceph.driver
+
+    @property
+    def rbd_name(self):
+        return self.volume_name
+
+    @property
+    def path(self):
+        """What qemu-img calls the disk, whether or not it is there."""
+        return ceph_pool.CephImage(
+            None, self.ceph, self.volume_name).path
+
+    @path.setter
+    def path(self, path):
+        """The record says where the disk is."""
+
+    def exists(self):
+        """Whether the disk is there and whole.
+
+        :raises: exception.StorageCephError if Ceph doesn't say
+        """
+        if self.record is not None and self.record.is_building:
+            # It was begun and never finished.
+            return False
+        return self._is_there()
+
+    def _is_there(self):
+        return self._get_pool(self.pool_name).find(
+            self.volume_name) is not None
+
+    def metadata(self, size):
+        """Return a record for this disk if it were made now.
+
+        :param size: as the other parameter of LibvirtStorage.metadata()
+        """
+        if (self.instance.task_state == task_states.REBUILD_SPAWNING and
+                self._is_there()):
+            # Evacuated from a host that had it on no record: it is the disk.
+            state, volume = fields.LibvirtDiskState.READY, self.volume_name
+        else:
+            state = fields.LibvirtDiskState.BUILDING
+            volume = self._get_pool(self.pool_name).free_name(
+                self.volume_name,
+                (self.disk_info_mapping or {}).get('taken', ()))
+        return metadata.LibvirtDiskMetadata(
+            backend=self.RECORDED_AS, format=self._get_new_format(),
+            size=size, state=state, host=CONF.host, pool=self.pool_name,
+            volume=volume)
+
+    def libvirt_info(self, *args, **kwargs):
+        return imagebackend.Image.libvirt_info(self, *args, **kwargs)
+
+    def _set_source(self, info):
+        info.source_type = 'network'
+        info.source_protocol = 'rbd'
+        info.source_name = '%s/%s' % (self.ceph.name, self.volume_name)
+        info.source_hosts = [host for host, _port in self.ceph.monitors]
+        info.source_ports = [port for _host, port in self.ceph.monitors]
+        if self.ceph.secret_uuid is not None:
+            info.auth_secret_type = 'ceph'
+            info.auth_secret_uuid = self.ceph.secret_uuid
+            info.auth_username = self.ceph.user
+
+    def get_model(self, connection):
+        key = self.ceph.key()
+        return imgmodel.RBDImage(
+            self.rbd_name, self.ceph.name, self.ceph.user,
+            key and key.encode(),
+            ['%s:%s' % (ceph_pool.bracketed(host), port)
+             for host, port in self.ceph.monitors])
+
+    def discard(self):
+        self.delete()

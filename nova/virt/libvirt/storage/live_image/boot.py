@@ -1,0 +1,184 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""Start a guest from the memory of another one.
+
+    1  the root disk is made as an overlay as ever, then written anew with
+       the memory as the state of a snapshot in it
+    2  the guest is defined as the other one was, with what is its own
+    3  libvirt goes back to the snapshot, paused, gives the guest a new
+       generation ID, and deletes the snapshot
+    4  config drive and interfaces, which the guest finds when it goes on
+
+There is no other start for it: whoever asks for a guest that is warm is not
+given one that boots.
+"""
+
+
+import contextlib
+
+import nova.conf
+from nova import exception
+from nova.i18n import _
+from nova.virt import images
+from nova.virt.libvirt import config as vconfig
+from nova.virt.libvirt.storage.live_image import definition
+from nova.virt.libvirt.storage.live_image import memory_file
+from nova.virt.libvirt.storage.live_image import vm_state
+
+try:
+    import libvirt
+except ImportError:
+    libvirt = None
+
+CONF = nova.conf.CONF
+
+
+class LiveBoot:
+    """One instance's start from a memory.
+
+    :param host: the Host
+    :param instance: the instance
+    :param path: of the file that its memory is kept in
+    :raises: exception.LiveImageUnusable
+    """
+
+    def __init__(self, host, instance, path: str):
+        self._host = host
+        self._instance = instance
+        with unusable(instance):
+            self.description, self._stream = memory_file.read(path)
+
+    def check_host(self) -> None:
+        """Check that this host can run the guest, before a file is made.
+
+        :raises: exception.LiveImageUnusable
+        """
+        with unusable(self._instance):
+            self._check_machine()
+            self._check_cpu()
+            flavor = self._instance.flavor
+            for what, saved, wanted in (
+                    (_('memory (MiB)'), self.description.memory_mb,
+                     flavor.memory_mb),
+                    (_('CPUs'), self.description.vcpus, flavor.vcpus)):
+                if saved != wanted:
+                    raise memory_file.Unusable(_(
+                        '%(what)s: %(saved)s in the image, %(wanted)s in the '
+                        'flavor') % {'what': what, 'saved': saved,
+                                     'wanted': wanted})
+            self._check_size(flavor.root_gb << 30)
+
+    def _check_size(self, size):
+        # 0: as large as the image.
+        if size and size != self.description.capacity:
+            raise memory_file.Unusable(_(
+                'root disk: %(saved)d bytes in the image, %(wanted)d in the '
+                'flavor') % {'saved': self.description.capacity,
+                             'wanted': size})
+
+    def _check_machine(self):
+        arch, machine = definition.machine_of(self.description)
+        connection = self._host.get_connection()
+        ours = connection.getVersion()
+        if ours < self.description.qemu_version:
+            raise memory_file.Unusable(_(
+                'QEMU: %(saved)d in the image, %(wanted)d here') % {
+                    'saved': self.description.qemu_version, 'wanted': ours})
+        known = set()
+        for guest in self._host.get_capabilities().guests:
+            if guest.arch == arch:
+                for domain in guest.domains.values():
+                    known.update(domain.machines)
+                    known.update(domain.aliases)
+        if machine not in known:
+            raise memory_file.Unusable(_(
+                'QEMU of this host has no machine of type %(machine)s '
+                '(%(arch)s)') % {'machine': machine, 'arch': arch})
+
+    def _check_cpu(self):
+        cpu = definition.cpu_of(self.description)
+        # QEMU emulates any CPU.
+        if cpu is None or CONF.libvirt.virt_type != 'kvm':
+            return
+        try:
+            result = self._host.compare_hypervisor_cpu(cpu)
+        except libvirt.libvirtError as e:
+            raise memory_file.Unusable(_(
+                "its CPU can't be compared with this host's: %s") % e)
+        if result <= libvirt.VIR_CPU_COMPARE_INCOMPATIBLE:
+            raise memory_file.Unusable(_(
+                "this host lacks a part of its CPU: %(cpu)s") % {'cpu': cpu})
+
+    def write_root(self, image) -> None:
+        """Put the memory into the root disk, which was made just now.
+
+        :param image: the LibvirtStorage; its volume is an overlay of which
+            nothing is allocated yet
+        :raises: exception.LiveImageUnusable, OSError
+        """
+        with unusable(self._instance):
+            base = image.get_backing_file()
+            if base is None:
+                raise memory_file.Unusable(_(
+                    'the root disk would be no overlay; set use_cow_images'))
+            info = images.qemu_img_info(image.path, format='qcow2')
+            self._check_size(info.virtual_size)
+            vm_state.write(
+                image.path, self._stream, self.description.capacity,
+                vm_state.Backing(base, info.backing_file_format),
+                definition.SNAPSHOT)
+
+    def define(self, own: str) -> str:
+        """The definition of the guest.
+
+        :param own: the XML that the driver would start the instance with
+        :raises: exception.LiveImageUnusable
+        """
+        with unusable(self._instance):
+            return definition.make(
+                self.description, own, self._instance.uuid)
+
+    def start(self, guest, xml: str) -> None:
+        """Let a defined guest have the memory; it stays paused.
+
+        :param guest: the Guest
+        :param xml: what :meth:`define` has returned
+        :raises: exception.LiveImageUnusable with QEMU's words
+        """
+        with unusable(self._instance):
+            guest.go_on_from_snapshot(definition.snapshot(xml))
+
+    def give_devices(self, guest, config) -> None:
+        """Give the paused guest its media and interfaces.
+
+        :param guest: the Guest
+        :param config: the LibvirtConfigGuest that the driver would start the
+            instance with
+        """
+        for device in config.devices:
+            if isinstance(device, vconfig.LibvirtConfigGuestDisk) and (
+                    device.source_device == 'cdrom'):
+                guest.change_media(device)
+            elif isinstance(device, vconfig.LibvirtConfigGuestInterface):
+                guest.attach_device(device, persistent=True, live=True)
+
+
+@contextlib.contextmanager
+def unusable(instance):
+    """Say of which instance it is that a memory can't be used."""
+    try:
+        yield
+    except (memory_file.Unusable, libvirt.libvirtError, FileNotFoundError,
+            ValueError) as error:
+        raise exception.LiveImageUnusable(
+            instance_uuid=instance.uuid, host=CONF.host,
+            reason=error) from error

@@ -1,0 +1,312 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""Save a running guest with its memory and its root disk, as of one moment.
+
+    1  the network interfaces are taken out of the guest
+    2  libvirt saves the memory while the guest runs, and pauses it at the end
+    3  a backup job begins to copy the disk as it is at this moment
+    4  the guest goes on, and has its interfaces back
+    5  the job ends
+
+Only between 2 and 4 the guest stands still. Its definition and the chain of
+its disk stay as they are. Whatever fails, it goes on with its interfaces;
+where that can't be seen to now, a mark is left for the next start of
+nova-compute, see :mod:`under_way`.
+"""
+
+import os
+import time
+import typing as ty
+
+from lxml import etree
+from oslo_log import log as logging
+import tenacity
+
+from nova.compute import power_state
+import nova.conf
+from nova import exception
+from nova.i18n import _
+import nova.privsep.path
+from nova.virt import images
+from nova.virt.libvirt.storage.live_image import interfaces as guest_nics
+from nova.virt.libvirt.storage.live_image import memory_file
+from nova.virt.libvirt.storage.live_image import refusal
+from nova.virt.libvirt.storage.live_image import under_way
+from nova.virt.libvirt.storage.live_image import vm_state
+from nova.virt.libvirt.storage.live_image import watch as watch_guest
+
+try:
+    import libvirt
+except ImportError:
+    libvirt = None
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+POLL_JOB = 0.2  # seconds
+#: For how long a guest is tried to be put right, in seconds. libvirt may be
+#: on its way up again.
+PATIENCE = 60
+# What libvirt 11.3 with QEMU 10.0 says: since the memory was saved the disks
+# are QEMU's no more until the guest goes on.
+_INACTIVE = 'nactive'
+
+
+class Saved(ty.NamedTuple):
+    """A guest that has been saved.
+
+    :ivar disk: path of the root disk's copy, a qcow2 file without backing
+    :ivar memory: where its memory is
+    :ivar description: of the memory
+    :ivar pause: for how long the guest stood still, in seconds
+    """
+    disk: str
+    memory: vm_state.Stream
+    description: memory_file.Description
+    pause: float
+
+
+class Capture:
+    """A guest that is saved while this context is open.
+
+    Entering saves it; leaving deletes the files.
+
+    :param host: the Host
+    :param instance: the instance
+    :param interfaces: its Interfaces
+    """
+
+    def __init__(self, host, instance, interfaces: guest_nics.Interfaces):
+        self._host = host
+        self._instance = instance
+        self._interfaces = interfaces
+        self._step = ''
+
+    def __enter__(self) -> Saved:
+        """Save the guest.
+
+        :raises: exception.LiveImageRefused, nothing was done to the guest;
+            exception.LiveImageCaptureFailed, it runs on
+        """
+        domain = refusal.parse(self._guest().get_xml_desc())
+        refusal.check(self._instance.uuid, domain)
+        try:
+            self._directory = under_way.begin(self._instance.uuid)
+        except FileExistsError:
+            raise exception.LiveImageRefused(
+                instance_uuid=self._instance.uuid,
+                reason=_('another one is under way, or was cut off; in that '
+                         'case start nova-compute anew'))
+        try:
+            try:
+                return self._save(domain)
+            except Exception as e:
+                LOG.exception('Saving the guest with its memory has failed',
+                              instance=self._instance)
+                self._end_copy()
+                raise exception.LiveImageCaptureFailed(
+                    instance_uuid=self._instance.uuid, step=self._step,
+                    reason=self._explain(e)) from e
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, _type, _value, _traceback):
+        try:
+            if self._is_right:
+                under_way.end(self._instance.uuid)
+        except OSError:
+            LOG.exception('Files of the capture are left in %s',
+                          self._directory, instance=self._instance)
+
+    def _guest(self):
+        return self._host.get_guest(self._instance)
+
+    def _path(self, name):
+        return os.path.join(self._directory, name)
+
+    def _save(self, domain):
+        self._is_right = False
+        try:
+            self._step = 'interfaces'
+            self._interfaces.take_out()
+            pause = self._copy(domain)
+        finally:
+            self._is_right = put_right(
+                self._host, self._instance, self._interfaces)
+        if not self._is_right:
+            raise RuntimeError(_('the guest could not be put right'))
+        self._step = 'copy'
+        self._wait_for_copy()
+        self._step = 'description'
+        return self._describe(domain, pause)
+
+    def _copy(self, domain):
+        """Memory, and the begin of the disk's copy."""
+        self._step = 'memory'
+        guest = self._guest()
+        with watch_guest.Watch(
+                guest, self._host, CONF.libvirt.live_image_timeout,
+                self._instance) as watch:
+            guest.save_memory_live(
+                _memory_snapshot(domain, self._path('memory')))
+            self._step = 'disk'
+            guest.begin_backup(_backup(domain, self._path('disk')))
+            self._step = 'resume'
+            guest.resume()
+        pause = watch.pause()
+        LOG.info('The guest stood still for %.3f s to be saved with its '
+                 'memory', pause, instance=self._instance)
+        return pause
+
+    def _wait_for_copy(self):
+        # FIXME: QEMU 7.2 opens the disk anew when the guest goes on. On a busy
+        # host the job was seen to fail in that moment (EBADF), and QEMU to
+        # crash. A job that reads nothing until then, as one of mode "pull",
+        # may be the way out.
+        # Only the end of the domain, or the guest's deletion, ends the wait
+        # for a slow disk.
+        guest = self._guest()
+        while guest.get_job_info().type != libvirt.VIR_DOMAIN_JOB_NONE:
+            time.sleep(POLL_JOB)
+        job = guest.get_completed_job()
+        if (job.get('operation') != libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP or
+                not job.get('success')):
+            raise RuntimeError(
+                _('libvirt could not copy the disk: %s') %
+                (job.get('errmsg') or job))
+
+    def _describe(self, domain, pause):
+        connection = self._host.get_connection()
+        # As long as the file is libvirt's own.
+        saved = connection.saveImageGetXMLDesc(self._path('memory'), 0)
+        for name in ('memory', 'disk'):
+            nova.privsep.path.chown(self._path(name), uid=os.geteuid(),
+                                    gid=os.getegid())
+        memory = memory_file.find_stream(self._path('memory'))
+        info = images.qemu_img_info(self._path('disk'), format='qcow2')
+        return Saved(
+            self._path('disk'), memory, memory_file.Description(
+                domain=saved, capacity=info.virtual_size,
+                memory_mb=int(domain.findtext('memory')) // 1024,
+                vcpus=int(domain.findtext('vcpu')),
+                qemu_version=connection.getVersion(), length=memory.length),
+            pause)
+
+    def _end_copy(self):
+        """Nobody wants it any more, and it would be in the way."""
+        try:
+            _end_jobs(self._host, self._instance)
+        except exception.InstanceNotFound:
+            pass
+        except Exception as e:
+            LOG.warning('A job of libvirt may go on in vain: %s', e,
+                        instance=self._instance)
+
+    def _explain(self, error):
+        if self._step == 'disk' and _INACTIVE in str(error):
+            return _("This libvirt and QEMU can't copy a disk right after the "
+                     "memory; libvirt 9.0 with QEMU 7.2 and libvirt 12.8 with "
+                     "QEMU 11.1 can, 11.3 with 10.0 can't: %s") % error
+        return error
+
+
+def put_right(host, instance, interfaces: guest_nics.Interfaces) -> bool:
+    """Let a guest go on that a capture has paused, with all interfaces.
+
+    :returns: False if it should be tried again
+    """
+    try:
+        _let_go_on(host, instance)
+        interfaces.put_back()
+        return True
+    except exception.InstanceNotFound:
+        return True
+    except Exception:
+        LOG.exception('The guest could not be put right after it was saved; '
+                      'that is tried again when nova-compute starts. A hard '
+                      'reboot does it as well', instance=instance)
+        return False
+
+
+def recover(host, instance, interfaces: guest_nics.Interfaces) -> None:
+    """Put right what a capture has left that was cut off.
+
+    :param interfaces: the instance's Interfaces
+    """
+    LOG.warning('Saving the guest with its memory was cut off', instance=(
+        instance))
+    try:
+        _end_jobs(host, instance)
+    except exception.InstanceNotFound:
+        pass
+    except Exception:
+        LOG.exception('The job of a capture that was cut off could not be '
+                      'ended', instance=instance)
+        return
+    if put_right(host, instance, interfaces):
+        under_way.end(instance.uuid)
+
+
+def _is_transient(error):
+    return not isinstance(error, exception.InstanceNotFound)
+
+
+_with_patience = tenacity.retry(
+    retry=tenacity.retry_if_exception(_is_transient), reraise=True,
+    stop=tenacity.stop_after_delay(PATIENCE), wait=tenacity.wait_fixed(1))
+
+
+@_with_patience
+def _let_go_on(host, instance):
+    guest = host.get_guest(instance)
+    if guest.get_power_state(host) == power_state.PAUSED:
+        guest.resume()
+
+
+@_with_patience
+def _end_jobs(host, instance):
+    """libvirt goes on with a job when the one who asked for it is gone."""
+    guest = host.get_guest(instance)
+    if not guest.is_active():
+        return
+    if guest.get_job_info().type != libvirt.VIR_DOMAIN_JOB_NONE:
+        guest.abort_job()
+        raise RuntimeError(_('a job of libvirt has not ended yet'))
+
+
+def _memory_snapshot(domain, path):
+    root = etree.Element('domainsnapshot')
+    etree.SubElement(root, 'memory', snapshot='external', file=path)
+    disks = etree.SubElement(root, 'disks')
+    for disk in domain.iterfind('devices/disk'):
+        # With no disk to be seen to by somebody else the guest would go on.
+        etree.SubElement(
+            disks, 'disk', name=disk.find('target').get('dev'),
+            snapshot='manual' if disk.get('device', 'disk') == 'disk'
+            else 'no')
+    return etree.tostring(root, encoding='unicode')
+
+
+def _backup(domain, path):
+    root = etree.Element('domainbackup', mode='push')
+    disks = etree.SubElement(root, 'disks')
+    for disk in domain.iterfind('devices/disk'):
+        name = disk.find('target').get('dev')
+        if disk.get('device', 'disk') != 'disk':
+            etree.SubElement(disks, 'disk', name=name, backup='no')
+            continue
+        copied = etree.SubElement(disks, 'disk', name=name, backup='yes',
+                                  type='file')
+        etree.SubElement(copied, 'driver', type='qcow2')
+        etree.SubElement(copied, 'target', file=path)
+    return etree.tostring(root, encoding='unicode')

@@ -1,0 +1,87 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""The network interfaces of a guest, out of it and in again.
+
+A guest that goes on from the memory of another one must find interfaces with
+addresses of its own. It believes the addresses that it has in its memory, so
+none may be there when it is saved.
+"""
+
+import dataclasses
+import typing as ty
+
+from oslo_log import log as logging
+
+from nova.i18n import _
+from nova.virt.libvirt.storage.live_image import refusal
+
+LOG = logging.getLogger(__name__)
+
+
+class StillThere(Exception):
+    """An interface that the guest hasn't given up."""
+
+
+@dataclasses.dataclass
+class Interfaces:
+    """The interfaces that an instance has, whatever its guest has now.
+
+    :ivar get_guest: gives the Guest
+    :ivar vifs: the instance's, as in its network_info
+    :ivar detach: takes one out of the running guest, and out of the network;
+        the driver's, which retries
+    :ivar attach: plugs one and puts it into the guest
+    :ivar plug: plugs one that the guest has
+    """
+    get_guest: ty.Callable
+    vifs: ty.Sequence
+    detach: ty.Callable
+    attach: ty.Callable
+    plug: ty.Callable
+
+    def take_out(self) -> None:
+        """Take all out of the guest.
+
+        :raises: what detach raises; StillThere if one is left, as one is
+            that is none of the instance's
+        """
+        for vif in self.vifs:
+            self.detach(vif)
+        left = self._addresses()
+        if left:
+            raise StillThere(_('the guest still has interfaces %s') %
+                             ', '.join(sorted(left)))
+
+    def put_back(self) -> None:
+        """Let the guest have all that it lacks.
+
+        :raises: what went wrong with the last one, when all were tried
+        """
+        present = self._addresses()
+        error = None
+        for vif in self.vifs:
+            try:
+                if vif['address'] in present:
+                    # Out of the network, perhaps, and never out of the guest.
+                    self.plug(vif)
+                else:
+                    self.attach(vif)
+            except Exception as e:
+                LOG.error('Interface %(mac)s could not be put back: '
+                          '%(error)s', {'mac': vif['address'], 'error': e})
+                error = e
+        if error is not None:
+            raise error
+
+    def _addresses(self):
+        domain = refusal.parse(self.get_guest().get_xml_desc())
+        return set(domain.xpath('devices/interface/mac/@address'))

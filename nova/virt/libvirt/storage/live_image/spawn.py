@@ -1,0 +1,88 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""The start of an instance whose image has a memory, for the driver."""
+
+import os
+
+from nova.compute import vm_states
+import nova.conf
+from nova.i18n import _
+from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage.live_image import boot
+from nova.virt.libvirt.storage.live_image import memory_file
+from nova.virt.libvirt.storage.live_image import store
+
+CONF = nova.conf.CONF
+
+
+def open_store(image_api) -> store.Store:
+    """The memories in Glance, and in the image cache of this host."""
+    return store.Store(image_api, os.path.join(
+        imagecache.ImageCacheManager().cache_dir, 'live'))
+
+
+class Spawn:
+    """One instance's start from the memory of its image."""
+
+    def __init__(self, live: boot.LiveBoot):
+        self._live = live
+        self.write_root = live.write_root
+
+    def define(self, config) -> str:
+        """:param config: the LibvirtConfigGuest that the driver has made
+
+        :returns: the XML to define the guest with
+        :raises: exception.LiveImageUnusable
+        """
+        self._config = config
+        self._xml = self._live.define(config.to_xml())
+        return self._xml
+
+    def start(self, guest) -> None:
+        """Let the defined guest have the memory; it stays paused.
+
+        :raises: exception.LiveImageUnusable
+        """
+        self._live.start(guest, self._xml)
+
+    def give_devices(self, guest) -> None:
+        """Give the paused guest its config drive and interfaces."""
+        self._live.give_devices(guest, self._config)
+
+
+def prepare(host, image_api, context, instance) -> Spawn | None:
+    """Fetch the memory that an instance is to go on from, and check it.
+
+    :param host: the Host
+    :returns: None if its image has none, or it is built for another reason,
+        such as being rebuilt or unshelved
+    :raises: exception.LiveImageUnusable; what the image API raises
+    """
+    memory_id = instance.system_metadata.get('image_' + store.MEMORY_ID)
+    if not memory_id or instance.vm_state != vm_states.BUILDING:
+        return None
+    with boot.unusable(instance):
+        if not CONF.libvirt.live_images:
+            raise memory_file.Unusable(
+                _('[libvirt]/live_images is not set there'))
+        if CONF.libvirt.images_type != 'libvirt-storage':
+            raise memory_file.Unusable(
+                _('[libvirt]/images_type is not libvirt-storage there'))
+        disk = image_api.get(context, instance.image_ref)
+        if disk['properties'].get(store.MEMORY_ID) != memory_id:
+            raise memory_file.Unusable(_('the image was changed meanwhile'))
+        memories = open_store(image_api)
+        memories.check(disk, memory_id, instance.project_id)
+        path = memories.fetch(memory_id)
+    live = boot.LiveBoot(host, instance, path)
+    live.check_host()
+    return Spawn(live)

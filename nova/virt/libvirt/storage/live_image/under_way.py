@@ -1,0 +1,81 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""Captures under way, as they outlive nova-compute.
+
+Each has a directory in [libvirt]/snapshots_directory, named after its
+instance, with the files that libvirt writes. As long as it is there something
+may have to be put right: the guest may stand still, or lack its interfaces.
+Hosts may share that directory: each capture says whose it is.
+"""
+
+import os
+import shutil
+
+from oslo_utils import fileutils
+from oslo_utils import uuidutils
+
+import nova.conf
+
+CONF = nova.conf.CONF
+
+_PREFIX = 'live-image-'
+_HOST = 'host'
+
+
+def directory(instance_uuid: str) -> str:
+    """Where the files of a capture are."""
+    return os.path.join(CONF.libvirt.snapshots_directory,
+                        _PREFIX + instance_uuid)
+
+
+def begin(instance_uuid: str) -> str:
+    """Say that a capture is under way, before anything is done to the guest.
+
+    :returns: the directory for its files
+    :raises: FileExistsError if an earlier one was never put right; OSError
+    """
+    fileutils.ensure_tree(CONF.libvirt.snapshots_directory)
+    path = directory(instance_uuid)
+    if os.path.isdir(path) and not os.listdir(path):
+        # Nothing was done yet by the one who has made it.
+        os.rmdir(path)
+    # libvirt and QEMU pass it, and nobody lists it.
+    os.mkdir(path, 0o701)
+    os.chmod(path, 0o701)
+    with open(os.path.join(path, _HOST), 'w') as f:
+        f.write(CONF.host)
+    return path
+
+
+def end(instance_uuid: str) -> None:
+    """Delete the files of a capture: nothing is left to be put right."""
+    shutil.rmtree(directory(instance_uuid))
+
+
+def instances() -> list[str]:
+    """UUIDs of instances whose captures are, or were, under way here."""
+    try:
+        names = os.listdir(CONF.libvirt.snapshots_directory)
+    except FileNotFoundError:
+        return []
+    found = [name.removeprefix(_PREFIX) for name in names
+             if name.startswith(_PREFIX)]
+    return sorted(name for name in found if uuidutils.is_uuid_like(name) and
+                  _is_ours(directory(name)))
+
+
+def _is_ours(path):
+    try:
+        with open(os.path.join(path, _HOST)) as f:
+            return f.read() == CONF.host
+    except OSError:
+        return False

@@ -185,6 +185,17 @@ class StoragePoolsTestBase(base.ServersTestBase):
         # just before, which ends what has been begun since.
         self.notifier.wait_for_versioned_notifications('compute.exception')
 
+    def assert_told(self, server, *words):
+        """Whoever looks at the server's migration reads these words."""
+        actions = self.api.get_instance_actions(server['id'])
+        (action,) = [a for a in actions if a['action'] == 'migrate']
+        detail = self.api.get_instance_action_details(
+            server['id'], action['request_id'])
+        told = '\n'.join('%s %s' % (event.get('details'), event['traceback'])
+                         for event in detail['events'])
+        for word in words:
+            self.assertIn(word, told)
+
     # What became of it
 
     def raw_pool(self, host, name='nova-disks-pool'):

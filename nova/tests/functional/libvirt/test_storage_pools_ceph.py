@@ -244,14 +244,7 @@ class TestRefused(CephTestBase):
         self.api.post_server_action(
             server['id'], {'migrate': {'host': 'compute2'}})
         self.wait_for_refusal(server)
-        actions = self.api.get_instance_actions(server['id'])
-        (action,) = [a for a in actions if a['action'] == 'migrate']
-        detail = self.api.get_instance_action_details(
-            server['id'], action['request_id'])
-        told = '\n'.join('%s %s' % (event.get('details'), event['traceback'])
-                         for event in detail['events'])
-        for word in words:
-            self.assertIn(word, told)
+        self.assert_told(server, *words)
 
     def test_out_of_ceph(self):
         server = self.boot_with_all()

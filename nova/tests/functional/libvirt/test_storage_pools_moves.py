@@ -303,14 +303,7 @@ class TestRefusedMoves(MovesTestBase):
     def assert_refused(self, server, *words):
         self.wait_for_refusal(server)
         self.assert_settled(server, 'compute1', 'compute2')
-        actions = self.api.get_instance_actions(server['id'])
-        (action,) = [a for a in actions if a['action'] == 'migrate']
-        detail = self.api.get_instance_action_details(
-            server['id'], action['request_id'])
-        told = '\n'.join('%s %s' % (event.get('details'), event['traceback'])
-                         for event in detail['events'])
-        for word in words:
-            self.assertIn(word, told)
+        self.assert_told(server, *words)
 
     def test_pool_is_not_there(self):
         server = self.boot_with_all()

@@ -83,15 +83,15 @@ def offer(connection, instance, migration, disks):
                 'directory': CONF.instances_path, 'host': CONF.host})
     pools.setdefault(CONF.libvirt.storage_base_images_pool, []).append(
         item.BaseImage.NAME)
-    free, file_systems = zip(*[_file_system(connection, name, number)
-                               for number, name in enumerate(pools)])
+    there = [setup.pool_named(connection, name) for name in pools]
+    free, file_systems = zip(*[_file_system(pool, number)
+                               for number, pool in enumerate(there)])
     storage_offer.save(instance, storage_offer.Offer(
         migration_id=migration.id, owner=[os.geteuid(), os.getegid()],
         pools={name: storage_offer.OfferedPool(
             kinds=sorted(of_pool), free=free[number],
             file_system=file_systems.index(file_systems[number]),
-            ceph=state.ceph_of(storage_pool.StoragePool(
-                connection, name, CONF.host)))
+            ceph=state.ceph_of(there[number]))
                for number, (name, of_pool) in enumerate(pools.items())},
         preallocates=preallocates()))
 
@@ -102,16 +102,16 @@ def _pool_of_files(connection):
         item.GuestFiles.NAME)).name
 
 
-def _file_system(connection, pool_name, number):
+def _file_system(pool, number):
     """Say how much room a pool's file system has, and which one it is.
 
     libvirt says what it was when it last looked, at the pool's refresh.
 
+    :param pool: a StoragePool of this host
     :param number: of the pool among those that are asked for
     :returns: bytes, None if libvirt alone knows; a value that pools in one
         file system share
     """
-    pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
     try:
         path = pool.directory()
         images = pool.ceph()
@@ -151,8 +151,7 @@ def _is_taken_over(connection, name, record):
     if (record.backend != fields.LibvirtDiskBackend.RBD or
             CONF.libvirt.images_type != 'libvirt-storage'):
         return False
-    pool = storage_pool.StoragePool(
-        connection, setup.pool_name_for(name), CONF.host)
+    pool = setup.pool_of(connection, name)
     return pool.exists() and pool.kind().is_ceph
 
 

@@ -204,8 +204,7 @@ class Departure:
         if not record.is_on_ceph:
             return None
         self._check_in_order(name, record)
-        pool = storage_pool.StoragePool(
-            self.host.get_connection(), record.pool, CONF.host)
+        pool = setup.pool_named(self.host.get_connection(), record.pool)
         # Gone, it would be made anew there.
         pool.volume(record.volume)
         return state.ceph_of(pool)

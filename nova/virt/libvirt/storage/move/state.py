@@ -73,7 +73,7 @@ from nova.virt.libvirt.storage.pool import clearing
 from nova.virt.libvirt.storage.pool import config as storage_config
 from nova.virt.libvirt.storage.pool import kinds as pool_kinds
 from nova.virt.libvirt.storage.pool import ownership
-from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.records import kinds
 
 CONF = nova.conf.CONF
@@ -259,10 +259,10 @@ def file_pool(connection, pool_name):
     :param pool_name: of the pool for its disks, which may hold no files
     :returns: a StoragePool
     """
-    pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
+    pool = setup.pool_named(connection, pool_name)
     if pool.exists() and pool.kind().is_ceph:
-        return storage_pool.StoragePool(
-            connection, CONF.libvirt.storage_base_images_pool, CONF.host)
+        return setup.pool_named(
+            connection, CONF.libvirt.storage_base_images_pool)
     return pool
 
 

@@ -23,6 +23,7 @@ from nova.tests.unit.virt.libvirt.storage.pool import base
 from nova.virt.libvirt.storage.move import destination
 from nova.virt.libvirt.storage.pool import clearing
 from nova.virt.libvirt.storage.pool import config
+from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.pool import usage
 
 
@@ -353,10 +354,12 @@ class SizesTestCase(LogicalPoolTestCase):
 
     def test_offer_of_a_move(self):
         self.add_pool('images', '/images')
-        self.assertEqual((99 * units.Gi, 1), destination._file_system(
-            self.conn, 'vg-pool', 1))
-        self.assertEqual((12, ('device', 7)), destination._file_system(
-            self.conn, 'images', 2))
+        group, images = (setup.pool_named(self.conn, name)
+                         for name in ('vg-pool', 'images'))
+        self.assertEqual((99 * units.Gi, 1),
+                         destination._file_system(group, 1))
+        self.assertEqual((12, ('device', 7)),
+                         destination._file_system(images, 2))
 
     @mock.patch('nova.privsep.storage.backing_files',
                 side_effect=FileNotFoundError)

@@ -202,21 +202,43 @@ class TestSharedInstances(LegacyCase):
         cls.unshare()
         super().tearDownClass()
 
-    def test_stays_legacy(self):
-        """Nothing is copied, so that nothing comes into the pool."""
+    def names(self, server):
+        """How many names each file of the instance directory has."""
+        return {path.name: path.stat().st_nlink for path in (
+            self.folder / 'instances' / server.id).glob('disk*')
+            if path.name != 'disk.info'}
+
+    def test_link(self):
+        """The files become volumes by second names; nothing is copied."""
+        server, said = self.legacy_server()
+        self.assertEqual({1}, set(self.names(server).values()))
+        self.pools_on('host-a', 'host-b')
+        self.live(server, 'host-b')
+        said = self.assert_here(server, 'host-b', said)
+        self.assertEqual({}, self.names(server))
+        self.assertEqual({'volume'}, self.kinds(server))
+        self.assert_moves(server, said)
+
+    def test_rollback(self):
+        """One of two names goes, and the guest goes on with the other."""
+        self.set_options({'live_migration_bandwidth': 4})
+        self.addCleanup(self.set_options, {'live_migration_bandwidth': 0})
         server, said = self.legacy_server()
         self.pools_on('host-b')
-        self.live(server, 'host-b')
-        self.assertEqual({'file'}, self.kinds(server))
-        self.assertEqual(['host-b'], self.runs_on(server))
+        self.begin(server)
+        self.newest_migration(server)
+        self.assertEqual({2}, set(self.names(server).values()))
+        self.b.kill('libvirtd')
+        self.b.restart('libvirtd')
+        self.b.wait_ready()
+        self.recovered(server)
         after = server.look()
         self.assertEqual(said.boot_id, after.boot_id)
         self.assert_kept(after)
-        server.hard_reboot()
-        after = server.testimony(after=after)
-        self.assert_kept(after)
-        self.assertEqual({'volume'}, self.kinds(server))
-        self.assert_on_record(server, 'host-b')
+        self.assertEqual({'file'}, self.kinds(server))
+        self.assertEqual({1}, set(self.names(server).values()))
+        self.live(server, 'host-b')
+        self.assert_here(server, 'host-b', said)
 
 
 if __name__ == '__main__':

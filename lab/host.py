@@ -20,6 +20,7 @@ import subprocess
 import uuid
 
 from . import config
+from . import emulator
 from . import faults
 from . import guide
 from . import modular
@@ -152,6 +153,10 @@ class Host(Machine):
         """Make the user nova; the host has begun to run."""
         nova_user.make(self, ssh.user_files(
             nova_user.HOME, config.STATE / 'ssh') if self._with_ssh else None)
+
+    def mend_emulator(self) -> None:
+        """Keep QEMU from losing what guests store; the host has begun."""
+        emulator.mend(self)
 
     def configure(self, no_sanity: bool = False) -> None:
         """Write libvirtd.conf and qemu.conf; the host is up.

@@ -96,6 +96,7 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
             machine.finish(process_)
         for machine in machines[1:]:
             machine.make_users()
+            machine.mend_emulator()
     beside = (storage.StorageVM() if 'vm' in options.storage.split(',')
               else None)
     if beside:

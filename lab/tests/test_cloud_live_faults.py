@@ -17,6 +17,7 @@ nothing over.
 
 import contextlib
 import random
+import threading
 import time
 import unittest
 
@@ -32,6 +33,32 @@ class FaultCase(LiveCase):
     """Copies are slow, so that there is a middle."""
 
     live_rate = 4
+    memory_rate = 1000  # MiB a second, where nothing is to be killed
+
+    def live(self, server, host, state='ACTIVE'):
+        with self.hurried(server):
+            return super().live(server, host, state)
+
+    @contextlib.contextmanager
+    def hurried(self, server):
+        """Let the memory go fast; at the copies' rate it takes minutes."""
+        ended = threading.Event()
+
+        def hurry(source):
+            while not ended.wait(.5):
+                # Most of the time there is no such job.
+                with contextlib.suppress(Exception), (
+                        server.domain(source)) as domain:
+                    if domain.jobStats().get('memory_total'):
+                        domain.migrateSetMaxSpeed(self.memory_rate)
+
+        thread = threading.Thread(target=hurry, args=(server.host,))
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def assert_one_guest(self, server):
         found = self.runs_on(server)

@@ -35,9 +35,9 @@ class FaultCase(LiveCase):
     live_rate = 4
     memory_rate = 1000  # MiB a second, where nothing is to be killed
 
-    def live(self, server, host, state='ACTIVE'):
+    def settled(self, server, limit=300):
         with self.hurried(server):
-            return super().live(server, host, state)
+            return super().settled(server, limit)
 
     @contextlib.contextmanager
     def hurried(self, server):
@@ -168,8 +168,9 @@ class TestKills(FaultCase):
         self.begin(server)
         self.wait_middle(server, 50)
         self.a.kill('nova-compute')
-        self.wait_for(lambda: self.runs_on(server) == ['host-b'], 180,
-                      'the guest on host-b')
+        with self.hurried(server):
+            self.wait_for(lambda: self.runs_on(server) == ['host-b'], 180,
+                          'the guest on host-b')
         self.cloud.start_compute('host-a')
         self.assert_goes_on(server, before)
 
@@ -183,8 +184,9 @@ class TestKills(FaultCase):
         self.begin(server)
         self.wait_middle(server, 50)
         self.a.kill('nova-compute')
-        self.wait_for(lambda: self.runs_on(server) == ['host-b'], 180,
-                      'the guest on host-b')
+        with self.hurried(server):
+            self.wait_for(lambda: self.runs_on(server) == ['host-b'], 180,
+                          'the guest on host-b')
         self.cloud.start_compute('host-a')
         time.sleep(15)
         self.assertEqual(['host-b'], self.runs_on(server))

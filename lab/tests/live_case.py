@@ -120,6 +120,13 @@ class LiveCase(test_cloud_moves.MovesCase):
         whether it has one guest is what the scenarios look at.
         """
         found = self.settled(server)
+        if found.status == 'ACTIVE':
+            # After a failure it is so for a moment, when the guest is what
+            # it was; then Nova calls it an error.
+            with contextlib.suppress(AssertionError):
+                self.wait_for(lambda: server.get().status == 'ERROR', 10,
+                              'an error')
+            found = server.get()
         if found.status == 'ERROR':
             server.api.reset_server_state(server.id, 'active')
             found = server.wait('ACTIVE')

@@ -16,6 +16,7 @@ import time
 
 from lab import config
 from lab.tests.cloud_case import only_in_full
+from lab.tests.test_cloud_moves import DISKS
 from lab.tests.test_cloud_moves import MovesCase
 
 GUARD = 'intake/guard.py'
@@ -263,3 +264,72 @@ class TestAhead(NbdCase):
             self.wait_for(lambda: not server.left_on(host), 60,
                           'a clean %s: %s' % (host, server.left_on(host)))
         self.assert_nothing_open()
+
+
+class TestAgain(NbdCase):
+    """What a host has kept of a server that comes back isn't sent again."""
+    rate = None
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.addClassCleanup(cls.set_options, {
+            'storage_migration_keep_copies': 0})
+        cls.set_options({'storage_migration_keep_copies': 1})
+
+    def sent(self, server, source, begin):
+        """Bytes of the root disk that went from a host, and how."""
+        found = re.search(
+            r'Copied volume %s_disk[ ,][^:]*: (\d+) bytes of data in [0-9.]+ s'
+            r'(, into a copy that was kept there)?' % server.id,
+            self.service_log(source)[begin:])
+        self.assertTrue(found, 'nothing went from ' + source)
+        return int(found[1]), bool(found[2])
+
+    def moves(self, server, said, host, end):
+        """Move it; returns what the guest says and what sent() does."""
+        source = server.host
+        begin = len(self.service_log(source))
+        server.migrate(host)
+        said = server.testimony(after=said)
+        self.assert_kept(said)
+        sent = self.sent(server, source, begin)
+        getattr(server, end)()
+        if end == 'revert':
+            said = server.testimony(after=said)
+            self.assert_kept(said)
+        self.assert_nothing_open()
+        return said, sent
+
+    def assert_is_little(self, sent):
+        self.assertTrue(sent[1], 'no copy was taken up')
+        # Of the 12 MiB that the guest has written once.
+        self.assertLess(sent[0], 8 << 20)
+
+    def kept(self, server, host):
+        return [path for path in server.left_on(host) if '/disks/' in path]
+
+    def test_back_to_where_it_was(self):
+        server, said = self.server()
+        said, first = self.moves(server, said, 'host-b', 'confirm')
+        self.assertFalse(first[1])
+        self.assertTrue(self.kept(server, 'host-a'))
+        said, back = self.moves(server, said, 'host-a', 'confirm')
+        self.assert_is_little(back)
+        self.assertTrue(self.kept(server, 'host-b'))
+        # A copy that somebody has written to is no worse than none.
+        path = self.b.path('%s/%s_disk' % (DISKS, server.id))
+        with open(path, 'r+b') as disk:
+            disk.seek(1 << 20)
+            disk.write(b'\xee' * (6 << 20))
+        _said, there = self.moves(server, said, 'host-b', 'confirm')
+        self.assertTrue(there[1])
+        self.assertGreater(there[0], 4 << 20)
+
+    def test_after_a_revert(self):
+        server, said = self.server()
+        said, first = self.moves(server, said, 'host-b', 'revert')
+        self.assertFalse(first[1])
+        self.assertTrue(self.kept(server, 'host-b'))
+        _said, again = self.moves(server, said, 'host-b', 'confirm')
+        self.assert_is_little(again)

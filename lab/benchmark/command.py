@@ -17,6 +17,7 @@ import contextlib
 import rich.console
 
 from . import cases
+from . import downtime
 from . import live
 from . import methods
 from . import pools
@@ -36,6 +37,7 @@ def run(runs: int, chosen, console: rich.console.Console) -> list[cases.Row]:
     :param chosen: names of cases; all if empty
     """
     clouds = {'spawn': pools.spawn, 'servers': servers.measure,
+              'downtime': downtime.measure, 'again': downtime.again,
               'live': live.measure}
     known = (*cases.Cases.IN_MEMORY, *cases.Cases.ON_DISK, 'sweep', *clouds)
     unknown = set(chosen) - set(known)

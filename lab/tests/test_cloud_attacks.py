@@ -52,6 +52,7 @@ class Shell:
         if layout.user:
             argv = nova_user.command(argv)
             env.update(nova_user.environment())
+        env.update(layout.environment)
         self.process = machine.Machine('host-a').popen(
             argv, env=env, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

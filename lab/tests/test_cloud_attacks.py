@@ -378,14 +378,12 @@ class TestHeaders(AttackCase):
 
     @staticmethod
     def data_file(disk):
+        # Version 3, of which libvirt makes 2; one incompatible feature
+        disk.seek(4)
+        disk.write(struct.pack('>I', 3))
         disk.seek(72)
-        features, = struct.unpack('>Q', disk.read(8))
-        disk.seek(72)
-        disk.write(struct.pack('>Q', features | 4))
-        disk.seek(100)
-        at, = struct.unpack('>I', disk.read(4))
+        disk.write(struct.pack('>QQQII', 4, 0, 0, 4, 104))
         name = SECRET.encode().ljust(-(-len(SECRET) // 8) * 8, b'\0')
-        disk.seek(at)
         disk.write(struct.pack('>II', 0x44415441, len(SECRET)) + name +
                    bytes(8))
 

@@ -21,6 +21,7 @@ from . import downtime
 from . import live
 from . import methods
 from . import pools
+from . import rbd
 from . import report
 from . import servers
 from .. import config
@@ -38,7 +39,7 @@ def run(runs: int, chosen, console: rich.console.Console) -> list[cases.Row]:
     """
     clouds = {'spawn': pools.spawn, 'servers': servers.measure,
               'downtime': downtime.measure, 'again': downtime.again,
-              'live': live.measure}
+              'live': live.measure, 'rbd': rbd.measure}
     known = (*cases.Cases.IN_MEMORY, *cases.Cases.ON_DISK, 'sweep', *clouds)
     unknown = set(chosen) - set(known)
     if unknown:

@@ -120,8 +120,8 @@ def spawn(runs, progress):
             _fill_pool()
             for images_type in ('libvirt-storage', 'qcow2'):
                 cloud.set_images_type(images_type)
-                took[images_type] = _boots(cloud, runs, images_type,
-                                           progress.say)
+                took[images_type] = boots(cloud, runs, images_type,
+                                          progress.say)
         finally:
             hosts.down(progress)
     yield cases.less(
@@ -139,7 +139,12 @@ def _fill_pool():
         connection.close()
 
 
-def _boots(cloud, runs, images_type, tell) -> float:
+def boots(cloud, runs, way, tell) -> float:
+    """Boot servers on host-a, and delete them.
+
+    :param way: what this is, for the reader
+    :returns: seconds until one is ACTIVE, the median
+    """
     took = []
     for number in range(1 + runs):
         start = time.monotonic()
@@ -151,6 +156,6 @@ def _boots(cloud, runs, images_type, tell) -> float:
         if number:
             took.append(seconds)
         tell('boot, %s: %.1f s%s' % (
-            images_type, seconds,
+            way, seconds,
             '' if number else ' (first, not counted)'))
     return statistics.median(took)

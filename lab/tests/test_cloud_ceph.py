@@ -11,10 +11,12 @@
 #    under the License.
 """Servers whose disks are in a Ceph pool, on real Ceph."""
 
+import time
 import unittest
 
 from lab import ceph
 from lab import config
+from lab.machine import Machine
 from lab.tests import cloud_case
 from lab.tests import test_cloud_servers
 from lab.tests.cloud_case import CloudTestCase
@@ -98,6 +100,32 @@ class TestCeph(test_cloud_servers.Scenarios, CephTestCase):
         self.addCleanup(self.cloud.conn.image.delete_image, image.id)
         self.assertNotIn('parent', self.ceph.info(image.id, ceph.IMAGES))
         self.assertIn('snap', self.ceph.snapshots(image.id, ceph.IMAGES))
+
+    def test_evacuate(self):
+        """Its host dies: its disks go on elsewhere, as they are."""
+        server, before = self.server()
+        Machine('host-a').kill('nova-compute')
+        with server.domain('host-a') as domain:
+            domain.destroy()
+        compute = self.cloud.conn.compute
+        (service,) = compute.services(binary='nova-compute', host='host-a')
+        compute.update_service_forced_down(service.id, forced=True)
+        try:
+            server.api.evacuate_server(server.id, host='host-b')
+            found = server.wait('ACTIVE', 'SHUTOFF')
+        finally:
+            compute.update_service_forced_down(service.id, forced=False)
+        self.assertEqual('host-b', found.compute_host)
+        if found.status == 'SHUTOFF':
+            server.start()
+        said = server.testimony(after=before)
+        self.assertEqual(2, said.boot)
+        self.assert_kept(said)
+        self.cloud.start_compute('host-a')
+        until = time.monotonic() + 90
+        while self.lies(server, 'host-a') and time.monotonic() < until:
+            time.sleep(1)
+        self.assert_only_on(server, 'host-b', 'host-a')
 
     def test_no_way_to_the_other_host(self):
         """What moves is a record: libvirt isn't asked for anything."""

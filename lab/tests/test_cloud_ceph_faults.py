@@ -42,6 +42,14 @@ class TestFaults(test_cloud_ceph.CephTestCase):
             self.assertLess(time.monotonic(), until, what)
             time.sleep(1)
 
+    def setUp(self):
+        super().setUp()
+        self._logged = len(self.service_log('host-a'))
+
+    def assert_logged(self, text):
+        """The compute service of host-a has said it in this test."""
+        self.assertIn(text, self.service_log('host-a')[self._logged:])
+
     def service(self):
         (found,) = self.cloud.conn.compute.services(
             host='host-a', binary='nova-compute')
@@ -55,7 +63,7 @@ class TestFaults(test_cloud_ceph.CephTestCase):
             server.hard_reboot()
             self.assertLess(time.monotonic() - begun, 90)
             self.assertEqual(before.boot_id, server.look().boot_id)
-            self.assertIn(ADVICE, self.service_log('host-a'))
+            self.assert_logged(ADVICE)
             self.cloud.restart('host-a', 'nova-compute')
             self.wait_for(lambda: (self.service().disabled_reason or '')
                           .find(ADVICE) >= 0, 150)
@@ -71,7 +79,7 @@ class TestFaults(test_cloud_ceph.CephTestCase):
         with self.ceph.control.paused(OSD):
             server.hard_reboot()
             # It writes nothing now that would have to be answered.
-            self.assertIn(ADVICE, self.service_log('host-a'))
+            self.assert_logged(ADVICE)
             self.assertEqual('ACTIVE', server.get().status)
         said = server.look()
         self.assertEqual(before.boot_id, said.boot_id)
@@ -119,8 +127,7 @@ class TestFaults(test_cloud_ceph.CephTestCase):
             with self.watched(server.id + '_disk'):
                 server.delete()
                 self.assertEqual(['disk'], self.images(server))
-                self.assertIn('Look with rbd status',
-                              self.service_log('host-a'))
+                self.assert_logged('Look with rbd status')
             # A watch outlives its owner for half a minute.
             self.wait_for(lambda: not self.images(server), 120)
         finally:

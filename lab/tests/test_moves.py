@@ -61,6 +61,8 @@ class StepFailed(Exception):
 class Compute:
     """mover.py in a host."""
 
+    module = 'lab.tests.mover'
+
     def __init__(self, host, database, peer):
         self.host = host
         self._log = open(host.logs / 'mover.log', 'ab')
@@ -68,7 +70,7 @@ class Compute:
             sys.executable, '-c', 'from oslo_privsep import daemon; '
             'daemon.helper_main()'], methods.tree())
         self.process = self.host.popen(
-            nova_user.command([sys.executable, '-m', 'lab.tests.mover',
+            nova_user.command([sys.executable, '-m', self.module,
                                host.name, database, peer]),
             env={'PYTHONPATH': '%s:%s' % (methods.tree(), config.ROOT),
                  'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'true',

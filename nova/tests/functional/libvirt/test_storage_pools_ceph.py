@@ -11,11 +11,14 @@
 #    under the License.
 """Instances whose disks are in storage pools over Ceph, on two hosts."""
 
+from unittest import mock
+
 import fixtures
 
 from nova import objects
 from nova.tests.fixtures import ceph
 from nova.tests.functional.libvirt import storage_pools
+from nova.virt.libvirt import guest
 
 SECRET = '5a2f4d3e-0d3c-4d5f-9a2a-3b1d7c9e6f10'
 POOL = (
@@ -103,10 +106,10 @@ class CephTestBase(storage_pools.StoragePoolsTestBase):
         self.assert_nobody_copies()
 
     def sources(self, host, server):
-        guest = self.computes[host].driver._host.get_guest(
+        found = self.computes[host].driver._host.get_guest(
             objects.Instance.get_by_uuid(self.context, server['id']))
         return {(disk.source_type, disk.source_protocol, disk.source_name)
-                for disk in guest.get_all_disks()}
+                for disk in found.get_all_disks()}
 
     def assert_nobody_copies(self):
         """Not a byte, and no host reaches for another one."""
@@ -233,6 +236,61 @@ class TestCeph(CephTestBase):
         self.assertEqual({}, self.images)
 
 
+class TestRevertOfMoreDisks(CephTestBase):
+    """A resize that is reverted has made a swap and an ephemeral disk."""
+
+    more = {'ephemeral': 1, 'swap': 64}
+
+    def test_revert(self):
+        self.flags(allow_resize_to_same_host=True)
+        server = self.boot()
+        before = set(self.images)
+        self._resize_server(server, self.flavor(**self.more))
+        self.assertLess(before, set(self.images))
+        self._revert_resize(server)
+        self.assertEqual(before, set(self.images))
+        self.assertEqual({'disk', 'disk.config'}, set(self.records(server)))
+        self._delete_server(server)
+        self.assertEqual({}, self.images)
+
+
+class TestRevertOfMoreDisksOnOneHost(TestRevertOfMoreDisks):
+
+    ceph_pools = {'compute1': 'nova'}
+    # The mapping of a swap disk, and with it its record, is gone already: it
+    # stays until the server is deleted.
+    more = {'ephemeral': 1}
+
+
+class TestCephIsAway(CephTestBase):
+
+    ceph_pools = {'compute1': 'nova'}
+
+    def test_hard_reboot(self):
+        """The guest runs on, and the next try goes through."""
+        server = self.boot_with_all()
+        for fault in ('answers', 'keeps_silent'):
+            well = getattr(self.ceph, fault)
+            setattr(self.ceph, fault, not well)
+            self.notifier.reset()
+            with mock.patch.object(
+                    guest.Guest, 'poweroff', autospec=True) as mock_poweroff:
+                self.api.post_server_action(
+                    server['id'], {'reboot': {'type': 'HARD'}})
+                (told,) = self.notifier.wait_for_versioned_notifications(
+                    'instance.reboot.error')
+                mock_poweroff.assert_not_called()
+            self.assertIn(
+                'Check that Ceph answers host compute1', told['payload'][
+                    'nova_object.data']['fault']['nova_object.data'][
+                        'exception_message'])
+            self._wait_for_server_parameter(
+                server, {'status': 'ACTIVE', 'OS-EXT-STS:task_state': None})
+            setattr(self.ceph, fault, well)
+        self._reboot_server(server, hard=True)
+        self.assert_on('compute1', server)
+
+
 class TestRefused(CephTestBase):
     """A disk that can't come stays where it is, and runs on."""
 
@@ -250,8 +308,7 @@ class TestRefused(CephTestBase):
         server = self.boot_with_all()
         self.refuse(
             server, 'choose a host with the same Ceph pool',
-            'nova-disks-pool (Ceph pool %s/nova)' % self.ceph.fsid,
-            'nova-disks-pool (no Ceph pool)')
+            '%s/nova here, no Ceph pool there' % self.ceph.fsid)
         self.assert_on('compute1', server)
 
 

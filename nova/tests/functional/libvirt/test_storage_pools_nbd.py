@@ -14,11 +14,16 @@
 Played are qemu-nbd and the pump; ports are opened on loopback addresses.
 """
 
+import os
+import typing as ty
+
 import fixtures
 
 from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.tests.fixtures import libvirt_hosts
+from nova.tests.functional.libvirt import storage_pools
 from nova.tests.functional.libvirt import test_storage_pools_moves as moves
+from nova.virt.libvirt.storage.pump import transfer as pump
 
 
 class NbdTestBase(moves.MovesTestBase):
@@ -114,3 +119,107 @@ class TestRefusalsOverNbd(NbdTestBase):
         self._migrate_server(server)
         self.assert_waits(server)
         self.assert_closed(0)
+
+
+class WarmCopy:
+    """Plays the pump's, which sends what differs from what it knows.
+
+    :cvar pump: the played one
+    :cvar known: what the copies were told, by the volume's suffix
+    """
+    pump: ty.Any = None
+    known: dict[str, ty.Any] = {}
+
+    def __init__(self, source, destination, length, key=None, sparse=True,
+                 known=None):
+        self.source, self.destination = source, destination
+        self.length, self.key = length, key or pump.new_key()
+        self.known[source.name.partition('_')[2]] = known
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def first(self, watch, bandwidth):
+        watch.on_start(libvirt_hosts.NO_PROCESS)
+        self.pump.exports.connect(self.destination)
+        watch.progress(0)
+        return self._send(self.length)
+
+    def rest(self, length, watch, bandwidth):
+        watch.on_end(libvirt_hosts.NO_PROCESS)
+        return self._send(length)
+
+    def _send(self, length):
+        content = self.pump._read(self.source, length)
+        # What is there isn't blank: holes are sent as holes.
+        path = self.pump.exports.made[
+            self.destination.port - 1001].order.path
+        room = os.path.getsize(path)
+        os.truncate(path, 0)
+        os.truncate(path, room)
+        self.pump.exports.write(self.destination, content)
+        return pump.Result(
+            data=length, holes=0, key=self.key, physical=length,
+            checksum=self.pump._sum(content, self.key), allocation=None,
+            seconds=0.1)
+
+
+class TestKeptCopies(NbdTestBase):
+    """Servers that come back to a host which has kept their disks."""
+
+    def setUp(self):
+        super().setUp()
+        for host in ('compute1', 'compute2'):
+            self.set_option(host, 'storage_migration_keep_copies', 1)
+        played = type('Played', (WarmCopy,), {'pump': self.pump, 'known': {}})
+        self.known = played.known
+        for name, value in (
+                ('pump.transfer.WarmCopy', played),
+                ('pump.transfer.read_table', self._read_table),
+                ('pool.mounts.is_local', lambda path: True)):
+            self.useFixture(fixtures.MonkeyPatch(
+                'nova.virt.libvirt.storage.' + name, value))
+
+    def _read_table(self, volume, length, *, key, **watch):
+        return b'%d' % self.pump._sum(self.pump._read(volume, length), key)
+
+    def assert_into_copies(self):
+        """Check that what the host has kept was read, and written over."""
+        self.assertEqual({'disk', 'disk.config', 'disk.eph0'},
+                         set(self.known))
+        for known in self.known.values():
+            self.assertGreater(known.length, 0)
+            self.assertTrue(known.table)
+        self.known.clear()
+
+    def test_there_and_back(self):
+        server = self.boot_with_all()
+        self._migrate_server(server)
+        self.assertEqual({}, self.known)
+        self._confirm_resize(server)
+        copies = ['disk', 'disk.config', 'disk.eph0']
+        self.assertEqual(copies, self.volumes('compute1', server))
+        self.write('compute2', server, 'disk.eph0', b'changed')
+        self._migrate_server(server)
+        self.assert_into_copies()
+        self.assertEqual(b'changed' + (b'written' * 100)[7:], self.content(
+            'compute1', server, 'disk.eph0', 700, storage_pools.GUEST))
+        self._confirm_resize(server)
+        self.assert_ready('compute1', server, **moves.ALL)
+        self.assertEqual(copies, self.volumes('compute2', server))
+        self.assert_closed(6)
+
+    def test_after_a_revert(self):
+        server = self.boot_with_all()
+        self._migrate_server(server)
+        self.write('compute2', server, 'disk.eph0', b'lost')
+        self._revert_resize(server)
+        self.assert_ready('compute1', server, **moves.ALL)
+        self.assertEqual(['disk', 'disk.config', 'disk.eph0'],
+                         self.volumes('compute2', server))
+        self._migrate_server(server)
+        self.assert_into_copies()
+        self.assert_waits(server)

@@ -86,6 +86,12 @@ def makes_pool_disks() -> bool:
     return CONF.libvirt.images_type == 'libvirt-storage'
 
 
+def supports_live_images() -> bool:
+    """Whether guests of this host can be saved and go on with their memory."""
+    return (CONF.libvirt.live_images and makes_pool_disks() and
+            CONF.libvirt.virt_type in ('kvm', 'qemu'))
+
+
 class LocalDisks:
     """The local disks of a compute's instances, on record and in pools.
 
@@ -470,7 +476,9 @@ class LocalDisks:
     def _plan_transition(self, context, disks, data):
         """Let files become pool disks on the way, all of them or none."""
         moving = plan.Plan(self._local, context, disks, data)
-        reason: ty.Any = 'both hosts see the instance directory'
+        reason: ty.Any = (
+            'both hosts see the instance directory, and the pools of the '
+            'destination take no hard links from there')
         if moving.takes_files():
             try:
                 moving.make()
@@ -560,9 +568,14 @@ class LocalDisks:
 
     def live_migrated(self, context, instance, block_device_info) -> None:
         """On the destination: the disks are this host's now."""
-        records = lifecycle.of_instance(instance, block_device_info)
-        settle.arrived(records)
-        records.save(context)
+        disks = operation.DiskOperation(
+            self._local, context, instance, block_device_info)
+        are_known = settle.arrived(disks.records)
+        disks.records.save(context)
+        if are_known:
+            # A file that both hosts see has two names now.
+            disks.finish_earlier_move()
+            disks.started()
 
     # Deleting
 

@@ -69,7 +69,8 @@ class LocalHost:
 
     def __post_init__(self):
         # What peers write to of the disks of this compute.
-        self.intake = intake.Intake(self.get_connection, self.get_address)
+        self.intake = intake.Intake(
+            self.get_connection, self.get_address, self.uri)
 
     def get_connection(self):
         return self.host.get_connection()
@@ -292,14 +293,15 @@ class DiskOperation:
         :raises: exception.StorageTransferMismatch and others
         """
         # What is compared and taken over, nobody may write to any more.
-        self._local.intake.close(self._instance)
-        arriving = handover.arriving(self.records)
-        self._has_pool_disks = destination.accept(
-            self._context, self._instance, self.records,
-            self._local.get_connection(), self._local.uri, self._cache_base)
-        if arriving:
-            self._arrivals = handover.look(
-                self._local.get_connection(), arriving)
+        with self._local.intake.handing_over(self._instance):
+            arriving = handover.arriving(self.records)
+            self._has_pool_disks = destination.accept(
+                self._context, self._instance, self.records,
+                self._local.get_connection(), self._local.uri,
+                self._cache_base)
+            if arriving:
+                self._arrivals = handover.look(
+                    self._local.get_connection(), arriving)
 
     def look_again(self) -> None:
         """Compare disks that have come with what they were when they came.

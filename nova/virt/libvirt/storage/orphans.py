@@ -27,6 +27,7 @@ from nova import exception
 from nova.i18n import _
 from nova import objects
 from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.records import keeping
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import metadata
 
@@ -42,6 +43,7 @@ class Kind(enum.Enum):
     LEFT_OVER = 'left over'
     MOVE = 'wanted by a move'
     REVERT = 'kept for revert'
+    KEPT = 'kept for the next move'
     UNKNOWN = 'unknown'
 
 
@@ -85,7 +87,7 @@ def find(context, connection, own,
                     (pool.name, name))
     found = []
     for uuid, places in by_uuid.items():
-        kinds = _kinds_of(context, uuid)
+        kinds = _kinds_of(context, connection, uuid)
         found += [Orphan(*place, uuid, kinds(place)) for place in places]
     return sorted(found, key=lambda orphan: orphan[:2])
 
@@ -134,7 +136,8 @@ def _names(pool, unread):
     return []
 
 
-def _kinds_of(context, uuid) -> ty.Callable[[tuple[str, str]], Kind]:
+def _kinds_of(context, connection,
+              uuid) -> ty.Callable[[tuple[str, str]], Kind]:
     """Return what tells the kind of an instance's volume by its place."""
     try:
         instance = objects.Instance.get_by_uuid(
@@ -148,13 +151,13 @@ def _kinds_of(context, uuid) -> ty.Callable[[tuple[str, str]], Kind]:
         return lambda place: Kind.UNKNOWN
     try:
         disks = metadata.InstanceDisks.load(context, instance)
-        return _by_records(disks)
+        return _by_records(connection, disks)
     except exception.InvalidDiskMetadata as e:
         LOG.warning('%s', e, instance=instance)
         return lambda place: Kind.UNKNOWN
 
 
-def _by_records(disks):
+def _by_records(connection, disks):
     records = [record for _name, record in disks.items()]
     extras = list(disks.extras.values())
     # In a pool that hosts share this is the disk of another one.
@@ -168,13 +171,18 @@ def _by_records(disks):
                            *(r for r in extras if not r.is_building)]
             if record.host == CONF.host}
     left = set(leftovers.on_host(disks, CONF.host))
+    copies = {place for place in keeping.copies(disks, left)
+              if keeping.is_possible(connection, place[0])}
 
     def kind_of(place):
         if place in moving:
             return Kind.MOVE
         if place in kept:
             return Kind.REVERT
-        if place in left and place not in disk_places:
+        if place in copies and keeping.is_in_time(connection, place):
+            return Kind.KEPT
+        # A copy is in a pool that no other host sees.
+        if place in left and (place in copies or place not in disk_places):
             return Kind.LEFT_OVER
         return Kind.UNKNOWN
 

@@ -64,9 +64,18 @@ class Return(operation.DiskOperation):
         if self.guest_runs:
             return
         if self.records.has_mappings:
-            lifecycle.went_back(self.records)
+            self._went_back()
             self.take_up(self._disk_info())
         self.finish_earlier_move()
+
+    def _went_back(self):
+        """Have the disks on record as they were before the move."""
+        lifecycle.went_back(self.records)
+        if leftovers.on_host(self.records, CONF.host):
+            # Noted before they are deleted: this compute may be killed.
+            self.records.save(self._context)
+            leftovers.delete(self._local.get_connection(), self.records)
+            self.records.save(self._context)
 
     def bring_directory_back(self) -> None:
         """Give the instance's directory its name again, if it has lost it."""
@@ -134,7 +143,7 @@ class Reboot(Return):
         if self._migration is not None:
             self.bring_directory_back()
             self._abandon(self._migration)
-            lifecycle.went_back(self.records)
+            self._went_back()
         if destination.is_due(self._instance, self.records):
             # They have come, and finish_migration has failed.
             self.accept()

@@ -150,30 +150,46 @@ class Export:
 
     :param order: an Order
     :param address: on which it listens
-    :ivar port: of that
+    :ivar port: of that, when it was started
     :ivar key: what the source must know
     :raises: exception.StorageIntakeError
     """
 
     def __init__(self, order: Order, address: str):
         self.order = order
+        self._address = address
         self._program = program()
         self.length = _check_file(order.path)
+        self.port = 0
         self._answers: list[dict] = []
         self._unread = b''
         self._lock = threading.RLock()
         self._keys = keys.KeyDirectory()
         self.key = self._keys.key
+        self._is_new = True
         # a subprocess.Popen; None before its start and after its end
         self.guard: ty.Any = None
-        try:
-            with listener.listen(
-                    address, order.connections + _MORE_CONNECTIONS) as found:
-                self.port = listener.port_of(found)
-                self._start(found)
-        except Exception:
-            self.end()
-            raise
+
+    def start(self) -> None:
+        """Start the server; who ends it meanwhile waits for that.
+
+        :raises: exception.StorageIntakeError, also if it was ended before
+        """
+        with self._lock:
+            if not self._is_new:
+                raise exception.StorageIntakeError(host=CONF.host, reason=_(
+                    "try again: %s was closed while it was opened") %
+                    self.order.what)
+            try:
+                with listener.listen(
+                        self._address,
+                        self.order.connections + _MORE_CONNECTIONS) as found:
+                    self.port = listener.port_of(found)
+                    self._start(found)
+            except Exception:
+                self.end()
+                raise
+            self._is_new = False
 
     def _start(self, listening):
         # -s and -E: nothing of the user's or of the environment's
@@ -243,14 +259,23 @@ class Export:
         self._keys.remove()
 
     def is_running(self) -> bool:
-        """Whether somebody may write to the file yet; logs what was said."""
-        with self._lock:
+        """Whether somebody may write to the file yet; logs what was said.
+
+        One that is about to start or to end doesn't make anybody wait.
+        """
+        if not self._lock.acquire(blocking=False):
+            return True
+        try:
+            if self._is_new:
+                return True
             if self.guard is None:
                 return False
             is_running = self.guard.poll() is None
             # It says why before it ends.
             self._read()
             return is_running
+        finally:
+            self._lock.release()
 
     def end(self) -> None:
         """See to it that nobody writes to the file. Twice is fine.
@@ -258,6 +283,7 @@ class Export:
         :raises: exception.StorageIntakeError if it can't be ended
         """
         with self._lock:
+            self._is_new = False
             self._keys.remove()
             if self.guard is not None:
                 self._end()

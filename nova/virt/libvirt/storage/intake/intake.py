@@ -16,22 +16,29 @@ thing that the source asks for by RPC; what it may ask is request.py's. A disk
 is open for writing from ``open`` to ``close``, to who has its key.
 """
 
+import collections
+import contextlib
 import socket
 import threading
 import typing as ty
 
 from oslo_log import log as logging
+from oslo_utils import excutils
 
 import nova.conf
 from nova import exception
 from nova.i18n import _
 from nova import thread_pool_factory
 from nova.virt.libvirt.storage.intake import export
+from nova.virt.libvirt.storage.intake import kept
 from nova.virt.libvirt.storage.intake import keys
 from nova.virt.libvirt.storage.intake import listener
 from nova.virt.libvirt.storage.intake import reaper
 from nova.virt.libvirt.storage.intake import request as checks
 from nova.virt.libvirt.storage.intake import volumes
+from nova.virt.libvirt.storage.pool import setup
+from nova.virt.libvirt.storage.pump import transfer as pump
+from nova.virt.libvirt.storage.records import keeping
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -60,15 +67,23 @@ class Intake:
 
     :param get_connection: gives the virConnect of this host's libvirt
     :param get_address: gives the address under which peers reach this host
+    :param uri: of this host's libvirt
     """
 
     def __init__(self, get_connection: ty.Callable,
-                 get_address: ty.Callable[[], str]):
+                 get_address: ty.Callable[[], str], uri: str = ''):
         self._get_connection = get_connection
         self._get_address = get_address
+        self._uri = uri
         self._lock = threading.Lock()
+        self._unchanged = threading.Condition(self._lock)
         # by UUID of the instance, pool and volume
         self._exports: dict[tuple[str, str, str], export.Export] = {}
+        # UUIDs of the instances whose disks are being taken over, and of
+        # those whose disks are being changed by this service itself
+        self._handed_over: set[str] = set()
+        self._changing: collections.Counter[str] = collections.Counter()
+        self._tables = kept.Tables()
 
     def start(self) -> None:
         """End what an earlier service has left."""
@@ -102,12 +117,15 @@ class Intake:
     def _greet(self, request):
         """Say whether this host takes disks in.
 
-        :returns: dict with ``obstacle``, a text or None; ``aes``; and
-            ``cuts``, as close does what the source knows by then
+        :returns: dict with ``obstacle``, a text or None; ``aes``; ``cuts``,
+            as close does what the source knows by then; and ``keeps``, as
+            copies may stay here to be taken up
         """
         request.check_under_way()
         return {'obstacle': self.obstacle(), 'aes': cpu_has_aes(),
-                'cuts': True}
+                'cuts': True, 'keeps': all(
+                    keeping.is_possible(self._get_connection(), name)
+                    for name in setup.pool_names())}
 
     def _reach(self, request):
         """Let the source find out whether it reaches a port.
@@ -150,23 +168,34 @@ class Intake:
         """
         request.expected()
         place = self._place(request)
+        self._tables.forget(place)
         connections = request.get('connections', int)
         if not 1 <= connections <= _MOST_CONNECTIONS:
             raise request.refused(_("%d connections") % connections)
         reason = self.obstacle()
         if reason:
             raise exception.StorageIntakeError(host=CONF.host, reason=reason)
+        order = export.Order(
+            self._volumes(request).path(), connections,
+            request.get('aes', bool) and cpu_has_aes(),
+            'volume %s of migration %d from host %s' % (
+                place[2], request.migration.id,
+                request.migration.source_compute))
         with self._lock:
             if place in self._exports:
                 raise request.refused(_("the volume is open already"))
-            order = export.Order(
-                self._volumes(request).path(), connections,
-                request.get('aes', bool) and cpu_has_aes(),
-                'volume %s of migration %d from host %s' % (
-                    place[2], request.migration.id,
-                    request.migration.source_compute))
+            if request.instance.uuid in self._handed_over:
+                raise request.refused(_("the disks are being taken over"))
             found = self._exports[place] = export.Export(
                 order, self._get_address())
+        # Without the lock: a program may take its time.
+        try:
+            # The disk may have been taken over since.
+            request.expected()
+            found.start()
+        except Exception:
+            with excutils.save_and_reraise_exception():
+                self._end(place, found)
         LOG.info('Volume %(volume)s of storage pool %(pool)s is open for host '
                  '%(source)s on port %(port)d', {
                      'volume': place[2], 'pool': place[1], 'port': found.port,
@@ -195,14 +224,65 @@ class Intake:
         """
         self._end(self._place(request))
         if 'length' in request.arguments:
+            with self._change(request):
+                export.cut(self._volumes(request).path(),
+                           request.get('length', int))
+
+    def _take_up(self, request):
+        """Let a volume that was kept here be written over.
+
+        :returns: dict with ``bytes``, of what table gives piece by piece
+        """
+        place, key = self._place(request), request.get('key', int)
+        if not 0 < key < pump.PRIME:
+            raise request.refused(_("key %d") % key)
+        with self._change(request):
+            room = self._volumes(request).take_up()
+        table = kept.read(pump.Volume(self._uri, *place[1:]), room, key)
+        self._tables.add(place, table)
+        LOG.info('Volume %(volume)s of storage pool %(pool)s was kept here: '
+                 'the source sends what differs',
+                 {'volume': place[2], 'pool': place[1]},
+                 instance=request.instance)
+        return {'bytes': len(table)}
+
+    def _table(self, request):
+        """Tell what stands in a volume.
+
+        :returns: a piece of it in base64, from byte ``at`` on
+        """
+        request.expected()
+        return self._tables.piece(self._place(request),
+                                  request.get('at', int))
+
+    @contextlib.contextmanager
+    def _change(self, request):
+        """Change a file of what comes; a hand-over waits, or forbids it.
+
+        :raises: exception.StorageIntakeRefused
+        """
+        place = self._place(request)
+        with self._lock:
+            if place in self._exports:
+                raise request.refused(_("the volume is open"))
+            if place[0] in self._handed_over:
+                raise request.refused(_("the disks are being taken over"))
+            self._changing[place[0]] += 1
+        try:
+            # They may have been taken over since.
             request.expected()
-            export.cut(self._volumes(request).path(),
-                       request.get('length', int))
+            yield
+        finally:
+            with self._lock:
+                self._changing[place[0]] -= 1
+                self._changing += collections.Counter()
+                self._unchanged.notify_all()
 
     def _delete(self, request):
         places = request.removable()
         for pool, name in places:
             self._end((request.instance.uuid, pool, name))
+            self._tables.forget((request.instance.uuid, pool, name))
         return self._volumes(request).delete(places)
 
     # What this host does itself
@@ -218,6 +298,23 @@ class Intake:
         for place in places:
             self._end(place)
 
+    @contextlib.contextmanager
+    def handing_over(self, instance):
+        """Let nobody write to an instance's disks, nor begin to meanwhile.
+
+        :raises: exception.StorageIntakeError if somebody still writes
+        """
+        with self._lock:
+            self._handed_over.add(instance.uuid)
+            while self._changing[instance.uuid]:
+                self._unchanged.wait()
+        try:
+            self.close(instance)
+            yield
+        finally:
+            with self._lock:
+                self._handed_over.discard(instance.uuid)
+
     def look_after(self) -> None:
         """Log and forget what has ended by itself."""
         with self._lock:
@@ -226,15 +323,17 @@ class Intake:
             if not found.is_running():
                 self._end(place)
 
-    def _end(self, place):
+    def _end(self, place, opened=None):
+        """End what is open at a place, or nothing but what was opened."""
         with self._lock:
             found = self._exports.get(place)
-        if found is None:
+        if found is None or opened not in (None, found):
             return
         # Who asks at the same time waits for the same end.
         found.end()
         with self._lock:
-            self._exports.pop(place, None)
+            if self._exports.get(place) is found:
+                del self._exports[place]
         LOG.info('Volume %(volume)s of storage pool %(pool)s is closed',
                  {'volume': place[2], 'pool': place[1]})
 
@@ -264,4 +363,6 @@ _REQUESTS = {
     'connected': Intake._connected,
     'close': Intake._close,
     'delete': Intake._delete,
+    'take_up': Intake._take_up,
+    'table': Intake._table,
 }

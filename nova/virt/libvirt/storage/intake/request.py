@@ -21,6 +21,7 @@ import re
 import typing as ty
 
 from oslo_log import log as logging
+from oslo_utils import excutils
 from oslo_utils import units
 
 import nova.conf
@@ -152,12 +153,13 @@ class Request:
                              "not on record as coming") % {
                                  'volume': place[1], 'pool': place[0]})
 
-    def length(self) -> int:
+    def length(self, name: str = 'length') -> int:
         """The length in bytes of the volume that is expected().
 
+        :param name: of the argument
         :raises: exception.StorageIntakeRefused
         """
-        length, record = self.get('length', int), self.expected()
+        length, record = self.get(name, int), self.expected()
         longest = _LONGEST * (record.size or 0) + _LONGEST_MORE
         if not 0 <= length <= longest:
             raise self.refused(_("%(length)d bytes are no length of a disk of "
@@ -165,6 +167,23 @@ class Request:
                                      'length': length,
                                      'size': record.size or 0})
         return length
+
+    def check_unused(self) -> None:
+        """Check that the volume that is expected() is nothing else as well.
+
+        :raises: exception.StorageIntakeRefused
+        """
+        expected = self.expected()
+        place = (expected.pool, expected.volume)
+        for name, record in self._disks().items():
+            for known in (record, record.previous):
+                if known is not None and known.host == CONF.host and (
+                        (known.pool, known.volume) == place and
+                        not known.is_building):
+                    raise self.refused(_("volume %(volume)s is disk "
+                                         "%(disk)s") % {
+                                             'volume': place[1],
+                                             'disk': name})
 
     def removable(self) -> list[tuple[str, str]]:
         """The places asked for that are no disk, and may be deleted.
@@ -205,13 +224,21 @@ def check(context, instance, migration, request: dict) -> Request:
     """
     context = context.elevated()
     arguments = dict(request)
-    found = Request(
-        context, objects.Instance.get_by_uuid(
-            context, instance.uuid, expected_attrs=[
-                'system_metadata', 'migration_context']),
-        objects.Migration.get_by_id_and_instance(
-            context, migration.id, instance.uuid),
-        str(arguments.pop('do', ''))[:20], arguments)
+    what = str(arguments.pop('do', ''))[:20]
+    try:
+        found = Request(
+            context, objects.Instance.get_by_uuid(
+                context, instance.uuid, expected_attrs=[
+                    'system_metadata', 'migration_context']),
+            objects.Migration.get_by_id_and_instance(
+                context, migration.id, instance.uuid),
+            what, arguments)
+    except exception.MigrationNotFoundForInstance:
+        with excutils.save_and_reraise_exception():
+            LOG.warning('Refused for migration %(migration)s: %(what)s: it '
+                        "is none of this server's",
+                        {'migration': migration.id, 'what': what},
+                        instance=instance)
     if found.migration.dest_compute != CONF.host or (
             found.migration.migration_type not in ('migration', 'resize')):
         raise found.refused(_("the migration goes to host %s") %

@@ -20,6 +20,7 @@ import os
 import nova.conf
 from nova import exception
 from nova.i18n import _
+from nova.virt.libvirt.storage.intake import kept
 from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.pool import kinds
 from nova.virt.libvirt.storage.pool import pool as storage_pool
@@ -54,7 +55,8 @@ class Volumes:
         """Look at the pool.
 
         :returns: dict with ``type`` and ``free``, in bytes
-        :raises: exception.MigrationPreCheckError if it can't take disks
+        :raises: exception.MigrationPreCheckError if it can't take disks,
+            exception.StoragePoolNotMounted
         """
         pool = self._pool()
         pool_type = state.check_pool(pool)
@@ -65,6 +67,8 @@ class Volumes:
                 "of host %(host)s are no files, as it is of type %(type)s"
                 ) % {'pool': pool.name, 'host': CONF.host,
                      'type': pool_type})
+        # Else this is the room of what it should be mounted upon.
+        pool.check_mounted()
         free = libvirt_utils.get_fs_info(pool.config().target_path)['free']
         return {'type': pool_type, 'free': free}
 
@@ -95,12 +99,31 @@ class Volumes:
 
     def create(self) -> None:
         """Make the volume that is on record as coming, empty."""
-        length, mode = self._request.length(), self._request.get('mode', int)
-        if mode not in _MODES:
-            raise self._request.refused(_("mode %o") % mode)
+        length, mode = self._request.length(), self._mode()
         state.create_volume(
             self._pool(), self._request.volume(), length,
             (os.geteuid(), os.getegid()), mode)
+
+    def _mode(self):
+        mode = self._request.get('mode', int)
+        if mode not in _MODES:
+            raise self._request.refused(_("mode %o") % mode)
+        return mode
+
+    def take_up(self) -> int:
+        """Have a volume that was kept be the one that is on record as coming.
+
+        :returns: bytes that it has now
+        """
+        length, room = self._request.length(), self._request.length('room')
+        if not 0 < length <= room:
+            raise self._request.refused(_(
+                "%(length)d bytes of %(room)d") % {
+                    'length': length, 'room': room})
+        mode = self._mode()
+        self._request.check_unused()
+        kept.prepare(self.path(), length, room, mode)
+        return room
 
     def path(self) -> str:
         """The path of the volume's file."""

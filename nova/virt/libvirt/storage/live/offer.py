@@ -15,6 +15,8 @@ It goes to the source with the migration's data, which both ends get back
 until the migration has ended.
 """
 
+import os
+
 from oslo_log import log as logging
 
 import nova.conf
@@ -70,7 +72,31 @@ def make(connection, instance, disks, address) -> dict:
             # It needs no probe: that it is the same, its identity says.
             by_pool[name] = [ceph]
     return {'dst_storage_pools': pools, 'dst_storage_probes': by_pool,
-            'dst_storage_address': address, 'dst_takes_legacy': takes_legacy}
+            'dst_storage_address': address, 'dst_takes_legacy': takes_legacy,
+            'dst_takes_links': takes_legacy and _takes_links(
+                connection, set(pools.values()), by_pool)}
+
+
+def _takes_links(connection, pool_names, probes):
+    """Whether a file of instances_path can be a volume of each pool as well.
+
+    The other way round it is the same: a probe gets a second name there.
+    """
+    for name in pool_names:
+        pool = setup.receiving_pool(connection, name, CONF.host)
+        if pool.directory() is None or not probes.get(name):
+            return False
+        second = os.path.join(CONF.instances_path, probes[name][0])
+        try:
+            os.link(pool.volume(probes[name][0]).path, second)
+            os.unlink(second)
+        except (OSError, exception.NovaException) as e:
+            LOG.debug('Storage pool %(pool)s takes no hard links from '
+                      '%(directory)s: %(error)s', {
+                          'pool': name, 'error': e,
+                          'directory': CONF.instances_path})
+            return False
+    return True
 
 
 def _check(connection, name):

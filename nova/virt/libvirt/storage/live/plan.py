@@ -12,9 +12,9 @@
 """What becomes of each disk in a live migration, as the source plans it.
 
 All that can be known is checked here, and whatever is wrong the guest runs
-on. A disk in a pool that both hosts see stays where it is; QEMU copies the
-others while the guest writes to them, but for those that are read-only, which
-are sent before.
+on. A disk in a pool that both hosts see stays where it is, and a file that
+both see becomes a volume by a second name; QEMU copies the others while the
+guest writes to them, but for those that are read-only, which are sent before.
 """
 
 import os
@@ -152,16 +152,24 @@ class Plan:
             disk.way, disk.size = WAY.SHARE, record.size or length
             if not record.is_on_ceph:
                 self._check_file_system(name, device, path)
+        elif is_file and self._data.is_shared_instance_path:
+            disk.way = WAY.LINK
+            disk.size = length if is_read_only(device) else (
+                self._capacity(device))
+            self._check_file_system(name, device, path)
         elif is_read_only(device):
             disk.way, disk.size = WAY.SEND, length
         else:
             disk.way = WAY.MIRROR
-            # QEMU compares with what it has open.
-            disk.size = self._guest.get_block_device(
-                device.target_dev).get_capacity()
+            disk.size = self._capacity(device)
             if record.format == QCOW2:
                 self._look_at_overlay(disk, path)
         return disk
+
+    def _capacity(self, device):
+        """What QEMU has open, in bytes; it compares with that."""
+        return self._guest.get_block_device(
+            device.target_dev).get_capacity()
 
     def _check_source_pool(self, name, record):
         """Refuse what would come as another kind of disk than it is here."""
@@ -183,11 +191,13 @@ class Plan:
                 here is None and any('/' in probe for probe in told)):
             raise refused(_(
                 'choose a host with the same Ceph pool under the same name: '
-                'disk %(name)s is in storage pool %(here)s, and the '
-                "destination has %(there)s for it. No running server's disk "
-                'can move into a Ceph pool, or out of one'), name=name,
-                here='%s (%s)' % (record.pool, here or _('no Ceph pool')),
-                there='%s (%s)' % (there, ', '.join(told)))
+                '%(ceph)s here, %(other)s there. Disk %(name)s is in storage '
+                'pool %(here)s, and the destination has %(there)s for it. No '
+                "running server's disk can move into a Ceph pool, or out of "
+                'one'), name=name, ceph=here or _('no Ceph pool'),
+                other=', '.join(
+                    probe for probe in told if '/' in probe) or
+                _('no Ceph pool'), here=record.pool, there=there)
 
     def _file_bytes(self, record, path):
         if record.volume is None:
@@ -201,11 +211,14 @@ class Plan:
     def takes_files(self) -> bool:
         """Whether files of the instance directory become pool disks.
 
-        Where both hosts see the directory, nothing would be copied.
+        Where both hosts see the directory, they get second names there;
+        nothing is copied.
         """
         return ('dst_takes_legacy' in self._data and
-                self._data.dst_takes_legacy and
-                not self._data.is_shared_instance_path)
+                self._data.dst_takes_legacy and (
+                    not self._data.is_shared_instance_path or
+                    'dst_takes_links' in self._data and
+                    self._data.dst_takes_links))
 
     def _device_of(self, name, record):
         """The guest's disk, which must be what is on record."""
@@ -265,7 +278,7 @@ class Plan:
                 kind, self._local.get_connection()):
             return
         raise refused(_(
-            'migrate the server cold: disk %(name)s lies in a storage pool '
+            'migrate the server cold: disk %(name)s lies in a directory '
             "that both hosts share, on a file system (%(type)s) that libvirt "
             "doesn't take for shared"), name=name, type=kind)
 

@@ -30,6 +30,8 @@ from nova.objects import fields
 import nova.privsep.storage
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage import content
+from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.live import settle
 from nova.virt.libvirt.storage.move import base_image
 from nova.virt.libvirt.storage.move import destination
@@ -112,6 +114,8 @@ class Receiver:
                 "%(name)s, because of its %(faults)s: %(disk)s") % {
                     'host': CONF.host, 'name': disk.name,
                     'faults': ', '.join(faults), 'disk': disk})
+        if disk.way == WAY.LINK:
+            self._shared_file(disk)
 
     def _delete_leftovers(self):
         """Delete what a migration that has failed has left here."""
@@ -167,10 +171,14 @@ class Receiver:
         for disk in self._data.disks:
             if disk.way == WAY.SHARE:
                 self._find(disk)
+            elif disk.way == WAY.LINK:
+                self._link(disk)
             elif disk.way == WAY.SEND:
                 self._create_to_be_sent(disk)
             else:
-                self._create(disk, base if disk.base else None)
+                volume = self._create(disk, base if disk.base else None)
+                if destination.preallocates():
+                    nova.privsep.storage.allocate(volume.path, disk.size)
 
     def _choose_names(self):
         taken: dict[str, set[str]] = {}
@@ -201,7 +209,8 @@ class Receiver:
                          fields.LibvirtDiskBackend.LIBVIRT_STORAGE),
                 format=disk.format,
                 # Of what is sent the plan has the length of the file.
-                size=disk.size if disk.way == WAY.MIRROR else record.size,
+                size=(disk.size if disk.way == WAY.MIRROR
+                      else record.size or disk.size),
                 state=(fields.LibvirtDiskState.READY
                        if disk.way == WAY.SHARE
                        else fields.LibvirtDiskState.BUILDING),
@@ -224,8 +233,40 @@ class Receiver:
             (os.geteuid(), os.getegid()),
             allocation=disk.size if room.is_reserved(self._connection) else 0)
 
+    def _link(self, disk):
+        """Let a file that both hosts see be a volume by a second name.
+
+        The first one goes when the guest is here.
+        """
+        path, base = self._shared_file(disk)
+        nova.privsep.storage.link_over(path, self._create(disk, base).path)
+
+    def _shared_file(self, disk):
+        """The path of a disk's file, and its base image if it has one.
+
+        :raises: exception.MigrationPreCheckError if either isn't here
+        """
+        path = os.path.join(
+            libvirt_utils.get_instance_path(self._instance), disk.name)
+        try:
+            # Nothing that is there under the name is followed elsewhere.
+            nova.privsep.storage.file_bytes(path)
+            base = (content.look_at_qcow2(path, disk.size).backing_file
+                    if disk.format == QCOW2 else None)
+            return path, base and image_cache.checked_base(base)
+        except (OSError, ValueError, exception.NovaException) as e:
+            raise exception.MigrationPreCheckError(reason=_(
+                "choose another host: disk %(name)s of the server can't "
+                "become a volume of storage pool %(pool)s of host %(host)s "
+                "by a hard link: %(error)s") % {
+                    'name': disk.name, 'host': CONF.host, 'error': e,
+                    'pool': setup.pool_name_for(disk.name)}) from e
+
     def _create(self, disk, base):
-        """Make a volume that QEMU can copy into: of its size to the byte."""
+        """Make a volume that QEMU can copy into: of its size to the byte.
+
+        :returns: the Volume
+        """
         config = storage_config.LibvirtConfigStorageVolume()
         config.name = disk.volume
         config.capacity = disk.size
@@ -238,9 +279,7 @@ class Receiver:
                 storage_config.LibvirtConfigStorageBackingStore())
             config.backing_store.path = base
             config.backing_store.format = imagebackend._get_base_format(base)
-        volume = self._pool(disk).create(config)
-        if destination.preallocates():
-            nova.privsep.storage.allocate(volume.path, disk.size)
+        return self._pool(disk).create(config)
 
     def _have_base(self, cache_base):
         if base_image.is_lost(self._context, self._instance):

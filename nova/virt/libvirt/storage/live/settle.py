@@ -54,7 +54,7 @@ CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
 LIBVIRT_STORAGE = fields.LibvirtDiskBackend.LIBVIRT_STORAGE
-COPIED = fields.LibvirtLiveMigrateDiskWay.COPIED
+MADE = fields.LibvirtLiveMigrateDiskWay.MADE
 
 
 def going(disks):
@@ -169,7 +169,7 @@ def abandon(context, connection, disks, planned=()) -> None:
         leftovers.delete_volumes(
             connection, CONF.host,
             [(disk.pool, disk.volume) for disk in planned
-             if disk.way in COPIED and disk.volume is not None and
+             if disk.way in MADE and disk.volume is not None and
              disk.volume.startswith(uuid + '_')], disks.instance)
         return
     evacuation.forget_next(disks)
@@ -177,19 +177,21 @@ def abandon(context, connection, disks, planned=()) -> None:
     disks.save(context)
 
 
-def arrived(disks) -> None:
+def arrived(disks) -> bool:
     """On the destination: the guest runs here, and there is no way back.
 
     A broken record is only logged.
 
     :param disks: the instance's InstanceDisks; the caller saves them
+    :returns: whether all records can be read
     """
     try:
         promote(disks)
     except exception.InvalidDiskMetadata as error:
         LOG.error('%s', error, instance=disks.instance)
-        return
+        return False
     lifecycle.moved(disks)
+    return True
 
 
 def leave(context, connection, disks) -> None:

@@ -71,7 +71,7 @@ class LiveBoot:
                      flavor.memory_mb),
                     (_('CPUs'), self.description.vcpus, flavor.vcpus)):
                 if saved != wanted:
-                    raise memory_file.Unusable(_(
+                    raise memory_file.Unfit(_(
                         '%(what)s: %(saved)s in the image, %(wanted)s in the '
                         'flavor') % {'what': what, 'saved': saved,
                                      'wanted': wanted})
@@ -80,7 +80,7 @@ class LiveBoot:
     def _check_size(self, size):
         # 0: as large as the image.
         if size and size != self.description.capacity:
-            raise memory_file.Unusable(_(
+            raise memory_file.Unfit(_(
                 'root disk: %(saved)d bytes in the image, %(wanted)d in the '
                 'flavor') % {'saved': self.description.capacity,
                              'wanted': size})
@@ -179,6 +179,8 @@ def unusable(instance):
         yield
     except (memory_file.Unusable, libvirt.libvirtError, FileNotFoundError,
             ValueError) as error:
-        raise exception.LiveImageUnusable(
-            instance_uuid=instance.uuid, host=CONF.host,
-            reason=error) from error
+        kind = (exception.LiveImageUnfit
+                if isinstance(error, memory_file.Unfit)
+                else exception.LiveImageUnusable)
+        raise kind(instance_uuid=instance.uuid, host=CONF.host,
+                   reason=error) from error

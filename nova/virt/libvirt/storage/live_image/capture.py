@@ -13,19 +13,25 @@
 
     1  the network interfaces are taken out of the guest
     2  libvirt saves the memory while the guest runs, and pauses it at the end
-    3  a backup job begins to copy the disk as it is at this moment
+    3  a backup job of mode "pull" begins: QEMU keeps the disk as it is at this
+       moment for whoever reads it, by NBD
     4  the guest goes on, and has its interfaces back
-    5  the job ends
+    5  the disk is read, and the job is ended
 
 Only between 2 and 4 the guest stands still. Its definition and the chain of
 its disk stay as they are. Whatever fails, it goes on with its interfaces;
 where that can't be seen to now, a mark is left for the next start of
 nova-compute, see :mod:`under_way`.
+
+Nothing may read the disk before the guest goes on. At the end of 2 QEMU gives
+its images up, as for a migration, and opens them anew when they are used
+again. A job that is copying in that moment, as one of mode "push" is, reads
+from a file that is closed under it, and from a table that is being loaded.
 """
 
 import os
-import time
 import typing as ty
+from urllib import parse as urlparse
 
 from lxml import etree
 from oslo_log import log as logging
@@ -52,7 +58,6 @@ except ImportError:
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
-POLL_JOB = 0.2  # seconds
 #: For how long a guest is tried to be put right, in seconds. libvirt may be
 #: on its way up again.
 PATIENCE = 60
@@ -112,7 +117,6 @@ class Capture:
             except Exception as e:
                 LOG.exception('Saving the guest with its memory has failed',
                               instance=self._instance)
-                self._end_copy()
                 raise exception.LiveImageCaptureFailed(
                     instance_uuid=self._instance.uuid, step=self._step,
                     reason=self._explain(e)) from e
@@ -135,23 +139,29 @@ class Capture:
         return os.path.join(self._directory, name)
 
     def _save(self, domain):
-        self._is_right = False
+        self._is_right = is_right = False
         try:
-            self._step = 'interfaces'
-            self._interfaces.take_out()
-            pause = self._copy(domain)
+            try:
+                self._step = 'interfaces'
+                self._interfaces.take_out()
+                pause = self._stop_for_a_moment(domain)
+            finally:
+                is_right = put_right(
+                    self._host, self._instance, self._interfaces)
+            if not is_right:
+                raise RuntimeError(_('the guest could not be put right'))
+            self._step = 'copy'
+            self._read_disk(domain)
         finally:
-            self._is_right = put_right(
-                self._host, self._instance, self._interfaces)
+            self._is_right = end_job(
+                self._host, self._instance) and is_right
         if not self._is_right:
-            raise RuntimeError(_('the guest could not be put right'))
-        self._step = 'copy'
-        self._wait_for_copy()
+            raise RuntimeError(_('the job of libvirt could not be ended'))
         self._step = 'description'
         return self._describe(domain, pause)
 
-    def _copy(self, domain):
-        """Memory, and the begin of the disk's copy."""
+    def _stop_for_a_moment(self, domain):
+        """Memory, and the begin of the job that keeps the disk."""
         self._step = 'memory'
         guest = self._guest()
         with watch_guest.Watch(
@@ -160,7 +170,9 @@ class Capture:
             guest.save_memory_live(
                 _memory_snapshot(domain, self._path('memory')))
             self._step = 'disk'
-            guest.begin_backup(_backup(domain, self._path('disk')))
+            guest.begin_backup(_backup(
+                domain, self._path('scratch'),
+                under_way.make_export(self._instance.uuid, _owner(domain))))
             self._step = 'resume'
             guest.resume()
         pause = watch.pause()
@@ -168,30 +180,21 @@ class Capture:
                  'memory', pause, instance=self._instance)
         return pause
 
-    def _wait_for_copy(self):
-        # FIXME: QEMU 7.2 opens the disk anew when the guest goes on. On a busy
-        # host the job was seen to fail in that moment (EBADF), and QEMU to
-        # crash. A job that reads nothing until then, as one of mode "pull",
-        # may be the way out.
-        # Only the end of the domain, or the guest's deletion, ends the wait
-        # for a slow disk.
-        guest = self._guest()
-        while guest.get_job_info().type != libvirt.VIR_DOMAIN_JOB_NONE:
-            time.sleep(POLL_JOB)
-        job = guest.get_completed_job()
-        if (job.get('operation') != libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP or
-                not job.get('success')):
-            raise RuntimeError(
-                _('libvirt could not copy the disk: %s') %
-                (job.get('errmsg') or job))
+    def _read_disk(self, domain):
+        socket = under_way.export(self._instance.uuid)
+        # It is made by QEMU, and is QEMU's.
+        nova.privsep.path.chown(socket, uid=os.geteuid(), gid=os.getegid())
+        images.convert_image(
+            'nbd+unix:///%s?socket=%s' % (
+                _root(domain), urlparse.quote(socket, safe='/')),
+            self._path('disk'), 'raw', 'qcow2')
 
     def _describe(self, domain, pause):
         connection = self._host.get_connection()
         # As long as the file is libvirt's own.
         saved = connection.saveImageGetXMLDesc(self._path('memory'), 0)
-        for name in ('memory', 'disk'):
-            nova.privsep.path.chown(self._path(name), uid=os.geteuid(),
-                                    gid=os.getegid())
+        nova.privsep.path.chown(self._path('memory'), uid=os.geteuid(),
+                                gid=os.getegid())
         memory = memory_file.find_stream(self._path('memory'))
         info = images.qemu_img_info(self._path('disk'), format='qcow2')
         return Saved(
@@ -201,16 +204,6 @@ class Capture:
                 vcpus=int(domain.findtext('vcpu')),
                 qemu_version=connection.getVersion(), length=memory.length),
             pause)
-
-    def _end_copy(self):
-        """Nobody wants it any more, and it would be in the way."""
-        try:
-            _end_jobs(self._host, self._instance)
-        except exception.InstanceNotFound:
-            pass
-        except Exception as e:
-            LOG.warning('A job of libvirt may go on in vain: %s', e,
-                        instance=self._instance)
 
     def _explain(self, error):
         if self._step == 'disk' and _INACTIVE in str(error):
@@ -238,6 +231,25 @@ def put_right(host, instance, interfaces: guest_nics.Interfaces) -> bool:
         return False
 
 
+def end_job(host, instance) -> bool:
+    """End the job that keeps the disk of a guest.
+
+    :returns: False if it should be tried again
+    """
+    try:
+        _end_jobs(host, instance)
+        # One stands still that has found no room for what it was writing over.
+        _let_go_on(host, instance)
+        return True
+    except exception.InstanceNotFound:
+        return True
+    except Exception:
+        LOG.exception('The job of a capture could not be ended; that is tried '
+                      'again when nova-compute starts. A hard reboot does it '
+                      'as well', instance=instance)
+        return False
+
+
 def recover(host, instance, interfaces: guest_nics.Interfaces) -> None:
     """Put right what a capture has left that was cut off.
 
@@ -245,15 +257,7 @@ def recover(host, instance, interfaces: guest_nics.Interfaces) -> None:
     """
     LOG.warning('Saving the guest with its memory was cut off', instance=(
         instance))
-    try:
-        _end_jobs(host, instance)
-    except exception.InstanceNotFound:
-        pass
-    except Exception:
-        LOG.exception('The job of a capture that was cut off could not be '
-                      'ended', instance=instance)
-        return
-    if put_right(host, instance, interfaces):
+    if end_job(host, instance) and put_right(host, instance, interfaces):
         under_way.end(instance.uuid)
 
 
@@ -297,16 +301,35 @@ def _memory_snapshot(domain, path):
     return etree.tostring(root, encoding='unicode')
 
 
-def _backup(domain, path):
-    root = etree.Element('domainbackup', mode='push')
+def _backup(domain, scratch, socket):
+    root = etree.Element('domainbackup', mode='pull')
+    etree.SubElement(root, 'server', transport='unix', socket=socket)
     disks = etree.SubElement(root, 'disks')
     for disk in domain.iterfind('devices/disk'):
         name = disk.find('target').get('dev')
         if disk.get('device', 'disk') != 'disk':
             etree.SubElement(disks, 'disk', name=name, backup='no')
             continue
-        copied = etree.SubElement(disks, 'disk', name=name, backup='yes',
-                                  type='file')
-        etree.SubElement(copied, 'driver', type='qcow2')
-        etree.SubElement(copied, 'target', file=path)
+        kept = etree.SubElement(disks, 'disk', name=name, backup='yes',
+                                type='file')
+        etree.SubElement(kept, 'driver', type='qcow2')
+        etree.SubElement(kept, 'scratch', file=scratch)
     return etree.tostring(root, encoding='unicode')
+
+
+def _root(domain):
+    """The name under which a disk is exported; there is one disk alone."""
+    return next(disk.find('target').get('dev')
+                for disk in domain.iterfind('devices/disk')
+                if disk.get('device', 'disk') == 'disk')
+
+
+def _owner(domain):
+    """The user that QEMU runs as.
+
+    :returns: user ID; None if libvirt gives it none, so that it runs as
+        libvirtd does
+    """
+    label = domain.findtext("seclabel[@model='dac']/label") or ''
+    user = label.partition(':')[0].removeprefix('+')
+    return int(user) if user.isdigit() else None

@@ -49,6 +49,10 @@ class Unusable(Exception):
     """What is no memory of a guest, or one of another version."""
 
 
+class Unfit(Unusable):
+    """What no host can use for an instance."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Description:
     """What a guest must be to go on from a memory.

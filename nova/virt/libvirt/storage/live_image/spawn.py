@@ -79,7 +79,7 @@ def prepare(host, image_api, context, instance) -> Spawn | None:
                 _('[libvirt]/images_type is not libvirt-storage there'))
         disk = image_api.get(context, instance.image_ref)
         if disk['properties'].get(store.MEMORY_ID) != memory_id:
-            raise memory_file.Unusable(_('the image was changed meanwhile'))
+            raise memory_file.Unfit(_('the image was changed meanwhile'))
         memories = open_store(image_api)
         memories.check(disk, memory_id, instance.project_id)
         path = memories.fetch(memory_id)

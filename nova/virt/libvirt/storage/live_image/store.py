@@ -54,8 +54,10 @@ def service_context() -> nova_context.RequestContext:
     if auth is None:
         raise memory_file.Unusable(_(
             'the memory has to belong to Nova; configure [service_user]'))
+    # Who has no token is asked whether it may see an image, unless it is an
+    # admin. Glance itself asks the user behind the plugin.
     return nova_context.RequestContext(
-        user_auth_plugin=auth, overwrite=False)
+        user_auth_plugin=auth, is_admin=True, overwrite=False)
 
 
 def _own_project():
@@ -149,29 +151,30 @@ class Store:
         :param disk: the image of the server's disk, as Glance has it now
         :param memory_id: what that names as its memory
         :param project_id: whose server it is
-        :raises: memory_file.Unusable
+        :raises: memory_file.Unfit; memory_file.Unusable if Nova has no user of
+            its own on this host
         """
         context = service_context()
         try:
             memory = self._image_api.get(context, memory_id)
         except (exception.ImageNotFound, exception.ImageNotAuthorized):
-            raise memory_file.Unusable(
+            raise memory_file.Unfit(
                 _('image %s with its memory is gone') % memory_id)
         if memory.get('owner') != _own_project():
-            raise memory_file.Unusable(
+            raise memory_file.Unfit(
                 _('image %s belongs to a user') % memory_id)
         if memory.get('status') != 'active':
-            raise memory_file.Unusable(_('image %(image)s is %(status)s') % {
+            raise memory_file.Unfit(_('image %(image)s is %(status)s') % {
                 'image': memory_id, 'status': memory.get('status')})
         properties = memory['properties']
         if properties.get(_DISK_ID) != disk['id'] or (
                 properties.get(_DISK_HASH, '') != _hash_of(disk)):
-            raise memory_file.Unusable(
+            raise memory_file.Unfit(
                 _('image %(image)s belongs to another disk than that of '
                   'image %(disk)s') % {'image': memory_id,
                                        'disk': disk['id']})
         if not project_id or properties.get(_PROJECT) != project_id:
-            raise memory_file.Unusable(
+            raise memory_file.Unfit(
                 _('its memory belongs to another project'))
 
     def fetch(self, memory_id: str) -> str:

@@ -24,11 +24,13 @@ from oslo_utils import fileutils
 from oslo_utils import uuidutils
 
 import nova.conf
+import nova.privsep.path
 
 CONF = nova.conf.CONF
 
 _PREFIX = 'live-image-'
 _HOST = 'host'
+_EXPORT = 'export'
 
 
 def directory(instance_uuid: str) -> str:
@@ -56,8 +58,31 @@ def begin(instance_uuid: str) -> str:
     return path
 
 
+def export(instance_uuid: str) -> str:
+    """Path of the socket by which QEMU lets the disk be read."""
+    return os.path.join(directory(instance_uuid), _EXPORT, 'nbd')
+
+
+def make_export(instance_uuid: str, owner: int | None) -> str:
+    """Make the directory in which QEMU is to make that socket.
+
+    :param owner: user ID that QEMU runs as; None if it may write anywhere
+    :returns: path of the socket
+    """
+    path = export(instance_uuid)
+    folder = os.path.dirname(path)
+    os.mkdir(folder, 0o755)
+    if owner is not None:
+        nova.privsep.path.chown(folder, uid=owner)
+    return path
+
+
 def end(instance_uuid: str) -> None:
     """Delete the files of a capture: nothing is left to be put right."""
+    folder = os.path.dirname(export(instance_uuid))
+    if os.path.isdir(folder):
+        # QEMU may have left its socket in it.
+        nova.privsep.path.chown(folder, uid=os.geteuid())
     shutil.rmtree(directory(instance_uuid))
 
 

@@ -28,6 +28,8 @@ from nova import exception
 from nova.objects import fields
 from nova.virt.libvirt.storage.move import peers
 from nova.virt.libvirt.storage.pump import transfer as pump
+from nova.virt.libvirt.storage.records import keeping
+from nova.virt.libvirt.storage.records import leftovers
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -62,8 +64,11 @@ class FirstPass:
         self._departure = transfer.departure
         self._bandwidth = pump.Bandwidth(
             CONF.libvirt.storage_migration_precopy_bandwidth * units.Mi)
+        self._when = 'while the server runs'
         # names that were there before
         self._targets: list[tuple[ty.Any, str | None]] = []
+        # by item, what the destination has kept of it
+        self._known: dict[ty.Any, tuple[int, pump.Known]] = {}
 
     def run(self) -> None:
         """Send the disks, one after the other: the guest is using them.
@@ -75,8 +80,9 @@ class FirstPass:
         if not items:
             return
         instance = self._transfer.instance
-        LOG.info('Copying %(number)d disks while the server runs',
-                 {'number': len(items)}, instance=instance)
+        LOG.info('Copying %(number)d disks %(when)s',
+                 {'number': len(items), 'when': self._when},
+                 instance=instance)
         try:
             self._send_all(items)
         except (exception.StorageTransferCancelled,
@@ -104,14 +110,27 @@ class FirstPass:
                             instance=self._transfer.instance)
 
     def _items(self):
-        least = CONF.libvirt.storage_migration_precopy
-        if least < 0 or not self._departure.peer.takes_ahead or (
-                not self._guest_runs()):
+        if not self._departure.peer.takes_ahead:
             return []
         # What is made independent of its base image changes altogether.
-        return [item for item in self._transfer.items
-                if item.source and item.length and not item.growth and
-                item.allocation >= least * units.Mi]
+        items = [item for item in self._transfer.items
+                 if item.source and item.length and not item.growth]
+        least = CONF.libvirt.storage_migration_precopy
+        if not self._guest_runs():
+            self._when = 'for the first time'
+            return [item for item in items if self._kept(item)]
+        if least < 0:
+            return []
+        return [item for item in items
+                if item.allocation >= least * units.Mi or self._kept(item)]
+
+    def _kept(self, item):
+        """The volume that the destination still has of a disk, or None."""
+        if not self._departure.peer.keeps:
+            return None
+        return keeping.copy_of(
+            self._transfer.disks, self._transfer.migration.dest_compute,
+            item.pool.name, item.name)
 
     def _guest_runs(self):
         try:
@@ -127,11 +146,17 @@ class FirstPass:
             # As in Transfer: what is pushed first is done last.
             stack.callback(self._forget_names)
             stack.callback(transfer.restore)
+            kept = [item for item in items if self._choose_kept(item)]
             transfer.choose_names(items)
             transfer.save_building(items)
             stack.callback(transfer.delete_created, created)
             for item in items:
                 item.ahead_length = item.length
+                if item in kept:
+                    created.append((item.pool.name, item.target))
+                    if self._take_up(item):
+                        continue
+                    created.pop()
                 transfer.create(item, _room(item))
                 created.append((item.pool.name, item.target))
             stack.callback(self.close)
@@ -139,6 +164,39 @@ class FirstPass:
                 for item in items:
                     self._send(item)
             stack.pop_all()
+
+    def _choose_kept(self, item):
+        """Have a disk go to what the destination has of it, if it has."""
+        volume = self._kept(item)
+        if volume is None:
+            return False
+        # Saved with the record that it is coming: it is left no longer.
+        leftovers.forget(
+            self._transfer.disks, self._transfer.migration.dest_compute,
+            [(item.pool.name, volume)])
+        item.target = volume
+        return True
+
+    def _take_up(self, item):
+        """Learn what the destination has kept of a disk.
+
+        :returns: whether that is known; else it is gone
+        """
+        room, key = _room(item), pump.new_key()
+        try:
+            table = item.pool.take_up(
+                item.target, (item.length, room), item.mode, key)
+        except exception.InstanceNotFound:
+            raise
+        except exception.NovaException as e:
+            LOG.warning('All of volume %(volume)s is copied, as what the '
+                        'destination has kept of it is of no use: %(error)s',
+                        {'volume': item.source.name, 'error': e},
+                        instance=self._transfer.instance)
+            self._transfer.delete_at_peer(item)
+            return False
+        self._known[item] = key, pump.Known(room, table)
+        return True
 
     def _forget_names(self):
         for item, target in self._targets:
@@ -152,17 +210,20 @@ class FirstPass:
         with contextlib.ExitStack() as stack:
             target = stack.enter_context(
                 peer.target(item.pool.name, item.target))
+            key, known = self._known.get(item, (None, None))
             copy = stack.enter_context(pump.WarmCopy(
-                transfer.volume(item), target.end, item.length,
-                sparse=peer.takes_holes()))
+                transfer.volume(item), target.end, item.length, key,
+                sparse=peer.takes_holes(), known=known))
             result = copy.first(
                 pump.Watch(**transfer.watch(item, target, progress)),
                 self._bandwidth)
             item.ahead = Ahead(copy, target, stack.pop_all())
-        LOG.info('Copied volume %(volume)s while the server runs: %(data)d '
-                 'bytes of data in %(seconds).1f s', {
+        LOG.info('Copied volume %(volume)s %(when)s: %(data)d bytes of data '
+                 'in %(seconds).1f s%(kept)s', {
                      'volume': item.source.name, 'data': result.data,
-                     'seconds': result.seconds}, instance=transfer.instance)
+                     'when': self._when, 'seconds': result.seconds, 'kept':
+                     ', into a copy that was kept there' if known else ''},
+                 instance=transfer.instance)
 
 
 def _room(item):

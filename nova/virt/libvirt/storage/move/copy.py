@@ -362,6 +362,14 @@ class Transfer:
 
     def _make_anew(self, item):
         """Have an empty volume in the place of one that was written to."""
+        self.delete_at_peer(item)
+        item.pool.create(item.target, item.length, item.mode)
+
+    def delete_at_peer(self, item):
+        """Delete an item's volume on the destination, and nothing else.
+
+        :raises: exception.StorageIntakeError if that can't be done
+        """
         place = (item.pool.name, item.target)
         if self.departure.peer.delete([place], self.instance):
             raise exception.StorageIntakeError(
@@ -369,7 +377,6 @@ class Transfer:
                     "see the log of nova-compute there: volume %(volume)s in "
                     "storage pool %(pool)s could not be deleted") % {
                         'volume': item.target, 'pool': item.pool.name})
-        item.pool.create(item.target, item.length, item.mode)
 
     def _copy_all_of(self, item):
         takes_holes = self.departure.peer.takes_holes()

@@ -42,6 +42,7 @@ from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.pump import transfer as pump
+from nova.virt.libvirt.storage.records import keeping
 from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import lifecycle
@@ -63,7 +64,8 @@ def offer(connection, instance, migration, disks):
     :raises: MigrationPreCheckError, with which another host is tried
     """
     if disks.leftovers:
-        leftovers.delete(connection, disks)
+        leftovers.delete(connection, disks, keep=keeping.staying(
+            connection, disks, for_move=True))
         disks.save(instance._context)
     pools = {}
     for kind in _kinds_that_may_come(connection, disks):
@@ -230,14 +232,15 @@ def give_back(connection, instance, disks, keep):
     places = [(record.pool, record.volume) for _name, record in disks.items()
               if record.host == CONF.host and record.backend ==
               fields.LibvirtDiskBackend.LIBVIRT_STORAGE]
+    staying = keeping.given_back(connection, disks)
     if places:
         lifecycle.destroyed(disks)
         leftovers.note(disks, CONF.host, places)
         disks.save(instance._context)
     is_gone = ownership.delete_volumes(
-        connection, instance, keep=keep, disks=disks)
+        connection, instance, keep={*keep, *staying}, disks=disks)
     if places and is_gone:
-        leftovers.forget(disks, CONF.host, places)
+        leftovers.forget(disks, CONF.host, set(places) - staying)
         disks.save(instance._context)
     return is_gone
 

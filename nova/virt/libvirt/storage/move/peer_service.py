@@ -15,6 +15,7 @@ What is asked goes by RPC, the bytes over NBD. No libvirt but this host's own
 is spoken to. What the other side does is intake/intake.py's.
 """
 
+import base64
 import contextlib
 import socket
 
@@ -27,6 +28,7 @@ import nova.conf
 from nova import exception
 from nova.i18n import _
 from nova.virt.libvirt.storage.intake import intake
+from nova.virt.libvirt.storage.intake import kept
 from nova.virt.libvirt.storage.move import peers
 from nova.virt.libvirt.storage.pool import sharing
 from nova.virt.libvirt.storage.pump import transfer as pump
@@ -115,6 +117,7 @@ class ServicePeer(peers.Peer):
         self._has_aes = answer['aes'] and intake.cpu_has_aes()
         # A file of qcow2 grows meanwhile, and an export can't.
         self.takes_ahead = bool(answer.get('cuts'))
+        self.keeps = bool(answer.get('keeps'))
         super().check(pools)
         self._check_port()
 
@@ -210,6 +213,22 @@ class ServicePool(peers.PeerPool):
     def is_shared(self, here, instance):
         return sharing.is_seen(
             here, lambda name: self._ask('probe', name=name), instance)
+
+    def take_up(self, name, lengths, mode, key):
+        length, room = lengths
+        found = self._ask('take_up', volume=name, length=length, room=room,
+                          mode=mode, key=key)
+        data = b''
+        while len(data) < found['bytes']:
+            piece = base64.b64decode(
+                self._ask('table', volume=name, at=len(data)))
+            data += piece
+            # Of 64 KiB it has 8 bytes, and then some of zlib's.
+            if not piece or len(data) > 4096 + (room >> 12):
+                raise exception.StorageIntakeError(host=self.host, reason=_(
+                    "see the log of nova-compute there: it has forgotten what "
+                    "volume %s holds, or makes something up") % name)
+        return kept.unpack(data, room)
 
     def create(self, name, length, mode):
         self._ask('create', volume=name, length=length, mode=mode)

@@ -69,6 +69,21 @@ class PeerPool(abc.ABC):
         :param instance: whose prefix the volumes get that are made to find out
         """
 
+    def take_up(self, name: str, lengths: tuple[int, int], mode: int,
+                key: int) -> bytes:
+        """Have a volume that was kept there be what the bytes go to.
+
+        Only where the Peer keeps copies.
+
+        :param lengths: bytes of the disk, and of the volume: what is there
+            beyond the disk reads as zeroes then
+        :param mode: permissions of the file
+        :param key: for the checksums
+        :returns: what the pump.read_table() of all of it gives
+        :raises: exception.NovaException; then nothing is known of it
+        """
+        raise NotImplementedError()
+
     @abc.abstractmethod
     def create(self, name: str, length: int, mode: int) -> None:
         """Make the volume that the bytes go to, as Nova's there.
@@ -100,10 +115,12 @@ class Peer(abc.ABC):
     :ivar where: what it is called in messages and in the log
     :ivar may_be_cut: whether what made a move fail may have cut it off
     :ivar takes_ahead: whether a disk may be sent in two passes
+    :ivar keeps: whether what was kept there may be written over
     """
     where: str
     may_be_cut = True
     takes_ahead = False
+    keeps = False
 
     def check(self, pools: ty.Iterable[str]) -> None:
         """Check that disks can go to pools of the destination.

@@ -53,12 +53,6 @@ def _refused(reason):
         exception.MigrationPreCheckError(reason=reason))
 
 
-def _described(pool_name, ceph):
-    return (_('%(pool)s (Ceph pool %(ceph)s)') if ceph else
-            _('%(pool)s (no Ceph pool)')) % {
-                'pool': pool_name, 'ceph': ceph}
-
-
 class Departure:
     """An instance's disks before they leave this host.
 
@@ -193,12 +187,16 @@ class Departure:
                     here is not None or there is not None):
                 raise _refused(
                     _("choose a host with the same Ceph pool under the same "
-                      "name: disk %(name)s is in storage pool %(here)s, and "
-                      "host %(host)s offers %(there)s for it. No disk can "
-                      "move into a Ceph pool, or out of one") % {
+                      "name: %(ceph)s here, %(other)s there. Disk %(name)s is "
+                      "in storage pool %(here)s, and host %(host)s offers "
+                      "%(there)s for it. No disk can move into a Ceph pool, "
+                      "or out of one") % {
+                          # The longest words that matter, first: the API
+                          # shows 255 characters.
+                          'ceph': here or _('no Ceph pool'),
+                          'other': there or _('no Ceph pool'),
                           'name': name, 'host': self.migration.dest_compute,
-                          'here': _described(record.pool, here),
-                          'there': _described(pool_name, there)})
+                          'here': record.pool, 'there': pool_name})
 
     def _ceph_here(self, name, record):
         if not record.is_on_ceph:

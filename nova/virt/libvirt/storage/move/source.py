@@ -51,6 +51,7 @@ from nova.virt.libvirt.storage.move import precheck as departure
 from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.move import undo
 from nova.virt.libvirt.storage.records import evacuation
+from nova.virt.libvirt.storage.records import keeping
 from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import metadata
@@ -207,8 +208,11 @@ def abandon(context, host, instance, migration, disks):
     undo.restore(disks, migration)
     if disks.leftovers:
         leftovers.delete(host.get_connection(), disks)
-        places += [place for place in leftovers.on_host(
-            disks, migration.dest_compute) if place not in places]
+        left = leftovers.on_host(disks, migration.dest_compute)
+        # What the destination keeps on purpose, it deletes itself.
+        kept_there = keeping.copies(disks, left)
+        places += [place for place in left
+                   if place not in places and place not in kept_there]
     undo.delete_at_peer(None, host, disks, migration, places)
     disks.save(context)
 
@@ -311,7 +315,8 @@ def confirm(context, connection, instance):
     # Noted before nothing else names them: this compute may be killed.
     leftovers.note(disks, CONF.host, done_with)
     disks.save(context)
-    leftovers.delete(connection, disks)
+    leftovers.delete(connection, disks,
+                     keep=keeping.staying(connection, disks))
     disks.save(context)
 
 

@@ -14,11 +14,14 @@
 from oslo_log import log as logging
 import tenacity
 
+from nova.compute import task_states
 import nova.conf
 from nova import exception
+from nova import objects
 from nova.virt.libvirt.storage.move import peer_libvirt
 from nova.virt.libvirt.storage.move import transport
 from nova.virt.libvirt.storage.records import evacuation
+from nova.virt.libvirt.storage.records import keeping
 from nova.virt.libvirt.storage.records import leftovers
 
 CONF = nova.conf.CONF
@@ -59,7 +62,8 @@ def restore(disks, migration):
 def delete_at_peer(peer, host, disks, migration, places):
     """Delete the destination's volumes of a move that has failed.
 
-    What can't be deleted is noted, for the destination's next offer.
+    What can't be deleted is noted, for the destination's next offer; and so
+    is what stays on purpose, to be written over by the next try.
 
     :param peer: the destination as a Peer, which may be out of reach for
         what made the move fail; None if there is none
@@ -71,9 +75,13 @@ def delete_at_peer(peer, host, disks, migration, places):
     instance = disks.instance
     wanted = set(places)
     dest = migration.dest_compute
+    staying = set()
+    if peer is not None and peer.keeps and _is_wanted(instance):
+        staying = keeping.copies(disks, places)
+        places = [place for place in places if place not in staying]
     if dest == CONF.host:
         peer = peer_libvirt.LibvirtPeer(host.get_connection(), dest, dest)
-    if peer is not None:
+    if peer is not None and places:
         places = peer.delete(places, instance)
     if places and dest != CONF.host and (peer is None or peer.may_be_cut):
         try:
@@ -87,7 +95,20 @@ def delete_at_peer(peer, host, disks, migration, places):
                   'that host again. Otherwise delete it there.',
                   {'volume': place[1], 'pool': place[0], 'host': dest},
                   instance=instance)
-    leftovers.note(disks, dest, places)
+    leftovers.note(disks, dest, [*places, *sorted(staying)])
+
+
+def _is_wanted(instance):
+    """Whether it may be moved once more; of no use if it is deleted."""
+    if not keeping.is_on():
+        return False
+    try:
+        return objects.Instance.get_by_uuid(
+            instance._context, instance.uuid).task_state not in (
+                task_states.DELETING, task_states.SOFT_DELETING)
+    except exception.NovaException as e:
+        LOG.debug('No copies are kept: %s', e, instance=instance)
+        return False
 
 
 # A daemon that has died is usually started again within seconds.

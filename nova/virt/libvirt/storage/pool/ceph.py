@@ -25,6 +25,7 @@ import contextlib
 import functools
 import os
 import tempfile
+import typing as ty
 
 from oslo_log import log as logging
 from oslo_utils import fileutils
@@ -33,6 +34,7 @@ import nova.conf
 from nova import exception
 from nova.i18n import _
 from nova.storage import rbd_utils
+from nova import utils
 
 try:
     import libvirt
@@ -44,6 +46,10 @@ LOG = logging.getLogger(__name__)
 
 _PORT = '6789'
 _DEFAULT_CONF = '/etc/ceph/ceph.conf'
+
+# Seconds for which check() waits for an answer about one image; all else waits
+# for as long as Ceph takes.
+_ANSWER_TIMEOUT = 20
 
 
 class CephPool:
@@ -158,11 +164,16 @@ class CephPool:
         return path
 
     def _conf(self):
-        lines = [_read(CONF.libvirt.images_rbd_ceph_conf or _DEFAULT_CONF)]
+        lines = [_read(CONF.libvirt.images_rbd_ceph_conf or _DEFAULT_CONF),
+                 '[global]',
+                 # The timeout that rados.connect() is given it ignores, and
+                 # waits five minutes.
+                 'client_mount_timeout = %d' %
+                 CONF.libvirt.rbd_connect_timeout]
         if self.monitors:
-            lines += ['[global]', 'mon_host = %s' % ','.join(
+            lines.append('mon_host = %s' % ','.join(
                 '%s:%s' % (bracketed(host), port)
-                for host, port in self.monitors)]
+                for host, port in self.monitors))
         key = self.key()
         if key is not None:
             lines += ['[client.%s]' % (self.user or 'admin'),
@@ -210,6 +221,28 @@ class CephPool:
         """
         with self.errors():
             return '%s/%s' % (self.driver.get_fsid(), self.name)
+
+    def check(self, names: ty.Iterable[str] = ()) -> None:
+        """Check that Ceph answers, for images too: it may be half away.
+
+        An image that isn't there is none of this check's business.
+
+        :param names: of images that somebody is going to need
+        :raises: exception.StorageCephError, after some seconds
+        """
+        driver = self.driver
+        with self.errors(), contextlib.ExitStack() as stack:
+            cluster = utils.tpool_wrap(rbd_utils.rados.Rados(
+                rados_id=driver.rbd_user, conffile=driver.ceph_conf,
+                conf={'rados_osd_op_timeout': str(_ANSWER_TIMEOUT)}))
+            stack.callback(cluster.shutdown)
+            cluster.connect(timeout=driver.rbd_connect_timeout)
+            ioctx = cluster.open_ioctx(self.name)
+            stack.callback(ioctx.close)
+            open_image = utils.tpool_wrap(rbd_utils.rbd.Image)
+            for name in names:
+                with contextlib.suppress(rbd_utils.rbd.ImageNotFound):
+                    open_image(ioctx, name, read_only=True).close()
 
     def names(self) -> set[str]:
         """Names of all images, by one call.

@@ -18,7 +18,6 @@ from oslo_log import log as logging
 
 import nova.conf
 from nova import exception
-from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
 
 CONF = nova.conf.CONF
@@ -31,19 +30,36 @@ _REASON_LENGTH = 240
 def ready_for(connection, disks) -> None:
     """Start the pools that an instance's disks are in, if they are off.
 
+    Ceph is asked for the disks: what then waited for it, with the guest off,
+    would wait for as long as it is away.
+
     To be called while the guest still runs.
 
     :param connection: to this host's libvirt
     :param disks: the instance's InstanceDisks
     :raises: exception.StoragePoolError if one of them can't be started,
+        exception.StorageCephError if Ceph is away,
         exception.InvalidDiskMetadata
     """
     here = [record if record.host == CONF.host else record.previous
             for _name, record in disks.items()]
-    for name in sorted({record.pool for record in here
-                        if record is not None and record.pool and
-                        record.host == CONF.host}):
-        storage_pool.StoragePool(connection, name, CONF.host).start()
+    volumes: dict[str, list[str]] = {}
+    for record in here:
+        if (record is not None and record.pool and
+                record.host == CONF.host):
+            volumes.setdefault(record.pool, []).append(record.volume)
+    for name in sorted(volumes):
+        pool = setup.pool_named(connection, name)
+        _start(pool, sorted(volumes[name]))
+
+
+def _start(pool, needed=()):
+    """Start a pool if it is off, and Ceph answers if it is over Ceph."""
+    images = pool.ceph()
+    if images is not None:
+        # First: libvirt would wait for it, too, and not say why.
+        images.check(needed)
+    pool.start()
 
 
 def why_no_new_instance(connection) -> str | None:
@@ -54,9 +70,12 @@ def why_no_new_instance(connection) -> str | None:
     """
     for name in sorted({setup.pool_name_for('disk'),
                         setup.pool_name_for('disk.config')}):
-        pool = storage_pool.StoragePool(connection, name, CONF.host)
+        pool = setup.pool_named(connection, name)
         try:
-            if not pool.is_active():
+            if pool.exists() and pool.kind().is_ceph:
+                # It may be off since Ceph was away when the host came up.
+                _start(pool)
+            elif not pool.is_active():
                 raise exception.StoragePoolInactive(pool=name, host=CONF.host)
             pool.check_mounted()
         except exception.StoragePoolError as e:

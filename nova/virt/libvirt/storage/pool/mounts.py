@@ -20,6 +20,10 @@ import typing as ty
 
 MOUNTINFO = '/proc/self/mountinfo'
 
+# File systems that one host alone has mounted.
+_LOCAL = ('ext2', 'ext3', 'ext4', 'xfs', 'btrfs', 'zfs', 'f2fs', 'jfs',
+          'bcachefs', 'tmpfs')
+
 
 def source_at(path: str) -> str | None:
     """What is mounted at a directory, as seen by this process.
@@ -37,6 +41,23 @@ def source_at(path: str) -> str | None:
                 # The last one hides the others.
                 found = _unescaped(after.split(' ')[1])
     return found
+
+
+def is_local(path: str) -> bool:
+    """Whether a directory is in a file system that no other host can see.
+
+    :param path: an absolute path, links resolved
+    :raises: OSError if that can't be found out
+    """
+    longest, found = '', ''
+    with open(MOUNTINFO, errors='surrogateescape') as f:
+        for line in f:
+            before, _dash, after = line.partition(' - ')
+            place = _unescaped(before.split(' ')[4])
+            if len(place) >= len(longest) and (path + '/').startswith(
+                    place.rstrip('/') + '/'):
+                longest, found = place, after.split(' ')[0]
+    return found in _LOCAL
 
 
 def _unescaped(text):

@@ -193,6 +193,12 @@ class StoragePool:
             raise exception.StoragePoolUnsupported(
                 pool=self.name, host=self.host, type=self.config().type,
                 supported=', '.join(kinds.DISK_TYPES))
+        images = self.ceph()
+        if images is not None:
+            # libvirt waits longer, and Nova may not reach what it does.
+            images.check()
+            LOG.info('Storage pool %(pool)s is over Ceph pool %(ceph)s',
+                     {'pool': self.name, 'ceph': images.identity})
         self.start()
         info = self.info()
         if info.capacity < MIN_CAPACITY:
@@ -203,11 +209,6 @@ class StoragePool:
                 not self.volumes()):
             raise exception.StoragePoolTaken(
                 pool=self.name, host=self.host, available=info.available)
-        images = self.ceph()
-        if images is not None:
-            # libvirt has started it, but Nova may not reach it.
-            LOG.info('Storage pool %(pool)s is over Ceph pool %(ceph)s',
-                     {'pool': self.name, 'ceph': images.identity})
         self.check_access()
         if self.kind().is_remote:
             export.check(self)

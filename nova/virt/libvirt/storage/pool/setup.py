@@ -15,6 +15,8 @@
 Knows the names of disks, and no instance.
 """
 
+import contextlib
+import errno
 import os
 
 from oslo_log import log as logging
@@ -104,14 +106,30 @@ def ensure_pools(conn, host: str) -> None:
     _check_place(cache, base_images)
     cache.check_access(os.W_OK | os.X_OK)
     _mark_cache(base_images.target_path)
-    storage_pool.StoragePool.ensure(conn, disks_pool_config(), host)
+    with _unless_ceph_is_away():
+        storage_pool.StoragePool.ensure(conn, disks_pool_config(), host)
     for name in set(CONF.libvirt.storage_pool_mapping.values()):
         pool = storage_pool.StoragePool(conn, name, host)
         if not pool.exists():
             raise exception.StoragePoolNotFound(pool=name, host=host)
-        pool.adopt()
+        with _unless_ceph_is_away():
+            pool.adopt()
     for name in pool_names():
         _check_images(pool_named(conn, name))
+
+
+@contextlib.contextmanager
+def _unless_ceph_is_away():
+    """Let the service start without Ceph: there are guests to look after.
+
+    health.Offering keeps the host from the scheduler until Ceph is back.
+    """
+    try:
+        yield
+    except exception.StorageCephError as e:
+        if e.kwargs['code'] != errno.ETIMEDOUT:
+            raise
+        LOG.error('%s', e)
 
 
 def _check_images(pool):

@@ -30,6 +30,7 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc
 from libc.stdlib cimport free
 from libc.stdlib cimport realloc
+from libc.string cimport memcpy
 from libc.string cimport memset
 
 from nova.virt.libvirt.storage.pump cimport _loop as loop
@@ -189,13 +190,31 @@ cdef class Table:
 
     @property
     def filled(self):
-        """Whether a copy has filled it."""
+        """Whether a copy, or load(), has filled it."""
         return self._filled
 
     @property
     def values(self):
         """The checksum of each block; for looking at few blocks."""
         return [self._table.values[i] for i in range(self._blocks)]
+
+    def dump(self):
+        """Return the checksums as bytes, in this host's byte order."""
+        return (<char *>self._table.values)[:self._blocks * 8]
+
+    def load(self, bytes values not None):
+        """Take the checksums of a content that somebody else has read.
+
+        It is filled then.
+
+        :param values: as dump() returns them, of a table of the same length,
+            key and size of blocks
+        """
+        if <size_t>len(values) != self._blocks * 8:
+            raise ValueError("%d bytes are no table of %d blocks" % (
+                len(values), self._blocks))
+        memcpy(self._table.values, <char *>values, len(values))
+        self._filled = True
 
 
 cdef int _take_end(object stream, end_t *end) except -1:

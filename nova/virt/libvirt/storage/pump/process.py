@@ -111,10 +111,14 @@ class WorkerProcess:
     :param watch: a Watch
     :param extension: path of the compiled extension
     :param warm: the job has two passes
+    :param table: file descriptor of a file with the table of what stands at
+        the destination, and of how many bytes that is; without a destination
+        the file gets the source's
     """
 
-    def __init__(self, job, watch, extension, warm=False):
+    def __init__(self, job, watch, extension, warm=False, table=None):
         self.job = job
+        self._table = table
         self.watch = watch
         self.transferred = 0
         self._worker = None
@@ -123,6 +127,8 @@ class WorkerProcess:
             'destination': self._destination(), 'length': job.length,
             'sparse': job.sparse, 'find_holes': job.find_holes,
             'key': job.key, 'interval': _INTERVAL, 'warm': warm}
+        if table is not None:
+            self._request['table'] = table
         self._stdin_lock = threading.Lock()
         self._answer = None
         self._unread = b''
@@ -168,6 +174,7 @@ class WorkerProcess:
             [sys.executable, '-I', _WORKER], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd='/',
             start_new_session=True,
+            pass_fds=() if self._table is None else self._table[:1],
             env={k: os.environ[k] for k in _ENVIRONMENT if k in os.environ})
         try:
             self.watch.on_start(self._worker.pid)

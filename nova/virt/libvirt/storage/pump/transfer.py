@@ -25,8 +25,10 @@ noticed by the deadline for progress, stall_timeout.
 The functions block their thread (under eventlet: their green thread).
 """
 
+import contextlib
 import dataclasses
 import importlib.util
+import os
 import random
 import time
 import typing as ty
@@ -48,7 +50,8 @@ nbd_missing = nbd.missing
 
 _EXTENSION = 'nova.virt.libvirt.storage.pump._copy'
 
-_PRIME = (1 << 61) - 1
+# Of the checksums: a key is less.
+PRIME = (1 << 61) - 1
 
 # VIR_ERR_NO_STORAGE_VOL
 _NO_STORAGE_VOL = 50
@@ -56,7 +59,7 @@ _NO_STORAGE_VOL = 50
 
 def new_key() -> int:
     """Return a random key for a checksum."""
-    return random.SystemRandom().randrange(1, _PRIME)
+    return random.SystemRandom().randrange(1, PRIME)
 
 
 def extension_path() -> str:
@@ -157,7 +160,8 @@ class Job:
             raise ValueError('length is negative: %d' % self.length)
 
     def run(self, watch: Watch = Watch(),
-            bandwidth: Bandwidth | int = 0) -> Result:
+            bandwidth: Bandwidth | int = 0,
+            table: int | None = None) -> Result:
         """Do it in a worker process, and wait for that.
 
         Nothing is removed on failure: the caller made the destination's
@@ -173,13 +177,17 @@ class Job:
 
         :param bandwidth: bytes a second at most, 0 for no limit; or the
             Bandwidth that this job shares with others
+        :param table: file descriptor that gets the checksums of the blocks
+            of what is read without a destination
         :raises: StorageTransferError, StorageTransferStalled,
             StorageTransferCancelled, StorageTransferMismatch,
             StoragePumpMissing
         """
         if isinstance(bandwidth, int):
             bandwidth = Bandwidth(bandwidth)
-        worker = process.WorkerProcess(self, watch, extension_path())
+        worker = process.WorkerProcess(
+            self, watch, extension_path(),
+            table=None if table is None else (table, self.length))
         start = time.monotonic()
         found = worker.run(bandwidth)
         result = Result(key=self.key, seconds=time.monotonic() - start,
@@ -209,6 +217,16 @@ class Job:
                on_end=watch.on_end, cancelled=watch.cancelled)
 
 
+class Known(ty.NamedTuple):
+    """What stands in an export before anything is sent to it.
+
+    :ivar length: bytes of it
+    :ivar table: what read_table() says of them, under the copy's key
+    """
+    length: int
+    table: bytes
+
+
 class WarmCopy:
     """A copy into an export in two passes, of which the first is a warm one.
 
@@ -226,14 +244,19 @@ class WarmCopy:
     :param length: bytes of the source that the first pass reads, one at least
     :param key: for the checksum; a random one by default
     :param sparse: as in Job
+    :param known: what read_table() says of all of the export, if something
+        was written to it before: the first pass sends what differs, too. What
+        the export has beyond length reads as zeroes.
     """
 
     def __init__(self, source: Volume, destination: Export, length: int,
-                 key: int | None = None, sparse: bool = True):
+                 key: int | None = None, sparse: bool = True,
+                 known: 'Known | None' = None):
         if length <= 0:
             raise ValueError('length is out of range: %d' % length)
         self._job = Job(source, destination, length, sparse,
                         key=new_key() if key is None else key)
+        self._known = known
         self._worker: process.WorkerProcess | None = None
 
     def __enter__(self) -> 'WarmCopy':
@@ -258,9 +281,12 @@ class WarmCopy:
         """
         if self._worker is not None:
             raise RuntimeError('a first pass runs once')
-        self._worker = process.WorkerProcess(self._job, watch,
-                                             extension_path(), warm=True)
-        self._worker.start()
+        known = self._known or Known(0, b'')
+        with _table_file(known.table) as file:
+            self._worker = process.WorkerProcess(
+                self._job, watch, extension_path(), warm=True,
+                table=(file, known.length) if self._known else None)
+            self._worker.start()
         return self._do(self._worker, bandwidth, last=False)
 
     def rest(self, length: int, watch: Watch = Watch(),
@@ -323,6 +349,34 @@ def read(volume: Volume, length: int, *, key: int, **watch) -> Result:
     :raises: as Job.run()
     """
     return Job(volume, None, length, key=key).run(_watch(watch))
+
+
+def read_table(volume: Volume, length: int, *, key: int, **watch) -> bytes:
+    """Read a volume for the checksums of its blocks.
+
+    :param volume: of this host
+    :param length: bytes, one at least
+    :param key: for the checksums
+    :param watch: keywords of Watch
+    :returns: what a WarmCopy may know, 8 bytes a block of at least 64 KiB
+    :raises: as Job.run()
+    """
+    with _table_file() as file:
+        Job(volume, None, length, key=key).run(_watch(watch), table=file)
+        return os.pread(file, os.fstat(file).st_size, 0)
+
+
+@contextlib.contextmanager
+def _table_file(content: bytes | None = None):
+    """A file descriptor through which a worker gets or gives a table."""
+    fd = os.memfd_create('table')
+    try:
+        with open(fd, 'wb', closefd=False) as file:
+            file.write(content or b'')
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def verify(volume: Volume, length: int, checksum: int, **kwargs) -> Result:

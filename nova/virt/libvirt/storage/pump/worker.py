@@ -17,7 +17,9 @@ whatever the disk's size. The request comes as a line of JSON on stdin; later
 lines say how much bandwidth there is now, and one with a length asks for the
 second pass of a warm copy, which the request has announced. stdin's end means
 that the parent has gone or wants no more: then the process ends. It answers
-with lines of JSON on stdout, a pass with one result:
+with lines of JSON on stdout, a pass with one result. "table" is a file
+descriptor and a number of bytes: it has the checksums of so much that stands
+at the destination already or, without a destination, takes the source's.
 
     {"transferred": bytes}
     {"result": {"data", "holes", "checksum", "physical", "allocation",
@@ -331,18 +333,22 @@ class Job:
         pump = load_pump(request['extension'])
         length = request['length']
         table = None
-        if request['warm']:
-            table = pump.Table(length, request['key'])
+        table_file, table_length = request.get('table') or (None, length)
+        if request['warm'] or table_file is not None:
+            table = pump.Table(table_length, request['key'])
+        if request['warm'] and table_file is not None:
+            with open(table_file, 'rb') as file:
+                table.load(file.read())
         source = End('source', *request['source'])
         destination = None
         if isinstance(request['destination'], dict):
             destination = Export(request['destination'], length)
         elif request['destination']:
             destination = End('destination', *request['destination'])
-        if table:
+        if request['warm']:
             set_io_priority(IOPRIO_IDLE)
             say(result={**self.run_pass(pump, source, destination, length,
-                                        table=table),
+                                        table=table, is_first=True),
                         'physical': destination.sizes_written(length, 0)[0],
                         'allocation': None})
             length = self.wait_for_second(destination)
@@ -365,6 +371,9 @@ class Job:
             physical, allocation = destination.sizes_written(
                 length, found['data'])
             destination.close()
+        elif table:
+            with open(table_file, 'wb') as file:
+                file.write(table.dump())
         say(result={**found, 'physical': physical, 'allocation': allocation,
                     'direct': self.direct})
 
@@ -376,21 +385,25 @@ class Job:
             except queue.Empty:
                 destination.keep()
 
-    def run_pass(self, pump, source, destination, length, *, table):
+    def run_pass(self, pump, source, destination, length, *, table,
+                 is_first=False):
         if not length:
             # A stream of length 0 would be one without a limit.
             return {'data': 0, 'holes': 0,
                     'checksum': pump.checksum([], self.request['key'])}
-        self.run_copy(pump, source, destination, length, table=table)
+        self.run_copy(pump, source, destination, length, table=table,
+                      is_first=is_first)
         # Of what was unchanged nothing is known but that it is there.
         return {'data': self.copy.data, 'checksum': self.copy.checksum,
                 'holes': length - self.copy.data}
 
-    def run_copy(self, pump, source, destination, length, *, table):
+    def run_copy(self, pump, source, destination, length, *, table,
+                 is_first=False):
         request = self.request
         sparse, warm = request['sparse'], table is not None
-        second = warm and table.filled
-        fd = source.file(length, direct=warm, may_grow=warm and not second)
+        # Then something stands there, of which it tells.
+        known = warm and table.filled
+        fd = source.file(length, direct=warm, may_grow=is_first)
         self.direct = fd is not None
         # A volume that is verified may be the only copy soon.
         download = (source.download(length) if fd is None else
@@ -398,14 +411,14 @@ class Job:
                               direct=warm))
         upload = None
         if destination:
-            upload = destination.upload(length, sparse and not second)
+            upload = destination.upload(length, sparse and not known)
             sparse = sparse or destination.takes_holes
         with self.lock:
             self.copy = pump.Copy(
                 download, upload, length, sparse=sparse,
                 find_holes=request.get('find_holes', False),
                 bandwidth=self.bandwidth,
-                key=request['key'], table=table, only_changes=second)
+                key=request['key'], table=table, only_changes=known)
             if self.cancelled:
                 self.copy.cancel()
         ended = threading.Event()

@@ -58,14 +58,15 @@ def forget(disks, host, places):
     disks.leftovers = [left for left in disks.leftovers if left not in gone]
 
 
-def delete(connection, disks):
+def delete(connection, disks, keep=frozenset()):
     """Delete what an earlier try has left on this host and couldn't undo.
 
     :param connection: this host's libvirt
     :param disks: the instance's InstanceDisks; the caller saves them. What
         has become a disk since it was noted is no longer left.
+    :param keep: set of (pool, volume) which stay for now, and noted
     """
-    places = set(on_host(disks, CONF.host))
+    places = set(on_host(disks, CONF.host)) - keep
     in_use = {(record.pool, record.volume) for _name, known in disks.items()
               for record in (known, known.previous)
               if record is not None and record.host == CONF.host}

@@ -270,7 +270,8 @@ def destroyed(disks) -> None:
 
     Another host's stay on record: an instance that was moved away is cleaned
     up here while it runs there. On a revert what was kept for it is the disk
-    again.
+    again; an image on Ceph that was made for the new flavor hasn't been
+    destroyed, and is left to the host that gets the instance back.
     """
     try:
         own = [(name, record) for name, record in disks.items()
@@ -283,9 +284,13 @@ def destroyed(disks) -> None:
                         instance=disks.instance)
         return
     reverting = _task_state(disks.instance) == task_states.RESIZE_REVERTING
+    origins = {record.previous.host for _name, record in own
+               if record.previous is not None} - {CONF.host}
     for name, record in own:
         if reverting and record.previous is not None:
             disks.set(name, record.previous)
+        elif reverting and len(origins) == 1:
+            _leave(disks, name, record, *origins)
         else:
             disks.clear(name)
 
@@ -352,17 +357,31 @@ def arrived(disks, moved: list[dict]) -> None:
 
 
 def went_back(disks) -> None:
-    """Note that the disks are again what they were on this host."""
+    """Note that the disks are again what they were on this host.
+
+    What was made for the flavor that is given up goes with its host. On Ceph
+    it is noted as left on this one.
+    """
     for name, record in disks.items():
         before = record.previous
         if record.host == CONF.host:
+            if (name == 'disk.local' and record.is_on_ceph and
+                    not size_of(disks.instance, name, None)):
+                _leave(disks, name, record, CONF.host)
             continue
         if before is not None and before.host == CONF.host:
             disks.set(name, before)
         else:
             # Made on the other host: not here.
-            disks.clear(name)
+            _leave(disks, name, record, CONF.host)
     _note_root_size(disks)
+
+
+def _leave(disks, name, record, host):
+    """Forget a disk; on Ceph it is there, and for a host to delete."""
+    if record.is_on_ceph:
+        leftovers.note(disks, host, [(record.pool, record.volume)])
+    disks.clear(name)
 
 
 def size_of(instance, name: str, block_device_info) -> int:

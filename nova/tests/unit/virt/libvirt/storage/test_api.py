@@ -96,6 +96,17 @@ class LocalDisksTestCase(test.NoDBTestCase):
             mock.sentinel.context, uuids.image, mock.sentinel.metadata,
             capture.return_value.__enter__.return_value)
 
+    def test_supports_live_images(self):
+        for live, images_type, virt_type, expected in (
+                (True, 'libvirt-storage', 'kvm', True),
+                (True, 'libvirt-storage', 'qemu', True),
+                (True, 'libvirt-storage', 'lxc', False),
+                (True, 'qcow2', 'kvm', False),
+                (False, 'libvirt-storage', 'kvm', False)):
+            self.flags(live_images=live, images_type=images_type,
+                       virt_type=virt_type, group='libvirt')
+            self.assertIs(expected, api.supports_live_images())
+
     def test_save_live_is_off(self):
         error = self.assertRaises(
             exception.LiveImageRefused, self._save_live)
@@ -419,7 +430,15 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self._plan_legacy(
             dst_takes_legacy=True, is_shared_instance_path=True)
         make.assert_not_called()
-        self.assertIn('both hosts see', self.stdlog.logger.output)
+        self._plan_legacy(
+            dst_takes_legacy=True, dst_takes_links=False,
+            is_shared_instance_path=True)
+        make.assert_not_called()
+        self.assertIn('take no hard links', self.stdlog.logger.output)
+        self._plan_legacy(
+            dst_takes_legacy=True, dst_takes_links=True,
+            is_shared_instance_path=True)
+        make.assert_called_once_with()
         # The server migrates nevertheless, as it always has.
         make.side_effect = exception.MigrationPreCheckError(reason='no room')
         self._plan_legacy(

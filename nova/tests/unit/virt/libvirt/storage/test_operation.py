@@ -131,14 +131,20 @@ class DiskOperationTestCase(OperationTestCase):
 
     @mock.patch('nova.virt.libvirt.storage.move.destination.accept')
     def test_nobody_writes_to_what_is_taken_over(self, mock_accept):
-        self.local.intake = mock.Mock()
-        close = self.local.intake.close
-        mock_accept.side_effect = lambda *args: (
-            close.assert_called_once_with(self.instance))
+        self.local.intake = mock.MagicMock()
+        closing = self.local.intake.handing_over.return_value
+
+        def accept(*args):
+            closing.__enter__.assert_called_once_with()
+            closing.__exit__.assert_not_called()
+
+        mock_accept.side_effect = accept
         self.of().accept()
+        self.local.intake.handing_over.assert_called_once_with(self.instance)
         mock_accept.assert_called_once()
+        closing.__exit__.assert_called_once()
         mock_accept.reset_mock()
-        close.side_effect = exception.StorageIntakeError(
+        closing.__enter__.side_effect = exception.StorageIntakeError(
             host='here', reason='somebody still does')
         self.assertRaises(exception.StorageIntakeError, self.of().accept)
         mock_accept.assert_not_called()
@@ -387,6 +393,28 @@ class RebootTestCase(OperationTestCase):
         abandon.assert_called_once()
         self.assertTrue(disks.guest_runs)
         mock_take_up.assert_not_called()
+
+    def test_made_on_ceph_for_a_flavor_that_is_given_up(self):
+        for name in ('source.abandon', 'guest_files.restore_nvram'):
+            self.patch('nova.virt.libvirt.storage.move.%s' % name)
+        self.instance.flavor = objects.Flavor(root_gb=1)
+        swap = record('disk.swap', host='there',
+                      backend='libvirt-storage-rbd')
+        self.records.set('disk.swap', swap)
+        noted = [('here', 'p', swap.volume)]
+        told = []
+        self.records.save.side_effect = lambda context: told.append(
+            [tuple(left) for left in self.records.leftovers])
+        volume = self.pool.volume.return_value
+        volume.delete.side_effect = lambda: told.append('deleted')
+        disks = self.of(reboot.Return)
+        with mock.patch.object(disks, 'take_up'), \
+                mock.patch.object(disks, '_disk_info'), \
+                mock.patch.object(disks, 'finish_earlier_move'):
+            disks.take_back(mock.sentinel.migration)
+        # Killed in between, this compute knows what is left.
+        self.assertEqual([noted, 'deleted', []], told)
+        self.pool.volume.assert_called_once_with(swap.volume)
 
     def test_legacy_names_go_at_a_revert(self):
         # They were linked into the pool while the guest ran.

@@ -10,9 +10,12 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+import os
+import time
 from unittest import mock
 
 import ddt
+import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import context
@@ -131,6 +134,55 @@ class OrphansTestCase(test.NoDBTestCase):
         leftovers.note(self.disks, 'here', [(POOL, self.disk)])
         self.assertEqual([orphans.Kind.UNKNOWN], self.kinds())
         self.assertEqual([], self.swept())
+
+    def keep(self, is_local=True):
+        """A copy that was kept here has the name of the disk there."""
+        self.flags(storage_migration_keep_copies=2, group='libvirt')
+        self.stub_out('nova.virt.libvirt.storage.pool.mounts.is_local',
+                      lambda path: is_local)
+        folder = self.useFixture(fixtures.TempDir()).path
+        self.pool.config.return_value = mock.Mock(
+            type='dir', target_path=folder)
+        self.volumes[0].path = os.path.join(folder, self.disk)
+        with open(self.volumes[0].path, 'w'):
+            pass
+        self.disks.set('disk', self.record('there'))
+        leftovers.note(self.disks, 'here', [(POOL, self.disk)])
+
+    def after(self, hours):
+        now = time.time() + hours * 3600
+        self.useFixture(fixtures.MonkeyPatch('time.time', lambda: now))
+
+    def test_copy_that_is_kept(self):
+        self.keep()
+        self.after(1.9)
+        self.assertEqual([orphans.Kind.KEPT], self.kinds())
+        self.assertEqual([], self.swept())
+
+    def test_copy_whose_time_is_over(self):
+        self.keep()
+        self.after(2.1)
+        self.assertEqual([self.disk], self.swept())
+
+    def test_copy_whose_instance_is_deleted(self):
+        self.keep()
+        self.instance.deleted = True
+        self.assertEqual([self.disk], self.swept())
+
+    @ddt.data(0, 3)
+    def test_copy_where_others_see_it(self, hours):
+        # It may be the disk itself.
+        self.keep(is_local=False)
+        self.after(hours)
+        self.assertEqual([orphans.Kind.UNKNOWN], self.kinds())
+        self.assertEqual([], self.swept())
+
+    def test_other_leftovers_are_no_copies(self):
+        self.keep()
+        self.add('%s_files' % uuids.instance).path = self.volumes[0].path
+        leftovers.note(self.disks, 'here',
+                       [(POOL, '%s_files' % uuids.instance)])
+        self.assertEqual(['%s_files' % uuids.instance], self.swept())
 
     def test_kept_for_revert(self):
         self.disks.set('disk', self.record(

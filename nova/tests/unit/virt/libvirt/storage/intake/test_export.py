@@ -16,7 +16,9 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
+from unittest import mock
 
 import fixtures
 
@@ -95,6 +97,7 @@ class ExportTestBase(test.NoDBTestCase):
         found = export.Export(export.Order(
             path or self.path, connections, has_aes, WHAT), '127.0.0.1')
         self.exports.append(found)
+        found.start()
         return found
 
     def client(self, found, key=None, **kwargs):
@@ -228,6 +231,40 @@ class EndTestCase(ExportTestBase):
         self.assert_logged('nobody has written for', WHAT)
         self.assertTrue(self.is_gone(pid))
 
+    def test_closed_before_it_is_started(self):
+        found = export.Export(export.Order(self.path, 1, True, WHAT),
+                              '127.0.0.1')
+        self.assertTrue(found.is_running())
+        found.end()
+        self.assertFalse(found.is_running())
+        e = self.assertRaises(exception.StorageIntakeError, found.start)
+        self.assertIn('was closed while it was opened', str(e))
+        self.assertEqual(0, found.port)
+        self.assertEqual([], os.listdir(keys.root()))
+
+    def test_closed_while_it_starts(self):
+        started = threading.Event()
+        found = export.Export(export.Order(self.path, 1, True, WHAT),
+                              '127.0.0.1')
+        start = found._start
+
+        def begin(listening):
+            started.set()
+            # The others have no time for that.
+            time.sleep(0.3)
+            start(listening)
+
+        with mock.patch.object(found, '_start', side_effect=begin):
+            thread = threading.Thread(target=found.start)
+            thread.start()
+            self.assertTrue(started.wait(30))
+            before = time.monotonic()
+            self.assertTrue(found.is_running())
+            self.assertLess(time.monotonic() - before, 0.2)
+            found.end()
+        thread.join()
+        self.assertTrue(self.is_gone(self.pid(found)))
+
     def test_guard_is_killed(self):
         found = self.export()
         pid = self.pid(found)
@@ -332,7 +369,7 @@ class AttackTestCase(ExportTestBase):
                         b'\0\0\0\3IHAVEOPT\0\0\0\1\0\0\0\0'):
             with socket.create_connection(
                     ('127.0.0.1', found.port)) as bad:
-                bad.settimeout(5)
+                bad.settimeout(30)
                 bad.recv(64)
                 try:
                     bad.sendall(garbage)

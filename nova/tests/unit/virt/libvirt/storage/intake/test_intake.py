@@ -11,14 +11,18 @@
 #    under the License.
 """What a destination lets the source of a migration have done."""
 
+import base64
+from concurrent import futures
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from unittest import mock
+import zlib
 
 import ddt
 import fixtures
@@ -27,11 +31,14 @@ from oslo_utils.fixture import uuidsentinel as uuids
 import nova.conf
 from nova import exception
 from nova import objects
+from nova import test
 from nova.tests.unit.virt.libvirt.storage.move import two_hosts
 from nova.virt.libvirt.storage.intake import export
 from nova.virt.libvirt.storage.intake import intake
+from nova.virt.libvirt.storage.intake import kept
 from nova.virt.libvirt.storage.intake import keys
 from nova.virt.libvirt.storage.intake import reaper
+from nova.virt.libvirt.storage.pump import transfer as pump
 
 CONF = nova.conf.CONF
 
@@ -65,7 +72,8 @@ class IntakeTestBase(two_hosts.TwoHostsTestCase):
             export, 'Export', side_effect=self._export))
         self.useFixture(fixtures.MockPatchObject(
             export, 'obstacle', return_value=None))
-        self.intake = intake.Intake(lambda: self.dest, lambda: '127.0.0.1')
+        self.intake = intake.Intake(lambda: self.dest, lambda: '127.0.0.1',
+                                    'uri')
         self.name = self.volume_name('disk')
         self.on_its_way('disk')
 
@@ -125,8 +133,14 @@ class IntakeTestCase(IntakeTestBase):
     def test_greet(self):
         self.assertEqual(
             {'obstacle': mock.ANY, 'aes': intake.cpu_has_aes(),
-             'cuts': True},
+             'cuts': True, 'keeps': False},
             self.ask('greet'))
+        self.flags(storage_migration_keep_copies=1, group='libvirt')
+        with mock.patch('nova.virt.libvirt.storage.pool.mounts.is_local',
+                        return_value=True):
+            with mock.patch('nova.virt.libvirt.utils.get_fs_info',
+                            return_value={'free': 5}):
+                self.assertTrue(self.ask('greet')['keeps'])
 
     def test_host_that_takes_nothing_in(self):
         self.create()
@@ -204,6 +218,15 @@ class IntakeTestCase(IntakeTestBase):
                               'look', pool=POOL)
         self.assertIn('no files', str(e))
 
+    def test_pool_that_is_not_mounted(self):
+        self.dest.unmounted.add(POOL)
+        with mock.patch('nova.virt.libvirt.utils.get_fs_info',
+                        autospec=True) as get_fs_info:
+            e = self.assertRaises(exception.StoragePoolNotMounted, self.ask,
+                                  'look', pool=POOL)
+        self.assertIn('nothing', str(e))
+        get_fs_info.assert_not_called()
+
     def test_delete_ends_the_export_first(self):
         self.create()
         self.open()
@@ -227,6 +250,85 @@ class IntakeTestCase(IntakeTestBase):
         self.exports[0].end.assert_not_called()
         self.intake.close(self.instance)
         self.exports[0].end.assert_called_once_with()
+
+    def test_opened_while_it_is_handed_over(self):
+        self.create()
+        with self.intake.handing_over(self.instance):
+            self.assertIn('being taken over',
+                          self.refused('open', **self.place(),
+                                       connections=1, aes=False))
+        self.assertEqual([], self.exports)
+        # That may have failed: then it is tried again.
+        self.open()
+        with self.intake.handing_over(objects.Instance(uuid=uuids.other)):
+            self.exports[0].end.assert_not_called()
+        with self.intake.handing_over(self.instance):
+            self.exports[0].end.assert_called_once_with()
+
+    def test_opened_by_what_was_checked_before_the_hand_over(self):
+        self.create()
+        made = self._export
+
+        def late(order, address):
+            self.on_its_way('disk', state='ready')
+            return made(order, address)
+
+        export.Export.side_effect = late
+        self.assertIn('not on record', self.refused(
+            'open', **self.place(), connections=1, aes=False))
+        (found,) = self.exports
+        found.start.assert_not_called()
+        found.end.assert_called_once_with()
+
+    def test_server_that_does_not_start(self):
+        self.create()
+        made = self._export
+
+        def failing(order, address):
+            found = made(order, address)
+            found.start.side_effect = exception.StorageIntakeError(
+                host='dest', reason='it does not start')
+            return found
+
+        export.Export.side_effect = failing
+        self.assertRaises(exception.StorageIntakeError, self.open)
+        export.Export.side_effect = made
+        self.open()
+
+    def test_others_do_not_wait_for_a_server_to_start(self):
+        self.on_its_way('disk.eph0')
+        eph0 = self.volume_name('disk.eph0')
+        self.create()
+        self.create(volume=eph0)
+        go_on, starts, made = threading.Event(), [], self._export
+
+        def slow(order, address):
+            found = made(order, address)
+            if not starts:
+                found.start.side_effect = lambda: go_on.wait(60)
+            starts.append(order.path)
+            return found
+
+        export.Export.side_effect = slow
+        with futures.ThreadPoolExecutor() as executor:
+            try:
+                first = executor.submit(self.open)
+                while not starts:
+                    time.sleep(0.01)
+                others = [
+                    executor.submit(self.open, volume=eph0),
+                    executor.submit(self.intake.look_after),
+                    executor.submit(self.intake.close,
+                                    objects.Instance(uuid=uuids.other))]
+                _done, waiting = futures.wait(others, 20)
+                self.assertEqual(set(), waiting)
+                self.assertFalse(first.done())
+                self.refused('open', **self.place(), connections=1,
+                             aes=False)
+            finally:
+                go_on.set()
+        for found in (first, *others):
+            found.result()
 
     def test_hand_over_of_what_does_not_close(self):
         self.create()
@@ -271,6 +373,8 @@ class RefusalTestCase(IntakeTestBase):
             instance=objects.Instance(uuid=uuids.other))
         self.assertRaises(exception.MigrationNotFoundForInstance,
                           self.ask, 'greet', migration_id=8)
+        self.assertIn("Refused for migration 7: greet: it is none of this "
+                      "server's", self.stdlog.logger.output)
 
     def test_migration_of_another_kind(self):
         self.migration.migration_type = 'live-migration'
@@ -366,6 +470,164 @@ class RefusalTestCase(IntakeTestBase):
     def test_malformed_places(self):
         for places in (None, 'x', [[POOL]], [[POOL, 5]], [5], [[[], {}]]):
             self.refused('delete', places=places)
+
+
+class KeptTestCase(IntakeTestBase):
+    """What is still here of a disk, for its source to go on from."""
+
+    def setUp(self):
+        super().setUp()
+        self.dest.pools[POOL][self.name] = {'length': 900, 'allocation': 900}
+        self.prepare = self.useFixture(fixtures.MockPatchObject(
+            kept, 'prepare', autospec=True)).mock
+        self.table = b'T' * 100 + os.urandom(3 << 20)
+        self.read_table = self.useFixture(fixtures.MockPatchObject(
+            kept.pump, 'read_table', autospec=True,
+            return_value=self.table)).mock
+
+    def arguments(self, **more):
+        return {**self.place(), 'length': 800, 'room': 1000, 'mode': 0o644,
+                'key': 77, **more}
+
+    def test_take_up(self):
+        found = self.ask('take_up', **self.arguments())
+        path = '/disks/' + self.name
+        self.prepare.assert_called_once_with(path, 800, 1000, 0o644)
+        # All of it is read, not what it was to have once.
+        self.read_table.assert_called_once_with(
+            pump.Volume('uri', POOL, self.name), 1000, key=77,
+            stall_timeout=mock.ANY, cancelled=mock.ANY)
+        data = b''
+        while piece := self.ask('table', at=len(data), **self.place()):
+            data += base64.b64decode(piece)
+        self.assertEqual(found['bytes'], len(data))
+        self.assertEqual(self.table, kept.unpack(data, 1 << 40))
+        # When it is open, the source has it.
+        self.open()
+        self.assertEqual('', self.ask('table', at=0, **self.place()))
+
+    def test_reading_that_takes_too_long(self):
+        self.flags(long_rpc_timeout=60)
+        now = time.monotonic()
+
+        def read(*args, cancelled, **kwargs):
+            for later, expected in ((29, False), (32, True)):
+                with mock.patch('time.monotonic', return_value=now + later):
+                    self.assertIs(expected, cancelled())
+            raise exception.StorageTransferCancelled(
+                volume='v', where='w', length=1, transferred=0)
+
+        self.read_table.side_effect = read
+        e = self.assertRaises(exception.StorageIntakeError, self.ask,
+                              'take_up', **self.arguments())
+        self.assertIn('long_rpc_timeout', str(e))
+
+    def test_table_that_is_too_long(self):
+        data = zlib.compress(bytes(1 << 20))
+        e = self.assertRaises(exception.StorageIntakeError, kept.unpack,
+                              data, 65536)
+        self.assertIn('too long', str(e))
+        self.assertEqual(bytes(8), kept.unpack(zlib.compress(bytes(8)), 1))
+        self.assertRaises(exception.StorageIntakeError, kept.unpack,
+                          b'no zlib', 65536)
+
+    def test_refused(self):
+        self.assertIn('being taken over', self._refused_in_hand_over())
+        for arguments in ({'length': 1001}, {'length': 0}, {'length': None},
+                          {'room': 1 << 50}, {'mode': 0o4755}, {'key': 0},
+                          {'key': (1 << 61) - 1}, {'volume': 'other'},
+                          {'pool': 'other'}):
+            self.refused('take_up', **self.arguments(**arguments))
+        self.open()
+        self.assertIn('is open', self.refused('take_up', **self.arguments()))
+        self.on_its_way('disk', state='ready')
+        self.refused('take_up', **self.arguments())
+        self.refused('table', at=0, **self.place())
+        self.prepare.assert_not_called()
+
+    def _refused_in_hand_over(self):
+        with self.intake.handing_over(self.instance):
+            return self.refused('take_up', **self.arguments())
+
+    def test_what_is_kept_for_a_revert(self):
+        # By another disk: the same volume can't be both.
+        record = self.disks.get('disk.eph0')
+        record.previous = record.obj_clone()
+        record.previous.host, record.previous.volume = 'dest', self.name
+        self.disks.set('disk.eph0', record)
+        self.disks.save(self.context)
+        self.assertIn('is disk disk.eph0',
+                      self.refused('take_up', **self.arguments()))
+
+    def test_volume_that_is_gone(self):
+        del self.dest.pools[POOL][self.name]
+        self.assertRaises(exception.StorageVolumeNotFound, self.ask,
+                          'take_up', **self.arguments())
+
+    def test_hand_over_waits_for_a_change(self):
+        goes_on, begun, order = threading.Event(), threading.Event(), []
+
+        def prepare(*args):
+            begun.set()
+            goes_on.wait(30)
+            order.append('changed')
+
+        def take_over():
+            with self.intake.handing_over(self.instance):
+                order.append('taken over')
+
+        self.prepare.side_effect = prepare
+        with futures.ThreadPoolExecutor() as executor:
+            changed = executor.submit(
+                self.ask, 'take_up', **self.arguments())
+            self.assertTrue(begun.wait(30))
+            taken = executor.submit(take_over)
+            self.assertEqual(set(), futures.wait([taken], 0.3)[0])
+            goes_on.set()
+            for found in (changed, taken):
+                found.result()
+        self.assertEqual(['changed', 'taken over'], order)
+
+
+class PrepareTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.path = os.path.join(
+            self.useFixture(fixtures.TempDir()).path, 'kept')
+        with open(self.path, 'wb') as f:
+            f.write(b'A' * 1000)
+
+    def content(self):
+        with open(self.path, 'rb') as f:
+            return f.read()
+
+    def test_what_is_beyond_the_disk_reads_as_zeroes(self):
+        kept.prepare(self.path, 700, 1200, 0o600)
+        self.assertEqual(b'A' * 700 + bytes(500), self.content())
+        self.assertEqual(0o600, os.stat(self.path).st_mode & 0o777)
+        kept.prepare(self.path, 1300, 1400, 0o644)
+        self.assertEqual(b'A' * 700 + bytes(700), self.content())
+
+    def test_file_of_another_user(self):
+        found = os.stat(self.path)
+        with mock.patch('nova.privsep.path.chown', autospec=True) as chown, (
+                mock.patch('os.geteuid', return_value=found.st_uid + 1)):
+            kept.prepare(self.path, 1000, 1000, 0o644)
+        chown.assert_called_once_with(
+            self.path, found.st_uid + 1, os.getegid())
+
+    def test_no_plain_file(self):
+        os.link(self.path, self.path + '.too')
+        e = self.assertRaises(exception.StorageIntakeError, kept.prepare,
+                              self.path, 1, 1, 0o644)
+        self.assertIn('no plain file', str(e))
+        os.unlink(self.path + '.too')
+        os.rename(self.path, self.path + '.too')
+        os.symlink(self.path + '.too', self.path)
+        self.assertRaises(exception.StorageIntakeError, kept.prepare,
+                          self.path, 1, 1, 0o644)
+        self.assertEqual(b'A' * 1000, self.content())
 
 
 class ReaperTestCase(two_hosts.TwoHostsTestCase):

@@ -9,6 +9,8 @@
 #    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 #    License for the specific language governing permissions and limitations
 #    under the License.
+import errno
+import os
 from unittest import mock
 
 import ddt
@@ -28,6 +30,7 @@ POOL = two_hosts.POOL
 KINDS = ('disk', 'disk.eph', 'disk.swap', 'disk.config')
 
 
+@ddt.ddt
 class OfferTestCase(test_settle.LiveTestCase):
 
     def setUp(self):
@@ -44,8 +47,43 @@ class OfferTestCase(test_settle.LiveTestCase):
         self.assertEqual({
             'dst_storage_pools': dict.fromkeys(KINDS, POOL),
             'dst_storage_probes': {POOL: ['one'], 'other': ['two']},
-            'dst_storage_address': '192.0.2.2', 'dst_takes_legacy': True},
+            'dst_storage_address': '192.0.2.2', 'dst_takes_legacy': True,
+            'dst_takes_links': False},
             self.make())
+
+    def _probe(self, directory):
+        """Have a probe in the pool, which is a real directory."""
+        with open(os.path.join(directory, 'one'), 'w'):
+            pass
+        self.make_probes.return_value = [[POOL, 'one']]
+        self.stub_out(two_hosts.__name__ + '.Pool.directory',
+                      lambda pool: directory)
+        self.stub_out(two_hosts.__name__ + '.Pool.volume',
+                      lambda pool, name: mock.Mock(
+                          path=os.path.join(directory, name)))
+
+    def test_takes_links(self):
+        self._probe(self.useFixture(fixtures.TempDir(
+            rootdir=offer.CONF.instances_path)).path)
+        before = os.listdir(offer.CONF.instances_path)
+        self.assertTrue(self.make()['dst_takes_links'])
+        self.assertEqual(before, os.listdir(offer.CONF.instances_path))
+        # Nobody asks who makes legacy disks.
+        self.flags(images_type='qcow2', group='libvirt')
+        self.assertFalse(self.make()['dst_takes_links'])
+
+    @ddt.data(errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES)
+    def test_takes_no_links(self, number):
+        self._probe(self.useFixture(fixtures.TempDir()).path)
+        self.useFixture(fixtures.MockPatch(
+            'os.link', side_effect=OSError(number, 'no link')))
+        self.assertFalse(self.make()['dst_takes_links'])
+
+    def test_pool_without_files_takes_no_links(self):
+        self._probe(self.useFixture(fixtures.TempDir()).path)
+        self.stub_out(two_hosts.__name__ + '.Pool.directory',
+                      lambda pool: None)
+        self.assertFalse(self.make()['dst_takes_links'])
 
     def test_on_ceph(self):
         """What it is takes the place of a probe."""

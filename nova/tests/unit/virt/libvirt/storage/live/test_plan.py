@@ -9,6 +9,7 @@
 #    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 #    License for the specific language governing permissions and limitations
 #    under the License.
+import os
 from unittest import mock
 
 import ddt
@@ -23,6 +24,7 @@ from nova.virt.libvirt import config as guest_config
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage.live import plan
 from nova.virt.libvirt.storage import operation
+from nova.virt.libvirt import utils as libvirt_utils
 
 POOL = two_hosts.POOL
 DEVICES = {'disk': 'vda', 'disk.eph0': 'vdb', 'disk.swap': 'vdc',
@@ -79,6 +81,22 @@ class PlanTestCase(test_settle.LiveTestCase):
             self.assertIn(word, str(error))
         self.assertFalse(self.data.has_planned_disks)
 
+    def as_files(self):
+        """Have all disks in the instance directory, which both see."""
+        directory = libvirt_utils.get_instance_path(self.instance)
+        for name, device in self.devices.items():
+            record = self.disks.get(name)
+            record.backend, record.pool, record.volume = 'flat', None, None
+            self.disks.set(name, record)
+            device.source_type, device.source_pool = 'file', None
+            device.source_volume = None
+            device.source_path = os.path.join(directory, name)
+        self.disks.save(self.context)
+        self.data.dst_takes_legacy = self.data.dst_takes_links = True
+        self.data.is_shared_instance_path = True
+        self.file_bytes = self.useFixture(fixtures.MockPatch(
+            'nova.privsep.storage.file_bytes', return_value=(100, 50))).mock
+
     def as_overlay(self, name, base, allocation=0):
         self.lay_over(name, base, allocation)
         self.devices[name].driver_format = 'qcow2'
@@ -106,6 +124,42 @@ class TestPlan(PlanTestCase):
         self.source.pools[POOL]['probe'] = {'length': 1}
         self.assertEqual(dict.fromkeys(DEVICES, 'share'), self.ways())
         self.assertEqual([], self.host.uris)
+
+    def test_files_that_both_hosts_see(self):
+        """They get second names: nothing is copied nor sent."""
+        self.as_files()
+        found = self.plan()
+        self.assertEqual(
+            dict.fromkeys(DEVICES, 'link'),
+            {name: disk.way for name, disk in found.items()})
+        self.assertEqual((1 << 30, 100), (
+            found['disk'].size, found['disk.config'].size))
+        self.assertEqual([], self.host.uris)
+        self.assertEqual([], plan.devices_to_copy(self.guest, self.data))
+
+    def test_overlay_that_both_hosts_see(self):
+        """It stays over its base image, whatever that is."""
+        self.as_files()
+        record = self.disks.get('disk')
+        record.format = self.devices['disk'].driver_format = 'qcow2'
+        self.disks.set('disk', record)
+        self.disks.save(self.context)
+        found = self.plan()['disk']
+        self.assertEqual(('link', 'qcow2', None, 1 << 30), (
+            found.way, found.format, found.base, found.size))
+
+    def test_files_on_what_libvirt_takes_for_no_shared_file_system(self):
+        self.as_files()
+        self.file_system = 'ext4'
+        self.refused('migrate the server cold', 'ext4', 'both hosts share')
+
+    @ddt.data(True, False)
+    def test_files_that_can_not_be_linked(self, is_said):
+        self.as_files()
+        self.data.dst_takes_links = False
+        if not is_said:
+            del self.data.dst_takes_links
+        self.refused('hard reboot the server', 'flat')
 
     def on_ceph(self, there='cluster/nova', pool=POOL):
         """Have all disks in a Ceph pool, and the destination's as told."""
@@ -137,13 +191,14 @@ class TestPlan(PlanTestCase):
         self.devices['disk'].source_name = 'nova/other'
         self.refused('hard reboot the server', 'disk')
 
-    @ddt.data(('cluster/other', POOL), ('cluster/nova', 'another name'),
-              ('probe', POOL))
+    @ddt.data(('cluster/other', POOL, 'cluster/other'),
+              ('cluster/nova', 'another name', 'another name'),
+              ('probe', POOL, 'no Ceph pool there'))
     @ddt.unpack
-    def test_not_the_same_ceph_pool(self, there, pool):
+    def test_not_the_same_ceph_pool(self, there, pool, told):
         self.on_ceph(there, pool)
         self.refused('choose a host with the same Ceph pool',
-                     'cluster/nova', there)
+                     'cluster/nova', told)
 
     def test_into_ceph(self):
         self.data.dst_storage_probes = {'there': ['cluster/nova']}

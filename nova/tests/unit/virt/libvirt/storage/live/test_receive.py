@@ -155,6 +155,91 @@ class TestReceive(ReceiveTestCase):
         self.assertEqual([], self.configs)
         self.assert_disks('source', ('dest', 'ready'))
 
+    def _files(self):
+        """All disks are files that both hosts see."""
+        self.as_files()
+        self.plan()
+        self.linked = self.useFixture(test_plan.fixtures.MockPatch(
+            'nova.privsep.storage.link_over')).mock
+
+    def test_files_that_both_hosts_see(self):
+        self.flags(preallocate_images='space')
+        allocate = self.useFixture(test_plan.fixtures.MockPatch(
+            'nova.privsep.storage.allocate')).mock
+        self._files()
+        found = self.receive()
+        self.assertEqual(
+            [mock.call(os.path.join(
+                two_hosts.CONF.instances_path, uuids.instance, name),
+                '/disks/' + found[name].volume) for name in found],
+            self.linked.call_args_list)
+        self.assert_disks('source', ('dest', 'building'))
+        # They have their room.
+        allocate.assert_not_called()
+
+    def test_files_are_rolled_back(self):
+        """One of two names goes, also if the instance is deleted."""
+        self._files()
+        self.receive()
+        settle.abandon(self.context, self.dest, self.load())
+        self.assertEqual([], self.ours(self.dest))
+        self.assert_disks('source')
+        self.assertEqual([], self.load().leftovers)
+
+    def test_files_of_a_deleted_instance_are_rolled_back(self):
+        self._files()
+        self.receive()
+        disks = mock.Mock(has_mappings=False, instance=self.instance)
+        settle.abandon(self.context, self.dest, disks, self.data.disks)
+        self.assertEqual([], self.ours(self.dest))
+
+    def test_files_have_arrived(self):
+        self._files()
+        self.receive()
+        self.assertTrue(settle.arrived(disks := self.load()))
+        disks.save(self.context)
+        self.assert_disks('dest')
+        self.assertEqual({'libvirt-storage'}, {
+            record.backend for _name, record in self.load().items()})
+        # Nothing but names is left, which no pool has.
+        self.assertEqual([], self.load().leftovers)
+
+    def test_overlay_that_both_hosts_see(self):
+        self._files()
+        disk = {disk.name: disk for disk in self.data.disks}['disk']
+        record = self.disks.get('disk')
+        disk.format = record.format = 'qcow2'
+        self.disks.set('disk', record)
+        self.disks.save(self.context)
+        info = self.useFixture(test_plan.fixtures.MockPatch(
+            'nova.virt.libvirt.storage.content.look_at_qcow2')).mock
+        info.return_value.backing_file = os.path.join(
+            two_hosts.CONF.instances_path, '_base', BASE)
+        checked = self.useFixture(test_plan.fixtures.MockPatch(
+            'nova.virt.libvirt.storage.image_cache.checked_base',
+            return_value='/cache/' + BASE)).mock
+        self.receiver().check()
+        self.receive()
+        self.assertEqual('/cache/' + BASE, self.configs[0].backing_store.path)
+        checked.side_effect = exception.NovaException(
+            '/etc/passwd is no base image')
+        error = self.assertRaises(
+            exception.MigrationPreCheckError, self.receiver().check)
+        self.assertIn('/etc/passwd', str(error))
+
+    @ddt.data(FileNotFoundError('no such file'),
+              ValueError('it is not a regular file'))
+    def test_file_that_is_not_here(self, error):
+        """A symbolic link could name any file of this host."""
+        self._files()
+        self.file_bytes.side_effect = error
+        refused = self.assertRaises(
+            exception.MigrationPreCheckError, self.receiver().check)
+        self.assertIn('choose another host', str(refused))
+        self.assertIn(str(error), str(refused))
+        self.assertRaises(exception.MigrationPreCheckError, self.receive)
+        self.assertEqual([], self.configs)
+
     def test_preallocated(self):
         self.flags(preallocate_images='space')
         allocate = self.useFixture(test_plan.fixtures.MockPatch(

@@ -77,6 +77,9 @@ class LiveBootTestCase(test.NoDBTestCase):
     def _assert_unusable(self, text, function, *args):
         error = self.assertRaises(
             exception.LiveImageUnusable, function, *args)
+        # A flavor is as large on any host.
+        self.assertEqual('in the flavor' in str(error),
+                         isinstance(error, exception.ImageUnacceptable))
         for part in (text, test_definition.OWN, 'here'):
             self.assertIn(part, str(error))
 
@@ -100,6 +103,9 @@ class LiveBootTestCase(test.NoDBTestCase):
     def test_flavor_of_another_size(self, name, value, text):
         setattr(self.instance.flavor, name, value)
         self._assert_unusable(text, self._boot().check_host)
+        # No other host is tried.
+        self.assertRaises(exception.ImageUnacceptable,
+                          self._boot().check_host)
 
     def test_machine_that_the_host_has_not(self):
         self._has_machine('pc-i440fx-9.0')

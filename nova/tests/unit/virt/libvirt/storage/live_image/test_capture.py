@@ -36,7 +36,7 @@ MACS = fake_guest.MACS
 class CaptureTestCase(test.NoDBTestCase):
 
     WHOLE = ['detach', 'detach', 'memory', 'disk', 'resume', 'attach',
-             'attach', 'copied']
+             'attach', 'copied', 'abort']
 
     def setUp(self):
         super().setUp()
@@ -56,9 +56,10 @@ class CaptureTestCase(test.NoDBTestCase):
             self.useFixture(fixtures.MockPatchObject(
                 retried.retry, 'stop', lambda state: (
                     state.attempt_number >= 5)))
-        self.useFixture(fixtures.MockPatchObject(capture, 'POLL_JOB', 0))
         self.instance = objects.Instance(uuid=test_definition.SOURCE)
         self.guest = fake_guest.Guest()
+        self.useFixture(fixtures.MockPatch(
+            'nova.virt.images.convert_image', self.guest.read))
         self.host = mock.Mock()
         self.host.get_guest.return_value = self.guest
         connection = self.host.get_connection.return_value
@@ -86,10 +87,14 @@ class CaptureTestCase(test.NoDBTestCase):
             self.assertEqual(1, saved.description.vcpus)
             self.assertEqual(7002000, saved.description.qemu_version)
             self.assertEqual(test_definition.SAVED, saved.description.domain)
-            # Both are root's or QEMU's.
+            # QEMU makes the socket where it may, and nova may use it; the
+            # memory is root's or QEMU's.
+            me, qemu = os.geteuid(), 64055
             self.assertEqual(
-                {saved.disk, saved.memory.path},
-                {call.args[0] for call in self.chown.mock_calls})
+                [(os.path.dirname(self.guest.socket), qemu),
+                 (self.guest.socket, me), (saved.memory.path, me)],
+                [(call.args[0], call.kwargs['uid'])
+                 for call in self.chown.mock_calls])
             # libvirt passes, and nobody else lists it.
             self.assertEqual(0o701, os.stat(os.path.dirname(
                 saved.disk)).st_mode & 0o777)
@@ -131,12 +136,49 @@ class CaptureTestCase(test.NoDBTestCase):
             step, step), str(error))
         self._assert_right()
 
-    def test_copy_does_not_go_on_in_vain(self):
-        self.guest.fails['resume'] = fakelibvirt.libvirtError('no')
+    @ddt.data('resume', 'copied')
+    def test_job_does_not_go_on_in_vain(self, step):
+        self.guest.fails[step] = fakelibvirt.libvirtError('no')
         self.assertRaises(exception.LiveImageCaptureFailed,
                           self._capture().__enter__)
         self.assertEqual('abort', self.guest.steps[-1])
+        self.assertFalse(self.guest.job)
         self._assert_right()
+
+    def test_guest_finds_no_room_for_what_it_writes_over(self):
+        def full(_source, dest, *_formats):
+            self.guest.state = power_state.PAUSED
+            raise exception.ImageUnacceptable(image_id='x', reason='full')
+        self.useFixture(fixtures.MockPatch(
+            'nova.virt.images.convert_image', full))
+        self.assertRaises(exception.LiveImageCaptureFailed,
+                          self._capture().__enter__)
+        self.assertEqual(['abort', 'resume'], self.guest.steps[-2:])
+        self._assert_right()
+
+    def test_job_that_can_not_be_ended(self):
+        """It is for the next start of nova-compute."""
+        with mock.patch.object(
+                self.guest, 'abort_job',
+                side_effect=fakelibvirt.libvirtError('no')):
+            error = self.assertRaises(exception.LiveImageCaptureFailed,
+                                      self._capture().__enter__)
+        self.assertIn('could not be ended', str(error))
+        self.assertEqual(set(MACS), set(self.guest.macs))
+        self.assertEqual([self.instance.uuid], under_way.instances())
+        capture.recover(self.host, self.instance, self.interfaces)
+        self.assertFalse(self.guest.job)
+        self._assert_right()
+
+    def test_qemu_that_runs_as_libvirtd_does(self):
+        for label in ('', "<seclabel type='dynamic' model='dac'/>",
+                      "<seclabel model='dac'><label>qemu:qemu</label>"
+                      "</seclabel>"):
+            domain = refusal.parse('<domain>%s</domain>' % label)
+            self.assertIsNone(capture._owner(domain))
+        under_way.begin(self.instance.uuid)
+        under_way.make_export(self.instance.uuid, None)
+        self.chown.assert_not_called()
 
     def test_failure_to_describe(self):
         self.info.side_effect = OSError('no')
@@ -152,19 +194,12 @@ class CaptureTestCase(test.NoDBTestCase):
         self.assertLess(self.guest.steps.index('disk'),
                         self.guest.steps.index('resume'))
 
-    @ddt.data({'operation': 9, 'success': False, 'errmsg': 'no space'},
-              {'operation': 6, 'success': True}, {})
-    def test_copy_that_has_failed(self, stats):
-        self.guest.completed = stats
-        error = self.assertRaises(exception.LiveImageCaptureFailed,
-                                  self._capture().__enter__)
-        self.assertIn(stats.get('errmsg', 'copy'), str(error))
-        self._assert_right()
-
-    def test_libvirt_that_can_not_copy_at_that_moment(self):
-        self.guest.fails['disk'] = fakelibvirt.libvirtError(
-            "Could not create node: Inactive 'libvirt-1-format' can't be a "
-            "file child of active '#block235'")
+    @ddt.data("Could not create node: Inactive 'libvirt-1-format' can't be a "
+              "file child of active '#block235'",
+              # QEMU 10.0.13
+              "Inactive 'n0' can't be a backing child of active 't0'")
+    def test_libvirt_that_can_not_copy_at_that_moment(self, message):
+        self.guest.fails['disk'] = fakelibvirt.libvirtError(message)
         error = self.assertRaises(exception.LiveImageCaptureFailed,
                                   self._capture().__enter__)
         self.assertIn('libvirt 9.0 with QEMU 7.2', str(error))
@@ -215,7 +250,8 @@ class CaptureTestCase(test.NoDBTestCase):
         with mock.patch.object(
                 capture, 'put_right',
                 capture.put_right if step == 'attach' else mock.Mock()), (
-                    mock.patch.object(under_way, 'end')):
+                    mock.patch.object(under_way, 'end')), (
+                    mock.patch.object(capture, 'end_job')):
             self.assertRaises(fake_guest.Killed, self._capture().__enter__)
         self.assertEqual([self.instance.uuid], under_way.instances())
         # libvirt ends what it was asked for all the same.
@@ -226,7 +262,7 @@ class CaptureTestCase(test.NoDBTestCase):
 
     def test_recover_waits_for_the_end_of_the_job(self):
         under_way.begin(self.instance.uuid)
-        self.guest.polls = 1
+        self.guest.job = True
         self.guest.state = power_state.PAUSED
         self.guest.macs = []
         capture.recover(self.host, self.instance, self.interfaces)

@@ -99,7 +99,7 @@ class SpawnTestCase(test.NoDBTestCase):
         self.store.fetch.assert_not_called()
 
     def test_check_fails(self):
-        self.store.check.side_effect = memory_file.Unusable('forged')
-        error = self.assertRaises(exception.LiveImageUnusable, self._prepare)
+        self.store.check.side_effect = memory_file.Unfit('forged')
+        error = self.assertRaises(exception.LiveImageUnfit, self._prepare)
         self.assertIn('forged', str(error))
         self.store.fetch.assert_not_called()

@@ -20,6 +20,7 @@ import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import exception
+from nova.image import glance
 from nova import test
 from nova.tests.unit.virt.libvirt.storage.live_image import test_definition
 from nova.virt.libvirt.storage.live_image import memory_file
@@ -66,6 +67,13 @@ class StoreTestCase(test.NoDBTestCase):
         self.get_auth.assert_called_with('service_user')
         self.assertEqual(mock.sentinel.reader,
                          self.glance.update.mock_calls[0].kwargs['data'])
+
+    def test_nova_sees_its_own_images(self):
+        """Without a token the image API asks who may see an image."""
+        # As the client of Glance gives it: no attribute but those it has.
+        image = mock.Mock(spec=['id', 'visibility'], visibility='private')
+        self.assertTrue(glance._is_image_available(
+            store.service_context(), image))
 
     def test_nova_has_no_user(self):
         self.get_auth.return_value = None

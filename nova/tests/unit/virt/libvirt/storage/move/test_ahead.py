@@ -22,6 +22,7 @@ from nova.tests.unit.virt.libvirt.storage.move import test_move
 from nova.tests.unit.virt.libvirt.storage.move import test_transport
 from nova.tests.unit.virt.libvirt.storage.move import two_hosts
 from nova.virt.libvirt.storage.move import cancel
+from nova.virt.libvirt.storage.move import destination
 from nova.virt.libvirt.storage.pump import transfer as pump
 
 POOL = two_hosts.POOL
@@ -35,8 +36,10 @@ class WarmCopy:
     """
     test = None
 
-    def __init__(self, source, export, length, sparse=True):
+    def __init__(self, source, export, length, key=None, sparse=True,
+                 known=None):
         self.source, self.length = source, length
+        self.test.known.append((key, known))
         self.pool, self.name = self.test.opened[export.port]
         self.content = self.is_open = None
 
@@ -76,15 +79,14 @@ class WarmCopy:
         return self._pass('rest', length, watch)
 
 
-@ddt.ddt
-class AheadTestCase(test_transport.MoveTestBase):
+class AheadTestBase(test_transport.MoveTestBase):
 
     def setUp(self):
         super().setUp()
         # The other host's RPC is a call, during which this is that host.
         self.flags(storage_migration_precopy=0,
                    storage_migration_parallel_disks=1, group='libvirt')
-        self.done, self.errors = [], {}
+        self.done, self.errors, self.known = [], {}, []
         self.runs = True
         self.guest = mock.Mock()
         self.guest.is_active.side_effect = lambda: self.runs
@@ -135,10 +137,19 @@ class AheadTestCase(test_transport.MoveTestBase):
                  two_hosts.checksum_of(here[volume]['content'])),
                 (expected.length, expected.checksum))
 
+    def broken(self):
+        return exception.StorageTransferError(
+            volume='v', where='w', length=1, transferred=0, reason='broken',
+            side='destination', operation='send')
+
     def assert_untouched(self):
         self.assertEqual(test_move.AT_SOURCE, self.places())
         self.assertEqual([], self.ours(self.dest))
         self.nothing_of_a_move()
+
+
+@ddt.ddt
+class AheadTestCase(AheadTestBase):
 
     def test_both_passes(self):
         outgoing = self.begin()
@@ -216,11 +227,6 @@ class AheadTestCase(test_transport.MoveTestBase):
         self.go_on(self.begin())
         self.assertEqual([], self.done)
         self.arrived()
-
-    def broken(self):
-        return exception.StorageTransferError(
-            volume='v', where='w', length=1, transferred=0, reason='broken',
-            side='destination', operation='send')
 
     def test_first_pass_fails(self):
         self.errors['first'] = [self.broken()]
@@ -322,3 +328,205 @@ class AheadTestCase(test_transport.MoveTestBase):
             self.context, self.host, self.instance, self.migration,
             self.load())
         self.assert_untouched()
+
+
+@ddt.ddt
+class KeptTestCase(AheadTestBase):
+    """The destination still has an old copy of the root disk."""
+
+    def setUp(self):
+        super().setUp()
+        self.flags(storage_migration_keep_copies=24, group='libvirt')
+        self.is_local = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pool.mounts.is_local',
+            autospec=True, return_value=True)).mock
+        self.free = 1 << 40
+        self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.utils.get_fs_info',
+            side_effect=lambda path: {'free': self.free}))
+        self.name = self.volume_name('disk')
+        self.dest.pools[POOL][self.name] = {
+            'length': 900, 'allocation': 900, 'content': 'long ago'}
+        self.note_left('dest', self.name)
+        self.prepare = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.intake.kept.prepare', autospec=True,
+            side_effect=self._prepare)).mock
+        self.read_table = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pump.transfer.read_table',
+            autospec=True, return_value=b'12345678')).mock
+
+    def _prepare(self, path, length, room, mode):
+        # Now it is on record as coming, and left no longer.
+        self.assertEqual([], self.left('dest'))
+        self.assertTrue(self.load().get('disk').is_building)
+        self.dest.pools[POOL][self.name]['length'] = room
+
+    def assert_sent_into_it(self):
+        self.assertEqual(1, self.asked().count('take_up'))
+        self.assertEqual(2, self.asked().count('create'))
+        (_call,) = self.prepare.call_args_list
+        self.assertEqual(('/disks/' + self.name, 1000, 1000, 0o644),
+                         _call.args)
+        key = self.read_table.call_args.kwargs['key']
+        self.assertEqual((key, pump.Known(1000, b'12345678')), self.known[0])
+        self.assertEqual([(None, None)], self.known[1:][:1])
+        self.assertNotIn('delete ' + self.name, self.dest.log)
+
+    def test_it_is_written_over(self):
+        outgoing = self.begin()
+        self.assert_sent_into_it()
+        self.assertIn('into a copy that was kept', self.stdlog.logger.output)
+        self.write()
+        self.go_on(outgoing)
+        self.assertEqual([], self.copies)
+        self.arrived()
+
+    def test_small_disk(self):
+        self.flags(storage_migration_precopy=1, group='libvirt')
+        outgoing = self.begin()
+        self.assertEqual(['first of disk'], self.done)
+        self.go_on(outgoing)
+        self.arrived()
+
+    def test_guest_is_off(self):
+        self.runs = False
+        self.go_on(self.begin())
+        self.assertEqual('first of disk', self.done[0])
+        self.assertNotIn('while the server runs', self.stdlog.logger.output)
+        self.arrived()
+
+    def _not_taken_up(self):
+        self.go_on(self.begin())
+        self.assertNotIn('take_up', self.asked())
+        self.assertEqual(self.name + '.1', self.load().get('disk').volume)
+
+    def test_off(self):
+        self.flags(storage_migration_keep_copies=0, group='libvirt')
+        self._not_taken_up()
+
+    def test_destination_does_not_know_it(self):
+        self.answers['greet'] = {'obstacle': None, 'aes': True, 'cuts': True}
+        self._not_taken_up()
+
+    def test_destination_that_others_see_into(self):
+        self.is_local.return_value = False
+        self._not_taken_up()
+
+    def test_what_a_failed_try_has_left(self):
+        self.errors['first'] = [self.broken()]
+        outgoing = self.begin()
+        self.assertEqual(test_move.AT_SOURCE, self.places())
+        self.assertEqual(self.copies_of_all(), sorted(self.left('dest')))
+        self.assertEqual(test_move.COPIED, self.ours(self.dest))
+        self.assertNotIn('delete', self.asked())
+        # Those that are copied anew are not in their way.
+        self.go_on(outgoing)
+        self.assertEqual(self.name + '.1', self.load().get('disk').volume)
+
+    def test_server_that_is_deleted(self):
+        self.instance.task_state = task_states.DELETING
+        self.errors['first'] = [self.broken()]
+        self.begin()
+        self.assertEqual([], self.left('dest'))
+        self.assertEqual({}, self.dest.pools[POOL])
+
+    def copies_of_all(self):
+        return [(POOL, self.volume_name(name)) for name in test_move.COPIED]
+
+    def take_over(self):
+        """What the destination does."""
+        disks = self.load()
+        for name, record in disks.items():
+            record.state, record.expected = 'ready', None
+            disks.set(name, record)
+        disks.save(self.context)
+
+    def test_confirm(self):
+        self.go_on(self.begin())
+        self.take_over()
+        test_move.migration.confirm(self.context, self.source, self.instance)
+        self.assertEqual(self.copies_of_all(), sorted(self.left('source')))
+        self.assertEqual(test_move.COPIED, self.ours(self.source))
+        self.assertEqual({None}, {
+            record.previous for _name, record in self.load().items()})
+
+    @ddt.data(True, False)
+    def test_revert(self, is_local):
+        self.go_on(self.begin())
+        self.take_over()
+        self.is_local.return_value = is_local
+        self.flags(host='dest')
+        deleted = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pool.ownership.delete_volumes',
+            autospec=True, return_value=True)).mock
+        disks = self.load()
+        self.assertTrue(destination.give_back(
+            self.dest, self.instance, disks, keep=()))
+        wanted = self.copies_of_all() if is_local else []
+        self.assertEqual(wanted, sorted(self.left('dest')))
+        self.assertEqual(wanted, sorted(deleted.call_args.kwargs['keep']))
+
+    @ddt.data(0, 24)
+    def test_revert_leaves_to_the_destination_what_that_keeps(self, hours):
+        self.flags(storage_migration_keep_copies=hours, group='libvirt')
+        test_move.migration.abandon(self.context, self.host, self.instance,
+                                    self.migration, self.load())
+        self.assertEqual([(POOL, self.name)] if hours else [],
+                         self.left('dest'))
+        self.assertEqual(bool(hours), self.name in self.dest.pools[POOL])
+
+    @ddt.data((True, 1, True), (True, 1 << 40, False), (False, 1, False))
+    @ddt.unpack
+    def test_offer_where_there_is_no_room(self, is_local, size, stays):
+        self.is_local.return_value = is_local
+        disks = self.load()
+        record = disks.get('disk')
+        record.size = size
+        disks.set('disk', record)
+        self.flags(host='dest')
+        self.free = 1 << 39
+        with mock.patch.object(destination, '_kinds_that_may_come',
+                               return_value=[]):
+            destination.offer(self.dest, self.instance, self.migration, disks)
+        self.assertEqual([(POOL, self.name)] if stays else [],
+                         self.left('dest'))
+        self.assertEqual(stays, self.name in self.dest.pools[POOL])
+
+    def test_confirm_where_others_see_into_the_pool(self):
+        self.go_on(self.begin())
+        self.take_over()
+        self.is_local.return_value = False
+        test_move.migration.confirm(self.context, self.source, self.instance)
+        self.assertEqual([], self.left('source'))
+        self.assertEqual([], self.ours(self.source))
+
+    def test_left_on_another_host_or_of_another_disk(self):
+        disks = self.load()
+        disks.leftovers = [('other', POOL, self.name),
+                           ('dest', 'other', self.name),
+                           ('dest', POOL, self.name + '.eph1'),
+                           ('dest', POOL, self.name + '_files')]
+        disks.save(self.context)
+        outgoing = self.begin()
+        self.assertNotIn('take_up', self.asked())
+        self.go_on(outgoing)
+
+    def test_of_no_use(self):
+        self.prepare.side_effect = exception.StorageIntakeError(
+            host='dest', reason='it is a pipe')
+        outgoing = self.begin()
+        self.assertIn('it is a pipe', self.stdlog.logger.output)
+        self.assertEqual(1, self.dest.log.count('delete ' + self.name))
+        self.assertEqual(3, self.asked().count('create'))
+        self.assertEqual([(None, None)] * 3, self.known)
+        self.go_on(outgoing)
+        self.arrived()
+
+    @ddt.data((10, ''), (1 << 40, 'A' * 8000))
+    @ddt.unpack
+    def test_table_that_is_none(self, length, piece):
+        self.answers['table'] = piece
+        self.answers['take_up'] = {'bytes': length}
+        self.go_on(self.begin())
+        self.assertIn('it has forgotten', self.stdlog.logger.output)
+        self.arrived()

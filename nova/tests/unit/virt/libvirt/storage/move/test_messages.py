@@ -73,7 +73,7 @@ ADVICE = re.compile(
 PARTS = re.compile(
     r'earlier attempts|no answer within|nothing is known of its checksum|'
     # what a peer isn't allowed, and why two hosts don't fit together
-    r'^file |^mode |^%d names|^disks come by|'
+    r'^file |^mode |^%d names|^%\(length\)d bytes of|^disks come by|'
     r'%\(first\)s|^it |^its |^no Ceph|^%\(pool\)s \(|'
     # of a migration that has begun
     r"^disk %\(name\)s still depends|^nothing is planned")

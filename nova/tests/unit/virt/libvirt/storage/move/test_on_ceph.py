@@ -13,6 +13,7 @@
 
 import fixtures
 from oslo_serialization import jsonutils
+from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import exception
 from nova import objects
@@ -118,6 +119,18 @@ class OnCephTestCase(test_move.OutgoingTestCase):
         text = self.refused()
         for part in ('cluster/nova', 'cluster/other', 'same Ceph pool'):
             self.assertIn(part, text)
+
+    def test_what_the_api_shows(self):
+        """Advice and both Ceph pools; a fault's details are cut."""
+        here = uuids.cluster + '/nova'
+        there = uuids.other_cluster + '/volumes'
+        self.put_on_ceph(self.source, here)
+        self.put_on_ceph(self.dest, there)
+        self.offered()
+        text = self.refused()
+        shown = text[text.index('Migration pre-check error'):][:200]
+        for part in ('same Ceph pool', here, there):
+            self.assertIn(part, shown)
 
     def test_out_of_ceph(self):
         self.take_off_ceph(self.dest)

@@ -23,7 +23,9 @@ from nova import objects
 from nova.storage import rbd_utils
 from nova.tests.fixtures import ceph
 from nova.tests.unit.virt.libvirt.storage.pool import base
+from nova.virt.libvirt.storage.pool import health
 from nova.virt.libvirt.storage.pool import ownership
+from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.pool import sharing
 from nova.virt.libvirt.storage.pool import usage
 
@@ -70,7 +72,8 @@ class XMLTestCase(CephPoolTestCase):
         driver = self.pool.ceph().driver
         self.assertEqual(('nova', 'compute'), (driver.pool, driver.rbd_user))
         self.assertEqual(
-            '[global]\nmon_host = 10.0.0.1:6790,[fd00::1]:6789\n'
+            '[global]\nclient_mount_timeout = 5\n'
+            'mon_host = 10.0.0.1:6790,[fd00::1]:6789\n'
             '[client.compute]\nkey = YSBrZXk=', self.conf())
         self.assertEqual(['10.0.0.1', 'fd00::1'], [
             host for host, _port in self.pool.ceph().monitors])
@@ -84,6 +87,10 @@ class XMLTestCase(CephPoolTestCase):
         found = self.conf()
         self.assertIn('rbd_default_features = 3', found)
         self.assertLess(found.index('elsewhere'), found.index('10.0.0.1'))
+
+    def test_timeout(self):
+        self.flags(group='libvirt', rbd_connect_timeout=7)
+        self.assertIn('\nclient_mount_timeout = 7\n', self.conf())
 
     def test_key_is_nobody_elses_to_read(self):
         self.conf()
@@ -167,6 +174,23 @@ class ImagesTestCase(CephPoolTestCase):
                               self.pool.file_names)
         self.assertIn("error opening pool 'nova'", str(e))
 
+    def test_check(self):
+        self.add_image()
+        self.pool.ceph().check(['i', 'gone'])
+        self.ceph.answers = False
+        e = self.assertRaises(exception.StorageCephError,
+                              self.pool.ceph().check)
+        self.assertEqual(110, e.kwargs['code'])
+
+    def test_check_of_what_keeps_silent(self):
+        """The monitors answer, and who keeps the images doesn't."""
+        self.add_image()
+        self.ceph.keeps_silent = True
+        self.pool.ceph().check()
+        e = self.assertRaises(exception.StorageCephError,
+                              self.pool.ceph().check, ['i'])
+        self.assertIn('Check that Ceph answers host here', str(e)[:200])
+
     def test_delete(self):
         self.add_image()
         image = self.pool.volume('i')
@@ -202,6 +226,51 @@ class ImagesTestCase(CephPoolTestCase):
                    storage_pool_mapping={'swap': 'again'})
         self.assertEqual(1 << 40, usage.LocalInfo('here').get(
             self.conn)['total'])
+
+
+class AdoptTestCase(CephPoolTestCase):
+    """The service starts."""
+
+    def setUp(self):
+        super().setUp()
+        self.flags(group='libvirt', storage_disks_pool='ceph',
+                   images_type='libvirt-storage')
+        self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pool.setup._mark_cache'))
+        self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pool.access.obstacle',
+            return_value=None))
+        self.useFixture(fixtures.MockPatch('nova.privsep.storage.names_in'))
+
+    def start(self):
+        setup.ensure_pools(self.conn, 'here')
+
+    def test_ceph_answers(self):
+        self.raw.destroy()
+        self.start()
+        self.assertTrue(self.raw.isActive())
+
+    def test_ceph_is_away(self):
+        """The guests of this host are there nevertheless."""
+        self.raw.destroy()
+        self.ceph.answers = False
+        with mock.patch.object(setup.LOG, 'error') as mock_error:
+            self.start()
+        self.assertIn('Check that Ceph answers host here',
+                      str(mock_error.call_args.args[-1]))
+        # libvirt wasn't made to wait for it.
+        self.assertFalse(self.raw.isActive())
+        # No new instance comes here until it is back.
+        self.assertIn('Check that Ceph answers',
+                      health.why_no_new_instance(self.conn))
+        self.ceph.answers = True
+        self.assertIsNone(health.why_no_new_instance(self.conn))
+        self.assertTrue(self.raw.isActive())
+
+    def test_no_such_ceph_pool(self):
+        """Waiting doesn't help."""
+        del self.ceph.pools['nova']
+        self.assertRaises(exception.StorageCephError, self.start)
 
 
 class OwnershipTestCase(CephPoolTestCase):

@@ -17,6 +17,7 @@ from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import exception
 from nova.tests.unit.virt.libvirt.storage.pool import base
+from nova.virt.libvirt.storage.pool import ceph
 from nova.virt.libvirt.storage.pool import health
 from nova.virt.libvirt.storage.records import metadata
 
@@ -62,6 +63,25 @@ class ReadyForTestCase(base.PoolsTestCase):
         exc = self.assertRaises(exception.StoragePoolError, self.ready_for,
                                 record(DISKS))
         self.assertIn(DISKS, str(exc))
+
+    def test_ceph_is_asked_for_the_disks(self):
+        raw = self.add_pool('ceph', kind='rbd', active=False)
+        images = mock.Mock(spec_set=ceph.CephPool)
+        with mock.patch.object(ceph, 'CephPool', autospec=True,
+                               return_value=images):
+            swap = record('ceph')
+            swap.volume = 'swap'
+            self.ready_for(swap, record('ceph'), record('ceph', host='there'))
+            images.check.assert_called_once_with(
+                sorted(['swap', '%s_disk' % uuids.instance]))
+            self.assertTrue(raw.isActive())
+            raw.destroy()
+            images.check.side_effect = exception.StorageCephError(
+                pool='ceph', host='here', reason='', code=110)
+            self.assertRaises(exception.StorageCephError, self.ready_for,
+                              record('ceph'))
+            # libvirt would wait for it, too.
+            self.assertFalse(raw.isActive())
 
     def test_is_gone(self):
         self.assertRaises(exception.StoragePoolNotFound, self.ready_for,

@@ -22,6 +22,7 @@ from nova import exception
 from nova.tests.unit.virt.libvirt.storage.pool import base
 from nova.virt.libvirt.storage.pool import config
 from nova.virt.libvirt.storage.pool import health
+from nova.virt.libvirt.storage.pool import mounts
 from nova.virt.libvirt.storage.pool import usage
 
 # proc(5): source and target are escaped, and "shared:1" may be missing.
@@ -60,6 +61,27 @@ class MountedPoolTestCase(base.PoolsTestCase):
         wanted.name, wanted.capacity, wanted.allocation = name, units.Mi, 0
         wanted.target_format = 'raw'
         return wanted
+
+
+@ddt.ddt
+class LocalTestCase(MountedPoolTestCase):
+
+    @ddt.data(('/', True), ('/var/lib', True), ('/mnt', True),
+              (PATH, False), (PATH + '/disks', False), (PATH + '2', True),
+              ('/mnt/other', False))
+    @ddt.unpack
+    def test_is_local(self, path, expected):
+        self.assertIs(expected, mounts.is_local(path))
+
+    def test_mounted_over(self):
+        with open(self.mountinfo, 'a') as f:
+            f.write('37 22 8:2 / /mnt/other rw shared:8 - xfs /dev/sdb rw\n')
+        self.assertTrue(mounts.is_local('/mnt/other/disks'))
+
+    def test_not_known(self):
+        with open(self.mountinfo, 'w') as f:
+            f.write('22 1 0:9 / / rw - fuse.other other rw\n')
+        self.assertFalse(mounts.is_local(PATH))
 
 
 @ddt.ddt

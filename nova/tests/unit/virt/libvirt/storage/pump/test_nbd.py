@@ -86,8 +86,8 @@ class WorkerTestCase(test.NoDBTestCase):
                 'together': 1})
         self.stub_out('nova.virt.libvirt.storage.pump.process._WORKER', path)
 
-    def source(self, content=b'', length=None):
-        path = os.path.join(self.folder, 'source')
+    def source(self, content=b'', length=None, name='source'):
+        path = os.path.join(self.folder, name)
         with open(path, 'wb') as f:
             f.write(content)
             f.truncate(length or len(content))

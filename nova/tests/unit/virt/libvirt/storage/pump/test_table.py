@@ -62,6 +62,19 @@ class TableTestCase(base.PumpExtensionTestCase):
             self.copy(ends.StubStream(parts), None, 200, table=table)
             self.assertEqual(values_of(content_of(parts), 32), table.values)
 
+    def test_what_somebody_else_has_read(self):
+        parts = [b'A' * 100, 64, b'B' * 36]
+        there = self._pump.Table(200, KEY, block_size=32)
+        self.copy(ends.StubStream(parts), None, 200, table=there)
+        here = self._pump.Table(200, KEY, block_size=32)
+        self.assertFalse(here.filled)
+        here.load(there.dump())
+        self.assertTrue(here.filled)
+        self.assertEqual(values_of(content_of(parts), 32), here.values)
+        for values in (b'', bytes(48), there.dump() + bytes(8)):
+            self.assertRaises(ValueError, here.load, values)
+        self.assertRaises(TypeError, here.load, None)
+
     def test_of_a_copy_that_failed(self):
         table = self._pump.Table(200, KEY, block_size=32)
         self.copy(ends.StubStream([200]), None, 200, table=table)

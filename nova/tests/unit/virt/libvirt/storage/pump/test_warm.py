@@ -116,6 +116,61 @@ class WarmCopyTestCase(test_nbd.WorkerTestCase):
         self.assertEqual(8 * MIB, result.data)
         self.check(source, result)
 
+    def known(self, content, key):
+        """What is on the destination already, and its table."""
+        export = self.serve(len(content), content)
+        with open(self.path, 'rb') as f:
+            self.assertEqual(content, f.read())
+        return export, pump.Known(len(content), pump.read_table(
+            self.source(content, name='kept'), len(content), key=key))
+
+    @ddt.data((0, 0), (MIB, MIB), (8 * MIB, 6 * MIB))
+    @ddt.unpack
+    def test_what_stands_there_is_not_sent_again(self, changed, sent):
+        kept = os.urandom(6 * MIB) + bytes(2 * MIB)
+        export, table = self.known(kept, 77)
+        # One half was rewritten, one is zeroes now.
+        source = self.source(os.urandom(changed // 2) + bytes(
+            changed - changed // 2) + kept[changed:])
+        copy = self.warm(source, export, len(kept), key=77, known=table)
+        first = copy.first(self.watch())
+        self.assertEqual(sent, first.data)
+        self.write(source, 300000)
+        result = copy.rest(len(kept), self.watch())
+        self.assertLess(result.data, 4 * MIB)
+        self.check(source, result)
+
+    def test_more_stands_there_than_is_sent(self):
+        # A qcow2 image may grow until the second pass.
+        kept = os.urandom(2 * MIB)
+        export, known = self.known(kept + bytes(6 * MIB), 77)
+        source = self.source(kept)
+        copy = self.warm(source, export, len(kept), key=77, known=known)
+        self.assertEqual(0, copy.first(self.watch()).data)
+        with open(source.name, 'ab') as f:
+            f.write(b'A' * MIB)
+        result = copy.rest(3 * MIB, self.watch())
+        self.assertEqual(MIB, result.data)
+        self.check(source, result)
+
+    def test_what_stands_there_is_read_under_the_same_key(self):
+        # Else all of it is sent: that is right, too.
+        kept = os.urandom(4 * MIB)
+        export, table = self.known(kept, 78)
+        source = self.source(kept)
+        copy = self.warm(source, export, len(kept), key=77, known=table)
+        self.assertEqual(len(kept), copy.first(self.watch()).data)
+        self.check(source, copy.rest(len(kept), self.watch()))
+
+    def test_table_of_another_length(self):
+        kept = os.urandom(4 * MIB)
+        export, table = self.known(kept, 77)
+        copy = self.warm(self.source(kept), export, len(kept), key=77,
+                         known=table._replace(table=table.table[:-8]))
+        e = self.assertRaises(exception.StorageTransferError, copy.first,
+                              self.watch())
+        self.assertIn('no table of 64 blocks', str(e))
+
     def test_all_is_discarded(self):
         source = self.source(os.urandom(8 * MIB))
         copy = self.warm(source, self.serve(8 * MIB), 8 * MIB)

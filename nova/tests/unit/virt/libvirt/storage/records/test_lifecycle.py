@@ -534,6 +534,39 @@ class TestMoves(RecordsTestCase):
         disks.set('disk.swap', self.record(host='other'))
         records.went_back(disks)
         self.assertEqual(['disk'], [name for name, _r in disks.items()])
+        self.assertEqual([], disks.leftovers)
+
+    @ddt.data(('disk.swap', 'other', 0, True), ('disk.local', 'here', 0, True),
+              ('disk.local', 'here', 1, False),
+              ('disk.eph0', 'here', 0, False))
+    @ddt.unpack
+    def test_made_on_ceph_and_back(self, name, host, size, is_left):
+        """It is seen from here, whichever host has made it."""
+        self.instance.flavor.ephemeral_gb = size
+        disks = self.disks(self.record())
+        disks.set(name, self.ceph_record(host=host))
+        records.went_back(disks)
+        self.assertEqual(not is_left, disks.get(name) is not None)
+        self.assertEqual([('here', 'p', 'v')] if is_left else [],
+                         [tuple(left) for left in disks.leftovers])
+
+    def ceph_record(self, **more):
+        return self.record(backend='libvirt-storage-rbd', pool='p',
+                           volume='v', **more)
+
+    @ddt.data((task_states.RESIZE_REVERTING, 'other', True),
+              (task_states.RESIZE_REVERTING, 'here', False),
+              (task_states.DELETING, 'other', False))
+    @ddt.unpack
+    def test_made_on_ceph_for_a_flavor_that_is_given_up(
+            self, task_state, origin, is_left):
+        self.instance.task_state = task_state
+        disks = self.disks(self.record(previous=self.record(host=origin)))
+        disks.set('disk.swap', self.ceph_record())
+        records.destroyed(disks)
+        self.assertIsNone(disks.get('disk.swap'))
+        self.assertEqual([('other', 'p', 'v')] if is_left else [],
+                         [tuple(left) for left in disks.leftovers])
 
     def test_converted_by_an_older_compute(self):
         disks = self.disks(self.record(previous=self.record(host='there')))

@@ -1,0 +1,9 @@
+{
+    "createImage" : {
+        "name" : "%(name)s",
+        "memory": true,
+        "metadata": {
+            "meta_var": "meta_val"
+        }
+    }
+}

@@ -24,9 +24,7 @@ from lab.host import Host
 from lab.tests import test_cloud_moves
 from lab.tests.cloud_case import MIB
 
-DISKS = test_cloud_moves.DISKS
 POOL = test_cloud_moves.POOL
-BASE = '/var/lib/nova/instances/_base/'
 OTHER = {'host-a': 'host-b', 'host-b': 'host-a'}
 
 # The guest has the config drive mounted since it was started.
@@ -44,12 +42,14 @@ class LiveCase(test_cloud_moves.MovesCase):
         limit
     :cvar growth: by what share a disk may take more room after a move
     :cvar slack: bytes that a guest may write during a move and a look at it
+    :cvar instances: the directory of the hosts in which instances' are
     """
 
     rate = None
     live_rate = 0
     growth = 1.05
     slack = 2 * MIB
+    instances = '/var/lib/nova/instances'
 
     @classmethod
     def setUpClass(cls):
@@ -182,7 +182,8 @@ class LiveCase(test_cloud_moves.MovesCase):
         """Bytes that each volume takes, by disk."""
         return {path.name.partition('_')[2].rstrip('.0123456789'):
                 path.stat().st_blocks * 512
-                for path in Host(host).path(DISKS).iterdir()
+                for path in Host(host).path(
+                    self.instances + '/disks').iterdir()
                 if path.name.startswith(server.id)}
 
     # -- what must be so
@@ -248,15 +249,16 @@ class LiveCase(test_cloud_moves.MovesCase):
             self.assertIn(server.id, volume)
             self.assertEqual(volume, os.path.basename(live[name][1]), name)
             self.assertEqual(form, live[name][2], name)
-        for path in Host(host).path(DISKS).iterdir():
+        for path in Host(host).path(self.instances + '/disks').iterdir():
             if not path.name.startswith(server.id + '_'):
                 continue
             info = json.loads(Host(host).run(
                 ['qemu-img', 'info', '--force-share', '--output=json',
-                 '%s/%s' % (DISKS, path.name)]).stdout)
+                 '%s/disks/%s' % (self.instances, path.name)]).stdout)
             backing = info.get('backing-filename')
             if backing and info['format'] == 'qcow2':
-                self.assertTrue(backing.startswith(BASE), backing)
+                self.assertTrue(
+                    backing.startswith(self.instances + '/_base/'), backing)
                 self.assertTrue(Host(host).path(backing).exists(), backing)
 
     def assert_no_growth(self, before, after):

@@ -24,7 +24,6 @@ from lab.machine import Machine
 from lab.tests import cloud_case
 from lab.tests import test_cloud_hostile
 from lab.tests import test_cloud_moves
-from lab.tests.live_case import DISKS
 from lab.tests.live_case import LiveCase
 from lab.tests.live_case import OTHER
 from lab.tests.live_case import POOL
@@ -294,7 +293,7 @@ class TestSharedPool(LiveCase):
 
     @classmethod
     def tearDownClass(cls):
-        cls.use(DISKS)
+        cls.use(cls.instances + '/disks')
         cls.unshare()
         super().tearDownClass()
 

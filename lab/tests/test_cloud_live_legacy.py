@@ -180,6 +180,7 @@ class TestSharedInstances(LegacyCase):
     """Both hosts see all instances' directories, on a shared file system."""
 
     mount = '/var/lib/nova/shared'
+    instances = mount + '/instances'
 
     @classmethod
     def setUpClass(cls):

@@ -1,3 +1,3 @@
 {
-    "image_id": "%(uuid)s"
+    "image_id": "%(id)s"
 }

@@ -66,7 +66,9 @@ class TestManage(cloud_case.CloudTestCase):
                 r'\| Check: (.*?) +\|\n\| Result: (\w+)', told))
             self.assertEqual(list(CHECKS), list(results), told)
             self.assertEqual('Warning', results[CHECKS[-2]], told)
-            self.assertIn(servers['legacy'].id, told)
+            # The table breaks its lines at some hyphens.
+            self.assertIn(servers['legacy'].id,
+                          re.sub(r' *\|\n\| *', '', told))
             self.assertEqual('Success', results[CHECKS[-1]], told)
         with self.subTest('list_disks'):
             # Without a log file the log is on standard output too.

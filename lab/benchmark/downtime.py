@@ -76,21 +76,17 @@ def _over_nbd(cloud, **more):
 
 def _downtime(cloud, load, runs, way, tell) -> float:
     server = servers.boot_with(cloud, load)
-    took = []
-    try:
-        seen = server.testimony()
-        for number in range(1 + runs):
-            server.command('keep-writing', WRITES)
-            seconds, seen = _down(server, seen)
-            server.confirm()
-            if number:
-                took.append(seconds)
-            tell('%s, %s: %.1f s%s' % (load.case, way, seconds,
-                                       '' if number else ' (first, not '
-                                       'counted)'))
-    finally:
-        server.delete()
-    return statistics.median(took)
+    seen = None
+
+    def once():
+        nonlocal seen
+        seen = seen or server.testimony()
+        server.command('keep-writing', WRITES)
+        seconds, seen = _down(server, seen)
+        return seconds
+
+    return servers.median_of(
+        server, runs, once, '%s, %s' % (load.case, way), tell)
 
 
 def _down(server, seen):

@@ -100,21 +100,36 @@ def boot_with(cloud, load):
 def _seconds(cloud, load, runs, way, tell) -> float:
     # The first boot on a host, and the first migration, do more.
     server = boot_with(cloud, load)
+    seen = None
+
+    def once():
+        nonlocal seen
+        # A guest that isn't up yet doesn't see the power button.
+        seen = server.testimony(after=seen)
+        start = time.monotonic()
+        server.migrate(OTHER[server.host])
+        return time.monotonic() - start
+
+    return median_of(server, runs, once, '%s, %s' % (load.case, way), tell)
+
+
+def median_of(server, runs, once, what, tell) -> float:
+    """Migrate a server over and over, confirm it each time, delete it.
+
+    :param once: migrates it, and returns seconds; its first call doesn't
+        count
+    :param what: is measured, for what tell says
+    :returns: seconds
+    """
     took = []
     try:
-        seen = None
         for number in range(1 + runs):
-            # A guest that isn't up yet doesn't see the power button.
-            seen = server.testimony(after=seen)
-            start = time.monotonic()
-            server.migrate(OTHER[server.host])
-            seconds = time.monotonic() - start
+            seconds = once()
             server.confirm()
             if number:
                 took.append(seconds)
-            tell('%s, %s: %.1f s%s' % (load.case, way, seconds,
-                                       '' if number else ' (first, not '
-                                       'counted)'))
+            tell('%s: %.1f s%s' % (what, seconds, '' if number else
+                                   ' (first, not counted)'))
     finally:
         server.delete()
     return statistics.median(took)

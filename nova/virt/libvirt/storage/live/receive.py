@@ -209,8 +209,8 @@ class Receiver:
                          fields.LibvirtDiskBackend.LIBVIRT_STORAGE),
                 format=disk.format,
                 # Of what is sent the plan has the length of the file.
-                size=(disk.size if disk.way == WAY.MIRROR
-                      else record.size or disk.size),
+                size=(disk.size if disk.way in (WAY.MIRROR, WAY.LINK)
+                      else record.size),
                 state=(fields.LibvirtDiskState.READY
                        if disk.way == WAY.SHARE
                        else fields.LibvirtDiskState.BUILDING),

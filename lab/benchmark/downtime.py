@@ -38,18 +38,7 @@ def measure(runs, progress, loads=LOADS):
     :param runs: of each load in each kind of cloud; the medians count
     :returns: an iterable of cases.Row
     """
-    found = {}
-    for way, options in servers.WAYS.items():
-        with servers.alone(options, progress) as cloud:
-            if way == 'series':
-                _over_nbd(cloud)
-            for load in loads:
-                found[way, load] = _downtime(cloud, load, runs, way,
-                                             progress.say)
-    for load in loads:
-        yield cases.less(
-            load.case, 'seconds', found['series', load], 'stock over SSH',
-            found['stock over SSH', load], load.target)
+    return servers.measure(runs, progress, loads, _downtime, _over_nbd)
 
 
 def again(runs, progress, load=AGAIN):

@@ -62,18 +62,22 @@ def alone(options, progress):
             hosts.down(progress)
 
 
-def measure(runs, progress, loads=LOADS):
+def measure(runs, progress, loads=LOADS, seconds=None, prepare=None):
     """Bring up a cloud of each kind in turn, migrate there and back.
 
     :param runs: of each load on each; the medians count
+    :param seconds: measures one load; by default the whole migration
+    :param prepare: is called with the cloud of the series first
     :returns: an iterable of cases.Row
     """
     found = {}
     for way, options in WAYS.items():
         with alone(options, progress) as cloud:
+            if prepare is not None and way == 'series':
+                prepare(cloud)
             for load in loads:
-                found[way, load] = _seconds(cloud, load, runs, way,
-                                            progress.say)
+                found[way, load] = (seconds or _seconds)(
+                    cloud, load, runs, way, progress.say)
     for load in loads:
         yield cases.less(
             load.case, 'seconds', found['series', load], 'stock over SSH',

@@ -35,6 +35,22 @@ class LegacyCase(LiveCase):
         self.assertEqual({'file'}, self.kinds(server))
         return server, said
 
+    def begun_slowly(self):
+        """A legacy server that is on its way into the pool of host-b."""
+        self.set_options({'live_migration_bandwidth': 4})
+        self.addCleanup(self.set_options, {'live_migration_bandwidth': 0})
+        server, said = self.legacy_server()
+        self.pools_on('host-b')
+        self.begin(server)
+        return server, said
+
+    def kill_destination(self, server):
+        """Have libvirt die there; back when nothing is under way."""
+        self.b.kill('libvirtd')
+        self.b.restart('libvirtd')
+        self.b.wait_ready()
+        self.recovered(server)
+
     def kinds(self, server):
         return {kind for kind, _name, _format in
                 self.sources(server).values()}
@@ -88,17 +104,10 @@ class TestTransition(LegacyCase):
         self.assert_moves(server, said, ['host-a'])
 
     def test_rollback(self):
-        self.set_options({'live_migration_bandwidth': 4})
-        self.addCleanup(self.set_options, {'live_migration_bandwidth': 0})
-        server, said = self.legacy_server()
-        self.pools_on('host-b')
-        self.begin(server)
+        server, said = self.begun_slowly()
         self.wait_for(lambda: self.arrived(server) >= 2 << 20,
                       what='the middle of the copy')
-        self.b.kill('libvirtd')
-        self.b.restart('libvirtd')
-        self.b.wait_ready()
-        self.recovered(server)
+        self.kill_destination(server)
         self.assertEqual(['host-a'], self.runs_on(server))
         self.assertEqual('host-a', server.host)
         after = server.look()
@@ -222,17 +231,10 @@ class TestSharedInstances(LegacyCase):
 
     def test_rollback(self):
         """One of two names goes, and the guest goes on with the other."""
-        self.set_options({'live_migration_bandwidth': 4})
-        self.addCleanup(self.set_options, {'live_migration_bandwidth': 0})
-        server, said = self.legacy_server()
-        self.pools_on('host-b')
-        self.begin(server)
+        server, said = self.begun_slowly()
         self.newest_migration(server)
         self.assertEqual({2}, set(self.names(server).values()))
-        self.b.kill('libvirtd')
-        self.b.restart('libvirtd')
-        self.b.wait_ready()
-        self.recovered(server)
+        self.kill_destination(server)
         after = server.look()
         self.assertEqual(said.boot_id, after.boot_id)
         self.assert_kept(after)

@@ -381,8 +381,8 @@ class TestFaults(LiveImagesTest):
         self.capture(source, 'after-kills')
         self.assert_right(source, before)
 
-    def test_compute_is_killed_while_libvirt_saves(self):
-        """libvirt goes on with it, and leaves the guest paused."""
+    def saving(self):
+        """A guest whose memory libvirt is writing, and its state before."""
         source = self.guest()
         before = self.normal(source)
         self.service.begin('capture', uuid=source.uuid, macs=[source.mac],
@@ -390,19 +390,18 @@ class TestFaults(LiveImagesTest):
         path = self.a.path(FOLDER + '/snapshots/live-image-%s/memory' %
                            source.uuid)
         source.wait(path.exists, 'memory')
+        return source, before
+
+    def test_compute_is_killed_while_libvirt_saves(self):
+        """libvirt goes on with it, and leaves the guest paused."""
+        source, before = self.saving()
         self.service.kill()
         self.assertEqual([[source.uuid], []],
                          self.service('recover', macs=[source.mac]))
         self.assert_right(source, before)
 
     def test_libvirtd_is_killed(self):
-        source = self.guest()
-        before = self.normal(source)
-        self.service.begin('capture', uuid=source.uuid, macs=[source.mac],
-                           name='never')
-        path = self.a.path(FOLDER + '/snapshots/live-image-%s/memory' %
-                           source.uuid)
-        source.wait(path.exists, 'memory')
+        source, before = self.saving()
         self.a.kill('libvirtd')
         self.a.restart('libvirtd')
         self.a.wait_ready()

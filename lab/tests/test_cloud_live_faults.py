@@ -153,6 +153,26 @@ class TestKills(FaultCase):
     def test_destination_compute_at_a_random_point(self):
         self._killed('nova-compute', self.b, self.random_point(), after=2)
 
+    def test_guest(self):
+        """QEMU dies on the source: nothing has arrived, all is kept."""
+        server, before = self.writing_server()
+        self.begin(server)
+        self.wait_middle(server, 50)
+        with server.domain('host-a') as domain:
+            name = domain.name()
+        self.a.run(['pkill', '-KILL', '-f', 'guest=%s,' % name])
+        self.recovered(server)
+        self.assertEqual(('host-a', []), (server.host, self.runs_on(server)))
+        with contextlib.suppress(AssertionError):
+            # By then Nova has seen that it is off.
+            self.wait_for(lambda: server.get().status == 'SHUTOFF', 30,
+                          'a server that is off')
+        server.api.reboot_server(server.id, 'HARD')
+        server.wait('ACTIVE')
+        said = server.testimony(after=before)
+        self.assert_kept(said)
+        self.assert_moves(server, said)
+
     def random_point(self):
         percent = random.randrange(0, 99)
         print('killed at %d %%' % percent)

@@ -370,6 +370,10 @@ class TestTakeOver(CephTestBase):
         self.computes['compute1'].stop()
         self.force_down('compute1', True)
         self._evacuate_server(server, expected_host='compute2')
+        self.assertEqual({('compute2', 'rbd')}, {
+            (r.host, r.backend) for r in self.records(server).values()})
+        self.restart_compute_service('compute1')
+        self.force_down('compute1', False)
         self.assert_on('compute2', server, backend='rbd', pool=None)
         self._reboot_server(server, hard=True)
         self.assert_on('compute2', server)

@@ -315,7 +315,7 @@ class LocalDisks:
                     self._interfaces(instance, nics_of(instance)))
         for uuid in cut_off:
             # Nobody has its guest here any more.
-            under_way.end(uuid)
+            capture.end(uuid)
 
     def live_boot(self, context, instance,
                   image_api) -> spawn.Spawn | None:

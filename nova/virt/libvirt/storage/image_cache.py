@@ -125,4 +125,4 @@ def cache_changed(conn, host: str) -> None:
                 timeout=0)
     except exception.StoragePoolError as e:
         LOG.info('The storage pool over the image cache could not be '
-                    'refreshed: %s', e)
+                 'refreshed: %s', e)

@@ -369,7 +369,18 @@ class DiskOperation:
 
     def _new_transition(self, guest_is_off=True):
         if (CONF.libvirt.images_type != 'libvirt-storage' or
-                not self.records.has_mappings or self._goes_to_ceph()):
+                not self.records.has_mappings):
+            return None
+        try:
+            if self._goes_to_ceph():
+                return None
+        except exception.StoragePoolError as e:
+            if not guest_is_off:
+                raise exception.DiskTransitionFailed(
+                    instance=self._instance.uuid, reason=e) from e
+            # It starts with its files, which need no pool.
+            LOG.error('The disks stay outside of the storage pools: %s', e,
+                      instance=self._instance)
             return None
         return transition.Transition(
             self._context, self._instance, self.records,

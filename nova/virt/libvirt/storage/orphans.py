@@ -77,19 +77,24 @@ def find(context, connection, own,
     :param unread: gets the pools that are off or can't be read, if given
     :returns: sorted by pool and volume
     """
+    return sorted(_find(context, connection, own,
+                        [] if unread is None else unread),
+                  key=lambda orphan: orphan[:2])
+
+
+def _find(context, connection, own, unread) -> ty.Iterator[Orphan]:
+    """Find them, one instance after the other."""
     by_uuid: dict[str, list[tuple[str, str]]] = {}
-    unread = [] if unread is None else unread
     for pool in storage_pool.list_pools(connection, CONF.host):
         for name in _names(pool, unread):
             match = _OWNED.fullmatch(name)
             if match and match['uuid'] not in own:
                 by_uuid.setdefault(match['uuid'], []).append(
                     (pool.name, name))
-    found = []
     for uuid, places in by_uuid.items():
         kinds = _kinds_of(context, connection, uuid)
-        found += [Orphan(*place, uuid, kinds(place)) for place in places]
-    return sorted(found, key=lambda orphan: orphan[:2])
+        for place in places:
+            yield Orphan(*place, uuid, kinds(place))
 
 
 def sweep(context, connection, own) -> list[Orphan]:
@@ -98,7 +103,9 @@ def sweep(context, connection, own) -> list[Orphan]:
     :param context: as for find(), as are the others
     :returns: what is gone
     """
-    return delete(connection, find(context, connection, own))
+    # What is known of an instance is as new as can be: a move may begin.
+    return [gone for orphan in _find(context, connection, own, [])
+            for gone in delete(connection, [orphan])]
 
 
 def delete(connection, orphans: list[Orphan]) -> list[Orphan]:
@@ -157,11 +164,27 @@ def _kinds_of(context, connection,
         return lambda place: Kind.UNKNOWN
 
 
+def _has_guest(connection, instance):
+    """Whether libvirt has, or may have, a guest of an instance here.
+
+    An operator may have said of a live migration that it had not come.
+    """
+    try:
+        return instance.uuid in {domain.UUIDString() for domain in
+                                 connection.listAllDomains(0)}
+    except Exception as e:
+        LOG.warning('Volumes that may be left over are kept: %s', e,
+                    instance=instance)
+        return True
+
+
 def _by_records(connection, disks):
     records = [record for _name, record in disks.items()]
     extras = list(disks.extras.values())
-    # In a pool that hosts share this is the disk of another one.
+    # In a pool that hosts share this is the disk, whichever has it.
     disk_places = {(record.pool, record.volume) for record in records}
+    disks_here = {(record.pool, record.volume) for record in records
+                  if record.host == CONF.host}
     coming = [r.next for r in records if r.next]
     moving = {(record.pool, record.volume)
               for record in [*records, *extras, *coming]
@@ -181,8 +204,10 @@ def _by_records(connection, disks):
             return Kind.REVERT
         if place in copies and keeping.is_in_time(connection, place):
             return Kind.KEPT
-        # A copy is in a pool that no other host sees.
-        if place in left and (place in copies or place not in disk_places):
+        if place in left and (
+                place not in disk_places or place not in disks_here and
+                keeping.is_private(connection, place[0]) and
+                not _has_guest(connection, disks.instance)):
             return Kind.LEFT_OVER
         return Kind.UNKNOWN
 

@@ -31,6 +31,7 @@ from nova.virt.libvirt.storage.move import source
 from nova.virt.libvirt.storage import operation
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import lifecycle
+from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt import utils as libvirt_utils
 
 CONF = nova.conf.CONF
@@ -71,11 +72,25 @@ class Return(operation.DiskOperation):
     def _went_back(self):
         """Have the disks on record as they were before the move."""
         lifecycle.went_back(self.records)
+        self._note_new_swap()
         if leftovers.on_host(self.records, CONF.host):
             # Noted before they are deleted: this compute may be killed.
             self.records.save(self._context)
             leftovers.delete(self._local.get_connection(), self.records)
             self.records.save(self._context)
+
+    def _note_new_swap(self):
+        """Note the swap disk which the flavor that is given up has brought.
+
+        A resize on this very host has made it, and the compute manager has
+        deleted its mapping since, with its record.
+        """
+        if not any(record.is_in_pool for _name, record in
+                   self.records.items()) or lifecycle.size_of(
+                       self._instance, metadata.SWAP,
+                       self._block_device_info):
+            return
+        leftovers.note_swap(self._local.get_connection(), self.records)
 
     def bring_directory_back(self) -> None:
         """Give the instance's directory its name again, if it has lost it."""

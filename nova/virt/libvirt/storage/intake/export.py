@@ -15,6 +15,7 @@ Knows a file, and nothing of pools, instances or migrations. What its exit
 status says is nothing: whether the content is right is told by its checksum.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -295,15 +296,18 @@ class Export:
         while self.is_running() and time.monotonic() < deadline:
             time.sleep(0.01)
         if self.is_running():
-            # The kernel kills qemu-nbd with it.
             self.guard.kill()
             self.guard.wait()
+        if not any('ended' in answer for answer in self._answers):
+            # The kernel kills qemu-nbd with a guard that was killed. Who asks
+            # anew after an error isn't told that it has ended, either.
             _wait_for_end(self._pid(), self.order.what)
         self.guard.stdout.close()
         self.guard = None
-        # QEMU may have enlarged it to whole sectors.
-        if os.path.getsize(self.order.path) > self.length:
-            os.truncate(self.order.path, self.length)
+        with contextlib.suppress(FileNotFoundError):
+            # QEMU may have enlarged it to whole sectors.
+            if os.path.getsize(self.order.path) > self.length:
+                os.truncate(self.order.path, self.length)
 
     def _pid(self):
         return next((answer['pid'] for answer in self._answers

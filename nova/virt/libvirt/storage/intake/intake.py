@@ -210,6 +210,7 @@ class Intake:
 
     def _connected(self, request):
         """Take the key away: the source's connections stand."""
+        request.check_mine()
         place = self._place(request)
         with self._lock:
             found = self._exports.get(place)
@@ -222,6 +223,7 @@ class Intake:
 
         It may have been made longer than the disk: then ``length`` comes.
         """
+        request.check_mine()
         self._end(self._place(request))
         if 'length' in request.arguments:
             with self._change(request):
@@ -262,28 +264,37 @@ class Intake:
         :raises: exception.StorageIntakeRefused
         """
         place = self._place(request)
-        with self._lock:
-            if place in self._exports:
-                raise request.refused(_("the volume is open"))
-            if place[0] in self._handed_over:
-                raise request.refused(_("the disks are being taken over"))
-            self._changing[place[0]] += 1
-        try:
+        with self._unless_handed_over(request):
+            with self._lock:
+                if place in self._exports:
+                    raise request.refused(_("the volume is open"))
             # They may have been taken over since.
             request.expected()
             yield
+
+    @contextlib.contextmanager
+    def _unless_handed_over(self, request):
+        """Have a hand-over of the instance's disks wait, if none goes on."""
+        uuid = request.instance.uuid
+        with self._lock:
+            if uuid in self._handed_over:
+                raise request.refused(_("the disks are being taken over"))
+            self._changing[uuid] += 1
+        try:
+            yield
         finally:
             with self._lock:
-                self._changing[place[0]] -= 1
+                self._changing[uuid] -= 1
                 self._changing += collections.Counter()
                 self._unchanged.notify_all()
 
     def _delete(self, request):
-        places = request.removable()
-        for pool, name in places:
+        for pool, name in request.removable():
             self._end((request.instance.uuid, pool, name))
             self._tables.forget((request.instance.uuid, pool, name))
-        return self._volumes(request).delete(places)
+        with self._unless_handed_over(request):
+            # What was on its way may be a disk since.
+            return self._volumes(request).delete(request.removable())
 
     # What this host does itself
 
@@ -316,12 +327,16 @@ class Intake:
                 self._handed_over.discard(instance.uuid)
 
     def look_after(self) -> None:
-        """Log and forget what has ended by itself."""
+        """Log and forget what has ended by itself; raises nothing."""
         with self._lock:
             exports = list(self._exports.items())
         for place, found in exports:
-            if not found.is_running():
-                self._end(place)
+            try:
+                if not found.is_running():
+                    self._end(place)
+            except (exception.NovaException, OSError) as e:
+                # It stays in the way of a hand-over.
+                LOG.error('%s', e)
 
     def _end(self, place, opened=None):
         """End what is open at a place, or nothing but what was opened."""

@@ -185,13 +185,35 @@ class Request:
                                              'volume': place[1],
                                              'disk': name})
 
+    def check_mine(self) -> None:
+        """Check that pool() and volume() don't come by another migration.
+
+        A host that the instance was moved from before is the source of an
+        earlier one.
+
+        :raises: exception.StorageIntakeRefused
+        """
+        place = (self.pool(), self.volume())
+        for record in self._coming():
+            if (record.pool, record.volume) == place and (
+                    self._is_of_another(record)):
+                raise self.refused(_("volume %(volume)s comes by migration "
+                                     "%(id)d") % {
+                                         'volume': place[1],
+                                         'id': record.migration_id})
+
+    def _is_of_another(self, record):
+        # What is made anew for a move need not name it.
+        return record.migration_id not in (None, self.migration.id)
+
     def removable(self) -> list[tuple[str, str]]:
         """The places asked for that are no disk, and may be deleted.
 
         :raises: exception.StorageIntakeRefused
         """
         disks = self._disks()
-        allowed = {(record.pool, record.volume) for record in self._coming()}
+        allowed = {(record.pool, record.volume) for record in self._coming()
+                   if not self._is_of_another(record)}
         allowed.update(leftovers.on_host(disks, CONF.host))
         found = []
         for place in self.get('places', list):

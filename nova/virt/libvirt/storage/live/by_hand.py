@@ -17,6 +17,7 @@ whether there is one on the destination, only who looks there can say.
 
 from nova import context as nova_context
 from nova import exception
+from nova.i18n import _
 from nova import objects
 from nova.virt.libvirt.storage.live import settle
 from nova.virt.libvirt.storage.records import evacuation
@@ -44,13 +45,13 @@ def end(context: 'nova_context.RequestContext', instance_uuid: str,
         if instance.task_state is not None:
             raise exception.NoMigrationToSettle(
                 instance_uuid=instance_uuid,
-                reason='its task state is %s' % instance.task_state)
+                reason=_('its task state is %s') % instance.task_state)
         disks = metadata.InstanceDisks.load(cell, instance)
         moving = settle.going(disks)
         if not moving:
             raise exception.NoMigrationToSettle(
                 instance_uuid=instance_uuid,
-                reason='none of its disks is on its way to another host')
+                reason=_('it has no disk on its way to another host'))
         if not moved:
             evacuation.forget_next(disks)
             disks.save(cell)

@@ -49,11 +49,19 @@ def make(connection, instance, disks, address) -> dict:
         return {}
     pools = {kind: setup.pool_name_for(kind) for kind in (
         {kinds.of(name) for name, _record in disks.items()} or kinds.ALL)}
+    # Of an instance without records the source finds out what it has.
+    has_files = not records or not all(
+        record.is_in_pool for record in records)
+    probes: list[list[str]] = []
     try:
-        for name in set(pools.values()):
-            _check(connection, name)
+        taking = {name: _checked(connection, name)
+                  for name in set(pools.values())}
         probes = sharing.make_probes(connection, instance.uuid, disks)
+        by_pool = _by_pool(taking, probes)
+        takes_links = (takes_legacy and has_files and
+                       _takes_links(taking, by_pool))
     except exception.NovaException as e:
+        sharing.remove_probes(connection, probes)
         if must_come:
             # Of others, no other host would be tried.
             raise exception.MigrationPreCheckError(
@@ -63,27 +71,30 @@ def make(connection, instance, disks, address) -> dict:
         LOG.warning('The disks stay outside of the storage pools of this '
                     'host: %s', e, instance=instance)
         return {}
+    return {'dst_storage_pools': pools, 'dst_storage_probes': by_pool,
+            'dst_storage_address': address, 'dst_takes_legacy': takes_legacy,
+            'dst_takes_links': takes_links}
+
+
+def _by_pool(pools, probes):
+    """What tells the source that one of its pools is one of this host."""
     by_pool: dict[str, list[str]] = {}
     for pool_name, probe in probes:
         by_pool.setdefault(pool_name, []).append(probe)
-    for name in set(pools.values()):
-        ceph = state.ceph_of(setup.pool_named(connection, name))
+    for name, pool in pools.items():
+        ceph = state.ceph_of(pool)
         if ceph is not None:
             # It needs no probe: that it is the same, its identity says.
             by_pool[name] = [ceph]
-    return {'dst_storage_pools': pools, 'dst_storage_probes': by_pool,
-            'dst_storage_address': address, 'dst_takes_legacy': takes_legacy,
-            'dst_takes_links': takes_legacy and _takes_links(
-                connection, set(pools.values()), by_pool)}
+    return by_pool
 
 
-def _takes_links(connection, pool_names, probes):
+def _takes_links(pools, probes):
     """Whether a file of instances_path can be a volume of each pool as well.
 
     The other way round it is the same: a probe gets a second name there.
     """
-    for name in pool_names:
-        pool = setup.receiving_pool(connection, name, CONF.host)
+    for name, pool in pools.items():
         if pool.directory() is None or not probes.get(name):
             return False
         second = os.path.join(CONF.instances_path, probes[name][0])
@@ -99,9 +110,9 @@ def _takes_links(connection, pool_names, probes):
     return True
 
 
-def _check(connection, name):
-    pool_type = state.check_pool(
-        setup.receiving_pool(connection, name, CONF.host))
+def _checked(connection, name):
+    pool = setup.receiving_pool(connection, name, CONF.host)
+    pool_type = state.check_pool(pool)
     if pool_type not in pool_kinds.LIVE_TYPES:
         raise exception.MigrationPreCheckError(reason=_(
             "name a pool of one of the types %(types)s in nova.conf: storage "
@@ -109,6 +120,7 @@ def _check(connection, name):
             "a running server's disks can't go") % {
                 'pool': name, 'host': CONF.host, 'type': pool_type,
                 'types': ', '.join(pool_kinds.LIVE_TYPES)})
+    return pool
 
 
 def withdraw(connection, data) -> None:

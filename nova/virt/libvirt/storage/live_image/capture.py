@@ -102,7 +102,9 @@ class Capture:
         :raises: exception.LiveImageRefused, nothing was done to the guest;
             exception.LiveImageCaptureFailed, it runs on
         """
-        domain = refusal.parse(self._guest().get_xml_desc())
+        guest = self._guest()
+        domain = refusal.parse(guest.get_xml_desc(
+            definition=guest.get_xml_desc(dump_inactive=True)))
         refusal.check(self._instance.uuid, domain)
         try:
             self._directory = under_way.begin(self._instance.uuid)
@@ -125,12 +127,8 @@ class Capture:
             raise
 
     def __exit__(self, _type, _value, _traceback):
-        try:
-            if self._is_right:
-                under_way.end(self._instance.uuid)
-        except OSError:
-            LOG.exception('Files of the capture are left in %s',
-                          self._directory, instance=self._instance)
+        if self._is_right:
+            end(self._instance.uuid)
 
     def _guest(self):
         return self._host.get_guest(self._instance)
@@ -258,7 +256,16 @@ def recover(host, instance, interfaces: guest_nics.Interfaces) -> None:
     LOG.warning('Saving the guest with its memory was cut off', instance=(
         instance))
     if end_job(host, instance) and put_right(host, instance, interfaces):
-        under_way.end(instance.uuid)
+        end(instance.uuid)
+
+
+def end(instance_uuid: str) -> None:
+    """Delete the files of a capture; an error is only logged."""
+    try:
+        under_way.end(instance_uuid)
+    except OSError:
+        LOG.exception('Files of the capture are left in %s',
+                      under_way.directory(instance_uuid))
 
 
 def _is_transient(error):

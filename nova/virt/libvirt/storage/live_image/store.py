@@ -21,10 +21,13 @@ user can change it.
 
 import os
 import time
+import typing as ty
 
 from oslo_concurrency import lockutils
 from oslo_log import log as logging
 from oslo_utils import fileutils
+from oslo_utils import timeutils
+from oslo_utils import uuidutils
 
 import nova.conf
 from nova.conf import service_token
@@ -65,6 +68,25 @@ def _own_project():
         service_token.SERVICE_USER_GROUP)
     return auth.get_project_id(service_auth.get_service_auth_session(
         nova.conf.glance.glance_group.name))
+
+
+def _own_roles():
+    auth = service_auth.get_service_auth_plugin(
+        service_token.SERVICE_USER_GROUP)
+    return auth.get_access(service_auth.get_service_auth_session(
+        nova.conf.glance.glance_group.name)).role_names
+
+
+class Forgotten(ty.NamedTuple):
+    """A memory that nothing can go on from.
+
+    :ivar memory: id of its image
+    :ivar disk: id of the image of its disk
+    :ivar reason: why nothing can
+    """
+    memory: str
+    disk: str
+    reason: str
 
 
 class Store:
@@ -135,8 +157,11 @@ class Store:
             raise
         return image['id']
 
-    def delete(self, memory_id: str) -> None:
-        """Delete a memory; an error is only logged."""
+    def delete(self, memory_id: str) -> bool:
+        """Delete a memory.
+
+        :returns: False if there was an error, which is logged
+        """
         try:
             self._image_api.delete(service_context(), memory_id)
         except exception.ImageNotFound:
@@ -144,6 +169,8 @@ class Store:
         except Exception:
             LOG.exception('Image %s with the memory of a server is left over',
                           memory_id)
+            return False
+        return True
 
     def check(self, disk: dict, memory_id: str, project_id: str) -> None:
         """Check that a memory may be given to a server.
@@ -155,6 +182,7 @@ class Store:
             its own on this host
         """
         context = service_context()
+        _check_id(memory_id)
         try:
             memory = self._image_api.get(context, memory_id)
         except (exception.ImageNotFound, exception.ImageNotAuthorized):
@@ -177,12 +205,51 @@ class Store:
             raise memory_file.Unfit(
                 _('its memory belongs to another project'))
 
+    def forgotten(self, age: int) -> list[Forgotten]:
+        """Find the memories that no image of a disk names.
+
+        A user deletes the image of a disk, and can't delete that of its
+        memory; nor can a compute service that is killed between the two.
+
+        :param age: seconds since the last change of a memory, which may be on
+            its way to Glance, and be named when it is there
+        :raises: memory_file.Unusable if Nova has no user of its own, or one
+            that doesn't see the disks; what the image API raises
+        """
+        context = service_context()
+        if 'admin' not in _own_roles():
+            # An image that Glance doesn't show is taken for one that is gone.
+            raise memory_file.Unusable(_(
+                'give the user of [service_user] the role admin in its '
+                'project: without it the images of users can not be told '
+                'from images that are gone'))
+        project, found = _own_project(), []
+        for memory in self._image_api.get_all(
+                context, filters={'owner': project}):
+            disk_id = memory['properties'].get(_DISK_ID)
+            if disk_id and memory['owner'] == project and (
+                    timeutils.is_older_than(memory['updated_at'], age)):
+                reason = self._why_forgotten(context, memory['id'], disk_id)
+                if reason:
+                    found.append(Forgotten(memory['id'], disk_id, reason))
+        return found
+
+    def _why_forgotten(self, context, memory_id, disk_id):
+        try:
+            disk = self._image_api.get(context, disk_id)
+        except exception.ImageNotFound:
+            return _('the image of its disk is gone')
+        if disk['properties'].get(MEMORY_ID) != memory_id:
+            return _('the image of its disk does not name it')
+        return None
+
     def fetch(self, memory_id: str) -> str:
         """Have a memory in the cache of this host.
 
         :returns: path of the file, which nobody but Nova reads
-        :raises: what the image API raises
+        :raises: memory_file.Unfit; what the image API raises
         """
+        _check_id(memory_id)
         path = os.path.join(self._cache, memory_id)
         # As base images are locked: hosts may share the cache.
         with lockutils.lock(
@@ -215,10 +282,23 @@ class Store:
             return
         for name in names:
             path = os.path.join(self._cache, name)
-            if os.stat(path).st_mtime < limit:
+            try:
+                is_old = os.stat(path).st_mtime < limit
+            except FileNotFoundError:
+                # Its download has ended, or another host was faster.
+                continue
+            if is_old:
                 LOG.info('Removing memory %s, which was of no use for a '
                          'while', path)
                 fileutils.delete_if_exists(path)
+
+
+def _check_id(memory_id):
+    # A user has written it. The image API takes what has a slash for the URL
+    # of another service, and would go there with the token of Nova's user.
+    if not uuidutils.is_uuid_like(memory_id):
+        raise memory_file.Unfit(
+            _('%.80r is no ID of an image') % memory_id)
 
 
 def _hash_of(disk):

@@ -47,9 +47,9 @@ def begin(instance_uuid: str) -> str:
     """
     fileutils.ensure_tree(CONF.libvirt.snapshots_directory)
     path = directory(instance_uuid)
-    if os.path.isdir(path) and not os.listdir(path):
+    if os.path.isdir(path) and not _is_said_whose(path):
         # Nothing was done yet by the one who has made it.
-        os.rmdir(path)
+        shutil.rmtree(path)
     # libvirt and QEMU pass it, and nobody lists it.
     os.mkdir(path, 0o701)
     os.chmod(path, 0o701)
@@ -96,6 +96,12 @@ def instances() -> list[str]:
              if name.startswith(_PREFIX)]
     return sorted(name for name in found if uuidutils.is_uuid_like(name) and
                   _is_ours(directory(name)))
+
+
+def _is_said_whose(path):
+    names = os.listdir(path)
+    return bool(names) and (names != [_HOST] or os.path.getsize(
+        os.path.join(path, _HOST)) > 0)
 
 
 def _is_ours(path):

@@ -146,17 +146,18 @@ class FirstPass:
             # As in Transfer: what is pushed first is done last.
             stack.callback(self._forget_names)
             stack.callback(transfer.restore)
+            stack.callback(transfer.delete_created, created)
             kept = [item for item in items if self._choose_kept(item)]
+            # They are there, though none of them may be taken up.
+            created += [(item.pool.name, item.target) for item in kept]
             transfer.choose_names(items)
             transfer.save_building(items)
-            stack.callback(transfer.delete_created, created)
             for item in items:
                 item.ahead_length = item.length
                 if item in kept:
-                    created.append((item.pool.name, item.target))
                     if self._take_up(item):
                         continue
-                    created.pop()
+                    created.remove((item.pool.name, item.target))
                 transfer.create(item, _room(item))
                 created.append((item.pool.name, item.target))
             stack.callback(self.close)

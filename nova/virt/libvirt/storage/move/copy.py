@@ -226,10 +226,10 @@ class Transfer:
     def create(self, item, length):
         """Make a volume on the destination.
 
-        :param length: bytes
-
         libvirt knows nothing of a file that was put into a pool since its
         last refresh, and refuses to make another one: that stays, too.
+
+        :param length: bytes
         """
         for tries_left in reversed(range(_NAMES_TRIED)):
             try:

@@ -172,7 +172,7 @@ def accept(context, instance, disks, connection, local_uri, cache_base):
     :raises: StorageTransferMismatch and others; the source has its copy, and
         calling this again tries it again
     """
-    came = []
+    came, images = [], []
     extras = disks.extras
     for extra in item.EXTRAS:
         if extra.NAME in extras:
@@ -196,9 +196,14 @@ def accept(context, instance, disks, connection, local_uri, cache_base):
             # Of a file the verification has seen to that.
             nova.privsep.storage.sync(volume.path)
         if record.format == fields.LibvirtDiskFormat.QCOW2:
-            _adopt_base(volume, instance, cache_base, record.size)
+            images.append((volume, record.size))
         _reserve(connection, instance, record)
         came.append(name)
+    # Another header is no longer what was sent: if something else fails, or
+    # this compute is killed, that is found again. So last, and the root disk,
+    # which alone has a base image, behind all others.
+    for volume, size in reversed(images):
+        _adopt_base(volume, instance, cache_base, size)
     for name in came:
         record = disks.get(name)
         record.state = fields.LibvirtDiskState.READY

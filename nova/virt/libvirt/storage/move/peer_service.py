@@ -88,7 +88,11 @@ class ServicePeer(peers.Peer):
             # Each further question would take as long.
             self._is_silent = True
             raise self._not_asked(e)
-        except (messaging.MessagingException, NotImplementedError) as e:
+        except exception.NovaException:
+            raise
+        except Exception as e:
+            # An OSError there, say, is raised here as one. Who cleans up
+            # behind a failure notes what is left, and goes on.
             raise self._not_asked(e)
 
     def _not_asked(self, error):

@@ -12,10 +12,10 @@
 """A disk's way from one host's storage pool to another's.
 
 Cold migration and resize of an instance whose disks are volumes. The source
-does the work: it reaches the destination's libvirt, makes new volumes there
-and streams the disks into them (pump/transfer.py). Of a peer's libvirt the
-storage API alone is used, so that a URI which reaches no more than that is
-enough.
+does the work: it has new volumes made on the destination, by the compute
+service there or through its libvirt (transport.py), and sends the disks into
+them (pump/transfer.py). Of a peer's libvirt the storage API alone is used, so
+that a URI which reaches no more than that is enough.
 
 In order: the destination makes its offer in prep_resize (destination.py); the
 source checks everything that can be checked while the guest still runs
@@ -54,6 +54,7 @@ from nova.virt.libvirt.storage.records import evacuation
 from nova.virt.libvirt.storage.records import keeping
 from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import leftovers
+from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
 
 CONF = nova.conf.CONF
@@ -291,6 +292,7 @@ def confirm(context, connection, instance):
     disks = metadata.InstanceDisks.load(context, instance)
     if _forget_others(disks):
         disks.save(context)
+    _delete_lost_swap(context, connection, disks)
     if state.moved_by(disks) is None:
         return
     done_with = set()
@@ -332,6 +334,24 @@ def _forget_others(disks):
             disks.set(name, record)
             changed = True
     return changed
+
+
+def _delete_lost_swap(context, connection, disks):
+    """Delete the disk on Ceph of a flavor whose successor has no swap.
+
+    Elsewhere the source has noted it before it sent the other disks.
+    """
+    if (disks.get(metadata.SWAP) is not None or
+            not any(record.is_on_ceph for _name, record in disks.items()) or
+            lifecycle.size_of(disks.instance, metadata.SWAP, None)):
+        return
+    leftovers.note_swap(connection, disks)
+    if leftovers.on_host(disks, CONF.host):
+        # Noted before it is deleted: this compute may be killed.
+        disks.save(context)
+        leftovers.delete(connection, disks,
+                         keep=keeping.staying(connection, disks))
+        disks.save(context)
 
 
 def kept(disks):

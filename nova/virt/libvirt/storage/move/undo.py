@@ -91,8 +91,8 @@ def delete_at_peer(peer, host, disks, migration, places):
     leftovers.forget(disks, dest, wanted)
     for place in places:
         LOG.error('Volume %(volume)s is left over in storage pool %(pool)s of '
-                  'host %(host)s; it is deleted when this instance is sent to '
-                  'that host again. Otherwise delete it there.',
+                  'host %(host)s, which deletes it later; nova-manage libvirt '
+                  'list_disks --orphans there says whether it is gone',
                   {'volume': place[1], 'pool': place[0], 'host': dest},
                   instance=instance)
     leftovers.note(disks, dest, [*places, *sorted(staying)])

@@ -187,6 +187,19 @@ def find(pool, name: str):
         return None
 
 
+def names_of(pool, instance_uuid, disk_name: str) -> list[str]:
+    """Names of the volumes that may be, or have been, a disk of an instance.
+
+    :param pool: the StoragePool
+    :param disk_name: e.g. ``disk.swap``; its volume may be ``.1`` and so on
+    :raises: exception.StoragePoolError
+    """
+    name = re.compile(r'%s(\.\d+)?' % re.escape(
+        '%s_%s' % (instance_uuid, disk_name)))
+    return sorted(volume.name for volume in pool.volumes()
+                  if name.fullmatch(volume.name))
+
+
 def delete_volume(volume, instance=None) -> bool:
     """Delete a volume of ours; an error must not hide another one.
 

@@ -95,8 +95,9 @@ def ensure_pools(conn, host: str) -> None:
     :param host: its name, for messages
     :raises: exception.StoragePoolError or one of its subclasses,
         exception.StorageUserForbidden, exception.StoragePrivilegeMissing,
-        exception.StorageVirtTypeUnsupported
+        exception.StorageVirtTypeUnsupported, exception.InvalidConfiguration
     """
+    _check_options(host)
     if CONF.libvirt.virt_type not in ('kvm', 'qemu'):
         raise exception.StorageVirtTypeUnsupported(
             host=host, virt_type=CONF.libvirt.virt_type)
@@ -177,6 +178,29 @@ def _check_user(host):
     except Exception as e:
         raise exception.StoragePrivilegeMissing(
             host=host, user=access.user(), reason=e) from e
+
+
+def _check_options(host):
+    """Refuse what would be ignored, or do harm later.
+
+    :raises: exception.InvalidConfiguration
+    """
+    if CONF.libvirt.storage_base_images_pool in pool_names():
+        # The disks in it aren't looked at for the images that they need.
+        raise exception.InvalidConfiguration(
+            _("Name another pool as [libvirt]/storage_base_images_pool, or "
+              "for disks, on host %(host)s: storage pool %(pool)s can't be "
+              "both") % {
+                  'host': host, 'pool': CONF.libvirt.storage_base_images_pool})
+    known = {kind.mapped_as for kind in disk_kinds.ALL}
+    unknown = set(CONF.libvirt.storage_pool_mapping) - known
+    if unknown:
+        raise exception.InvalidConfiguration(
+            _("Use the kinds %(known)s alone in "
+              "[libvirt]/storage_pool_mapping on host %(host)s, and not "
+              "%(unknown)s") % {
+                  'known': ', '.join(sorted(known)), 'host': host,
+                  'unknown': ', '.join(sorted(unknown))})
 
 
 def _mark_cache(path):

@@ -107,23 +107,38 @@ def staying(connection, disks, for_move=False) -> set[tuple[str, str]]:
 def is_possible(connection, pool_name: str, wanted: int = 0) -> bool:
     """Whether copies may stay in a pool of this host.
 
-    It holds files, in a file system of this host alone: there, what is noted
-    as left is no other host's disk of the same name.
-
     :param connection: this host's libvirt
     :param wanted: bytes that have to be free
     """
     if not is_on():
         return False
+    path = _private_directory(connection, pool_name)
+    try:
+        return path is not None and (
+            wanted <= libvirt_utils.get_fs_info(path)['free'])
+    except OSError:
+        return False
+
+
+def is_private(connection, pool_name: str) -> bool:
+    """Whether a pool holds files, in a file system of this host alone.
+
+    There, what is noted as left is no other host's disk of the same name.
+
+    :param connection: this host's libvirt
+    """
+    return _private_directory(connection, pool_name) is not None
+
+
+def _private_directory(connection, pool_name):
     pool = storage_pool.StoragePool(connection, pool_name, CONF.host)
     try:
         if pool.config().type not in pool_kinds.FILE_TYPES:
-            return False
+            return None
         path = os.path.realpath(pool.config().target_path)
-        return mounts.is_local(path) and (
-            wanted <= libvirt_utils.get_fs_info(path)['free'])
+        return path if mounts.is_local(path) else None
     except (exception.StoragePoolError, OSError):
-        return False
+        return None
 
 
 def is_in_time(connection, place) -> bool:

@@ -15,13 +15,18 @@ What a host couldn't delete, or mustn't yet, is noted in the instance's
 records, with the host that is to do it. What isn't noted is never touched.
 """
 
+from oslo_log import log as logging
+
 import nova.conf
 from nova import exception
 from nova.objects import fields
 from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import setup
+from nova.virt.libvirt.storage.records import metadata
 
 CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
 
 
 def note(disks, host, places):
@@ -32,6 +37,29 @@ def note(disks, host, places):
     """
     disks.leftovers = [*disks.leftovers,
                        *((host, pool, volume) for pool, volume in places)]
+
+
+def note_swap(connection, disks):
+    """Note the swap disk of a flavor which the instance doesn't have now.
+
+    The compute manager deletes its mapping first, and so its record. What
+    can't be looked for stays until the instance is deleted.
+
+    :param connection: this host's libvirt
+    :param disks: the instance's InstanceDisks; the caller saves them
+    """
+    if disks.get(metadata.SWAP) is not None:
+        return
+    pool = setup.pool_of(connection, metadata.SWAP)
+    try:
+        names = ownership.names_of(
+            pool, disks.instance.uuid, metadata.SWAP)
+    except exception.StoragePoolError as e:
+        LOG.warning('If there is a swap disk of the former flavor, it stays '
+                    'until the instance is deleted: %s', e,
+                    instance=disks.instance)
+        return
+    note(disks, CONF.host, [(pool.name, name) for name in names])
 
 
 def on_host(disks, host):

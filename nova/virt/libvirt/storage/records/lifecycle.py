@@ -359,13 +359,13 @@ def arrived(disks, moved: list[dict]) -> None:
 def went_back(disks) -> None:
     """Note that the disks are again what they were on this host.
 
-    What was made for the flavor that is given up goes with its host. On Ceph
-    it is noted as left on this one.
+    What was made for the flavor that is given up goes with its host. On Ceph,
+    or if that is this very host, it is noted as left on this one.
     """
     for name, record in disks.items():
         before = record.previous
         if record.host == CONF.host:
-            if (name == 'disk.local' and record.is_on_ceph and
+            if (name == 'disk.local' and record.is_in_pool and
                     not size_of(disks.instance, name, None)):
                 _leave(disks, name, record, CONF.host)
             continue
@@ -378,8 +378,8 @@ def went_back(disks) -> None:
 
 
 def _leave(disks, name, record, host):
-    """Forget a disk; on Ceph it is there, and for a host to delete."""
-    if record.is_on_ceph:
+    """Forget a disk; if it is there, it is for a host to delete."""
+    if record.is_on_ceph or record.is_in_pool and record.host == host:
         leftovers.note(disks, host, [(record.pool, record.volume)])
     disks.clear(name)
 

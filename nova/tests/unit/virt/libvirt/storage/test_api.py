@@ -135,6 +135,12 @@ class LocalDisksTestCase(test.NoDBTestCase):
         # Nobody has that guest here any more.
         end.assert_called_once_with(uuids.gone)
 
+    def test_recover_live_where_files_can_not_be_deleted(self):
+        self.patch('live_image.under_way.instances', return_value=[
+            uuids.gone])
+        self.patch('live_image.under_way.end', side_effect=OSError('no'))
+        self.api.recover_live([self.instance], None)
+
     def test_nothing_to_recover(self):
         self.patch('live_image.under_way.instances', return_value=[])
         self.api.recover_live(mock.sentinel.no_list, None)

@@ -45,7 +45,7 @@ VOLUME = ("<volume><name>%s</name><capacity unit='bytes'>%d</capacity>"
 BACKING = "<backingStore><path>%s</path><format type='%s'/></backingStore>"
 
 
-class Conformance:
+class Provided:
     """To be mixed with what provides libvirt, conn and directory."""
 
     def setUp(self):
@@ -86,6 +86,10 @@ class Conformance:
         e = self.assertRaises(self.libvirt.libvirtError, function, *args)
         self.assertEqual(code, e.get_error_code(), e.get_error_message())
         return e.get_error_message()
+
+
+class Conformance(Provided):
+    """What storage pools and their volumes do."""
 
     def settle(self, pool, condition):
         """Wait for the refresh which follows an upload."""
@@ -230,6 +234,18 @@ class Conformance:
             VOLUME % ('b', 2 * units.Mi, 0, 'raw', ''), source, 0))
         self.assertEqual(2 * units.Mi, copy.info()[1])
         self.assertEqual(b'content\0', self.read(copy, 8))
+
+    def test_copy_takes_the_space_that_is_asked_for(self):
+        pool = self.make_pool()
+        source = self.make(pool, 'a', 2 * units.Mi)
+        for name, allocation, taken in (
+                ('sparse', 0, False), ('less', units.Mi, False),
+                ('all', 4 * units.Mi, True)):
+            xml = VOLUME % (name, 4 * units.Mi, allocation, 'raw', '')
+            copy = self.retried(
+                lambda: pool.createXMLFrom(xml, source, 0))
+            self.assertIs(taken, copy.info()[2] >= 4 * units.Mi, name)
+            self.assertIs(taken, copy.info()[2] >= units.Mi, name)
 
     def retried(self, function):
         return function()

@@ -229,6 +229,20 @@ class DiskOperationTestCase(OperationTestCase):
             pool_of.return_value.kind.return_value.is_ceph = is_ceph
             self.assertEqual(not is_ceph, self._move().run.called)
 
+    def test_libvirt_does_not_say_what_pool_it_is(self):
+        # Its storage daemon may be away; the files need none.
+        self.patch('nova.virt.libvirt.storage.pool.setup.pool_of',
+                   ).return_value.exists.side_effect = (
+            exception.StoragePoolError(pool='p', host='here', code=38,
+                                       reason='daemon is away'))
+        self.records.set('disk', record(backend='qcow2', format='qcow2'))
+        # The guest has to be started.
+        self._move().run.assert_not_called()
+        self.assertIn('daemon is away', self.stdlog.logger.output)
+        e = self.assertRaises(exception.DiskTransitionFailed, self._move,
+                              guest_is_off=False)
+        self.assertIn('daemon is away', str(e))
+
     def test_legacy_backend(self):
         self.flags(images_type='qcow2', group='libvirt')
         self._move().run.assert_not_called()
@@ -415,6 +429,53 @@ class RebootTestCase(OperationTestCase):
         # Killed in between, this compute knows what is left.
         self.assertEqual([noted, 'deleted', []], told)
         self.pool.volume.assert_called_once_with(swap.volume)
+
+    @ddt.data(True, False)
+    def test_swap_of_a_flavor_that_is_given_up(self, had_swap):
+        """Made by a resize on this host; no mapping, no record names it."""
+        for name in ('source.abandon', 'guest_files.restore_nvram'):
+            self.patch('nova.virt.libvirt.storage.move.%s' % name)
+        self.instance.flavor = objects.Flavor(
+            root_gb=1, swap=64 if had_swap else 0)
+        self.records.set('disk', record())
+        self.pool.name = 'nova-disks-pool'
+        self.pool.volumes.return_value = []
+        for name in ('disk', 'disk.swap', 'disk.swap.1', 'disk.swapper'):
+            volume = mock.Mock()
+            volume.name = record(name).volume
+            self.pool.volumes.return_value.append(volume)
+        noted = []
+        self.records.save.side_effect = lambda context: noted.append(
+            [tuple(left) for left in self.records.leftovers])
+        disks = self.of(reboot.Return)
+        with mock.patch.object(disks, 'take_up'), \
+                mock.patch.object(disks, '_disk_info'), \
+                mock.patch.object(disks, 'finish_earlier_move'):
+            disks.take_back(mock.sentinel.migration)
+        left = [] if had_swap else [
+            record(name).volume for name in ('disk.swap', 'disk.swap.1')]
+        self.assertEqual([] if had_swap else [[
+            ('here', 'nova-disks-pool', name) for name in left], []], noted)
+        self.assertCountEqual(
+            left, [call.args[0] for call in self.pool.volume.mock_calls
+                   if call.args])
+        self.assertEqual(len(left),
+                         self.pool.volume.return_value.delete.call_count)
+
+    def test_swap_of_a_flavor_that_is_given_up_is_not_seen(self):
+        """The instance runs again; what is left goes with it."""
+        for name in ('source.abandon', 'guest_files.restore_nvram'):
+            self.patch('nova.virt.libvirt.storage.move.%s' % name)
+        self.instance.flavor = objects.Flavor(root_gb=1, swap=0)
+        self.records.set('disk', record())
+        self.pool.volumes.side_effect = self.off
+        disks = self.of(reboot.Return)
+        with mock.patch.object(disks, 'take_up') as mock_take_up, \
+                mock.patch.object(disks, '_disk_info'), \
+                mock.patch.object(disks, 'finish_earlier_move'):
+            disks.take_back(mock.sentinel.migration)
+        mock_take_up.assert_called_once()
+        self.assertIn('can not be started', self.stdlog.logger.output)
 
     def test_legacy_names_go_at_a_revert(self):
         # They were linked into the pool while the guest ran.

@@ -12,6 +12,7 @@
 
 import os
 import time
+import types
 from unittest import mock
 
 import ddt
@@ -36,6 +37,11 @@ class OrphansTestCase(test.NoDBTestCase):
         super().setUp()
         self.flags(host='here')
         self.context = context.get_admin_context()
+        self.guests = [uuids.other]
+        self.connection = mock.Mock()
+        self.connection.listAllDomains.side_effect = lambda flags: [
+            types.SimpleNamespace(UUIDString=lambda uuid=uuid: uuid)
+            for uuid in self.guests]
         self.pool = mock.Mock()
         self.pool.is_active.return_value = True
         self.pool.name = POOL
@@ -84,10 +90,10 @@ class OrphansTestCase(test.NoDBTestCase):
 
     def kinds(self, own=()):
         return [orphan.kind for orphan in orphans.find(
-            self.context, mock.sentinel.connection, own)]
+            self.context, self.connection, own)]
 
     def swept(self):
-        gone = orphans.sweep(self.context, mock.sentinel.connection, ())
+        gone = orphans.sweep(self.context, self.connection, ())
         for volume in self.volumes:
             self.assertEqual(
                 (POOL, volume.name) in [orphan[:2] for orphan in gone],
@@ -135,9 +141,57 @@ class OrphansTestCase(test.NoDBTestCase):
         self.assertEqual([orphans.Kind.UNKNOWN], self.kinds())
         self.assertEqual([], self.swept())
 
-    def keep(self, is_local=True):
+    @ddt.data(0, 2)
+    def test_noted_as_left_where_no_other_host_sees_it(self, hours):
+        self.keep(hours=hours)
+        self.after(3)
+        self.assertEqual([self.disk], self.swept())
+
+    def test_noted_as_left_and_the_disk_of_a_guest_that_is_coming(self):
+        # Its records are this host's before the instance is.
+        self.keep(hours=0)
+        self.disks.set('disk', self.record('here'))
+        self.assertEqual([], self.swept())
+
+    def test_noted_as_left_where_there_is_a_guest(self):
+        # An operator may have settled a live migration the wrong way.
+        self.keep(hours=0)
+        self.guests.append(uuids.instance)
+        self.assertEqual([orphans.Kind.UNKNOWN], self.kinds())
+        self.assertEqual([], self.swept())
+
+    def test_noted_as_left_and_the_guests_are_not_known(self):
+        self.keep(hours=0)
+        self.connection.listAllDomains.side_effect = OSError('gone')
+        self.assertEqual([], self.swept())
+
+    def test_noted_as_left_in_a_volume_group(self):
+        # Hosts may share it.
+        self.keep(hours=0)
+        self.pool.config.return_value.type = 'logical'
+        self.assertEqual([orphans.Kind.UNKNOWN], self.kinds())
+
+    def test_sweep_looks_at_an_instance_right_before_it_deletes(self):
+        self.keep(hours=0)
+        other = self.add('%s_disk' % uuids.other)
+        seen = []
+
+        def get(uuid):
+            seen.append((uuid, self.volumes[0].delete.called))
+            return self.instance if uuid == uuids.instance else (
+                objects.Instance(uuid=uuid, host='there', deleted=True))
+
+        self.get.side_effect = lambda *args: get(args[-1])
+        self.pool.volume.side_effect = lambda name: next(
+            volume for volume in self.volumes if volume.name == name)
+        self.swept()
+        self.assertTrue(other.delete.called)
+        self.assertEqual(
+            [(uuids.instance, False), (uuids.other, True)], seen)
+
+    def keep(self, is_local=True, hours=2):
         """A copy that was kept here has the name of the disk there."""
-        self.flags(storage_migration_keep_copies=2, group='libvirt')
+        self.flags(storage_migration_keep_copies=hours, group='libvirt')
         self.stub_out('nova.virt.libvirt.storage.pool.mounts.is_local',
                       lambda path: is_local)
         folder = self.useFixture(fixtures.TempDir()).path
@@ -208,7 +262,7 @@ class OrphansTestCase(test.NoDBTestCase):
 
     def unread(self):
         found = []
-        orphans.find(self.context, mock.sentinel.connection, (), found)
+        orphans.find(self.context, self.connection, (), found)
         return found
 
     def test_pool_is_off(self):

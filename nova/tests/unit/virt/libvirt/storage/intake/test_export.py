@@ -11,7 +11,9 @@
 #    under the License.
 """A real qemu-nbd, and clients that may and may not write to it."""
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -178,10 +180,26 @@ class ExportTestCase(ExportTestBase):
             self.assertTrue(found.getsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
+    @staticmethod
+    def free_ports():
+        """:returns: the first of two ports that nobody has, side by side"""
+        while True:
+            # Below those which the kernel gives to connections.
+            first = random.randrange(20000, 32000)
+            with contextlib.ExitStack() as stack:
+                try:
+                    for port in (first, first + 1):
+                        stack.enter_context(socket.socket()).bind(
+                            ('127.0.0.1', port))
+                    return first
+                except OSError:
+                    continue
+
     def test_ports(self):
-        self.flags(storage_migration_nbd_port_min=50100,
-                   storage_migration_nbd_port_max=50101, group='libvirt')
-        self.assertEqual({50100, 50101}, {
+        first = self.free_ports()
+        self.flags(storage_migration_nbd_port_min=first,
+                   storage_migration_nbd_port_max=first + 1, group='libvirt')
+        self.assertEqual({first, first + 1}, {
             self.export(self.make_file(name)).port for name in 'ab'})
         e = self.assertRaises(exception.StorageIntakeError,
                               self.export, self.make_file('c'))
@@ -287,6 +305,27 @@ class EndTestCase(ExportTestBase):
         os.kill(found.guard.pid, signal.SIGSTOP)
         found.end()
         self.assertTrue(self.is_gone(pid))
+
+    def test_process_that_does_not_end(self):
+        # It waits for its disk, say, and can't be killed.
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.intake.export._END_TIMEOUT', 0.3))
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            found = self.export()
+            os.kill(found.guard.pid, number)
+            with mock.patch.object(export, '_is_alive', autospec=True,
+                                   return_value=True):
+                for _n in range(2):
+                    self.assertRaises(
+                        exception.StorageIntakeError, found.end)
+            found.end()
+            self.assertTrue(self.is_gone(self.pid(found)))
+
+    def test_file_that_is_gone(self):
+        found = self.export()
+        os.unlink(self.path)
+        found.end()
+        self.assertFalse(found.is_running())
 
     def test_program_that_does_not_start(self):
         self.useFixture(fixtures.MonkeyPatch(

@@ -236,6 +236,25 @@ class IntakeTestCase(IntakeTestBase):
         self.exports[0].end.assert_called_once_with()
         self.assertEqual({}, self.dest.pools[POOL])
 
+    def test_delete_of_what_is_being_handed_over(self):
+        self.create()
+        with self.intake.handing_over(self.instance):
+            self.assertIn('being taken over', self.refused(
+                'delete', places=[[POOL, self.name]]))
+        self.assertIn(self.name, self.dest.pools[POOL])
+
+    def test_delete_of_what_was_handed_over_since(self):
+        """It was on its way when it was asked for, and is a disk now."""
+        self.create()
+        self.open()
+        # as the hand-over does, which closes it, too
+        self.exports[0].end.side_effect = lambda: self.on_its_way(
+            'disk', state='ready')
+        self.assertIn('may be a disk', str(self.assertRaises(
+            exception.StorageIntakeRefused, self.ask, 'delete',
+            places=[[POOL, self.name]])))
+        self.assertIn(self.name, self.dest.pools[POOL])
+
     def test_leftovers_may_be_deleted(self):
         self.dest.pools[POOL]['left'] = {'length': 5, 'allocation': 5}
         self.note_left('dest', 'left')
@@ -349,6 +368,23 @@ class IntakeTestCase(IntakeTestBase):
         self.exports[0].end.assert_called_once_with()
         self.open()
 
+    def test_report_of_the_host_with_what_does_not_close(self):
+        self.on_its_way('disk.eph0')
+        self.create()
+        self.create(volume=self.volume_name('disk.eph0'))
+        self.open()
+        self.open(volume=self.volume_name('disk.eph0'))
+        for found in self.exports:
+            found.is_running.return_value = False
+        self.exports[0].end.side_effect = exception.StorageIntakeError(
+            host='dest', reason='it does not end')
+        self.intake.look_after()
+        self.assertIn('it does not end', self.stdlog.logger.output)
+        self.exports[1].end.assert_called_once_with()
+        # Nobody takes the disk over nevertheless.
+        self.assertRaises(exception.StorageIntakeError,
+                          self.intake.close, self.instance)
+
     def test_port_that_answers(self):
         address, port = self.ask('reach')
         with socket.create_connection((address, port), timeout=5) as found:
@@ -427,6 +463,21 @@ class RefusalTestCase(IntakeTestBase):
     def test_what_comes_by_another_migration(self):
         self.on_its_way('disk', migration_id=6)
         self.refused('create', length=1, mode=0o644, **self.place())
+
+    def test_what_another_migration_has_opened(self):
+        """The source of an earlier one ends and deletes nothing of it."""
+        self.create()
+        self.open()
+        self.on_its_way('disk', migration_id=8)
+        for what in ('connected', 'close'):
+            self.assertIn('by migration 8',
+                          self.refused(what, **self.place()))
+        self.refused('delete', places=[[POOL, self.name]])
+        self.assertEqual([mock.call.start()], self.exports[0].mock_calls)
+        # What has no migration on record is made anew, and this one's.
+        self.on_its_way('disk', migration_id=None)
+        self.ask('close', **self.place())
+        self.exports[0].end.assert_called_once_with()
 
     def test_disk_that_was_taken_over(self):
         self.create()

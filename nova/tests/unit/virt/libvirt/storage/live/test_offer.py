@@ -25,6 +25,7 @@ from nova.tests.unit.virt.libvirt.storage.move import two_hosts
 from nova.virt.libvirt.storage.live import file_systems
 from nova.virt.libvirt.storage.live import offer
 from nova.virt.libvirt.storage.pool import kinds
+from nova.virt.libvirt.storage.pool import setup
 
 POOL = two_hosts.POOL
 KINDS = ('disk', 'disk.eph', 'disk.swap', 'disk.config')
@@ -51,6 +52,14 @@ class OfferTestCase(test_settle.LiveTestCase):
             'dst_takes_links': False},
             self.make())
 
+    def _have_files(self, *names):
+        for name in names:
+            record = self.disks.get(name)
+            record.backend = fields.LibvirtDiskBackend.FLAT
+            record.pool = record.volume = None
+            self.disks.set(name, record)
+        self.disks.save(self.context)
+
     def _probe(self, directory):
         """Have a probe in the pool, which is a real directory."""
         with open(os.path.join(directory, 'one'), 'w'):
@@ -66,23 +75,46 @@ class OfferTestCase(test_settle.LiveTestCase):
         self._probe(self.useFixture(fixtures.TempDir(
             rootdir=offer.CONF.instances_path)).path)
         before = os.listdir(offer.CONF.instances_path)
+        self._have_files('disk')
         self.assertTrue(self.make()['dst_takes_links'])
         self.assertEqual(before, os.listdir(offer.CONF.instances_path))
         # Nobody asks who makes legacy disks.
         self.flags(images_type='qcow2', group='libvirt')
         self.assertFalse(self.make()['dst_takes_links'])
 
+    def test_no_link_is_tried_without_files(self):
+        self._probe(self.useFixture(fixtures.TempDir(
+            rootdir=offer.CONF.instances_path)).path)
+        link = self.useFixture(fixtures.MockPatch(
+            'os.link', side_effect=os.link)).mock
+        self.assertFalse(self.make()['dst_takes_links'])
+        link.assert_not_called()
+        # Nothing is on record: what it has is found on the source.
+        self.load = dict
+        self.assertTrue(self.make()['dst_takes_links'])
+        link.assert_called_once()
+
+    def test_a_pool_is_looked_up_once(self):
+        self._have_files('disk')
+        looked_up = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pool.setup.receiving_pool',
+            side_effect=setup.receiving_pool)).mock
+        self.make()
+        looked_up.assert_called_once_with(self.dest, POOL, 'dest')
+
     @ddt.data(errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES)
     def test_takes_no_links(self, number):
         self._probe(self.useFixture(fixtures.TempDir()).path)
         self.useFixture(fixtures.MockPatch(
             'os.link', side_effect=OSError(number, 'no link')))
+        self._have_files('disk')
         self.assertFalse(self.make()['dst_takes_links'])
 
     def test_pool_without_files_takes_no_links(self):
         self._probe(self.useFixture(fixtures.TempDir()).path)
         self.stub_out(two_hosts.__name__ + '.Pool.directory',
                       lambda pool: None)
+        self._have_files('disk')
         self.assertFalse(self.make()['dst_takes_links'])
 
     def test_on_ceph(self):
@@ -100,12 +132,7 @@ class OfferTestCase(test_settle.LiveTestCase):
     def test_host_makes_legacy_disks(self):
         self.flags(images_type='qcow2', group='libvirt')
         self.assertFalse(self.make()['dst_takes_legacy'])
-        for name in test_settle.NAMES:
-            record = self.disks.get(name)
-            record.backend = fields.LibvirtDiskBackend.FLAT
-            record.pool = record.volume = None
-            self.disks.set(name, record)
-        self.disks.save(self.context)
+        self._have_files(*test_settle.NAMES)
         self.assertEqual({}, self.make())
 
     def test_pool_is_inactive(self):
@@ -122,6 +149,25 @@ class OfferTestCase(test_settle.LiveTestCase):
         error = self.assertRaises(
             exception.MigrationPreCheckError, self.make)
         self.assertIn('read-only', str(error))
+
+    @ddt.data(True, False)
+    def test_ceph_is_away_once_the_probes_are_there(self, must_come):
+        remove = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pool.sharing.remove_probes')).mock
+        self.stub_out(two_hosts.__name__ + '.Pool.ceph', mock.Mock(
+            side_effect=exception.StorageCephError(
+                pool='other', host='dest', ceph='nova', reason='it is away',
+                code=errno.ETIMEDOUT)))
+        if must_come:
+            error = self.assertRaises(
+                exception.MigrationPreCheckError, self.make)
+            self.assertIn('it is away', str(error))
+        else:
+            self.stub_out('nova.virt.libvirt.storage.records.metadata.'
+                          'LibvirtDiskMetadata.is_in_pool', False)
+            self.assertEqual({}, self.make())
+        remove.assert_called_once_with(
+            self.dest, self.make_probes.return_value)
 
     def test_pool_takes_no_disks(self):
         self.dest.types[POOL] = 'logical'

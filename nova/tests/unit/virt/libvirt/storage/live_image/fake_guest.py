@@ -34,7 +34,10 @@ class Guest:
 
     :ivar steps: what was done, in order
     :ivar fails: step -> error
+    :ivar has_come_live: whether its disks were copied as files
     """
+
+    has_come_live = False
 
     def __init__(self):
         self.steps = []
@@ -49,12 +52,15 @@ class Guest:
         if name in self.fails:
             raise self.fails.pop(name)
 
-    def get_xml_desc(self):
-        return test_definition.SAVED.replace(
+    def get_xml_desc(self, dump_inactive=False, definition=None):
+        xml = test_definition.SAVED.replace(
             "<interface type='bridge'><mac address='fa:16:3e:00:00:01'/>"
             "</interface>", ''.join(
                 "<interface type='bridge'><mac address='%s'/></interface>" %
                 mac for mac in self.macs))
+        if self.has_come_live and not (dump_inactive or definition):
+            return xml.replace("<disk type='volume'", "<disk type='file'")
+        return xml
 
     def is_active(self):
         return True

@@ -110,6 +110,12 @@ class CaptureTestCase(test.NoDBTestCase):
             (disk.get('name'), disk.get('snapshot'))
             for disk in found.findall('disks/disk')])
 
+    def test_guest_that_has_come_by_live_migration(self):
+        self.guest.has_come_live = True
+        with self._capture():
+            self.assertEqual(self.WHOLE, self.guest.steps)
+        self._assert_right()
+
     def test_refused_before_anything_is_done(self):
         with mock.patch.object(
                 self.guest, 'get_xml_desc',
@@ -276,6 +282,14 @@ class CaptureTestCase(test.NoDBTestCase):
             instance_id='x')
         capture.recover(self.host, self.instance, self.interfaces)
         self.assertEqual([], under_way.instances())
+
+    def test_recover_where_files_can_not_be_deleted(self):
+        """nova-compute starts nevertheless."""
+        under_way.begin(self.instance.uuid)
+        with mock.patch('shutil.rmtree', side_effect=OSError('read-only')):
+            capture.recover(self.host, self.instance, self.interfaces)
+        self.assertIn('read-only', self.stdlog.logger.output)
+        self.assertEqual([self.instance.uuid], under_way.instances())
 
     def test_recover_without_libvirt(self):
         under_way.begin(self.instance.uuid)

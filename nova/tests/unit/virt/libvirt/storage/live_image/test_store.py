@@ -10,6 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+import datetime
 import os
 import threading
 import time
@@ -18,6 +19,7 @@ from unittest import mock
 import ddt
 import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
+from oslo_utils import timeutils
 
 from nova import exception
 from nova.image import glance
@@ -40,6 +42,7 @@ class StoreTestCase(test.NoDBTestCase):
         self.cache = os.path.join(folder, 'live')
         self.auth = mock.Mock()
         self.auth.get_project_id.return_value = 'service'
+        self.auth.get_access.return_value.role_names = ['service', 'admin']
         self.get_auth = self.useFixture(fixtures.MockPatch(
             'nova.service_auth.get_service_auth_plugin',
             return_value=self.auth)).mock
@@ -145,7 +148,9 @@ class StoreTestCase(test.NoDBTestCase):
         for error in (None, exception.ImageNotFound(image_id='x'),
                       exception.GlanceConnectionFailed(server='g', reason='')):
             self.glance.delete.side_effect = error
-            self.store.delete(uuids.memory)
+            self.assertIs(
+                not isinstance(error, exception.GlanceConnectionFailed),
+                self.store.delete(uuids.memory))
 
     def test_check(self):
         self._uploaded()
@@ -191,6 +196,17 @@ class StoreTestCase(test.NoDBTestCase):
                                   DISK, uuids.memory, 'project')
         self.assertIn(uuids.memory, str(error))
 
+    @ddt.data('https://attacker.example/v2/images/' + uuids.memory,
+              '../images/' + uuids.memory, 'memory', '', None)
+    def test_no_id(self, memory_id):
+        """Nova's token goes to Glance alone, whatever a user has written."""
+        for call in (
+                lambda: self.store.check(DISK, memory_id, 'project'),
+                lambda: self.store.fetch(memory_id)):
+            error = self.assertRaises(memory_file.Unfit, call)
+            self.assertIn('is no ID of an image', str(error))
+        self.assertEqual([], self.glance.mock_calls)
+
     def _download(self, context, image_id, dest_path):
         with open(dest_path, 'w') as f:
             f.write(image_id)
@@ -226,6 +242,80 @@ class StoreTestCase(test.NoDBTestCase):
         self.assertRaises(OSError, self.store.fetch, uuids.memory)
         self.assertEqual([], os.listdir(self.cache))
 
+    def _glance_has(self, *images):
+        """Images as Glance has them, an hour old."""
+        changed = timeutils.utcnow(with_timezone=True) - (
+            datetime.timedelta(hours=1))
+        images = {image['id']: {'properties': {}, 'updated_at': changed,
+                                **image} for image in images}
+
+        def get_all(context, filters):
+            return [image for image in images.values()
+                    if image['owner'] == filters['owner']]
+
+        def get(context, image_id):
+            if image_id not in images:
+                raise exception.ImageNotFound(image_id=image_id)
+            return images[image_id]
+
+        self.glance.get_all.side_effect = get_all
+        self.glance.get.side_effect = get
+        return images
+
+    @staticmethod
+    def _memory(memory_id=uuids.memory, disk_id=uuids.disk, **more):
+        return {'id': memory_id, 'owner': 'service', 'properties': {
+            'nova_live_disk_id': disk_id}, **more}
+
+    @staticmethod
+    def _disk(**properties):
+        return {'id': uuids.disk, 'owner': 'user', 'properties': properties}
+
+    def test_forgotten(self):
+        images = self._glance_has(
+            self._memory(), self._disk(img_live_memory_id=uuids.memory),
+            self._memory(uuids.other, uuids.gone, status='queued'),
+            {'id': uuids.another, 'owner': 'service'},
+            self._memory(uuids.foreign, uuids.gone, owner='user'))
+        (found,) = self.store.forgotten(60)
+        self.assertEqual((uuids.other, uuids.gone), found[:2])
+        self.assertIn('is gone', found.reason)
+        # A capture was cut off, or a user has taken the property away.
+        for named in ({}, {'img_live_memory_id': uuids.other}):
+            images[uuids.disk]['properties'] = named
+            found = self.store.forgotten(60)
+            self.assertEqual([uuids.memory, uuids.other],
+                             [memory.memory for memory in found])
+            self.assertIn('does not name it', found[0].reason)
+        for call in [*self.glance.get_all.mock_calls,
+                     *self.glance.get.mock_calls]:
+            self.assertEqual(self.auth, call.args[0].get_auth_plugin())
+
+    def test_not_forgotten_yet(self):
+        """It may be on its way to Glance."""
+        self._glance_has(self._memory())
+        self.assertEqual([], self.store.forgotten(2 * 3600))
+        self.assertEqual(1, len(self.store.forgotten(3500)))
+
+    def test_forgotten_is_not_known(self):
+        """Who doesn't see the disks would take all of them for gone."""
+        self._glance_has(self._memory())
+        self.auth.get_access.return_value.role_names = ['service']
+        error = self.assertRaises(memory_file.Unusable, self.store.forgotten,
+                                  60)
+        self.assertIn('role admin', str(error))
+        self.get_auth.return_value = None
+        error = self.assertRaises(memory_file.Unusable, self.store.forgotten,
+                                  60)
+        self.assertIn('configure [service_user]', str(error))
+
+    @ddt.data(exception.ImageNotAuthorized(image_id='x'),
+              exception.GlanceConnectionFailed(server='g', reason=''))
+    def test_forgotten_without_an_answer(self, error):
+        self._glance_has(self._memory())
+        self.glance.get.side_effect = error
+        self.assertRaises(type(error), self.store.forgotten, 60)
+
     def test_sweep(self):
         self.flags(remove_unused_original_minimum_age_seconds=100,
                    group='image_cache')
@@ -241,3 +331,13 @@ class StoreTestCase(test.NoDBTestCase):
         self.store.fetch(uuids.new)
         self.store.sweep()
         self.assertEqual([uuids.new], os.listdir(self.cache))
+
+    def test_sweep_of_what_goes_at_the_same_time(self):
+        """What is fetched gets its name, another host deletes something."""
+        self.flags(remove_unused_original_minimum_age_seconds=100,
+                   group='image_cache')
+        self.glance.download.side_effect = self._download
+        os.utime(self.store.fetch(uuids.old), times=(0, 0))
+        with mock.patch('os.listdir', return_value=['gone', uuids.old]):
+            self.store.sweep()
+        self.assertEqual([], os.listdir(self.cache))

@@ -49,3 +49,12 @@ class UnderWayTestCase(test.NoDBTestCase):
         self.assertEqual([], under_way.instances())
         under_way.begin(uuids.instance)
         self.assertEqual([uuids.instance], under_way.instances())
+
+    def test_killed_before_it_was_said_whose_it_is(self):
+        # Or there was no room left to say it.
+        path = under_way.directory(uuids.instance)
+        os.makedirs(path)
+        open(os.path.join(path, 'host'), 'w').close()
+        self.assertEqual([], under_way.instances())
+        under_way.begin(uuids.instance)
+        self.assertEqual([uuids.instance], under_way.instances())

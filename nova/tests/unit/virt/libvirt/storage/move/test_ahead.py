@@ -423,6 +423,23 @@ class KeptTestCase(AheadTestBase):
         self.go_on(outgoing)
         self.assertEqual(self.name + '.1', self.load().get('disk').volume)
 
+    @ddt.data('free_name', 'create')
+    def test_failure_before_it_is_taken_up(self, what):
+        # Another one is kept as well, and that it is left is known then.
+        eph0 = self.volume_name('disk.eph0')
+        self.dest.pools[POOL][eph0] = dict(self.dest.pools[POOL][self.name])
+        self.note_left('dest', eph0)
+        self.prepare.side_effect = exception.StorageIntakeError(
+            host='dest', reason='it is a pipe')
+        self.answers[what] = exception.StorageIntakeError(
+            host='dest', reason='it can not be had')
+        self.begin()
+        self.assertEqual(test_move.AT_SOURCE, self.places())
+        self.assertEqual(
+            sorted((POOL, name) for name in self.dest.pools[POOL]
+                   if name in (self.name, eph0)), sorted(self.left('dest')))
+        self.assertIn((POOL, eph0), self.left('dest'))
+
     def test_server_that_is_deleted(self):
         self.instance.task_state = task_states.DELETING
         self.errors['first'] = [self.broken()]

@@ -1065,6 +1065,30 @@ class EndTestCase(OutgoingTestCase):
         self.accept()
         self.assertEqual('ready', self.places()['disk.eph0'][0])
 
+    def test_accept_overlay_beside_what_cant_be_copied_again(self):
+        """Its header is this host's last of all: only then it differs."""
+        base = imagecache.get_cache_fname(uuids.image)
+        self.lay_over('disk', base)
+        self.move()
+        here = self.cache_base.return_value = '/here/_base/' + base
+        self.stub_out('nova.virt.libvirt.imagebackend._get_base_format',
+                      lambda path: 'raw')
+
+        def rewrite(path, *args):
+            self.content_at(path).update(content='other header', base=here)
+
+        self.stub_out('nova.privsep.qemu.rewrite_backing_file', rewrite)
+        volumes = self.dest.pools[POOL]
+        sent = dict(volumes[self.volume_name('disk.eph0')])
+        volumes[self.volume_name('disk.eph0')]['content'] = ''
+        self.copy_error = exception.InternalError('over NBD alone')
+        self.assertRaises(exception.StorageTransferMismatch, self.accept)
+        # What was wrong with the other one is mended.
+        volumes[self.volume_name('disk.eph0')] = sent
+        self.accept()
+        self.assertEqual('ready', self.places()['disk'][0])
+        self.assertEqual(here, volumes[self.volume_name('disk')]['base'])
+
     def test_accept_on_one_host_what_was_changed(self):
         self.migration.dest_compute = 'source'
         self.move(same_host=True)

@@ -11,6 +11,7 @@
 #    under the License.
 """Disks in Ceph pools, and moves between hosts that see them, or don't."""
 
+import ddt
 import fixtures
 from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
@@ -27,6 +28,7 @@ from nova.virt.libvirt.storage.records import lifecycle
 POOL, BASES = two_hosts.POOL, two_hosts.BASES
 
 
+@ddt.ddt
 class OnCephTestCase(test_move.OutgoingTestCase):
 
     def setUp(self):
@@ -172,6 +174,25 @@ class OnCephTestCase(test_move.OutgoingTestCase):
             {(record.host, record.state, record.previous)
              for _name, record in self.load().items()})
         self.assertEqual(images, self.source.pools[POOL])
+        self.assertEqual([], self.load().leftovers)
+
+    @ddt.data((0, 'dest'), (0, 'source'), (1, 'dest'))
+    @ddt.unpack
+    def test_confirm_when_the_swap_is_gone(self, swap, dest):
+        """Whichever host, no record names it; of a swap that is, one does."""
+        self.stub_out(
+            'nova.virt.libvirt.storage.records.metadata.InstanceDisks.load',
+            lambda cls, context, instance: self.load())
+        self.instance.flavor = objects.Flavor(root_gb=1, swap=swap)
+        images = set(self.source.pools[POOL])
+        self.flags(host=dest)
+        lifecycle.arrived(self.disks, [])
+        self.disks.clear('disk.swap')
+        self.disks.save(self.context)
+        self.flags(host='source')
+        source.confirm(self.context, self.source, self.instance)
+        lost = set() if swap else {self.volume_name('disk.swap')}
+        self.assertEqual(images - lost, set(self.source.pools[POOL]))
         self.assertEqual([], self.load().leftovers)
 
     def test_revert(self):

@@ -186,6 +186,19 @@ class MoveTestCase(MoveTestBase):
         self.nothing_of_a_move()
         self.assertEqual([], self.host.uris)
 
+    def test_copy_that_fails_where_the_destination_has_an_error(self):
+        """What a service hasn't expected, RPC raises here as it is."""
+        self.copy_error = exception.StorageTransferCancelled(
+            volume='v', where='w', length=1, transferred=0)
+        self.answers['delete'] = FileNotFoundError(2, 'it is not there')
+        self.assertRaises(exception.StorageTransferCancelled, self.move)
+        self.assertEqual(test_move.AT_SOURCE, self.places())
+        self.assertEqual(test_move.COPIED, self.ours(self.dest))
+        # The destination deletes them at its next chance.
+        self.assertEqual(
+            sorted((POOL, self.volume_name(name))
+                   for name in test_move.COPIED), sorted(self.left('dest')))
+
     def test_destination_that_falls_silent(self):
         self.copy_error = exception.StorageTransferCancelled(
             volume='v', where='w', length=1, transferred=0)

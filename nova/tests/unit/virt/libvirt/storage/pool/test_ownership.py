@@ -167,6 +167,14 @@ class DeleteTestCase(OwnershipTestCase):
             self.assertTrue(self.delete())
         self.assertEqual(['other_disk'], self.left())
 
+    def test_names_of(self):
+        disks = pool.StoragePool(self.conn, DISKS, 'host')
+        self.assertEqual(
+            ['%s_disk' % uuids.instance, '%s_disk.1' % uuids.instance],
+            ownership.names_of(disks, uuids.instance, 'disk'))
+        self.assertEqual(
+            [], ownership.names_of(disks, uuids.instance, 'disk.swap'))
+
     def test_delete_named(self):
         name = '%s_disk' % uuids.instance
         self.assertTrue(ownership.delete_named(self.pool(DISKS), name))

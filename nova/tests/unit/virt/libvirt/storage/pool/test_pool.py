@@ -320,6 +320,34 @@ class TestEnsure(PoolTestCase):
                               setup.ensure_pools, self.daemon, 'host-a')
         self.assertIn('no storage pool fast on host host-a', str(e))
 
+    def test_base_images_have_a_pool_of_their_own(self):
+        # Else nobody sees which of them the disks there are laid over.
+        for flags in ({'storage_disks_pool': 'nova-base-images-pool'},
+                      {'storage_pool_mapping': {
+                          'swap': 'nova-base-images-pool'}}):
+            with self.subTest(flags=flags):
+                self.flags(group='libvirt', **flags)
+                e = self.assertRaises(exception.InvalidConfiguration,
+                                      setup.ensure_pools, self.daemon,
+                                      'host-a')
+                for word in ('nova-base-images-pool', 'host-a',
+                             'storage_base_images_pool'):
+                    self.assertIn(word, str(e))
+                self.assertEqual({}, self.daemon.pools)
+                CONF.clear_override('storage_disks_pool', 'libvirt')
+
+    def test_mapped_kind_has_to_be_one(self):
+        # Such disks would be made in another pool, without a word.
+        self.flags(storage_pool_mapping={'swop': 'fast', 'swap': 'fast'},
+                   group='libvirt')
+        self.define(name='fast', path='/fast')
+        e = self.assertRaises(exception.InvalidConfiguration,
+                              setup.ensure_pools, self.daemon, 'host-a')
+        self.assertIn('config, ephemeral, root, swap', str(e))
+        self.assertIn('swop', str(e))
+        self.assertIn('host-a', str(e))
+        self.assertEqual({'fast'}, set(self.daemon.pools))
+
 
 @ddt.ddt
 class TestPool(PoolTestCase):

@@ -550,6 +550,19 @@ class TestMoves(RecordsTestCase):
         self.assertEqual([('here', 'p', 'v')] if is_left else [],
                          [tuple(left) for left in disks.leftovers])
 
+    @ddt.data(('here', 0, True), ('other', 0, False), ('here', 1, False))
+    @ddt.unpack
+    def test_made_on_one_host_and_back(self, host, size, is_left):
+        """What another host has made in a pool of its own isn't here."""
+        self.instance.flavor.ephemeral_gb = size
+        disks = self.disks(self.record())
+        disks.set('disk.local', self.record(
+            backend='libvirt-storage', pool='p', volume='v', host=host))
+        records.went_back(disks)
+        self.assertEqual(bool(size), disks.get('disk.local') is not None)
+        self.assertEqual([('here', 'p', 'v')] if is_left else [],
+                         [tuple(left) for left in disks.leftovers])
+
     def ceph_record(self, **more):
         return self.record(backend='libvirt-storage-rbd', pool='p',
                            volume='v', **more)

@@ -50,11 +50,16 @@ _OPTIONS = (
 _BUILD = '''
 mount --rbind /dev "$1/dev"; mount -t proc proc "$1/proc"
 exec chroot "$1" /bin/sh -euc '
+# One that was broken off goes on.
+if [ "$(cat /src/lab-version 2>/dev/null)" != %(version)s ]; then
 rm -rf /src; mkdir /src; cd /src
 tar -x --strip-components=1 -f /source.tar.xz
 meson setup b --buildtype=release -Dprefix=/usr \
     -Dlibdir=lib/x86_64-linux-gnu -Dsysconfdir=/etc -Dlocalstatedir=/var \
     -Drunstatedir=/run %(options)s
+echo %(version)s > lab-version
+fi
+cd /src
 nice ninja -C b -j2 %(targets)s
 strip %(built)s
 rm -rf /binaries; mkdir /binaries; cp %(built)s /binaries'
@@ -77,7 +82,7 @@ def ensure(progress) -> None:
     build = roots.ensure(RELEASE, progress, RELEASE + '-build', PACKAGES)
     with progress.step('modular daemons of libvirt %s' % version):
         _fetch(version, build / 'source.tar.xz')
-        _compile(build)
+        _compile(build, version)
     shutil.rmtree(FOLDER, ignore_errors=True)
     shutil.copytree(build / 'binaries', FOLDER)
     stamp.write_text(version)
@@ -106,11 +111,12 @@ def _fetch(version, target):
                                 version)
 
 
-def _compile(build):
+def _compile(build, version):
     log = roots.FOLDER / (RELEASE + '-build.log')
     names = {'targets': ' '.join('src/' + name for name in DAEMONS),
              'built': ' '.join('b/src/' + name for name in DAEMONS),
-             'options': ' '.join('-D' + option for option in _OPTIONS)}
+             'options': ' '.join('-D' + option for option in _OPTIONS),
+             'version': version}
     with open(log, 'a') as out:
         done = subprocess.run(
             ['unshare', '--mount', '--propagation', 'private', 'sh', '-euc',

@@ -92,7 +92,7 @@ def _make(release, name, wanted):
             # Its mounts are nobody else's, and go with it.
             ['timeout', '--kill-after=10', '%gm' % LIMIT,
              'unshare', '--mount', '--propagation', 'private',
-             'mmdebstrap', '--quiet', '--mode=root', '--variant=minbase',
+             'mmdebstrap', '--verbose', '--mode=root', '--variant=minbase',
              '--aptopt=APT::Install-Recommends "false"',
              '--aptopt=Acquire::Retries "3"',
              *('--aptopt=' + line for line in _transport()),
@@ -143,12 +143,16 @@ def _check_reach(source, release):
 
 
 def _transport():
-    """How the machine's apt reaches its mirror: proxies, certificates."""
+    """How the machine's apt reaches its mirror: proxies, certificates.
+
+    And whether it takes one that hasn't been brought up to date for a while.
+    """
     told = subprocess.run(
         ['apt-config', 'dump', 'Acquire'], stdout=subprocess.PIPE,
         text=True).stdout.splitlines()
     return [line for line in told if line.startswith(
-        ('Acquire::http::', 'Acquire::https::', 'Acquire::Retries'))
+        ('Acquire::http::', 'Acquire::https::', 'Acquire::Retries',
+         'Acquire::Check-'))
         and '""' not in line]
 
 

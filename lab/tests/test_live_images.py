@@ -18,7 +18,6 @@ that really run. There is no network service, no image service and no API.
 import contextlib
 import json
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -30,8 +29,6 @@ from xml.etree import ElementTree
 
 import libvirt
 
-import lab
-from lab.benchmark import methods
 from lab import config
 from lab.guest import image as guest_image
 from lab.guest import testimony as words
@@ -170,31 +167,16 @@ class LiveImagesTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        if os.geteuid():
-            raise unittest.SkipTest('the lab makes namespaces: root only')
-        if not pathlib.Path(methods.tree(), 'nova/virt/libvirt/storage/'
-                            'live_image/capture.py').exists():
-            raise unittest.SkipTest('the tree saves no memory')
-        cls.a, cls.b = cls.enterClassContext(lab.Hosts())
+        cls.a, cls.b, folder = test_moves.two_hosts(
+            cls, 'live-images', POOLS, 'live_image/capture.py',
+            'the tree saves no memory')
         cls.guest_image = guest_image.ensure(
             config.CACHE / 'guest') / 'guest.raw'
-        folder = config.STATE / 'live-images'
-        folder.mkdir(exist_ok=True)
-        os.chown(folder, nova_user.ID, nova_user.ID)
         database = folder / 'database.json'
         database.write_text(json.dumps(
             {'offer': None, 'driver_info': {}, 'mappings': [], 'disks': {}}))
         cls.services = {}
         for host in (cls.a, cls.b):
-            for name, path in POOLS.items():
-                host.run(['install', '-d', '-o', 'nova', '-g', 'nova', path])
-                with contextlib.closing(host.connect()) as connection:
-                    pool = connection.storagePoolDefineXML(
-                        '<pool type="dir"><name>%s</name><target><path>%s'
-                        '</path></target></pool>' % (name, path))
-                    pool.create()
-                    cls.addClassCleanup(
-                        test_moves.MovesTest.drop, host, name)
             service = Service(host, str(database), cls.b.name)
             cls.services[host.name] = service
             cls.addClassCleanup(service.close)

@@ -121,6 +121,49 @@ class Compute:
         self._log.close()
 
 
+def two_hosts(case, name, pools, needs, reason):
+    """Two hosts with pools of nova's, until a class of tests is over.
+
+    :param case: the class
+    :param name: of the folder
+    :param pools: directories by the pools' names
+    :param needs: what the tree must have of storage/
+    :param reason: of a skip, where it hasn't
+    :returns: both hosts, and a folder of nova's outside of them
+    :raises: unittest.SkipTest
+    """
+    if os.geteuid():
+        raise unittest.SkipTest('the lab makes namespaces: root only')
+    tree = methods.tree()
+    if not pathlib.Path(tree, 'nova/virt/libvirt/storage', needs).exists():
+        raise unittest.SkipTest(reason)
+    config.CACHE.mkdir(exist_ok=True)
+    cloud.build_extensions(tree, config.CACHE / 'pump.log')
+    hosts = case.enterClassContext(lab.Hosts())
+    for host in hosts:
+        for pool_name, path in pools.items():
+            host.run(['install', '-d', '-o', 'nova', '-g', 'nova', path])
+            with contextlib.closing(host.connect()) as connection:
+                pool = connection.storagePoolDefineXML(
+                    '<pool type="dir"><name>%s</name><target><path>%s'
+                    '</path></target></pool>' % (pool_name, path))
+                pool.create()
+                case.addClassCleanup(drop, host, pool_name)
+    folder = config.STATE / name
+    folder.mkdir(exist_ok=True)
+    os.chown(folder, nova_user.ID, nova_user.ID)
+    return *hosts, folder
+
+
+def drop(host, name):
+    """Undefine a pool of a host; its files stay."""
+    with contextlib.closing(host.connect()) as connection:
+        pool = connection.storagePoolLookupByName(name)
+        if pool.isActive():
+            pool.destroy()
+        pool.undefine()
+
+
 class MovesTest(unittest.TestCase):
     """Two hosts with pools, for all tests of a class."""
 
@@ -129,39 +172,14 @@ class MovesTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        if os.geteuid():
-            raise unittest.SkipTest('the lab makes namespaces: root only')
-        if not pathlib.Path(methods.tree(), 'nova/virt/libvirt/storage/'
-                            'pump/transfer.py').exists():
-            raise unittest.SkipTest('the tree does not move volumes')
-        config.CACHE.mkdir(exist_ok=True)
-        cloud.build_extensions(methods.tree(), config.CACHE / 'pump.log')
-        cls.a, cls.b = cls.enterClassContext(lab.Hosts())
-        for host in (cls.a, cls.b):
-            for name, path in cls.pools.items():
-                host.run(['install', '-d', '-o', 'nova', '-g', 'nova', path])
-                with contextlib.closing(host.connect()) as connection:
-                    pool = connection.storagePoolDefineXML(
-                        '<pool type="dir"><name>%s</name><target><path>%s'
-                        '</path></target></pool>' % (name, path))
-                    pool.create()
-                    cls.addClassCleanup(cls.drop, host, name)
-        folder = config.STATE / 'moves'
-        folder.mkdir(exist_ok=True)
-        os.chown(folder, nova_user.ID, nova_user.ID)
+        cls.a, cls.b, folder = two_hosts(
+            cls, 'moves', cls.pools, 'pump/transfer.py',
+            'the tree does not move volumes')
         cls.database = folder / 'database.json'
         cls.source = Compute(cls.a, str(cls.database), cls.b.name)
         cls.addClassCleanup(cls.source.close)
         cls.dest = Compute(cls.b, str(cls.database), cls.b.name)
         cls.addClassCleanup(cls.dest.close)
-
-    @staticmethod
-    def drop(host, name):
-        with contextlib.closing(host.connect()) as connection:
-            pool = connection.storagePoolLookupByName(name)
-            if pool.isActive():
-                pool.destroy()
-            pool.undefine()
 
     def setUp(self):
         super().setUp()

@@ -24,9 +24,9 @@ from . import machine
 
 RELEASE = 'trixie'
 NAME = 'trixie-python'
-PACKAGES = ('gcc', 'genisoimage', 'git', 'libc6-dev', 'libssl-dev',
-            'libvirt-dev', 'pkg-config', 'python3-dev', 'python3-venv',
-            'qemu-utils')
+PACKAGES = ('gcc', 'genisoimage', 'git', 'libc6-dev', 'libnbd-dev',
+            'libssl-dev', 'libvirt-dev', 'nbdkit', 'pkg-config',
+            'python3-dev', 'python3-venv', 'qemu-utils')
 PYTHON = '/venv/bin/python'
 
 

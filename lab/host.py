@@ -48,9 +48,11 @@ tls_no_sanity_certificate = %(no_sanity)d
 host_uuid = "%(uuid)s"
 log_outputs = "2:stderr"
 '''
-# Of a modular daemon that nobody but virtproxyd speaks to.
+# Of a modular daemon behind virtproxyd; nova-compute itself finds virtqemud.
 DAEMON_CONF = '''auth_unix_rw = "none"
 auth_unix_ro = "none"
+unix_sock_group = "libvirt"
+unix_sock_rw_perms = "0770"
 host_uuid = "%(uuid)s"
 log_outputs = "2:stderr"
 '''

@@ -25,6 +25,7 @@ from . import roots
 
 RELEASE = 'trixie'
 FOLDER = roots.FOLDER / (RELEASE + '-modular')
+_STAMP = FOLDER / 'version'
 #: In the order of their start; virtproxyd, which listens, comes last.
 DAEMONS = ('virtsecretd', 'virtnodedevd', 'virtnetworkd', 'virtnwfilterd',
            'virtstoraged', 'virtqemud', 'virtproxyd')
@@ -70,14 +71,18 @@ def path(name: str) -> pathlib.Path:
     return FOLDER / name
 
 
+def are_built() -> bool:
+    """Whether ensure() has compiled them already, for some version."""
+    return _STAMP.exists()
+
+
 def ensure(progress) -> None:
     """Compile them unless they are there; takes some minutes.
 
     :raises: roots.Unavailable
     """
     version = _version()
-    stamp = FOLDER / 'version'
-    if stamp.exists() and stamp.read_text() == version:
+    if are_built() and _STAMP.read_text() == version:
         return
     build = roots.ensure(RELEASE, progress, RELEASE + '-build', PACKAGES)
     with progress.step('modular daemons of libvirt %s' % version):
@@ -85,7 +90,7 @@ def ensure(progress) -> None:
         _compile(build, version)
     shutil.rmtree(FOLDER, ignore_errors=True)
     shutil.copytree(build / 'binaries', FOLDER)
-    stamp.write_text(version)
+    _STAMP.write_text(version)
     shutil.rmtree(build)
 
 

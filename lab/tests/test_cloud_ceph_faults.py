@@ -122,7 +122,8 @@ class TestFaults(test_cloud_ceph.CephTestCase):
         self.cloud.set_many('host-a', {
             ('libvirt', 'rbd_destroy_volume_retries'): 2,
             ('libvirt', 'rbd_destroy_volume_retry_interval'): 1,
-            ('DEFAULT', 'instance_delete_interval'): 10})
+            # Nova tries five times, and the watch is there for two of them.
+            ('DEFAULT', 'instance_delete_interval'): 20})
         try:
             with self.watched(server.id + '_disk'):
                 server.delete()

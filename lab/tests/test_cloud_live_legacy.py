@@ -212,6 +212,12 @@ class TestSharedInstances(LegacyCase):
         cls.unshare()
         super().tearDownClass()
 
+    def assert_here(self, server, host, before, **more):
+        said = super().assert_here(server, host, before, copied=False)
+        # It has one directory, which no host may take from the other.
+        self.assertTrue((self.folder / 'instances' / server.id).is_dir())
+        return said
+
     def names(self, server):
         """How many names each file of the instance directory has."""
         return {path.name: path.stat().st_nlink for path in (

@@ -52,14 +52,8 @@ class LiveCase(test_cloud_moves.MovesCase):
     instances = '/var/lib/nova/instances'
 
     @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.set_options({'live_migration_bandwidth': cls.live_rate})
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.set_options({'live_migration_bandwidth': 0})
-        super().tearDownClass()
+    def rates(cls):
+        return {**super().rates(), 'live_migration_bandwidth': cls.live_rate}
 
     @classmethod
     def share(cls, mount):

@@ -15,6 +15,7 @@ After each fault: the guest has its data, nothing is left on the host to which
 it did not come, nobody has tried SSH, and the next try succeeds.
 """
 
+import concurrent.futures
 import contextlib
 import os
 import random
@@ -53,28 +54,42 @@ class MovesCase(CloudTestCase):
     flavor = 'lab.small.disks'
     rate = 1
     stall = 10
+    # What Nova has without them.
+    defaults = {'storage_migration_bandwidth': 0,
+                'storage_migration_stall_timeout': 60,
+                'live_migration_bandwidth': 0}
 
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
         cls.a, cls.b = Host('host-a'), Host('host-b')
-        cls.set_options({'storage_migration_bandwidth': cls.rate or 0,
-                         'storage_migration_stall_timeout': cls.stall})
+        cls.set_options(cls.rates())
 
     @classmethod
     def tearDownClass(cls):
-        cls.set_options({'storage_migration_bandwidth': 0,
-                         'storage_migration_stall_timeout': 60})
+        cls.set_options({key: cls.defaults[key] for key in cls.rates()})
         super().tearDownClass()
 
     @classmethod
+    def rates(cls):
+        """The options of [libvirt] that the class runs with."""
+        return {'storage_migration_bandwidth': cls.rate or 0,
+                'storage_migration_stall_timeout': cls.stall}
+
+    @classmethod
     def set_options(cls, values):
-        for host in config.HOSTS:
-            wanted = {('libvirt', key): str(value)
-                      for key, value in values.items()}
-            if any(cls.cloud.get(host, *key) != value
+        """Set options of [libvirt]; computes that have them go on."""
+        wanted = {('libvirt', key): str(value)
+                  for key, value in values.items()}
+
+        def change(host):
+            if any((cls.cloud.get(host, *key) or str(
+                    cls.defaults.get(key[1]))) != value
                    for key, value in wanted.items()):
                 cls.cloud.set_many(host, wanted)
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(change, config.HOSTS))
 
     def server(self, **more):
         """A server on host-a, and what its guest says."""

@@ -294,8 +294,11 @@ class TestWire(FaultCase):
         server, before = self.writing_server()
         self.begin(server)
         self.assertEqual('host-b', self.settled(server).compute_host)
+        # The source may not have cleaned up yet.
         server.delete()
-        self.assert_nothing_left(server, *config.HOSTS)
+        for host in config.HOSTS:
+            self.wait_for(lambda: not server.left_on(host), 60,
+                          'a clean %s: %s' % (host, server.left_on(host)))
 
 
 if __name__ == '__main__':

@@ -143,8 +143,12 @@ class TestAfterwards(LiveCase):
         self.live(server, 'host-b')
         return server, self.assert_here(server, 'host-b', said)
 
-    def assert_started(self, server, before, host='host-b'):
-        said = server.testimony(after=before)
+    def assert_started(self, server, before, host='host-b', after=None):
+        """It has been started, with all that it had before.
+
+        :param after: what its guest has said last, if not what it said before
+        """
+        said = server.testimony(after=after or before)
         self.assert_kept(said)
         self.assertEqual(before.config['files'], said.config['files'])
         self.assertEqual({'volume'}, {
@@ -198,7 +202,10 @@ class TestAfterwards(LiveCase):
         self.assertEqual(said.ranges['data']['sha256'],
                          other['ranges']['data']['sha256'])
         server.unrescue()
-        self.assert_started(server, rescued)
+        # The rescue had a config drive of its own.
+        self.assert_started(server, said, after=rescued)
+        server.command('keep-writing', 256)
+        self.assert_moves(server, server.look(), ['host-a'])
 
     def test_resize(self):
         server, said = self.moved()

@@ -81,16 +81,9 @@ class Shell:
 class AttackCase(NbdCase):
     # Somebody who is held up has that long.
     stall = 60
-
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.addClassCleanup(cls.set_options, {
-            'storage_migration_parallel_disks': 2,
-            'storage_migration_precopy': 1024})
-        # The second disk waits for the first one, with its guest off.
-        cls.set_options({'storage_migration_parallel_disks': 1,
-                         'storage_migration_precopy': -1})
+    # The second disk waits for the first one, with its guest off.
+    more = {**NbdCase.more, 'storage_migration_parallel_disks': (1, 2),
+            'storage_migration_precopy': (-1, 1024)}
 
     def setUp(self):
         super().setUp()

@@ -47,6 +47,8 @@ class MovesCase(CloudTestCase):
     """Two hosts with pools and no sshd; copies are held at a rate.
 
     :cvar rate: MiB a second and disk; None: no limit
+    :cvar more: further options of [libvirt]: (value, value afterwards). All
+        are set at once, as each restart of a service takes its time
     """
 
     lab = SERIES
@@ -58,16 +60,21 @@ class MovesCase(CloudTestCase):
     defaults = {'storage_migration_bandwidth': 0,
                 'storage_migration_stall_timeout': 60,
                 'live_migration_bandwidth': 0}
+    more = {}
 
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
         cls.a, cls.b = Host('host-a'), Host('host-b')
-        cls.set_options(cls.rates())
+        cls.set_options({
+            **cls.rates(),
+            **{name: value for name, (value, _after) in cls.more.items()}})
 
     @classmethod
     def tearDownClass(cls):
-        cls.set_options({key: cls.defaults[key] for key in cls.rates()})
+        cls.set_options({
+            **{key: cls.defaults[key] for key in cls.rates()},
+            **{name: after for name, (_value, after) in cls.more.items()}})
         super().tearDownClass()
 
     @classmethod

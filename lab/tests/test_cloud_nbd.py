@@ -28,14 +28,13 @@ load_tests = only_in_full
 class NbdCase(MovesCase):
     """libvirtd's TLS port is closed on both hosts."""
 
+    more = {'storage_migration_transport': ('nbd', 'libvirt')}
+
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
         cls.addClassCleanup(cls._listen, True)
         cls._listen(False)
-        cls.addClassCleanup(
-            cls.set_options, {'storage_migration_transport': 'libvirt'})
-        cls.set_options({'storage_migration_transport': 'nbd'})
 
     @classmethod
     def _listen(cls, does):
@@ -168,15 +167,8 @@ class TestKills(NbdCase):
 class TestAhead(NbdCase):
     """Disks that are sent while the guest runs, and then what has changed."""
     rate = None
-
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.addClassCleanup(cls.set_options, {
-            'storage_migration_precopy': 1024,
-            'storage_migration_precopy_bandwidth': 0})
-        cls.set_options({'storage_migration_precopy': 0,
-                         'storage_migration_precopy_bandwidth': 3})
+    more = {**NbdCase.more, 'storage_migration_precopy': (0, 1024),
+            'storage_migration_precopy_bandwidth': (3, 0)}
 
     def writing(self):
         """A server on host-a whose guest writes, on its way to host-b."""
@@ -269,13 +261,7 @@ class TestAhead(NbdCase):
 class TestAgain(NbdCase):
     """What a host has kept of a server that comes back isn't sent again."""
     rate = None
-
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.addClassCleanup(cls.set_options, {
-            'storage_migration_keep_copies': 0})
-        cls.set_options({'storage_migration_keep_copies': 1})
+    more = {**NbdCase.more, 'storage_migration_keep_copies': (1, 0)}
 
     def sent(self, server, source, begin):
         """Bytes of the root disk that went from a host, and how."""

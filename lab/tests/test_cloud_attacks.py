@@ -278,8 +278,10 @@ class TestExports(AttackCase):
         place = {'pool': POOL, 'volume': server.id + '_disk.eph0'}
         with self.held_up():
             opened = self.open(server, migration)
+            failed = 'qemu-nbd: option negotiation failed: '
             what = 'qemu-nbd for volume %s of migration %d from host host-a, '\
-                'port %d: ' % (place['volume'], migration, opened['port'])
+                'port %d: %s' % (place['volume'], migration, opened['port'],
+                                 failed)
             length = len(self.content(server, 'disk.eph0'))
             # No key, another one, and what is no NBD
             self.assertNotIn('wrote', self.client(opened).do('write 0 4k'))
@@ -311,14 +313,14 @@ class TestExports(AttackCase):
         self.finishes(server, before)
         said = self.logged()
         for text in (
-                what + 'qemu-nbd: TLS handshake',
-                'port %d: qemu-nbd: TLS handshake' % port,
+                what + 'TLS handshake failed', what + 'Unknown client flags',
+                'port %d: %sTLS handshake failed' % (port, failed),
                 'Volume %s of storage pool %s is closed' % (
                     place['volume'], POOL)):
             self.assertIn(text, said)
         # It looks for the key with each connection, more than once.
         self.assertRegex(said, re.escape(what) + (
-            'qemu-nbd: (TLS handshake failed: Error in password/key file|'
+            '(TLS handshake failed: Error in password/key file|'
             'Cannot set PSK server credentials)'))
 
     def port_of_root(self, server):

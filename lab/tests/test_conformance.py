@@ -24,30 +24,53 @@ from lab import config
 from lab.cloud import cloud as lab_cloud
 
 MODULE = 'nova.tests.unit.virt.libvirt.storage.test_conformance'
+GUESTS = MODULE + '_guests'
+FOLDER = '/var/lib/nova/conformance'
 
 
 class ConformanceTest(unittest.TestCase):
 
-    def test_fakes_do_as_libvirt_does(self):
-        """Nova's own module, which else runs on the fakes, on a daemon."""
+    def module(self, name):
+        """:returns: the tree; how to run that module's tests on a daemon"""
         tree = lab_cloud.find_tree('tree')
-        if tree is None or not (tree / MODULE.replace('.', '/')).with_suffix(
+        if tree is None or not (tree / name.replace('.', '/')).with_suffix(
                 '.py').exists():
             self.skipTest('the tree has no such module')
+        return tree, [sys.executable, '-m', 'unittest', '-v',
+                      name + '.DaemonTestCase']
+
+    def environment(self, uri):
         series = tomllib.loads(
             (config.ROOT / 'tools/series.toml').read_text())
+        return {**os.environ, **series['tests']['environment'],
+                'NOVA_TEST_LIBVIRT_URI': uri, 'NOVA_TEST_LIBVIRT_DIR': FOLDER}
+
+    def assert_passed(self, done):
+        """:returns: names of the tests that were skipped"""
+        self.assertEqual(0, done.returncode, done.stderr[-6000:])
+        self.assertRegex(done.stderr, r'(?m)DaemonTestCase.*\.\.\. ok$')
+        return re.findall(r'DaemonTestCase\.(test_\w+) \.\.\. skipped',
+                          done.stderr)
+
+    def test_fakes_do_as_libvirt_does(self):
+        """Nova's own module, which else runs on the fakes, on a daemon."""
+        tree, command = self.module(MODULE)
         with lab.Hosts() as (host, _other):
             fails = host.dies_of_failed_uploads()
             done = subprocess.run(
-                [sys.executable, '-m', 'unittest', '-v', MODULE + '.DaemonTestCase'], cwd=tree,
-                env={**os.environ, **series['tests']['environment'],
-                     'NOVA_TEST_LIBVIRT_URI': host.local_uri(),
-                     'NOVA_TEST_LIBVIRT_DIR': '/var/lib/nova/conformance'},
+                command, cwd=tree, env=self.environment(host.local_uri()),
                 capture_output=True, text=True, timeout=120)
-        self.assertEqual(0, done.returncode, done.stderr[-3000:])
-        self.assertRegex(done.stderr, r'(?m)DaemonTestCase.*\.\.\. ok$')
-        skipped = re.findall(r'DaemonTestCase\.(test_\w+) \.\.\. skipped',
-                             done.stderr)
         self.assertEqual([
             'test_too_many_bytes_are_an_error_at_the_end'] if fails else [],
-            skipped)
+            self.assert_passed(done))
+
+    @unittest.skipUnless(os.environ.get('LAB_SCENARIOS') == 'all',
+                         'of the full set: LAB_SCENARIOS=all')
+    def test_fake_guests_do_as_libvirt_s_do(self):
+        """In the host itself: their files are written by hand."""
+        tree, command = self.module(GUESTS)
+        with lab.Hosts() as (host, _other):
+            host.run(['install', '-d', FOLDER])
+            done = host.run(command, cwd=tree, check=False, timeout=240,
+                            env=self.environment('qemu:///system'))
+        self.assertIn(self.assert_passed(done), ([], ['test_backup']))

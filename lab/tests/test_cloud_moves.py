@@ -66,9 +66,14 @@ class MovesCase(CloudTestCase):
     def setUpClass(cls):
         super().setUpClass()
         cls.a, cls.b = Host('host-a'), Host('host-b')
+        cls.prepare()
         cls.set_options({
             **cls.rates(),
             **{name: value for name, (value, _after) in cls.more.items()}})
+
+    @classmethod
+    def prepare(cls):
+        """What is done before the compute services are started anew."""
 
     @classmethod
     def tearDownClass(cls):

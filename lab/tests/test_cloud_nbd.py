@@ -31,8 +31,8 @@ class NbdCase(MovesCase):
     more = {'storage_migration_transport': ('nbd', 'libvirt')}
 
     @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
+    def prepare(cls):
+        # A service that loses its libvirt disables its host for a while.
         cls.addClassCleanup(cls._listen, True)
         cls._listen(False)
 

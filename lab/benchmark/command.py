@@ -19,6 +19,7 @@ import rich.console
 from . import cases
 from . import downtime
 from . import live
+from . import live_image
 from . import methods
 from . import pools
 from . import rbd
@@ -39,7 +40,8 @@ def run(runs: int, chosen, console: rich.console.Console) -> list[cases.Row]:
     """
     clouds = {'spawn': pools.spawn, 'servers': servers.measure,
               'downtime': downtime.measure, 'again': downtime.again,
-              'live': live.measure, 'rbd': rbd.measure}
+              'live': live.measure, 'live-image': live_image.measure,
+              'rbd': rbd.measure}
     known = (*cases.Cases.IN_MEMORY, *cases.Cases.ON_DISK, 'sweep', *clouds)
     unknown = set(chosen) - set(known)
     if unknown:

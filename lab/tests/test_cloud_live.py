@@ -232,14 +232,15 @@ class TestAfterwards(LiveCase):
         try:
             server.api.evacuate_server(server.id, host='host-a')
             found = self.settled(server)
+            self.assertEqual('host-a', found.compute_host)
+            if found.status == 'SHUTOFF':
+                server.start()
+            server._awake = False
+            self.assert_on_record(server, 'host-a')
         finally:
+            # Only what has cleaned up behind its servers is taken for up.
+            self.cloud.start_compute('host-b')
             compute.update_service_forced_down(service, forced=False)
-        self.assertEqual('host-a', found.compute_host)
-        if found.status == 'SHUTOFF':
-            server.start()
-        server._awake = False
-        self.assert_on_record(server, 'host-a')
-        self.cloud.start_compute('host-b')
         self.wait_for(lambda: not server.left_on('host-b'), 60,
                       'a clean host-b')
         said = server.testimony()

@@ -106,6 +106,18 @@ class TestOnOneHost(storage_pools.StoragePoolsTestBase):
         self.assertEqual(b'of the guest', self.content(
             'compute1', server, 'disk.eph0', 12, storage_pools.GUEST))
 
+    def test_reverted_resize_leaves_nothing(self):
+        self.flags(allow_resize_to_same_host=True)
+        server = self.boot()
+        before = self.volumes('compute1', server)
+        self._resize_server(server, self.flavor(ephemeral=1, swap=64))
+        self.assertLess({*before, 'disk.swap'},
+                        set(self.volumes('compute1', server)))
+        self._revert_resize(server)
+        self.assertEqual(before, self.volumes('compute1', server))
+        self._reboot_server(server, hard=True)
+        self.assert_ready('compute1', server, disk='qcow2')
+
     def test_header_that_the_guest_has_written_is_not_believed(self):
         self.flags(use_cow_images=False, allow_resize_to_same_host=True)
         self.flags(storage_raw_files=True, group='libvirt')

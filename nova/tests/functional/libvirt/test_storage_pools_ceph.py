@@ -239,13 +239,11 @@ class TestCeph(CephTestBase):
 class TestRevertOfMoreDisks(CephTestBase):
     """A resize that is reverted has made a swap and an ephemeral disk."""
 
-    more = {'ephemeral': 1, 'swap': 64}
-
     def test_revert(self):
         self.flags(allow_resize_to_same_host=True)
         server = self.boot()
         before = set(self.images)
-        self._resize_server(server, self.flavor(**self.more))
+        self._resize_server(server, self.flavor(ephemeral=1, swap=64))
         self.assertLess(before, set(self.images))
         self._revert_resize(server)
         self.assertEqual(before, set(self.images))
@@ -257,9 +255,6 @@ class TestRevertOfMoreDisks(CephTestBase):
 class TestRevertOfMoreDisksOnOneHost(TestRevertOfMoreDisks):
 
     ceph_pools = {'compute1': 'nova'}
-    # The mapping of a swap disk, and with it its record, is gone already: it
-    # stays until the server is deleted.
-    more = {'ephemeral': 1}
 
 
 class TestCephIsAway(CephTestBase):

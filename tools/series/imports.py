@@ -88,8 +88,9 @@ class _Tree:
         path = self._path(module)
         if path is None:
             return False
-        names = self.source(path).names
-        return name in names or ANY in names
+        source = self.source(path)
+        return name in source.names or ANY in source.names or any(
+            self.has(other, name) for other in source.all_of)
 
     def _is_module(self, module):
         return self._path(module) is not None or (
@@ -106,15 +107,16 @@ class _Source:
 
     :ivar imports: line, module and name of all that it imports by full name
     :ivar names: what it has at its top, and in branches there
+    :ivar all_of: modules of which it has all names
     """
 
     def __init__(self, content):
-        self.imports, self.names = [], {ANY}
+        self.imports, self.names, self.all_of = [], {ANY}, []
         try:
             parsed = ast.parse(content)
         except (SyntaxError, ValueError):
             return  # Cython, or a fault that others find
-        self.names = set(_bound(parsed.body))
+        self.names = set(_bound(parsed.body)) - {ANY}
         for node in ast.walk(parsed):
             if isinstance(node, ast.Import):
                 self.imports += [
@@ -123,6 +125,8 @@ class _Source:
                 self.imports += [
                     (node.lineno, node.module, alias.name)
                     for alias in node.names if alias.name != '*']
+                if node.names[0].name == ANY:
+                    self.all_of.append(node.module)
 
 
 def _bound(body):

@@ -13,6 +13,7 @@
 """Each fault is found, with its place."""
 
 import dataclasses
+import re
 import shutil
 
 from . import base
@@ -92,6 +93,17 @@ class TestCheck(base.ProjectTest):
         self.assertRegex(faults, 'line 1: there is no later in nova yet')
         self.assertRegex(faults, 'line 2: there is no gone in nova yet')
         self.assertRegex(faults, 'line 3: there is no nova.more.deep yet')
+
+    def test_import_from_a_package_that_has_all_of_a_module(self):
+        self.saved({'nova/__init__.py': b'from nova.base import *\n',
+                    'nova/base.py': b'there = 1\n',
+                    'nova/one.py': b'def f():\n'
+                                   b'    from nova import later\n'
+                                   b'    from nova import there\n'})
+        self.saved({'nova/later.py': b''}, 'Other\n\nBody.\n')
+        self.assertEqual(
+            ['line 2: there is no later in nova yet'],
+            re.findall('line .* there is no .* yet', self.faults()))
 
     def test_imports_that_are_there(self):
         self.saved({'nova/first.py': b'import os\nNAME, other = 1, 2\n'

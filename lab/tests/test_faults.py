@@ -87,7 +87,7 @@ class TestNames(test_moves.MovesTest):
                 connection.storagePoolDefineXML(
                     '<pool type="dir"><name>%s</name><target><path>%s</path>'
                     '</target></pool>' % (name, path)).create()
-            self.addCleanup(self.drop, self.b, name)
+            self.addCleanup(test_moves.drop, self.b, name)
         self.dest('configure', storage_pool_mapping=names)
         self.addCleanup(self.dest, 'configure', storage_pool_mapping=None)
         self.dest('offer')

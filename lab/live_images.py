@@ -9,10 +9,10 @@
 #    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 #    License for the specific language governing permissions and limitations
 #    under the License.
+
 """Servers that are saved with their memory, by a cloud's API."""
 
 import os
-import pathlib
 import time
 from concurrent import futures
 
@@ -23,6 +23,7 @@ from .host import both
 RULE = 'os_compute_api:servers:create_image:live'
 MEMORY_ID = 'img_live_memory_id'
 MICROVERSION = '2.105'
+_POLICY = config.STATE / 'live-images.yaml'
 
 
 def enable(cloud) -> list[str]:
@@ -32,10 +33,9 @@ def enable(cloud) -> list[str]:
 
     :returns: the hosts that didn't before
     """
-    policy = _policy()
-    policy.write_text('{}\n')
-    policy.chmod(0o644)
-    wanted = [('ctl', 'oslo_policy', 'policy_file', str(policy))]
+    _POLICY.write_text('{}\n')
+    _POLICY.chmod(0o644)
+    wanted = [('ctl', 'oslo_policy', 'policy_file', str(_POLICY))]
     wanted += [(host.name, 'libvirt', 'live_images', 'true')
                for host in both()]
     todo = [(place, section, key, value)
@@ -46,20 +46,15 @@ def enable(cloud) -> list[str]:
     return [place for place, *_option in todo if place != 'ctl']
 
 
-def _policy():
-    return pathlib.Path(config.STATE / 'live-images.yaml')
-
-
 def allow(rule: str) -> None:
     """Say who may save a server with its memory.
 
     :param rule: as in a policy file, "@" for everybody and "!" for nobody
     """
-    policy = _policy()
-    policy.write_text('"%s": "%s"\n' % (RULE, rule))
+    _POLICY.write_text('"%s": "%s"\n' % (RULE, rule))
     # oslo.policy reads its file again when it has changed.
     now = time.time()
-    os.utime(policy, (now, now + 1))
+    os.utime(_POLICY, (now, now + 1))
 
 
 def ask(server, name: str):

@@ -62,17 +62,20 @@ def alone(options, progress):
             hosts.down(progress)
 
 
-def measure(runs, progress, loads=LOADS, seconds=None, prepare=None):
+def measure(runs, progress, loads=LOADS, seconds=None, prepare=None,
+            memory=True):
     """Bring up a cloud of each kind in turn, migrate there and back.
 
     :param runs: of each load on each; the medians count
     :param seconds: measures one load; by default the whole migration
     :param prepare: is called with the cloud of the series first
+    :param memory: whether the hosts' disks lie in memory
     :returns: an iterable of cases.Row
     """
     found = {}
     for way, options in WAYS.items():
-        with alone(options, progress) as cloud:
+        with alone(dataclasses.replace(options, memory=memory),
+                   progress) as cloud:
             if prepare is not None and way == 'series':
                 prepare(cloud)
             for load in loads:

@@ -31,6 +31,8 @@ killed: who goes on
         ends that when it starts
     A, and back too late: nobody. Record and next stand, there is no guest
         here, and only an operator can look on B
+    libvirt on A, when it has stopped the guest and not yet undefined it: the
+        same; what is left is off, because it has migrated
     A, before it has cleaned up: B has the guest and takes the records over;
         A's volumes are noted as left
     B, before it has taken over: A did, or B when it next reads the records
@@ -100,6 +102,8 @@ def settle(context, host, disks) -> None:
         guest = host.get_guest(instance)
     except exception.InstanceNotFound:
         guest = None
+    if guest is not None and _has_gone(guest):
+        guest = None
     record, coming = moving[0][1], moving[0][1].next
     if guest is None:
         if record.host == CONF.host:
@@ -134,6 +138,16 @@ def _runs_with(guest, moving):
     return all(record.next.volume in images if record.next.is_on_ceph else
                (record.next.pool, record.next.volume) in volumes
                for _name, record in moving)
+
+
+def _has_gone(guest):
+    """Whether what is left of a guest is the definition it had here.
+
+    libvirt undefines a guest after it has moved; one that was killed in
+    between leaves it, and a start of it would boot the old copies.
+    """
+    return not guest.is_active() and (
+        guest.get_state_reason() == libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED)
 
 
 def _is_moving(guest):

@@ -38,6 +38,8 @@ class LiveTestCase(two_hosts.TwoHostsTestCase):
         self.instance.task_state = task_states.MIGRATING
         # by host, the job of the guest that is there
         self.guests = {'source': fakelibvirt.VIR_DOMAIN_JOB_NONE}
+        # why they are off, if they are
+        self.off = None
         self.stored = POOL
         self.host.get_guest = self.get_guest
 
@@ -45,6 +47,8 @@ class LiveTestCase(two_hosts.TwoHostsTestCase):
         if two_hosts.CONF.host not in self.guests:
             raise exception.InstanceNotFound(instance_id=instance.uuid)
         guest = mock.Mock(spec=libvirt_guest.Guest)
+        guest.is_active.return_value = self.off is None
+        guest.get_state_reason.return_value = self.off
         guest.get_job_info.return_value = libvirt_guest.JobInfo(
             type=self.guests[two_hosts.CONF.host])
         devices = []
@@ -143,6 +147,26 @@ class SettleTestCase(LiveTestCase):
         for word in ('host dest', 'settle_live_migration', uuids.instance,
                      '--moved', '--not-moved', self.volume_name('disk')):
             self.assertIn(word, text)
+
+    def test_libvirt_was_killed_before_it_undefined_the_guest(self):
+        # A hard reboot would start the definition, with the old copies.
+        self.begin()
+        self.copy()
+        self.off = fakelibvirt.VIR_DOMAIN_SHUTOFF_MIGRATED
+        self.assertRaises(
+            exception.DisksMayBeElsewhere, self.settle, 'source')
+        self.assert_disks('source', ('dest', 'building'))
+        self.assertEqual([], self.left('dest'))
+
+    @ddt.data(fakelibvirt.VIR_DOMAIN_SHUTOFF_CRASHED,
+              fakelibvirt.VIR_DOMAIN_SHUTOFF_FAILED)
+    def test_guest_died(self, reason):
+        self.begin()
+        self.copy()
+        self.off = reason
+        self.settle('source')
+        self.assert_disks('source')
+        self.assertEqual(4, len(self.left('dest')))
 
     def test_destination_was_killed_before_it_took_over(self):
         self.begin()

@@ -31,8 +31,9 @@ killed: who goes on
         ends that when it starts
     A, and back too late: nobody. Record and next stand, there is no guest
         here, and only an operator can look on B
-    libvirt on A, when it has stopped the guest and not yet undefined it: the
-        same; what is left is off, because it has migrated
+    libvirt on A, when all has been sent and the guest isn't undefined yet: the
+        same; what is left is paused or off, because it has migrated
+    post-copy, when the link is lost: the same; the guest is on B
     A, before it has cleaned up: B has the guest and takes the records over;
         A's volumes are noted as left
     B, before it has taken over: A did, or B when it next reads the records
@@ -40,6 +41,7 @@ killed: who goes on
 
 from oslo_log import log as logging
 
+from nova.compute import power_state
 import nova.conf
 from nova import exception
 from nova.objects import fields
@@ -102,9 +104,13 @@ def settle(context, host, disks) -> None:
         guest = host.get_guest(instance)
     except exception.InstanceNotFound:
         guest = None
-    if guest is not None and _has_gone(guest):
-        guest = None
     record, coming = moving[0][1], moving[0][1].next
+    if guest is not None and record.host == CONF.host and (
+            _may_have_gone(host, guest)):
+        LOG.warning('What libvirt has here may be no more than what a live '
+                    'migration leaves; destroy and undefine it once the guest '
+                    'is seen on host %s', coming.host, instance=instance)
+        guest = None
     if guest is None:
         if record.host == CONF.host:
             raise exception.DisksMayBeElsewhere(
@@ -140,14 +146,23 @@ def _runs_with(guest, moving):
                for _name, record in moving)
 
 
-def _has_gone(guest):
-    """Whether what is left of a guest is the definition it had here.
+def _may_have_gone(host, guest):
+    """Whether a guest that isn't running here may run on the other host.
 
-    libvirt undefines a guest after it has moved; one that was killed in
-    between leaves it, and a start of it would boot the old copies.
+    A libvirt that was killed when all had been sent leaves it to others to
+    find out how that has ended, and the guest paused; if it has heard of the
+    end, it leaves a definition. A start of either boots the old copies. A
+    guest whose post-copy has begun is on the other host.
     """
-    return not guest.is_active() and (
-        guest.get_state_reason() == libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED)
+    reason = guest.get_state_reason()
+    if not guest.is_active():
+        return reason == libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED
+    if guest.get_power_state(host) != power_state.PAUSED:
+        return False
+    if reason == libvirt.VIR_DOMAIN_PAUSED_MIGRATION:
+        return not _is_moving(guest)
+    return reason in (libvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
+                      libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED)
 
 
 def _is_moving(guest):

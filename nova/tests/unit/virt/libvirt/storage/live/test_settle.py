@@ -16,6 +16,7 @@ from unittest import mock
 import ddt
 from oslo_utils.fixture import uuidsentinel as uuids
 
+from nova.compute import power_state
 from nova.compute import task_states
 from nova import exception
 from nova import objects
@@ -38,8 +39,8 @@ class LiveTestCase(two_hosts.TwoHostsTestCase):
         self.instance.task_state = task_states.MIGRATING
         # by host, the job of the guest that is there
         self.guests = {'source': fakelibvirt.VIR_DOMAIN_JOB_NONE}
-        # why they are off, if they are
-        self.off = None
+        # why they are off or paused, if they are
+        self.off = self.paused = None
         self.stored = POOL
         self.host.get_guest = self.get_guest
 
@@ -48,7 +49,10 @@ class LiveTestCase(two_hosts.TwoHostsTestCase):
             raise exception.InstanceNotFound(instance_id=instance.uuid)
         guest = mock.Mock(spec=libvirt_guest.Guest)
         guest.is_active.return_value = self.off is None
-        guest.get_state_reason.return_value = self.off
+        guest.get_power_state.return_value = (
+            power_state.RUNNING if self.paused is None else power_state.PAUSED)
+        guest.get_state_reason.return_value = (
+            self.off or self.paused or fakelibvirt.VIR_DOMAIN_PAUSED_MIGRATION)
         guest.get_job_info.return_value = libvirt_guest.JobInfo(
             type=self.guests[two_hosts.CONF.host])
         devices = []
@@ -157,6 +161,41 @@ class SettleTestCase(LiveTestCase):
             exception.DisksMayBeElsewhere, self.settle, 'source')
         self.assert_disks('source', ('dest', 'building'))
         self.assertEqual([], self.left('dest'))
+
+    @ddt.data((fakelibvirt.VIR_DOMAIN_PAUSED_MIGRATION,
+               fakelibvirt.VIR_DOMAIN_JOB_NONE),
+              (fakelibvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
+               fakelibvirt.VIR_DOMAIN_JOB_UNBOUNDED),
+              (fakelibvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED,
+               fakelibvirt.VIR_DOMAIN_JOB_UNBOUNDED))
+    @ddt.unpack
+    def test_libvirt_left_a_paused_guest(self, reason, job):
+        # Killed when all of it was there, or post-copy: it may run there.
+        self.begin()
+        self.copy()
+        self.paused, self.guests = reason, {'source': job}
+        self.assertRaises(
+            exception.DisksMayBeElsewhere, self.settle, 'source')
+        self.assert_disks('source', ('dest', 'building'))
+        self.assertIn('destroy and undefine', self.stdlog.logger.output)
+
+    def test_it_is_paused_for_the_switch(self):
+        self.begin()
+        self.copy()
+        self.paused = fakelibvirt.VIR_DOMAIN_PAUSED_MIGRATION
+        self.guests = {'source': fakelibvirt.VIR_DOMAIN_JOB_UNBOUNDED}
+        self.settle('source')
+        self.assert_disks('source', ('dest', 'building'))
+
+    @ddt.data('running', 'paused')
+    def test_it_has_failed_and_the_guest_is_as_before(self, was):
+        # RUNNING_MIGRATED has the number of PAUSED_MIGRATION.
+        self.begin()
+        self.copy()
+        if was == 'paused':
+            self.paused = fakelibvirt.VIR_DOMAIN_PAUSED_USER
+        self.settle('source')
+        self.assert_disks('source')
 
     @ddt.data(fakelibvirt.VIR_DOMAIN_SHUTOFF_CRASHED,
               fakelibvirt.VIR_DOMAIN_SHUTOFF_FAILED)

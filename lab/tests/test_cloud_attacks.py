@@ -344,9 +344,12 @@ class TestExports(AttackCase):
         hole = self.hole(server, 'disk.eph0')
         with self.held_up():
             opened = self.open(server, migration)
-            self.client(opened, opened['key']).do(
-                'write -P 5 %d 4k' % hole, 'flush')
+            self.assertIn('wrote', self.client(opened, opened['key']).do(
+                'write -P 5 %d 4k' % hole, 'flush'))
             self.answered(server, migration, 'close', **place)
+            self.assertEqual(
+                b'\5' * 4096,
+                self.content(server, 'disk.eph0')[hole:hole + 4096])
         found = self.settled(server)
         self.assertEqual('ERROR', found.status)
         self.assert_logged('its checksum is')

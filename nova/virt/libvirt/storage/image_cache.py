@@ -61,8 +61,8 @@ def in_use(conn, host: str, cache_dir: str) -> set[str]:
 
     All volumes count, whoever owns them: a copy that is kept until a resize
     is confirmed is that of an instance which is on another host by now. So do
-    the volumes of active pools which this host isn't configured to use, for
-    it may have been.
+    the volumes of pools which this host isn't configured to use, for it may
+    have been. Of those that are off, what can be read counts.
 
     A backing file outside the image cache is ignored. That of a raw volume is
     what its guest has written, and can keep an image from being removed, but
@@ -78,15 +78,14 @@ def in_use(conn, host: str, cache_dir: str) -> set[str]:
     """
     names = set()
     cache_dir = os.path.realpath(cache_dir)
-    for pool in _pools(conn, host):
-        for backing in pool.backing_files().values():
-            directory, name = os.path.split(backing)
-            if os.path.realpath(directory) == cache_dir:
-                names.add(name)
+    for backing in _backing_files(conn, host):
+        directory, name = os.path.split(backing)
+        if os.path.realpath(directory) == cache_dir:
+            names.add(name)
     return names
 
 
-def _pools(conn, host):
+def _backing_files(conn, host):
     ours = setup.pool_names()
     try:
         pools = storage_pool.list_pools(conn, host)
@@ -103,14 +102,22 @@ def _pools(conn, host):
         try:
             if not pool.kind().holds_disks:
                 continue
-            if not pool.is_active():
-                if pool.name in ours:
-                    raise exception.StoragePoolInactive(
-                        pool=pool.name, host=host)
-                continue
+            is_active = pool.is_active()
+            if is_active:
+                # Or what is below the mount point would count.
+                pool.check_mounted()
+            elif pool.name in ours:
+                raise exception.StoragePoolInactive(pool=pool.name, host=host)
         except exception.StoragePoolNotFound:
             continue  # undefined since
-        yield pool
+        try:
+            yield from pool.backing_files().values()
+        except exception.StoragePoolError as e:
+            if is_active:
+                raise
+            # It may be any operator's, and be gone for good.
+            LOG.debug('Storage pool %(pool)s is passed over: %(error)s',
+                      {'pool': pool.name, 'error': e})
 
 
 def cache_changed(conn, host: str) -> None:

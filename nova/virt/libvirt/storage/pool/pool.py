@@ -702,9 +702,12 @@ class StorageVolume:
         for: it would open what the header names. Already gone is fine.
 
         :raises: exception.StorageVolumeError, exception.StoragePoolError;
+            exception.StoragePoolNotMounted if its file can't be reached now,
+            which libvirt would take for gone;
             exception.StorageVolumeHasSnapshots if an operator's would go with
             it
         """
+        self.pool.check_mounted()
         try:
             with contextlib.suppress(exception.StorageVolumeNotFound):
                 snapshots.check(self)

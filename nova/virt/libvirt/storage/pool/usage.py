@@ -191,7 +191,7 @@ def get_local_info(conn, host: str) -> dict[str, int]:
 def disk_devices(conn, host: str) -> set[int]:
     """The devices (st_dev) of the file systems that this host's pools are in.
 
-    :raises: OSError if a pool's directory is out of reach
+    A pool that can't be looked at doesn't keep the others from being known.
     """
     devices = set()
     for name in setup.pool_names():
@@ -200,7 +200,7 @@ def disk_devices(conn, host: str) -> set[int]:
             path = pool.directory()
             if path is not None:
                 devices.add(os.stat(path).st_dev)
-        except exception.StoragePoolError as e:
+        except (exception.StoragePoolError, OSError) as e:
             LOG.debug('Storage pool %(pool)s is passed over: %(error)s',
                       {'pool': name, 'error': e})
     return devices

@@ -106,8 +106,16 @@ class InUseTestCase(BaseImagesTestCase):
     def test_what_has_no_overlays_is_passed_over(self):
         self.add('nova-base-images-pool', 'a')
         self.add('iscsi', 'a', kind='iscsi')
-        self.add('off', 'a', active=False)
         self.assertEqual(set(), self.in_use())
+
+    def test_pool_that_is_off_and_no_longer_configured(self):
+        """Servers whose records name it need their base images yet."""
+        pool = self.add('formerly-ours', 'a', active=False)
+        self.add('nova-disks-pool', 'b')
+        self.assertEqual({'a', 'b'}, self.in_use())
+        # Nobody knows what is in it. The others' sweep goes on.
+        shutil.rmtree(pool.path)
+        self.assertEqual({'b'}, self.in_use())
 
     def test_images_elsewhere_are_not_ours(self):
         pool = self.add('nova-disks-pool', 'a', '/etc/passwd', 'sub/b', '../c',
@@ -160,6 +168,22 @@ class InUseTestCase(BaseImagesTestCase):
         with open(os.path.join(pool.path, 'x'), 'wb'), mock.patch(
                 'os.open', side_effect=PermissionError):
             self.assertRaises(exception.StoragePoolError, self.in_use)
+
+    def test_pool_is_not_mounted(self):
+        """The directory below says nothing of what the disks need."""
+        self.flags(host='host-a')
+        mountinfo = os.path.join(self.instances_path, 'mountinfo')
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.pool.mounts.MOUNTINFO', mountinfo))
+        for name in ('nova-disks-pool', 'formerly-ours'):
+            pool = self.add(name, 'a', kind='fs')
+            with open(mountinfo, 'w') as f:
+                f.write('36 22 8:2 / %s rw - xfs /dev/sdb rw\n' % pool.path)
+            self.assertEqual({'a'}, self.in_use())
+            with open(mountinfo, 'w'):
+                pass
+            self.assertRaises(exception.StoragePoolNotMounted, self.in_use)
+            del self.pools[name]
 
     def test_no_storage_driver(self):
         self.conn.listAllStoragePools.side_effect = error(3)

@@ -23,6 +23,7 @@ from nova.tests.unit.virt.libvirt.storage.pool import base
 from nova.virt.libvirt.storage.pool import config
 from nova.virt.libvirt.storage.pool import health
 from nova.virt.libvirt.storage.pool import mounts
+from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.pool import usage
 
 # proc(5): source and target are escaped, and "shared:1" may be missing.
@@ -136,6 +137,20 @@ class MountTestCase(MountedPoolTestCase):
         self.unmount()
         self.assertRaises(exception.StoragePoolNotMounted,
                           self.pool('fs').check_mounted)
+
+    def test_nothing_is_taken_for_deleted(self):
+        """Its file is there again as soon as the export is mounted.
+
+        libvirt knows the volume still, and doesn't mind that its file is gone.
+        """
+        self.nfs.create(self.disk())
+        self.unmount()
+        self.assert_refused(self.nfs.volume('v').delete)
+        self.assertFalse(ownership.delete_named(self.nfs, 'v'))
+        self.assertEqual(['v'], self.raw.listVolumes())
+        self.mount()
+        self.assertTrue(ownership.delete_named(self.nfs, 'v'))
+        self.assertEqual([], self.raw.listVolumes())
 
     def test_of_another_host_nothing_is_known(self):
         self.unmount()

@@ -232,6 +232,11 @@ class LocalInfoTestCase(base.PoolsTestCase):
         self.swaps.undefine()
         self.assertEqual({1}, usage.disk_devices(self.conn, 'here'))
 
+    def test_disk_devices_without_one_that_is_out_of_reach(self):
+        """The image cache beside the others takes room nevertheless."""
+        self.file_systems(a=(1, 0, 0), c=(3, 0, 0))
+        self.assertEqual({1, 3}, usage.disk_devices(self.conn, 'here'))
+
 
 class DriverTestCase(UsageTestCase):
     """What the driver does with disks of type volume."""

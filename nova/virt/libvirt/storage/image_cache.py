@@ -103,10 +103,7 @@ def _backing_files(conn, host):
             if not pool.kind().holds_disks:
                 continue
             is_active = pool.is_active()
-            if is_active:
-                # Or what is below the mount point would count.
-                pool.check_mounted()
-            elif pool.name in ours:
+            if not is_active and pool.name in ours:
                 raise exception.StoragePoolInactive(pool=pool.name, host=host)
         except exception.StoragePoolNotFound:
             continue  # undefined since

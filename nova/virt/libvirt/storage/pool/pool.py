@@ -421,6 +421,7 @@ class StoragePool:
         path = self.directory()
         if path is None:
             return {}
+        self.check_mounted()
         try:
             found = nova.privsep.storage.backing_files(path)
             # A relative path is one from the overlay's directory.

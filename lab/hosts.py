@@ -87,7 +87,8 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
         memory = _memory() if options.memory else None
         jobs.append(pool.submit(machines[0].prepare))
         jobs += [pool.submit(m.prepare, options.ssh, memory,
-                             options.host_root, options.modular)
+                             options.host_root, options.modular,
+                             options.file_system)
                  for m in machines[1:]]
         for job in jobs:
             job.result()

@@ -114,6 +114,7 @@ class TestTransition(LegacyCase):
         self.assertEqual(said.boot_id, after.boot_id)
         self.assert_kept(after)
         self.assertEqual({'file'}, self.kinds(server))
+        self.set_options({'live_migration_bandwidth': 0})
         self.live(server, 'host-b')
         self.assert_here(server, 'host-b', said)
 

@@ -164,7 +164,7 @@ class TestKills(NbdCase):
         self.assert_nothing_open()
 
 
-class TestAhead(NbdCase):
+class AheadCase(NbdCase):
     """Disks that are sent while the guest runs, and then what has changed."""
     rate = None
     more = {**NbdCase.more, 'storage_migration_precopy': (0, 1024),
@@ -196,7 +196,14 @@ class TestAhead(NbdCase):
         self.assert_nothing_open()
         return now
 
-    def test_guest_writes(self):
+    def spared(self):
+        """Bytes that host-a has not read again, by disk."""
+        return [int(found) for found in re.findall(
+            r'Copied the rest of volume .*, (\d+) bytes were known',
+            self.service_log('host-a'))]
+
+    def comes_while_it_writes(self):
+        """A server moves; before, and what it says on the other host."""
         server, before = self.writing()
         written = server.look().written
         found = self.settled(server)
@@ -208,7 +215,17 @@ class TestAhead(NbdCase):
         for text in ('while the server runs: ', 'Copied the rest of volume',
                      'The server has been down for'):
             self.assertIn(text, log)
+        # It has read ahead, too.
+        self.assertIn('after most of it before', self.service_log('host-b'))
         self.assert_nothing_open()
+        return server, there
+
+
+class TestAhead(AheadCase):
+
+    def test_guest_writes(self):
+        server, there = self.comes_while_it_writes()
+        self.assertEqual({0}, set(self.spared()))
         server.revert()
         back = server.testimony(after=there)
         self.assert_kept(back)
@@ -256,6 +273,23 @@ class TestAhead(NbdCase):
             self.wait_for(lambda: not server.left_on(host), 60,
                           'a clean %s: %s' % (host, server.left_on(host)))
         self.assert_nothing_open()
+
+
+class TestClones(AheadCase):
+    """On XFS not even the source reads all of a disk a second time."""
+
+    lab = {**NbdCase.lab, 'file_system': 'xfs'}
+
+    def test_guest_writes(self):
+        server, there = self.comes_while_it_writes()
+        size = self.b.path('%s/%s_disk' % (DISKS, server.id)).stat().st_size
+        self.assertGreater(max(self.spared()), size // 2)
+        for host in (self.a, self.b):
+            # The clone has no name.
+            self.assertEqual([], list(host.path(DISKS).glob('.*')))
+        server.revert()
+        self.assert_kept(server.testimony(after=there))
+        self.assert_nothing_left(server, 'host-b')
 
 
 class TestAgain(NbdCase):

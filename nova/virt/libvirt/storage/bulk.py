@@ -105,15 +105,17 @@ class Result:
 class Mover:
     """Moves the disks of instances into pools.
 
-    :param context: an admin's context
+    :param get_context: gives an admin's context, with which compute services
+        can fetch images
     :param compute_api: nova.compute.api.API
     :param means: what may be done to instances
     :param tell: called with each line of the report
     """
 
-    def __init__(self, context: 'nova_context.RequestContext', compute_api,
+    def __init__(self, get_context: ty.Callable[
+                     [], 'nova_context.RequestContext'], compute_api,
                  means: Means, tell: ty.Callable[[str], None] = print):
-        self._context = context
+        self._get_context = get_context
         self._api = compute_api
         self._means = means
         self._tell = tell
@@ -131,7 +133,7 @@ class Mover:
         :raises: exception.CellTimeout if a cell's database doesn't answer
         """
         found = [list(lines) for _uuid, lines in itertools.groupby(
-            report.disks(self._context, host), lambda x: x.instance_uuid)]
+            report.disks(self._get_context(), host), lambda x: x.instance_uuid)]
         legacy = [lines for lines in found
                   if not all(line.in_pool for line in lines)]
         result = Result()
@@ -214,11 +216,13 @@ class Mover:
         if lines[0].backend == report.BROKEN:
             raise NotMoved(_('its record of disks can not be read; look at '
                              'driver_info of its block device mappings'))
+        # Of a long run the first one's token would have expired.
+        context = self._get_context()
         try:
             mapping = objects.InstanceMapping.get_by_instance_uuid(
-                self._context, uuid)
+                context, uuid)
             with nova_context.target_cell(
-                    self._context, mapping.cell_mapping) as cell:
+                    context, mapping.cell_mapping) as cell:
                 yield cell, objects.Instance.get_by_uuid(
                     cell, uuid, expected_attrs=[
                         'flavor', 'metadata', 'system_metadata',

@@ -298,7 +298,7 @@ class DiskOperation:
             self._has_pool_disks = destination.accept(
                 self._context, self._instance, self.records,
                 self._local.get_connection(), self._local.uri,
-                self._cache_base)
+                self._cache_base, self._local.intake.verify)
             if arriving:
                 self._arrivals = handover.look(
                     self._local.get_connection(), arriving)

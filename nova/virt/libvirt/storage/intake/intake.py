@@ -33,6 +33,7 @@ from nova.virt.libvirt.storage.intake import export
 from nova.virt.libvirt.storage.intake import kept
 from nova.virt.libvirt.storage.intake import keys
 from nova.virt.libvirt.storage.intake import listener
+from nova.virt.libvirt.storage.intake import reading
 from nova.virt.libvirt.storage.intake import reaper
 from nova.virt.libvirt.storage.intake import request as checks
 from nova.virt.libvirt.storage.intake import volumes
@@ -84,6 +85,7 @@ class Intake:
         self._handed_over: set[str] = set()
         self._changing: collections.Counter[str] = collections.Counter()
         self._tables = kept.Tables()
+        self._readings = reading.Readings()
 
     def start(self) -> None:
         """End what an earlier service has left."""
@@ -118,12 +120,13 @@ class Intake:
         """Say whether this host takes disks in.
 
         :returns: dict with ``obstacle``, a text or None; ``aes``; ``cuts``,
-            as close does what the source knows by then; and ``keeps``, as
-            copies may stay here to be taken up
+            as close does what the source knows by then; ``reads``, as a disk
+            may be read here before it is closed; and ``keeps``, as copies may
+            stay here to be taken up
         """
         request.check_under_way()
         return {'obstacle': self.obstacle(), 'aes': cpu_has_aes(),
-                'cuts': True, 'keeps': all(
+                'cuts': True, 'reads': True, 'keeps': all(
                     keeping.is_possible(self._get_connection(), name)
                     for name in setup.pool_names())}
 
@@ -221,27 +224,65 @@ class Intake:
     def _close(self, request):
         """Let nobody write to a volume any more.
 
-        It may have been made longer than the disk: then ``length`` comes.
+        It may have been made longer than the disk: then ``length`` comes. If
+        it was read here before, ``changed`` says what was written since.
         """
         request.check_mine()
-        self._end(self._place(request))
-        if 'length' in request.arguments:
-            with self._change(request):
-                export.cut(self._volumes(request).path(),
-                           request.get('length', int))
+        place, changed = self._place(request), request.changed()
+        self._end(place)
+        if 'length' not in request.arguments:
+            self._readings.forget(place)
+            return
+        length = request.get('length', int)
+        with self._change(request):
+            export.cut(self._volumes(request).path(), length)
+            if changed is None:
+                self._readings.forget(place)
+            else:
+                self._readings.close(place, length, changed)
+
+    def _read(self, request):
+        """Read a disk that has come in part, while its guest still runs.
+
+        It goes on when this returns: see _has_read(). With ``changed`` that is
+        what was written to a copy that was taken up.
+        """
+        request.expected()
+        place, room = self._place(request), request.length('room')
+        found = reading.Reading(pump.Volume(self._uri, *place[1:]), room,
+                                request.key())
+        with self._unless_handed_over(request):
+            try:
+                self._readings.begin(place, found, request.changed())
+            except ValueError:
+                raise request.refused(_("the volume is being read"))
+
+    def _has_read(self, request):
+        """Say how far that is.
+
+        :returns: dict with ``done``, bytes, and ``ended``
+        """
+        request.expected()
+        found = self._readings.get(self._place(request))
+        if found is None:
+            raise request.refused(_("the volume is not being read"))
+        if found.error is not None:
+            raise exception.StorageIntakeError(
+                host=CONF.host, reason=found.error)
+        return {'done': found.done, 'ended': found.is_over}
 
     def _take_up(self, request):
         """Let a volume that was kept here be written over.
 
         :returns: dict with ``bytes``, of what table gives piece by piece
         """
-        place, key = self._place(request), request.get('key', int)
-        if not 0 < key < pump.PRIME:
-            raise request.refused(_("key %d") % key)
+        place, key = self._place(request), request.key()
         with self._change(request):
             room = self._volumes(request).take_up()
-        table = kept.read(pump.Volume(self._uri, *place[1:]), room, key)
+        volume = pump.Volume(self._uri, *place[1:])
+        table = kept.read(volume, room, key)
         self._tables.add(place, table)
+        self._readings.put(place, reading.Reading(volume, room, key, table))
         LOG.info('Volume %(volume)s of storage pool %(pool)s was kept here: '
                  'the source sends what differs',
                  {'volume': place[2], 'pool': place[1]},
@@ -292,6 +333,7 @@ class Intake:
         for pool, name in request.removable():
             self._end((request.instance.uuid, pool, name))
             self._tables.forget((request.instance.uuid, pool, name))
+            self._readings.forget((request.instance.uuid, pool, name))
         with self._unless_handed_over(request):
             # What was on its way may be a disk since.
             return self._volumes(request).delete(request.removable())
@@ -325,6 +367,17 @@ class Intake:
         finally:
             with self._lock:
                 self._handed_over.discard(instance.uuid)
+
+    def verify(self, instance, record) -> bool:
+        """Compare a disk with what was sent by what was read of it before.
+
+        :param record: the disk's record
+        :returns: False if all of it has to be read to know
+        """
+        expected = record.expected
+        return self._readings.verify(
+            (instance.uuid, record.pool, record.volume), expected.length,
+            expected.checksum, expected.key)
 
     def look_after(self) -> None:
         """Log and forget what has ended by itself; raises nothing."""
@@ -377,6 +430,8 @@ _REQUESTS = {
     'open': Intake._open,
     'connected': Intake._connected,
     'close': Intake._close,
+    'read': Intake._read,
+    'has_read': Intake._has_read,
     'delete': Intake._delete,
     'take_up': Intake._take_up,
     'table': Intake._table,

@@ -30,6 +30,7 @@ from nova.i18n import _
 from nova import objects
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage.pool import setup
+from nova.virt.libvirt.storage.pump import transfer as pump
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import metadata
 
@@ -44,6 +45,8 @@ _UNDER_WAY = ('pre-migrating', 'migrating', 'cancelling')
 # has discarded.
 _LONGEST = 2
 _LONGEST_MORE = units.Gi
+# Places of a disk that were written to; the pump tells fewer.
+_MOST_CHANGED = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +170,32 @@ class Request:
                                      'length': length,
                                      'size': record.size or 0})
         return length
+
+    def key(self) -> int:
+        """A key for checksums.
+
+        :raises: exception.StorageIntakeRefused
+        """
+        key = self.get('key', int)
+        if not 0 < key < pump.PRIME:
+            raise self.refused(_("key %d") % key)
+        return key
+
+    def changed(self) -> 'pump.Ranges | None':
+        """What was written, as (offset, length) in bytes; None if not told.
+
+        :raises: exception.StorageIntakeRefused
+        """
+        if self.arguments.get('changed') is None:
+            return None
+        found = self.get('changed', list)
+        if len(found) > _MOST_CHANGED or not all(
+                isinstance(part, list | tuple) and len(part) == 2 and
+                all(type(value) is int and 0 <= value < 1 << 62
+                    for value in part) for part in found):
+            raise self.refused(_("%.80r is no list of what was written") %
+                               found)
+        return [(start, length) for start, length in found]
 
     def check_unused(self) -> None:
         """Check that the volume that is expected() is nothing else as well.

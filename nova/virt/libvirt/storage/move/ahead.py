@@ -18,6 +18,7 @@ tried, unless the destination can't be reached any more.
 
 import contextlib
 import dataclasses
+import time
 import typing as ty
 
 from oslo_log import log as logging
@@ -25,6 +26,7 @@ from oslo_utils import units
 
 import nova.conf
 from nova import exception
+from nova.i18n import _
 from nova.objects import fields
 from nova.virt.libvirt.storage.move import peers
 from nova.virt.libvirt.storage.pump import transfer as pump
@@ -39,6 +41,9 @@ LOG = logging.getLogger(__name__)
 _TABLES_SHARE = 64
 _TABLES_LEAST = 16 * units.Mi
 
+# Seconds between two questions how far the destination has read.
+_INTERVAL = 0.5
+
 
 @dataclasses.dataclass
 class Ahead:
@@ -47,10 +52,12 @@ class Ahead:
     :ivar copy: the pump's WarmCopy
     :ivar target: what it writes to
     :ivar exit: closes both
+    :ivar is_read: whether the destination has read what was sent
     """
     copy: pump.WarmCopy
     target: peers.Target
     exit: contextlib.ExitStack
+    is_read: bool = False
 
 
 class FirstPass:
@@ -163,7 +170,8 @@ class FirstPass:
             stack.callback(self.close)
             with transfer.reporting():
                 for item in items:
-                    self._send(item)
+                    self._have_read(item, self._send(item))
+                self._wait_until_read(items)
             stack.pop_all()
 
     def _choose_kept(self, item):
@@ -214,7 +222,8 @@ class FirstPass:
             key, known = self._known.get(item, (None, None))
             copy = stack.enter_context(pump.WarmCopy(
                 transfer.volume(item), target.end, item.length, key,
-                sparse=peer.takes_holes(), known=known))
+                sparse=peer.takes_holes(), known=known,
+                clones=[CONF.instances_path]))
             result = copy.first(
                 pump.Watch(**transfer.watch(item, target, progress)),
                 self._bandwidth)
@@ -225,6 +234,57 @@ class FirstPass:
                      'when': self._when, 'seconds': result.seconds, 'kept':
                      ', into a copy that was kept there' if known else ''},
                  instance=transfer.instance)
+        return result
+
+    def _have_read(self, item, result):
+        """Have the destination read it now, and not when the server is off."""
+        if not self._departure.peer.reads:
+            return
+        try:
+            item.pool.read(item.target, _room(item), result.key,
+                           result.changed)
+            item.ahead.is_read = True
+        except exception.NovaException as e:
+            self._is_not_read(item, e)
+
+    def _is_not_read(self, item, error):
+        if isinstance(error, (exception.InstanceNotFound,
+                              exception.StorageTransferCancelled)):
+            raise error
+        item.ahead.is_read = False
+        LOG.info('Host %(host)s reads all of volume %(volume)s when the '
+                 'server is off: %(error)s',
+                 {'host': item.pool.host, 'volume': item.target,
+                  'error': error}, instance=self._transfer.instance)
+
+    def _wait_until_read(self, items):
+        begun = time.monotonic()
+        for item in items:
+            if item.ahead.is_read:
+                try:
+                    self._follow(item)
+                except exception.NovaException as e:
+                    self._is_not_read(item, e)
+        LOG.debug('The destination has read the disks in %.1f s',
+                  time.monotonic() - begun, instance=self._transfer.instance)
+
+    def _follow(self, item):
+        """Wait until the destination has read a disk."""
+        stall_timeout = CONF.libvirt.storage_migration_stall_timeout
+        before, since = -1, time.monotonic()
+        while True:
+            done, has_ended = item.pool.has_read(item.target)
+            if has_ended:
+                return
+            self._transfer.check_cancelled(item)
+            now = time.monotonic()
+            if done > before:
+                before, since = done, now
+            elif now - since > stall_timeout:
+                raise exception.StorageIntakeError(
+                    host=item.pool.host, reason=_(
+                        "it has read nothing for %d seconds") % stall_timeout)
+            time.sleep(_INTERVAL)
 
 
 def _room(item):

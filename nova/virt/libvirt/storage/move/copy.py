@@ -296,6 +296,14 @@ class Transfer:
     def _cancelled(self):
         return bool(self._errors) or cancel.is_requested(self.migration)
 
+    def check_cancelled(self, item):
+        """:raises: exception.StorageTransferCancelled"""
+        self._report()
+        if self._cancelled():
+            raise exception.StorageTransferCancelled(
+                volume=item.source.name, where=self.departure.peer.where,
+                length=item.length, transferred=item.length)
+
     def volume(self, item):
         """The pump's name for what an item is copied from."""
         return pump.Volume(self.here.uri, item.source.pool.name,
@@ -353,11 +361,15 @@ class Transfer:
             item.result = ahead.copy.rest(
                 item.length, pump.Watch(**watch), self._bandwidth)
             ahead.target.length = item.length
+            if ahead.is_read:
+                ahead.target.changed = item.result.changed
         item.done = item.length
         LOG.info('Copied the rest of volume %(volume)s: %(data)d of '
-                 '%(length)d bytes in %(seconds).1f s',
+                 '%(length)d bytes in %(seconds).1f s, %(spared)d bytes were '
+                 'known not to have changed',
                  {'volume': item.source.name, 'data': item.result.data,
-                  'length': item.length, 'seconds': item.result.seconds},
+                  'length': item.length, 'seconds': item.result.seconds,
+                  'spared': item.result.spared},
                  instance=self.instance)
 
     def _make_anew(self, item):

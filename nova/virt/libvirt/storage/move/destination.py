@@ -157,7 +157,8 @@ def _is_taken_over(connection, name, record):
     return pool.exists() and pool.kind().is_ceph
 
 
-def accept(context, instance, disks, connection, local_uri, cache_base):
+def accept(context, instance, disks, connection, local_uri, cache_base,
+           verify_known=None):
     """Compare the volumes that came with what was sent, and take them over.
 
     Does nothing for disks that are taken over already, so that a hard reboot
@@ -168,6 +169,8 @@ def accept(context, instance, disks, connection, local_uri, cache_base):
     :param local_uri: its URI
     :param cache_base: makes sure that the base image of an overlay is in this
         host's image cache, and returns its path
+    :param verify_known: compares a disk by what was read of it before, given
+        the instance and the record; returns False if all has to be read
     :returns: whether the instance has volumes
     :raises: StorageTransferMismatch and others; the source has its copy, and
         calling this again tries it again
@@ -185,7 +188,7 @@ def accept(context, instance, disks, connection, local_uri, cache_base):
                 not record.is_building or not kinds.is_copied(name)):
             continue
         try:
-            _verify(instance, record, local_uri)
+            _verify(instance, record, local_uri, verify_known)
         except exception.StorageTransferMismatch as e:
             _copy_again(instance, record, connection, local_uri, e)
         pool = storage_pool.StoragePool(connection, record.pool, CONF.host)
@@ -270,20 +273,25 @@ def _take_extra(context, disks, connection, local_uri, extra):
     disks.save(context)
 
 
-def _verify(instance, record, local_uri):
+def _verify(instance, record, local_uri, verify_known=None):
     expected = record.expected
     if expected is None:
         raise exception.StorageTransferMismatch(
             volume=record.volume, where=CONF.host,
             reason=_("nothing is known of its checksum"))
     start = time.monotonic()
-    pump.verify(
-        pump.Volume(local_uri, record.pool, record.volume), expected.length,
-        expected.checksum, key=expected.key,
-        stall_timeout=CONF.libvirt.storage_migration_stall_timeout)
+    is_known = verify_known is not None and verify_known(instance, record)
+    if not is_known:
+        pump.verify(
+            pump.Volume(local_uri, record.pool, record.volume),
+            expected.length, expected.checksum, key=expected.key,
+            stall_timeout=CONF.libvirt.storage_migration_stall_timeout)
     LOG.info('Volume %(volume)s is what was sent (verified in %(seconds).1f '
-             's)', {'volume': record.volume,
-                    'seconds': time.monotonic() - start}, instance=instance)
+             's%(known)s)', {
+                 'volume': record.volume,
+                 'seconds': time.monotonic() - start,
+                 'known': ', after most of it before' if is_known else ''},
+             instance=instance)
 
 
 def preallocates():

@@ -121,6 +121,7 @@ class ServicePeer(peers.Peer):
         self._has_aes = answer['aes'] and intake.cpu_has_aes()
         # A file of qcow2 grows meanwhile, and an export can't.
         self.takes_ahead = bool(answer.get('cuts'))
+        self.reads = bool(answer.get('reads'))
         self.keeps = bool(answer.get('keeps'))
         super().check(pools)
         self._check_port()
@@ -163,8 +164,11 @@ class ServicePeer(peers.Peer):
         # Not before nobody can write to it any more, it has arrived.
         if target.length is None:
             self.ask('close', **place)
-        else:
+        elif target.changed is None:
             self.ask('close', length=target.length, **place)
+        else:
+            self.ask('close', length=target.length,
+                     changed=[list(part) for part in target.changed], **place)
 
     def _close(self, place):
         try:
@@ -233,6 +237,14 @@ class ServicePool(peers.PeerPool):
                     "see the log of nova-compute there: it has forgotten what "
                     "volume %s holds, or makes something up") % name)
         return kept.unpack(data, room)
+
+    def read(self, name, length, key, changed=None):
+        self._ask('read', volume=name, room=length, key=key,
+                  changed=changed and [list(part) for part in changed])
+
+    def has_read(self, name):
+        found = self._ask('has_read', volume=name)
+        return found['done'], found['ended']
 
     def create(self, name, length, mode):
         self._ask('create', volume=name, length=length, mode=mode)

@@ -84,6 +84,28 @@ class PeerPool(abc.ABC):
         """
         raise NotImplementedError()
 
+    def read(self, name: str, length: int, key: int,
+             changed: ty.Any = None) -> None:
+        """Have the destination read what has come so far; doesn't wait.
+
+        Only where the Peer reads ahead.
+
+        :param length: bytes of the volume
+        :param key: for the checksums, that of the copy
+        :param changed: (offset, length) of what was written to a volume that
+            was taken up under the same key
+        :raises: exception.NovaException
+        """
+        raise NotImplementedError()
+
+    def has_read(self, name: str) -> tuple[int, bool]:
+        """How far that is.
+
+        :returns: bytes, and whether it is over
+        :raises: exception.NovaException if it has failed
+        """
+        raise NotImplementedError()
+
     @abc.abstractmethod
     def create(self, name: str, length: int, mode: int) -> None:
         """Make the volume that the bytes go to, as Nova's there.
@@ -103,10 +125,13 @@ class Target:
     :ivar connected: to be called when the pump has connected
     :ivar length: bytes that are left of it when it is closed; None: all.
         Only where the Peer takes disks ahead.
+    :ivar changed: (offset, length) of what was written since the destination
+        has read it; None: it hasn't, or all
     """
     end: ty.Any
     connected: ty.Callable[[], ty.Any] = lambda: None
     length: int | None = None
+    changed: ty.Any = None
 
 
 class Peer(abc.ABC):
@@ -115,11 +140,13 @@ class Peer(abc.ABC):
     :ivar where: what it is called in messages and in the log
     :ivar may_be_cut: whether what made a move fail may have cut it off
     :ivar takes_ahead: whether a disk may be sent in two passes
+    :ivar reads: whether the destination reads a disk before it is closed
     :ivar keeps: whether what was kept there may be written over
     """
     where: str
     may_be_cut = True
     takes_ahead = False
+    reads = False
     keeps = False
 
     def check(self, pools: ty.Iterable[str]) -> None:

@@ -46,6 +46,8 @@ from nova.virt.libvirt.storage.pump._end cimport NBD_ERRORS
 from nova.virt.libvirt.storage.pump._file cimport file_end
 from nova.virt.libvirt.storage.pump._file cimport file_t
 from nova.virt.libvirt.storage.pump._stream cimport stream_end
+from nova.virt.libvirt.storage.pump._table cimport CHANGED
+from nova.virt.libvirt.storage.pump._table cimport STANDS
 from nova.virt.libvirt.storage.pump._table cimport table_begin
 from nova.virt.libvirt.storage.pump._table cimport table_t
 
@@ -159,7 +161,8 @@ cdef class Table:
             self._table.block_size *= 2
         self._blocks = self._count(length)
         self._table.values = <uint64_t *>calloc(self._blocks, 8)
-        if self._table.values == NULL:
+        self._table.marks = <unsigned char *>calloc(self._blocks, 1)
+        if self._table.values == NULL or self._table.marks == NULL:
             raise MemoryError()
 
     cdef size_t _count(self, long long length):
@@ -167,6 +170,23 @@ cdef class Table:
 
     def __dealloc__(self):
         free(self._table.values)
+        free(self._table.marks)
+
+    cdef int _mark(self, blocks) except -1:
+        # Let all stand but these ranges of blocks; None: nothing.
+        cdef unsigned char *marks = <unsigned char *>calloc(self._blocks, 1)
+        cdef size_t first, count
+        if marks == NULL:
+            raise MemoryError()
+        free(self._table.marks)
+        self._table.marks = marks
+        if blocks is None:
+            return 0
+        memset(marks, STANDS, self._blocks)
+        for first, count in blocks:
+            if first < self._blocks:
+                memset(marks + first, 0, min(count, self._blocks - first))
+        return 0
 
     def grow(self, long long length):
         """Have room for a longer content; what is new counts as zeroes.
@@ -175,6 +195,7 @@ cdef class Table:
         """
         cdef size_t blocks = self._count(length)
         cdef uint64_t *values
+        cdef unsigned char *marks
         if blocks <= self._blocks:
             return
         values = <uint64_t *>realloc(self._table.values, blocks * 8)
@@ -182,6 +203,11 @@ cdef class Table:
             raise MemoryError()
         memset(values + self._blocks, 0, (blocks - self._blocks) * 8)
         self._table.values = values
+        marks = <unsigned char *>realloc(self._table.marks, blocks)
+        if marks == NULL:
+            raise MemoryError()
+        memset(marks + self._blocks, 0, blocks - self._blocks)
+        self._table.marks = marks
         self._blocks = blocks
 
     @property
@@ -197,6 +223,25 @@ cdef class Table:
     def values(self):
         """The checksum of each block; for looking at few blocks."""
         return [self._table.values[i] for i in range(self._blocks)]
+
+    @property
+    def changed(self):
+        """The blocks whose checksums the last copy has changed.
+
+        :returns: list of (number of the first one, how many in a row)
+        """
+        cdef size_t i, begin = 0
+        cdef bint within = False
+        found = []
+        for i in range(self._blocks):
+            if bool(self._table.marks[i] & CHANGED) != within:
+                if within:
+                    found.append((begin, i - begin))
+                begin = i
+                within = not within
+        if within:
+            found.append((begin, self._blocks - begin))
+        return found
 
     def dump(self):
         """Return the checksums as bytes, in this host's byte order."""
@@ -247,7 +292,10 @@ cdef class Copy:
     :param only_changes: send the blocks alone whose checksums aren't those in
         the table: it tells what stands at the destination. Whatever became a
         hole is sent as one, and so sparse is of a destination that makes
-        zeroes of it.
+        zeroes of it. Without a destination the table alone changes.
+    :param blocks: of a copy of changes: (first, count) of the blocks that may
+        have changed, of a file. No other one is read, but for a last one that
+        isn't whole; by default each one is.
     :param slot_size: bytes
     :param slots: how many slots the ring has; at least 2
     """
@@ -255,6 +303,7 @@ cdef class Copy:
     cdef loop.copy_t _copy
     cdef object _streams
     cdef Table _table
+    cdef object _blocks
     cdef bint _made
     cdef bint _ran
     cdef bint _ended
@@ -262,7 +311,7 @@ cdef class Copy:
     def __cinit__(self, source, destination, long long length, *,
                   bint sparse=True, long long bandwidth=0, uint64_t key=1,
                   bint find_holes=False, Table table=None,
-                  bint only_changes=False,
+                  bint only_changes=False, blocks=None,
                   size_t slot_size=DEF_SLOT_SIZE, size_t slots=DEF_SLOTS):
         if length <= 0 or bandwidth < 0 or slot_size == 0 or slots < 2:
             raise ValueError("length, bandwidth, slot_size or slots is out "
@@ -298,10 +347,19 @@ cdef class Copy:
                 raise ValueError("what stands at the destination isn't known")
             if find_holes:
                 raise ValueError("what has changed is sent as it is")
-            if self._copy.destination.skip == NULL or not sparse:
+            if self._copy.has_destination and (
+                    self._copy.destination.skip == NULL or not sparse):
                 raise TypeError("changes alone can't be sent to %r" % (
                     destination,))
             self._copy.only_changes = True
+        if blocks is not None:
+            if not only_changes:
+                raise ValueError("all of it is sent")
+            if self._copy.source.pass_over == NULL:
+                raise TypeError("all of %r has to be read" % (source,))
+            self._blocks = [(first, count) for first, count in blocks]
+            if any(first < 0 or count < 0 for first, count in self._blocks):
+                raise ValueError("blocks is out of range")
         self._made = True
         if loop.copy_init(&self._copy, slot_size, slots) < 0:
             raise MemoryError()
@@ -323,6 +381,7 @@ cdef class Copy:
         cdef bint failed
         if self._table is not None:
             self._table._filled = False
+            self._table._mark(self._blocks)
             table_begin(&self._table._table, self._table._key)
         with nogil:
             failed = loop.run(&self._copy)

@@ -56,6 +56,10 @@ cdef struct end_t:
     # least one byte, and 0 is returned. flags is always 0. NULL with recv.
     int (*recv_hole)(void *stream, long long *length,
                      unsigned int flags) noexcept nogil
+    # The next length bytes, at least one, are known and need not come: 0. The
+    # end goes on behind them. NULL where all must come; called by a copy of
+    # some blocks alone, never between -3 and recv_hole().
+    int (*pass_over)(void *stream, long long length) noexcept nogil
     # Send on. Partial: returns 1 to nbytes; the copy sends the rest with the
     # next call. 0 is "stuck", since a blocking stream takes something. NULL
     # where nothing can be sent: the end is no destination.

@@ -399,6 +399,7 @@ cdef inline void export_end(end_t *end, export_t *self) noexcept nogil:
     end.settle = export_settle
     end.send_hole = export_send_hole
     end.skip = export_skip
+    end.pass_over = NULL
     end.finish = export_finish
     end.abort = export_abort
     end.stop = export_stop

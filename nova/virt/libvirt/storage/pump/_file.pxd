@@ -178,6 +178,11 @@ cdef inline int file_recv_hole(void *stream, long long *length,
     return 0
 
 
+cdef inline int file_pass_over(void *stream, long long length) noexcept nogil:
+    (<file_t *>stream).offset += length
+    return 0
+
+
 cdef inline int file_finish(void *stream) noexcept nogil:
     # Reports as well what could not be written before it was opened here.
     cdef file_t *self = <file_t *>stream
@@ -208,6 +213,7 @@ cdef inline void file_end(end_t *end, file_t *self) noexcept nogil:
     end.settle = NULL
     end.send_hole = NULL
     end.skip = NULL
+    end.pass_over = file_pass_over
     end.finish = file_finish
     end.abort = file_abort
     end.stop = NULL

@@ -48,6 +48,7 @@ from nova.virt.libvirt.storage.pump._ring cimport ring_stopped
 from nova.virt.libvirt.storage.pump._ring cimport ring_t
 from nova.virt.libvirt.storage.pump._ring cimport ring_taken
 from nova.virt.libvirt.storage.pump._ring cimport slot_t
+from nova.virt.libvirt.storage.pump._table cimport STANDS
 from nova.virt.libvirt.storage.pump._table cimport table_data
 from nova.virt.libvirt.storage.pump._table cimport table_end
 from nova.virt.libvirt.storage.pump._table cimport table_hole
@@ -91,6 +92,7 @@ cdef struct copy_t:
     table_t *table      # NULL: one checksum is enough
     uint64_t value      # the content's checksum, when all has come
     bint only_changes   # send what has another value than in the table
+    size_t room         # bytes of a slot that may be filled
     long long hole      # bytes of one that has come and isn't passed on yet
     long long skip      # bytes that stand at the destination, not told yet
 
@@ -121,6 +123,7 @@ cdef inline int copy_init(copy_t *self, size_t slot_size,
     self.zeroes = <char *>calloc(1, slot_size)
     if ring_init(&self.ring, slot_size, slots) < 0 or self.zeroes == NULL:
         return -1
+    self.room = slot_size
     return 0
 
 
@@ -161,7 +164,7 @@ cdef inline failure_t without_progress(int answer) noexcept nogil:
 cdef inline int receive_data(copy_t *self, slot_t *slot) noexcept nogil:
     # Adds to the slot what comes next; returns 1 for that, 0 at the stream's
     # end, -3 if a hole comes next, -1 after fail().
-    cdef size_t room = self.ring.slot_size - slot.length
+    cdef size_t room = self.room - slot.length
     cdef int n
     if ring_stopped(&self.ring):
         return -1
@@ -263,15 +266,61 @@ cdef inline void *receive_all(void *arg) noexcept nogil:
 
 # -- the receiving thread, where most stands at the destination -------------
 
+cdef inline void stands(copy_t *self, long long nbytes) noexcept nogil:
+    self.skip += nbytes
+    th.add(&self.unchanged, nbytes)
+
+
+cdef inline bint is_known(copy_t *self, size_t block) noexcept nogil:
+    # The last block, too, unless it is whole: its value is that of more bytes.
+    return (<long long>(block + 1) * <long long>self.table.block_size <=
+            self.length and self.table.marks[block] & STANDS)
+
+
+cdef inline size_t room_to_known(copy_t *self) noexcept nogil:
+    # How much of a slot is filled before a block comes that is known. What a
+    # hole has begun with comes in any case.
+    cdef size_t size = self.table.block_size
+    cdef size_t block = self.table.block, room = 0
+    if self.hole > 0:
+        room = size * min(<long long>(self.ring.slot_size // size),
+                          (self.hole + <long long>size - 1) // size)
+        block += room // size
+    while room < self.ring.slot_size and not is_known(self, block):
+        room += size
+        block += 1
+    return min(room, self.ring.slot_size)
+
+
+cdef inline int pass_known_over(copy_t *self) noexcept nogil:
+    # The blocks that are known and come next; -1 after fail().
+    cdef long long nbytes = 0
+    if self.hole:
+        return 0
+    while is_known(self, self.table.block):
+        self.table.block += 1
+        nbytes += self.table.block_size
+    if not nbytes:
+        return 0
+    if self.source.pass_over(self.source.stream, nbytes) < 0:
+        fail(self, FAILED, SOURCE, b"pass over")
+        return -1
+    self.received += nbytes
+    stands(self, nbytes)
+    return 0
+
+
 cdef inline int receive_blocks(copy_t *self, slot_t *slot) noexcept nogil:
     # Fills the slot with whole blocks, small holes among them as zeroes. Stops
-    # before a block that is all hole, of which self.hole tells; returns 1
-    # then, 0 at the stream's end, 2 if the slot is full, -1 after fail().
+    # before a block that is all hole, of which self.hole tells, or known;
+    # returns 1 then, 0 at the stream's end, 2 if there is no more room, -1
+    # after fail().
     cdef size_t size = self.table.block_size, n
     cdef int got
     slot.length = 0
     slot.hole = 0
-    while slot.length < self.ring.slot_size:
+    self.room = room_to_known(self)
+    while slot.length < self.room:
         if self.hole:
             n = size - slot.length % size
             if n == size and self.hole >= <long long>size:
@@ -289,11 +338,6 @@ cdef inline int receive_blocks(copy_t *self, slot_t *slot) noexcept nogil:
         if got < 0:
             return -1
     return 2
-
-
-cdef inline void stands(copy_t *self, long long nbytes) noexcept nogil:
-    self.skip += nbytes
-    th.add(&self.unchanged, nbytes)
 
 
 cdef inline bint has_changed(copy_t *self, slot_t *slot) noexcept nogil:
@@ -356,6 +400,8 @@ cdef inline void *receive_changes(void *arg) noexcept nogil:
     cdef slot_t *slot
     cdef int what = 2
     while what:
+        if pass_known_over(self) < 0:
+            return NULL
         slot = ring_slot_to_fill(&self.ring)
         if slot == NULL:
             return NULL
@@ -519,8 +565,8 @@ cdef inline void send_all(copy_t *self) noexcept nogil:
             if not ring_stopped(&self.ring):
                 send_found(self)
             return
-        if slot.skip and self.destination.skip(self.destination.stream,
-                                               slot.skip) < 0:
+        if slot.skip and self.has_destination and self.destination.skip(
+                self.destination.stream, slot.skip) < 0:
             fail(self, FAILED, DESTINATION, b"skip")
             return
         if not self.has_destination:

@@ -67,6 +67,7 @@ cdef inline void stream_end(end_t *end, void *stream) noexcept nogil:
     end.settle = NULL
     end.send_hole = stream_send_hole
     end.skip = NULL
+    end.pass_over = NULL
     end.finish = stream_finish
     end.abort = stream_abort
     end.stop = NULL

@@ -30,8 +30,13 @@ from nova.virt.libvirt.storage.pump._checksum cimport PRIME
 from nova.virt.libvirt.storage.pump._checksum cimport reduce_61
 from nova.virt.libvirt.storage.pump._checksum cimport uint128_t
 
+cdef enum mark_t:
+    STANDS = 1          # its value is known: its bytes need not be read
+    CHANGED = 2         # its value is another one than before this pass
+
 cdef struct table_t:
     uint64_t *values
+    unsigned char *marks    # of each block
     size_t block_size       # bytes; a multiple of BLOCK
     size_t block            # the number of the one that isn't complete
     checksum_t state        # of its bytes so far
@@ -49,6 +54,7 @@ cdef inline void table_close_block(table_t *self) noexcept nogil:
     cdef uint64_t value = self.state.value % PRIME
     if self.values[self.block] != value:
         self.values[self.block] = value
+        self.marks[self.block] |= CHANGED
         self.changed = True
     self.block += 1
     self.state.value = 0

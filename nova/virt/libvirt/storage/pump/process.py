@@ -114,9 +114,12 @@ class WorkerProcess:
     :param table: file descriptor of a file with the table of what stands at
         the destination, and of how many bytes that is; without a destination
         the file gets the source's
+    :param changed: without a destination, (offset, length) in bytes of what
+        may differ from what the table says already
     """
 
-    def __init__(self, job, watch, extension, warm=False, table=None):
+    def __init__(self, job, watch, extension, warm=False, table=None,
+                 changed=None):
         self.job = job
         self._table = table
         self.watch = watch
@@ -126,9 +129,12 @@ class WorkerProcess:
             'extension': extension, 'source': job.source,
             'destination': self._destination(), 'length': job.length,
             'sparse': job.sparse, 'find_holes': job.find_holes,
-            'key': job.key, 'interval': _INTERVAL, 'warm': warm}
+            'key': job.key, 'interval': _INTERVAL, 'warm': warm,
+            'clones': job.clones}
         if table is not None:
             self._request['table'] = table
+        if changed is not None:
+            self._request['changed'] = list(changed)
         self._stdin_lock = threading.Lock()
         self._answer = None
         self._unread = b''

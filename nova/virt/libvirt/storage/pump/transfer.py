@@ -53,6 +53,9 @@ _EXTENSION = 'nova.virt.libvirt.storage.pump._copy'
 # Of the checksums: a key is less.
 PRIME = (1 << 61) - 1
 
+# (offset, length) in bytes
+Ranges = ty.Sequence[tuple[int, int]]
+
 # VIR_ERR_NO_STORAGE_VOL
 _NO_STORAGE_VOL = 50
 
@@ -115,6 +118,10 @@ class Result:
     :ivar seconds: from the worker's start to its end
     :ivar direct: whether the source's file was read; else it came through
         libvirt, which costs more
+    :ivar spared: bytes that were not read, as they can't have changed
+    :ivar changed: (offset, length) in bytes of what was another content, or
+        was between such, where that was known; else None. The last one may
+        go beyond the end.
     """
     data: int
     holes: int
@@ -124,6 +131,8 @@ class Result:
     allocation: int | None
     seconds: float
     direct: bool = False
+    spared: int = 0
+    changed: Ranges | None = None
 
     @property
     def length(self):
@@ -147,6 +156,9 @@ class Job:
     :ivar find_holes: leave holes where the source has zeroes, too: of a block
         device nothing else tells what was never written
     :ivar key: for the checksum; a random one by default
+    :ivar clones: of two passes: directories besides the volume's own in which
+        there may be a clone of the source between them, where its file system
+        can share the blocks of two files
     """
     source: Volume
     destination: Volume | Export | None
@@ -154,6 +166,7 @@ class Job:
     sparse: bool = True
     find_holes: bool = False
     key: int = dataclasses.field(default_factory=new_key)
+    clones: ty.Sequence[str] = ()
 
     def __post_init__(self):
         if self.length < 0:
@@ -161,7 +174,8 @@ class Job:
 
     def run(self, watch: Watch = Watch(),
             bandwidth: Bandwidth | int = 0,
-            table: int | None = None) -> Result:
+            table: tuple[int, int] | None = None,
+            changed: Ranges | None = None) -> Result:
         """Do it in a worker process, and wait for that.
 
         Nothing is removed on failure: the caller made the destination's
@@ -178,7 +192,8 @@ class Job:
         :param bandwidth: bytes a second at most, 0 for no limit; or the
             Bandwidth that this job shares with others
         :param table: file descriptor that gets the checksums of the blocks
-            of what is read without a destination
+            of what is read without a destination, and for how many bytes
+        :param changed: it has them already, and these may not be right
         :raises: StorageTransferError, StorageTransferStalled,
             StorageTransferCancelled, StorageTransferMismatch,
             StoragePumpMissing
@@ -186,8 +201,7 @@ class Job:
         if isinstance(bandwidth, int):
             bandwidth = Bandwidth(bandwidth)
         worker = process.WorkerProcess(
-            self, watch, extension_path(),
-            table=None if table is None else (table, self.length))
+            self, watch, extension_path(), table=table, changed=changed)
         start = time.monotonic()
         found = worker.run(bandwidth)
         result = Result(key=self.key, seconds=time.monotonic() - start,
@@ -233,8 +247,9 @@ class WarmCopy:
     first() may run while a guest writes to the source; rest() is for when it
     doesn't any more, and sends what differs. Between them the connection to
     the export stays. What the first pass read only costs bytes where it was
-    torn or is old: the second one reads all of it again, and takes for granted
-    no more than that the export has what was sent to it.
+    torn or is old: the second one reads all of it again, or all that isn't
+    known to be the same (see reflink.py), and takes for granted no more than
+    that the export has what was sent to it.
 
     It is a context manager, which ends what is under way. When any pass has
     failed, begin anew with another export.
@@ -247,15 +262,18 @@ class WarmCopy:
     :param known: what read_table() says of all of the export, if something
         was written to it before: the first pass sends what differs, too. What
         the export has beyond length reads as zeroes.
+    :param clones: as in Job
     """
 
     def __init__(self, source: Volume, destination: Export, length: int,
                  key: int | None = None, sparse: bool = True,
-                 known: 'Known | None' = None):
+                 known: 'Known | None' = None,
+                 clones: ty.Sequence[str] = ()):
         if length <= 0:
             raise ValueError('length is out of range: %d' % length)
         self._job = Job(source, destination, length, sparse,
-                        key=new_key() if key is None else key)
+                        key=new_key() if key is None else key,
+                        clones=clones)
         self._known = known
         self._worker: process.WorkerProcess | None = None
 
@@ -362,8 +380,31 @@ def read_table(volume: Volume, length: int, *, key: int, **watch) -> bytes:
     :raises: as Job.run()
     """
     with _table_file() as file:
-        Job(volume, None, length, key=key).run(_watch(watch), table=file)
+        Job(volume, None, length, key=key).run(
+            _watch(watch), table=(file, length))
         return os.pread(file, os.fstat(file).st_size, 0)
+
+
+def read_again(volume: Volume, length: int, known: Known, changed: Ranges, *,
+               key: int, **watch) -> tuple[Result, Known]:
+    """Read of a volume what may have changed since read_table().
+
+    Of a volume that libvirt alone can read all is read.
+
+    :param volume: of this host
+    :param length: bytes that it has now; no more than were known
+    :param known: what read_table() said under the same key
+    :param changed: (offset, length) of what may have changed
+    :param watch: keywords of Watch
+    :returns: the Result, with the checksum of the whole content, and what is
+        known now
+    :raises: as Job.run()
+    """
+    with _table_file(known.table) as file:
+        result = Job(volume, None, length, key=key).run(
+            _watch(watch), table=(file, known.length), changed=changed)
+        return result, Known(known.length, os.pread(
+            file, os.fstat(file).st_size, 0))
 
 
 @contextlib.contextmanager
@@ -391,13 +432,35 @@ def verify(volume: Volume, length: int, checksum: int, **kwargs) -> Result:
     :raises: StorageTransferMismatch, also if there is no such volume or it
         has another length; else as copy()
     """
-    try:
+    with _missing_as_mismatch(volume):
         result = read(volume, length, **kwargs)
+    return _compare(volume, result, checksum)
+
+
+def verify_known(volume: Volume, length: int, checksum: int, known: Known,
+                 changed: Ranges, **kwargs) -> Result:
+    """As verify(), but read no more than what may have changed.
+
+    :param known: as read_again(), whose keywords the others are
+    :param changed: likewise
+    """
+    with _missing_as_mismatch(volume):
+        result, _known = read_again(volume, length, known, changed, **kwargs)
+    return _compare(volume, result, checksum)
+
+
+@contextlib.contextmanager
+def _missing_as_mismatch(volume):
+    try:
+        yield
     except exception.StorageTransferError as e:
         if e.kind not in ('short', 'long') and e.code != _NO_STORAGE_VOL:
             raise
         raise exception.StorageTransferMismatch(
             volume=volume.name, where=str(volume), reason=e)
+
+
+def _compare(volume, result, checksum):
     if result.checksum != checksum:
         raise exception.StorageTransferMismatch(
             volume=volume.name, where=str(volume),

@@ -19,11 +19,15 @@ second pass of a warm copy, which the request has announced. stdin's end means
 that the parent has gone or wants no more: then the process ends. It answers
 with lines of JSON on stdout, a pass with one result. "table" is a file
 descriptor and a number of bytes: it has the checksums of so much that stands
-at the destination already or, without a destination, takes the source's.
+at the destination already or, without a destination, takes the source's. With
+"changed", (offset, length) of what may differ from what it has, it is brought
+up to date, and no more than that is read where a file can be. "clones" are
+directories for a clone of the source: with one the second pass doesn't read
+what has not changed.
 
     {"transferred": bytes}
     {"result": {"data", "holes", "checksum", "physical", "allocation",
-                "direct"}}
+                "direct", "changed", "spared"}}
     {"error": {"side", "operation", "reason", "code", ...}}
 """
 
@@ -51,6 +55,9 @@ CONNECT_SECONDS = 30
 # Between two passes a server hears from us as often: it ends what nobody
 # writes to.
 KEEP_SECONDS = 1
+
+# Of what has changed so many places are told apart.
+MOST_CHANGED = 4096
 
 # ioprio_set(2) by machine; no library has it.
 IOPRIO_SET = {'x86_64': 251, 'aarch64': 30, 'ppc64le': 273, 's390x': 282}
@@ -119,6 +126,15 @@ def load_pump(path):
     return module
 
 
+def load_reflink():
+    spec = importlib.util.spec_from_file_location(
+        'reflink', os.path.join(os.path.dirname(os.path.abspath(__file__)),
+                                'reflink.py'))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def set_io_priority(priority):
     """Of this thread, and of those which it starts from now on.
 
@@ -128,6 +144,24 @@ def set_io_priority(priority):
     if number is not None:
         # IOPRIO_WHO_PROCESS, this thread
         ctypes.CDLL(None).syscall(number, 1, 0, priority)
+
+
+def joined(ranges, most=MOST_CHANGED):
+    """Join ranges with what is between them until they are few.
+
+    :param ranges: list of (offset, length), in order
+    :returns: such a list, no longer than most
+    """
+    gap = 65536
+    while len(ranges) > most:
+        found = []
+        for start, length in ranges:
+            if found and start - sum(found[-1]) <= gap:
+                start, length = found[-1][0], start + length - found[-1][0]
+                found.pop()
+            found.append((start, length))
+        ranges, gap = found, gap * 2
+    return ranges
 
 
 def messages():
@@ -294,6 +328,8 @@ class Job:
         self.bandwidth = request['bandwidth']
         self.direct = False     # whether libvirt isn't asked for the bytes
         self.second: queue.Queue[int] = queue.Queue()
+        self.clone = None
+        self.spared = 0         # bytes that the last pass didn't read
 
     def watch_parent(self):
         for message in self.parent:
@@ -336,8 +372,10 @@ class Job:
         table_file, table_length = request.get('table') or (None, length)
         if request['warm'] or table_file is not None:
             table = pump.Table(table_length, request['key'])
-        if request['warm'] and table_file is not None:
-            with open(table_file, 'rb') as file:
+        changed = request.get('changed')
+        if table_file is not None and (request['warm'] or
+                                       changed is not None):
+            with open(table_file, 'rb', closefd=False) as file:
                 table.load(file.read())
         source = End('source', *request['source'])
         destination = None
@@ -351,13 +389,15 @@ class Job:
                                         table=table, is_first=True),
                         'physical': destination.sizes_written(length, 0)[0],
                         'allocation': None})
+            changed = None
             length = self.wait_for_second(destination)
             set_io_priority(IOPRIO_NONE)
             table.grow(length)
             destination.check(length)
             # libvirt may have been restarted meanwhile
             source = End('source', *request['source'])
-        found = self.run_pass(pump, source, destination, length, table=table)
+        found = self.run_pass(pump, source, destination, length, table=table,
+                              changed=changed)
         physical, allocation = source.sizes()
         if physical != length and not (
                 # What was copied to a block device may be shorter than that.
@@ -372,10 +412,9 @@ class Job:
                 length, found['data'])
             destination.close()
         elif table:
-            with open(table_file, 'wb') as file:
-                file.write(table.dump())
+            os.pwrite(table_file, table.dump(), 0)
         say(result={**found, 'physical': physical, 'allocation': allocation,
-                    'direct': self.direct})
+                    'direct': self.direct, 'spared': self.spared})
 
     def wait_for_second(self, destination):
         """Return how long the source is in the second pass."""
@@ -384,27 +423,42 @@ class Job:
                 return self.second.get(timeout=KEEP_SECONDS)
             except queue.Empty:
                 destination.keep()
+                if self.clone is not None:
+                    self.clone.check_room()
 
     def run_pass(self, pump, source, destination, length, *, table,
-                 is_first=False):
+                 is_first=False, changed=None):
         if not length:
             # A stream of length 0 would be one without a limit.
             return {'data': 0, 'holes': 0,
                     'checksum': pump.checksum([], self.request['key'])}
+        known = table is not None and table.filled
         self.run_copy(pump, source, destination, length, table=table,
-                      is_first=is_first)
+                      is_first=is_first, changed=changed)
+        size = table.block_size if known else 0
         # Of what was unchanged nothing is known but that it is there.
         return {'data': self.copy.data, 'checksum': self.copy.checksum,
-                'holes': length - self.copy.data}
+                'holes': length - self.copy.data,
+                'changed': joined([
+                    (first * size, count * size)
+                    for first, count in table.changed]) if known else None}
 
     def run_copy(self, pump, source, destination, length, *, table,
-                 is_first=False):
+                 is_first=False, changed=None):
         request = self.request
         sparse, warm = request['sparse'], table is not None
         # Then something stands there, of which it tells.
         known = warm and table.filled
+        blocks = None
         fd = source.file(length, direct=warm, may_grow=is_first)
         self.direct = fd is not None
+        if self.direct and request.get('warm'):
+            changed = self.look_at_clone(source, fd, length, is_first)
+        if self.direct and changed is not None:
+            self.spared = length - sum(n for _start, n in changed)
+            size = table.block_size
+            blocks = [(start // size, -(-(start + n) // size) - start // size)
+                      for start, n in changed]
         # A volume that is verified may be the only copy soon.
         download = (source.download(length) if fd is None else
                     pump.File(fd, length, sync=destination is None,
@@ -418,7 +472,8 @@ class Job:
                 download, upload, length, sparse=sparse,
                 find_holes=request.get('find_holes', False),
                 bandwidth=self.bandwidth,
-                key=request['key'], table=table, only_changes=known)
+                key=request['key'], table=table, only_changes=known,
+                blocks=blocks)
             if self.cancelled:
                 self.copy.cancel()
         ended = threading.Event()
@@ -432,6 +487,21 @@ class Job:
             # Nothing of this pass is told during the next one.
             ended.set()
             reporter.join()
+
+    def look_at_clone(self, source, fd, length, is_first):
+        """Clone the source, or tell by its clone what may have changed."""
+        if is_first:
+            reflink = load_reflink()
+            self.clone = reflink.clone(fd, [
+                os.path.dirname(source.volume.path()),
+                *self.request.get('clones', ())])
+            return None
+        if self.clone is None:
+            return None
+        try:
+            return self.clone.changed(fd, length)
+        finally:
+            self.clone.close()
 
 
 def main():

@@ -138,7 +138,7 @@ class BulkTestCase(test.NoDBTestCase):
         return self.cloud.instances[uuid]
 
     def run_it(self, means, **arguments):
-        self.mover = bulk.Mover(context.get_admin_context(), self.cloud.api,
+        self.mover = bulk.Mover(context.get_admin_context, self.cloud.api,
                                 means, self.said.append)
         result = self.mover.run(**arguments)
         self.text = '\n'.join(self.said)

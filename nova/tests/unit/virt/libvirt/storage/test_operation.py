@@ -160,7 +160,7 @@ class DiskOperationTestCase(OperationTestCase):
         # Not before there is an overlay that needs it
         by_name = self.local.image_backend.by_name
         by_name.assert_not_called()
-        base = mock_accept.call_args.args[-1]()
+        base = mock_accept.call_args.args[5]()
         by_name.assert_called_once_with(
             self.instance, 'disk', None, disk_info_mapping={'metadata': disk})
         ensure = by_name.return_value.ensure_image_cached

@@ -39,6 +39,7 @@ from nova.virt.libvirt.storage.intake import kept
 from nova.virt.libvirt.storage.intake import keys
 from nova.virt.libvirt.storage.intake import reaper
 from nova.virt.libvirt.storage.pump import transfer as pump
+from nova.virt.libvirt.storage.records import metadata
 
 CONF = nova.conf.CONF
 
@@ -133,7 +134,7 @@ class IntakeTestCase(IntakeTestBase):
     def test_greet(self):
         self.assertEqual(
             {'obstacle': mock.ANY, 'aes': intake.cpu_has_aes(),
-             'cuts': True, 'keeps': False},
+             'cuts': True, 'reads': True, 'keeps': False},
             self.ask('greet'))
         self.flags(storage_migration_keep_copies=1, group='libvirt')
         with mock.patch('nova.virt.libvirt.storage.pool.mounts.is_local',
@@ -638,6 +639,98 @@ class KeptTestCase(IntakeTestBase):
             for found in (changed, taken):
                 found.result()
         self.assertEqual(['changed', 'taken over'], order)
+
+
+@ddt.ddt
+class ReadTestCase(IntakeTestBase):
+    """What is read of a disk before all of it has come."""
+
+    def setUp(self):
+        super().setUp()
+        self.create()
+        self.open()
+        self.read_table = self.useFixture(fixtures.MockPatchObject(
+            kept.pump, 'read_table', autospec=True,
+            return_value=bytes(8))).mock
+        self.verify_known = self.useFixture(fixtures.MockPatchObject(
+            kept.pump, 'verify_known', autospec=True)).mock
+        self.useFixture(fixtures.MockPatchObject(
+            export, 'cut', autospec=True))
+        self.record = self.disks.get('disk').obj_clone()
+        self.record.expected = metadata.LibvirtDiskExpected(
+            length=900, checksum=5, key=77)
+
+    def read(self, **arguments):
+        return self.ask('read', **{**self.place(), 'room': 1000, 'key': 77,
+                                   'changed': None, **arguments})
+
+    def has_read(self):
+        while not (found := self.ask('has_read', **self.place()))['ended']:
+            time.sleep(.01)
+        return found
+
+    def close(self, **arguments):
+        self.ask('close', **self.place(), **arguments)
+
+    def test_a_disk_s_way(self):
+        self.read()
+        self.assertEqual({'done': 0, 'ended': True}, self.has_read())
+        self.read_table.assert_called_once_with(
+            pump.Volume('uri', POOL, self.name), 1000, key=77,
+            stall_timeout=60, cancelled=mock.ANY, progress=mock.ANY)
+        self.close(length=900, changed=[[0, 10]])
+        self.assertTrue(self.intake.verify(self.instance, self.record))
+        self.assertEqual(
+            (900, 5, pump.Known(1000, bytes(8)), [(0, 10)]),
+            self.verify_known.call_args.args[1:])
+
+    @ddt.data({}, {'length': 900})
+    def test_closed_by_who_does_not_know_of_it(self, arguments):
+        self.read()
+        self.has_read()
+        self.close(**arguments)
+        self.assertFalse(self.intake.verify(self.instance, self.record))
+
+    def test_deleted(self):
+        self.read()
+        self.has_read()
+        self.close(length=900, changed=[])
+        self.ask('delete', places=[[POOL, self.name]])
+        self.assertFalse(self.intake.verify(self.instance, self.record))
+
+    def test_failure(self):
+        self.read_table.side_effect = exception.NovaException('it is bad')
+        self.read()
+        e = self.assertRaises(exception.StorageIntakeError, self.has_read)
+        self.assertIn('it is bad', str(e))
+
+    def test_refused(self):
+        self.refused('has_read', **self.place())
+        for arguments in ({'room': 1 << 50}, {'room': -1}, {'room': None},
+                          {'key': 0}, {'key': (1 << 61) - 1},
+                          {'volume': 'other'}, {'pool': 'other'},
+                          {'changed': 5}, {'changed': [5]},
+                          {'changed': [[0]]}, {'changed': [[0, -1]]},
+                          {'changed': [[0, 1 << 62]]},
+                          {'changed': [[True, 1]]},
+                          {'changed': [['0', '1']]},
+                          {'changed': [[0, 1]] * 9000}):
+            self.refused('read', **{**self.place(), 'room': 1000, 'key': 77,
+                                    **arguments})
+        self.refused('close', length=900, changed=[[]], **self.place())
+        with self.intake.handing_over(self.instance):
+            self.refused('read', room=1000, key=77, **self.place())
+        self.on_its_way('disk', state='ready')
+        self.refused('read', room=1000, key=77, **self.place())
+        self.read_table.assert_not_called()
+
+    def test_refused_while_it_is_read(self):
+        goes_on = threading.Event()
+        self.addCleanup(goes_on.set)
+        self.read_table.side_effect = lambda *args, **kwargs: goes_on.wait(30)
+        self.read()
+        self.assertIn('being read', self.refused(
+            'read', room=1000, key=77, **self.place()))
 
 
 class PrepareTestCase(test.NoDBTestCase):

@@ -17,6 +17,7 @@ import ddt
 import fixtures
 
 from nova.compute import task_states
+import nova.conf
 from nova import exception
 from nova.tests.unit.virt.libvirt.storage.move import test_move
 from nova.tests.unit.virt.libvirt.storage.move import test_transport
@@ -37,8 +38,9 @@ class WarmCopy:
     test = None
 
     def __init__(self, source, export, length, key=None, sparse=True,
-                 known=None):
-        self.source, self.length = source, length
+                 known=None, clones=()):
+        self.test.assertEqual([nova.conf.CONF.instances_path], clones)
+        self.source, self.length, self.key = source, length, key or 5
         self.test.known.append((key, known))
         self.pool, self.name = self.test.opened[export.port]
         self.content = self.is_open = None
@@ -67,9 +69,10 @@ class WarmCopy:
         there['content'] = here['content']
         watch.on_end(1234)
         return pump.Result(
-            data=10, holes=length - 10, key=5,
+            data=10, holes=length - 10, key=self.key,
             checksum=two_hosts.checksum_of(here['content']),
-            physical=there['length'], allocation=None, seconds=1)
+            physical=there['length'], allocation=None, seconds=1,
+            changed=[(0, 10)] if what == 'rest' else None)
 
     def first(self, watch, bandwidth):
         return self._pass('first', self.length, watch)
@@ -98,6 +101,12 @@ class AheadTestBase(test_transport.MoveTestBase):
                       lambda *args, **kwargs: self.instance)
         self.instance.task_state = task_states.RESIZE_MIGRATING
         del self.answers['close']
+        self.read_table = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pump.transfer.read_table',
+            autospec=True, return_value=b'12345678')).mock
+        self.verify_known = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pump.transfer.verify_known',
+            autospec=True)).mock
         self.cut = self.useFixture(fixtures.MockPatch(
             'nova.virt.libvirt.storage.intake.export.cut',
             autospec=True, side_effect=self._cut)).mock
@@ -118,6 +127,25 @@ class AheadTestBase(test_transport.MoveTestBase):
         outgoing.check()
         outgoing.send_ahead()
         return outgoing
+
+    def requests(self, what):
+        """What the destination was asked for by such a request."""
+        return [call.args[3] for call in self.rpc.call_args_list
+                if call.args[3]['do'] == what]
+
+    def accept(self):
+        """Take the disks over; what is read of them in all."""
+        self.flags(host='dest')
+        self.verified = []
+
+        def verify(volume, *args, **kwargs):
+            self.verified.append(volume.name.split('_')[1])
+
+        with mock.patch.object(pump, 'verify', new=verify):
+            destination.accept(
+                self.context, self.instance, self.load(), self.dest,
+                'dest:///', self.cache_base, self.intake.verify)
+        return self.verified
 
     def go_on(self, outgoing):
         self.runs = False
@@ -331,6 +359,98 @@ class AheadTestCase(AheadTestBase):
 
 
 @ddt.ddt
+class ReadAheadTestCase(AheadTestBase):
+    """The destination reads what has come while the guest still runs."""
+
+    def changed(self):
+        return [request.get('changed') for request in self.requests('close')]
+
+    def test_only_what_was_written_since_is_read_again(self):
+        outgoing = self.begin()
+        self.assertEqual(3, self.read_table.call_count)
+        self.assertEqual([1000, 100, 600], [
+            call.args[1] for call in self.read_table.call_args_list])
+        self.write()
+        self.go_on(outgoing)
+        self.assertEqual([[[0, 10]]] * 3, self.changed())
+        self.arrived()
+        expected = self.load().get('disk').expected
+        self.assertEqual([], self.accept())
+        self.assertEqual(
+            (1000, expected.checksum, pump.Known(1000, b'12345678'),
+             [(0, 10)]), self.verify_known.call_args_list[0].args[1:])
+        self.assertIn('after most of it before', self.stdlog.logger.output)
+
+    def test_what_is_not_right_by_that_is_read_in_all(self):
+        self.verify_known.side_effect = [
+            None, exception.StorageTransferMismatch(
+                volume='v', where='w', reason='its checksum is another'),
+            None]
+        self.go_on(self.begin())
+        self.assertEqual(1, len(self.accept()))
+        self.assertIn('its checksum is another', self.stdlog.logger.output)
+
+    def test_destination_does_not_know_it(self):
+        self.answers['greet'] = {'obstacle': None, 'aes': True, 'cuts': True}
+        self.go_on(self.begin())
+        self.assertEqual([None] * 3, self.changed())
+        self.read_table.assert_not_called()
+        self.assertEqual(3, len(self.accept()))
+
+    def test_destination_was_restarted(self):
+        self.go_on(self.begin())
+        self.intake._readings = type(self.intake._readings)()
+        self.assertEqual(3, len(self.accept()))
+
+    @ddt.data('read', 'has_read')
+    def test_failure(self, what):
+        self.answers[what] = exception.StorageIntakeError(
+            host='dest', reason='the disk is slow')
+        self.go_on(self.begin())
+        self.assertEqual([None] * 3, self.changed())
+        self.assertIn('reads all of volume', self.stdlog.logger.output)
+        self.arrived()
+        self.assertEqual(3, len(self.accept()))
+
+    def test_one_fails(self):
+        self.read_table.side_effect = [
+            b'12345678', exception.NovaException('the disk is bad'),
+            b'12345678']
+        self.go_on(self.begin())
+        self.assertEqual([[[0, 10]], None, [[0, 10]]], self.changed())
+        self.assertEqual(['disk.config'], self.accept())
+
+    def test_it_stalls(self):
+        self.answers['has_read'] = {'done': 5, 'ended': False}
+        clock = iter(range(0, 100000, 20))
+        self.stub_out('time.sleep', lambda seconds: None)
+        with mock.patch('time.monotonic', new=lambda: next(clock)):
+            outgoing = self.begin()
+        self.assertIn('read nothing for 60', self.stdlog.logger.output)
+        self.go_on(outgoing)
+        self.arrived()
+
+    def test_cancelled(self):
+        self.answers['has_read'] = {'done': 5, 'ended': False}
+
+        def sleep(seconds):
+            self.migration.status = cancel.CANCELLING
+
+        self.stub_out('time.sleep', sleep)
+        e = self.assertRaises(exception.InstanceFaultRollback, self.begin)
+        self.assertIsInstance(e.inner_exception,
+                              exception.StorageTransferCancelled)
+        self.assert_untouched()
+
+    def test_rest_fails(self):
+        outgoing = self.begin()
+        self.errors['rest'] = [self.broken()]
+        self.go_on(outgoing)
+        # One is made anew, and nothing known of it then.
+        self.assertEqual(1, len(self.accept()))
+
+
+@ddt.ddt
 class KeptTestCase(AheadTestBase):
     """The destination still has an old copy of the root disk."""
 
@@ -351,9 +471,10 @@ class KeptTestCase(AheadTestBase):
         self.prepare = self.useFixture(fixtures.MockPatch(
             'nova.virt.libvirt.storage.intake.kept.prepare', autospec=True,
             side_effect=self._prepare)).mock
-        self.read_table = self.useFixture(fixtures.MockPatch(
-            'nova.virt.libvirt.storage.pump.transfer.read_table',
-            autospec=True, return_value=b'12345678')).mock
+        self.read_again = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pump.transfer.read_again',
+            autospec=True, return_value=(
+                None, pump.Known(1000, b'87654321')))).mock
 
     def _prepare(self, path, length, room, mode):
         # Now it is on record as coming, and left no longer.
@@ -367,7 +488,7 @@ class KeptTestCase(AheadTestBase):
         (_call,) = self.prepare.call_args_list
         self.assertEqual(('/disks/' + self.name, 1000, 1000, 0o644),
                          _call.args)
-        key = self.read_table.call_args.kwargs['key']
+        key = self.read_table.call_args_list[0].kwargs['key']
         self.assertEqual((key, pump.Known(1000, b'12345678')), self.known[0])
         self.assertEqual([(None, None)], self.known[1:][:1])
         self.assertNotIn('delete ' + self.name, self.dest.log)
@@ -380,6 +501,14 @@ class KeptTestCase(AheadTestBase):
         self.go_on(outgoing)
         self.assertEqual([], self.copies)
         self.arrived()
+
+    def test_what_was_written_over_is_read_again(self):
+        outgoing = self.begin()
+        # It was all taken up and is read by the pieces that were sent.
+        self.assertEqual([None] * 3, [
+            request['changed'] for request in self.requests('read')])
+        self.go_on(outgoing)
+        self.assertEqual([], self.accept())
 
     def test_small_disk(self):
         self.flags(storage_migration_precopy=1, group='libvirt')

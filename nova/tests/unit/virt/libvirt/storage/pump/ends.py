@@ -42,7 +42,8 @@ LAST_ERROR = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(CError))
 
 class CEnd(ctypes.Structure):
     _fields_ = [('stream', ctypes.c_void_p), ('recv', RECV),
-                ('recv_hole', RECV_HOLE), ('send', SEND), ('settle', SETTLE),
+                ('recv_hole', RECV_HOLE), ('pass_over', SKIP), ('send', SEND),
+                ('settle', SETTLE),
                 ('send_hole', SEND_HOLE), ('skip', SKIP), ('finish', CLOSE),
                 ('abort', CLOSE), ('stop', STOP), ('last_error', LAST_ERROR)]
 
@@ -76,13 +77,14 @@ class StubStream:
         self.keep = keep
         self.calls = 0
         self.stopped = False
+        self.passed = 0
         self.log = []
         self.written = b''
         new = ctypes.pythonapi.PyCapsule_New
         new.restype = ctypes.py_object
         new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
         self.end = CEnd(None, RECV(self.recv), RECV_HOLE(self.recv_hole),
-                        SEND(self.send),
+                        SKIP(self.pass_over), SEND(self.send),
                         SETTLE() if keep is None else SETTLE(self.settle),
                         SEND_HOLE(self.send_hole), SKIP(self.skip),
                         CLOSE(self.finish),
@@ -114,6 +116,18 @@ class StubStream:
         if self.fail_hole:
             return -1
         length[0] = self.packets.pop(0)
+        return 0
+
+    def pass_over(self, stream, length):
+        self.passed += length
+        while length:
+            packet = self.packets.pop(0)
+            size = packet if isinstance(packet, int) else len(packet)
+            if size > length:
+                self.packets.insert(0, size - length if isinstance(
+                    packet, int) else packet[length:])
+                size = length
+            length -= size
         return 0
 
     def send(self, stream, data, nbytes):

@@ -14,7 +14,9 @@
 
 import ctypes
 import itertools
+import os
 import random
+import tempfile
 
 import ddt
 
@@ -190,7 +192,132 @@ class ChangesTestCase(base.PumpExtensionTestCase):
         self.copy(ends.StubStream([128]), None, 128, table=table)
         disk = Disk(b'')
         disk.end.skip = ends.SKIP()
-        for destination in (None, disk):
-            self.assertRaises(TypeError, self._pump.Copy,
-                              ends.StubStream([128]), destination, 128,
-                              table=table, only_changes=True)
+        self.assertRaises(TypeError, self._pump.Copy,
+                          ends.StubStream([128]), disk, 128,
+                          table=table, only_changes=True)
+
+
+@ddt.ddt
+class BlocksTestCase(base.PumpExtensionTestCase):
+    """Copies that read some blocks alone."""
+
+    def table(self, parts, size=32):
+        content = content_of(parts)
+        table = self._pump.Table(len(content), KEY, block_size=size)
+        self.copy(ends.StubStream(parts), None, len(content), table=table)
+        return table
+
+    # What is written, what is read of it, and the blocks that have changed; a
+    # hole is read as far as it goes.
+    @ddt.data(
+        ('AAAAAAAA', 'AAAAAAAA', [], 0, []),
+        ('AAAAAAAA', 'AAABAAAA', [(3, 1)], 1, [(3, 1)]),
+        ('AAAAAAAA', 'AAAAAAAA', [(3, 1)], 1, []),
+        ('AAAAAAAA', 'BAAAAAAB', [(0, 1), (7, 1)], 2, [(0, 1), (7, 1)]),
+        ('AAAAAAAA', 'ABBBBBBA', [(1, 6)], 6, [(1, 6)]),
+        ('AAAAAAAA', 'AABBBAAA', [(1, 3), (4, 9), (12, 5)], 7, [(2, 3)]),
+        ('AAAAAAAA', 'AA...AAA', [(2, 1)], 3, [(2, 3)]),
+        ('AA....AA', 'AA.B..AA', [(3, 1)], 1, [(3, 1)]),
+        ('A.......', 'A.......', [(0, 1)], 1, []),
+        ('........', '........', [(5, 1)], 3, []))
+    @ddt.unpack
+    def test_what_is_read(self, before, after, blocks, read, changed):
+        table = self.table(letters(before))
+        disk = Disk(content_of(letters(before)))
+        for destination in (disk, None):
+            table = self.table(letters(before))
+            source = ends.StubStream(letters(after))
+            copy = self.copy(source, destination, 256, table=table, slots=3,
+                             slot_size=128, only_changes=True, blocks=blocks)
+            self.assertEqual(256 - read * 32, source.passed)
+            self.assertEqual(changed, table.changed)
+            self.assertEqual(256, copy.transferred)
+            self.assertEqual(self._pump.checksum(letters(after), KEY),
+                             copy.checksum)
+        self.assertEqual(content_of(letters(after)), bytes(disk.content))
+
+    def test_what_changed_unseen(self):
+        # It stands in the table as it was, and so in the checksum.
+        table = self.table(letters('AAAA'))
+        copy = self.copy(ends.StubStream(letters('BBBA')), None, 128,
+                         table=table, only_changes=True, blocks=[(1, 1)])
+        self.assertEqual(self._pump.checksum(letters('ABAA'), KEY),
+                         copy.checksum)
+
+    @ddt.data(1, 31, 33, 100)
+    def test_last_block_is_read_unless_it_is_whole(self, more):
+        parts = [b'A' * 96, b'B' * more]
+        table = self.table(parts)
+        source = ends.StubStream(parts)
+        copy = self.copy(source, None, 96 + more, table=table,
+                         only_changes=True, blocks=[])
+        self.assertEqual(96 + more - more % 32, source.passed)
+        self.assertEqual(self._pump.checksum(parts, KEY), copy.checksum)
+
+    def test_whatever_was_and_is(self):
+        chance = random.Random(6)
+        for _n in range(300):
+            size = chance.choice((32, 64))
+            length = chance.choice((1, 64, 65, 1000, 2048))
+            before = bytearray(chance.randbytes(length))
+            table = self.table([bytes(before)], size)
+            grown = length + chance.choice((0, 0, 1, 300))
+            after = before.ljust(grown, b'\0')
+            disk = Disk(bytes(after))
+            table.grow(grown)
+            blocks = []
+            for _write in range(chance.randrange(5)):
+                at = chance.randrange(grown)
+                end = min(grown, at + chance.randrange(1, 100))
+                after[at:end] = chance.choice((
+                    bytes(end - at), chance.randbytes(end - at)))
+                blocks.append((at // size, (end - 1) // size - at // size + 1))
+            packets, at = [], 0
+            while at < grown:
+                piece = bytes(after[at:at + chance.choice((32, 50, 400))])
+                packets.append(piece if any(piece) else len(piece))
+                at += len(piece)
+            copy = self.copy(
+                ends.StubStream(packets), disk, grown, table=table,
+                only_changes=True, blocks=blocks, slots=2,
+                slot_size=chance.choice((size, 128, 1024)))
+            self.assertEqual(bytes(after), bytes(disk.content))
+            self.assertEqual(self._pump.checksum([bytes(after)], KEY),
+                             copy.checksum)
+            self.assertEqual(test_table.values_of(bytes(after), size),
+                             table.values)
+
+    def test_of_a_file(self):
+        content = bytearray(random.Random(8).randbytes(5 << 16))
+        with tempfile.TemporaryFile() as file:
+            file.write(content)
+            file.truncate(8 << 16)
+            file.flush()
+            table = self._pump.Table(8 << 16, KEY)
+            self.copy(self._pump.File(file.fileno(), 8 << 16), None, 8 << 16,
+                      table=table)
+            for block in (1, 4, 6):
+                os.pwrite(file.fileno(), b'new', (block << 16) + 100)
+            for blocks, changed in (([(0, 2)], [(1, 1)]),
+                                    ([(4, 1)], [(4, 1)]), ([(6, 1)], [(6, 1)]),
+                                    ([], [])):
+                copy = self.copy(
+                    self._pump.File(file.fileno(), 8 << 16, sync=True), None,
+                    8 << 16, table=table, only_changes=True, blocks=blocks)
+                self.assertEqual(changed, table.changed)
+            file.seek(0)
+            self.assertEqual(self._pump.checksum([file.read()], KEY),
+                             copy.checksum)
+
+    def test_not_of_what_has_to_be_read_from_end_to_end(self):
+        table = self.table(letters('AAAA'))
+        source = ends.StubStream([128])
+        source.end.pass_over = ends.SKIP()
+        self.assertRaises(TypeError, self._pump.Copy, source, None, 128,
+                          table=table, only_changes=True, blocks=[])
+        self.assertRaises(ValueError, self._pump.Copy, ends.StubStream([128]),
+                          None, 128, table=table, blocks=[])
+        for blocks in ([(-1, 1)], [(1, -1)], [('a', 1)], [1], 5):
+            self.assertRaises((TypeError, ValueError), self._pump.Copy,
+                              ends.StubStream([128]), None, 128, table=table,
+                              only_changes=True, blocks=blocks)

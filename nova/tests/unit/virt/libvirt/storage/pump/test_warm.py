@@ -107,6 +107,19 @@ class WarmCopyTestCase(test_nbd.WorkerTestCase):
         self.assertLess(result.data, length)
         self.check(source, result)
 
+    def test_what_has_changed(self):
+        content = bytearray(os.urandom(4 * MIB))
+        source = self.source(bytes(content))
+        copy = self.warm(source, self.serve(4 * MIB), 4 * MIB)
+        self.assertIsNone(copy.first(self.watch()).changed)
+        for at in (70000, 140000, 3 * MIB):
+            content[at:at + 5] = b'other'
+        self.source(bytes(content))
+        result = copy.rest(4 * MIB, self.watch())
+        self.assertEqual([(65536, 131072), (3 * MIB, 65536)],
+                         [tuple(part) for part in result.changed])
+        self.check(source, result)
+
     def test_all_is_rewritten(self):
         source = self.source(os.urandom(8 * MIB))
         copy = self.warm(source, self.serve(8 * MIB), 8 * MIB)

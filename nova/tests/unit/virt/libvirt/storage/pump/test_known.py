@@ -1,0 +1,118 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""What was read of a volume before, and what has changed since."""
+
+import os
+from unittest import mock
+
+import ddt
+
+from nova import exception
+from nova.tests.unit.virt.libvirt.storage.pump import test_nbd
+from nova.virt.libvirt.storage.pump import transfer as pump
+from nova.virt.libvirt.storage.pump import worker
+
+MIB = 1 << 20
+KEY = 77
+
+
+@ddt.ddt
+class KnownTestCase(test_nbd.WorkerTestCase):
+    def setUp(self):
+        super().setUp()
+        self.content = bytearray(os.urandom(2 * MIB) + bytes(2 * MIB))
+        self.volume = self.source(bytes(self.content))
+        self.known = pump.Known(4 * MIB, pump.read_table(
+            self.volume, 4 * MIB, key=KEY))
+
+    def write(self, at, data):
+        self.content[at:at + len(data)] = data
+        self.source(bytes(self.content))
+
+    def read(self, changed, length=4 * MIB):
+        result, known = pump.read_again(
+            self.volume, length, self.known, changed, key=KEY)
+        self.assertEqual(length, result.length)
+        return result, known
+
+    def checksum(self, length=4 * MIB):
+        return pump.read(self.volume, length, key=KEY).checksum
+
+    @ddt.data([], [(0, 1)], [(65530, 10), (3 * MIB, 100)], [(0, 4 * MIB)])
+    def test_nothing_has_changed(self, changed):
+        result, known = self.read(changed)
+        self.assertEqual((0, [], self.checksum(), self.known), (
+            result.data, list(result.changed), result.checksum, known))
+
+    def test_what_has_changed_is_read(self):
+        self.write(65530, b'0123456789')
+        self.write(3 * MIB, b'new')
+        result, known = self.read([(65530, 10), (3 * MIB, 3)])
+        self.assertEqual(self.checksum(), result.checksum)
+        self.assertEqual([[0, 131072], [3 * MIB, 65536]], result.changed)
+        self.known = known
+        self.assertEqual(self.checksum(), self.read([])[0].checksum)
+
+    def test_nothing_else_is(self):
+        before = self.checksum()
+        self.write(65536, b'unseen')
+        self.assertEqual(before, self.read([(0, 65536)])[0].checksum)
+
+    def test_less_is_there_than_was(self):
+        # An image was made longer than it came to be.
+        del self.content[2 * MIB + 700:]
+        self.write(2 * MIB + 500, b'the end')
+        result, _known = self.read([(2 * MIB + 500, 7)], 2 * MIB + 700)
+        self.assertEqual(self.checksum(2 * MIB + 700), result.checksum)
+
+    def test_verified(self):
+        self.write(100, b'new')
+        pump.verify_known(self.volume, 4 * MIB, self.checksum(), self.known,
+                          [(100, 3)], key=KEY)
+
+    def _verify_in_vain(self, checksum):
+        e = self.assertRaises(
+            exception.StorageTransferMismatch, pump.verify_known, self.volume,
+            4 * MIB, checksum, self.known, [], key=KEY)
+        self.assertIn(self.volume.name, str(e))
+
+    def test_not_what_was_sent(self):
+        self._verify_in_vain(self.checksum() ^ 1)
+
+    def test_changed_where_nobody_said_so(self):
+        self.write(100, b'new')
+        self._verify_in_vain(self.checksum())
+
+    @ddt.data(('short', 0), ('libvirt', 50))
+    @ddt.unpack
+    def test_volume_is_not_what_it_was(self, kind, code):
+        error = exception.StorageTransferError(
+            volume='v', where='w', side='source', operation='receive',
+            reason='r', length=1, transferred=0)
+        error.kind, error.code = kind, code
+        with mock.patch.object(pump, 'read_again', autospec=True,
+                               side_effect=error):
+            self._verify_in_vain(1)
+
+    def test_ranges_that_are_joined(self):
+        ranges = [(n << 20, 65536) for n in range(100)]
+        self.assertEqual(ranges, worker.joined(ranges, 100))
+        for most in (99, 50, 1):
+            found = worker.joined(ranges, most)
+            self.assertLessEqual(len(found), most)
+            for start, length in ranges:
+                self.assertTrue(any(
+                    first <= start and start + length <= first + n
+                    for first, n in found))
+        self.assertEqual([(0, 65536 * 3), (1 << 20, 1)], worker.joined(
+            [(0, 65536), (131072, 65536), (1 << 20, 1)], 2))

@@ -52,6 +52,11 @@ class NbdCase(MovesCase):
 
     def setUp(self):
         super().setUp()
+        # A compute that has lost its libvirt takes nothing until it looks.
+        self.wait_for(lambda: all(
+            service.status == 'enabled' for service in
+            self.cloud.conn.compute.services(binary='nova-compute')),
+            what='enabled computes')
         for host, other in ((self.a, self.b), (self.b, self.a)):
             self.assertNotEqual(0, host.run(
                 ['virsh', '-c', host.uri(other), 'list'],

@@ -240,6 +240,7 @@ class TestOnAVolumeGroup(storage_pools.StoragePoolsTestBase):
         self.start_compute()
         self.group = self.connections['compute1'].volume_group('vg')
         self.stub_out('nova.privsep.fs.lvorigins', self.group.lvorigins)
+        self.stub_out('nova.privsep.fs.vginfo', self.group.vginfo)
 
     def _get_connection(self, *args, **kwargs):
         connection = super()._get_connection(*args, **kwargs)

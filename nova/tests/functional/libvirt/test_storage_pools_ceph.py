@@ -15,6 +15,7 @@ from unittest import mock
 
 import fixtures
 
+from nova import exception
 from nova import objects
 from nova.tests.fixtures import ceph
 from nova.tests.functional.libvirt import storage_pools
@@ -286,10 +287,9 @@ class TestCephIsAway(CephTestBase):
         self.assert_on('compute1', server)
 
 
-class TestRefused(CephTestBase):
+class RefusedTestBase(CephTestBase):
     """A disk that can't come stays where it is, and runs on."""
 
-    ceph_pools = {'compute1': 'nova', 'compute2': None}
     # An error on a host is none of the API.
     CAST_AS_CALL = False
 
@@ -299,33 +299,148 @@ class TestRefused(CephTestBase):
         self.wait_for_refusal(server)
         self.assert_told(server, *words)
 
-    def test_out_of_ceph(self):
-        server = self.boot_with_all()
-        self.refuse(
-            server, 'choose a host with the same Ceph pool',
-            '%s/nova here, no Ceph pool there' % self.ceph.fsid)
-        self.assert_on('compute1', server)
 
-
-class TestRefusedIntoCeph(TestRefused):
+class TestRefusedIntoCeph(RefusedTestBase):
 
     ceph_pools = {'compute1': None, 'compute2': 'nova'}
 
-    def test_out_of_ceph(self):
+    def test_into_ceph(self):
+        """The source has no pool by which it could reach Ceph."""
         server = self.boot()
-        self.refuse(server, 'choose a host with the same Ceph pool')
+        self.refuse(
+            server, 'choose a host with the same Ceph pool',
+            'no Ceph pool here, %s/nova there' % self.ceph.fsid)
         self.assertEqual({}, self.images)
 
 
-class TestRefusedOtherPool(TestRefused):
+class TestRefusedOtherPool(RefusedTestBase):
 
     ceph_pools = {'compute1': 'nova', 'compute2': 'other'}
 
-    def test_out_of_ceph(self):
+    def test_other_pool(self):
         server = self.boot_with_all()
         self.refuse(server, '%s/nova' % self.ceph.fsid,
                     '%s/other' % self.ceph.fsid)
         self.assert_on('compute1', server)
+
+
+class BetweenKindsTestBase(CephTestBase):
+    """From a directory into Ceph, and back."""
+
+    ceph_pools = {'compute1': None, 'compute2': 'nova'}
+
+    def setUp(self):
+        super().setUp()
+        self.flags(use_cow_images=False)
+        self.fails = False
+        self.stub_out('nova.virt.libvirt.storage.move.convert.run',
+                      self.qemu_img)
+
+    def _get_connection(self, *args, **kwargs):
+        connection = super()._get_connection(*args, **kwargs)
+        if kwargs['hostname'] == 'compute1':
+            connection.storagePoolDefineXML((POOL % 'nova').replace(
+                'nova-disks-pool', 'over-ceph')).create(0)
+        return connection
+
+    def qemu_img(self, command, watch, names, good=(0,)):
+        source, target = command[-2:]
+        if command[1] == 'compare':
+            return int(self.read(source) != self.read(target))
+        if self.fails:
+            raise exception.StorageTransferError(
+                side='destination', reason='full', transferred=0, **names)
+        if target.startswith('rbd:'):
+            self.image_at(target).content = self.read(source)
+        else:
+            with open(target, 'r+b') as f:
+                f.write(self.read(source))
+        return 0
+
+    def image_at(self, path):
+        return self.images[path.split(':')[1].removeprefix('nova/')]
+
+    def read(self, path):
+        """What the test has written is not behind that."""
+        if path.startswith('rbd:'):
+            return self.image_at(path).content
+        with open(path, 'rb') as f:
+            return f.read(2 << 20).rstrip(b'\0')
+
+    def boot_with_all(self):
+        server = self.boot(ephemeral=1, swap=64)
+        self.write('compute1', server, 'disk', b'guest')
+        return server
+
+    def assert_in_directory(self, server):
+        self.assertEqual({}, self.images)
+        self.assertEqual(NAMES, self.volumes('compute1', server))
+        self.assertEqual(
+            {('libvirt-storage', 'ready', 'compute1')},
+            {(record.backend, record.state, record.host)
+             for record in self.records(server).values()})
+        self.assertEqual(b'guest', self.content(
+            'compute1', server, 'disk', 5, storage_pools.GUEST))
+        self.assertEqual({None}, {
+            record.previous for record in self.records(server).values()})
+
+    def assert_in_ceph(self, server):
+        self.assertEqual({'%s_%s' % (server['id'], name) for name in NAMES},
+                         set(self.images))
+        image = self.images[server['id'] + '_disk']
+        self.assertEqual(
+            b'guest', image.content[storage_pools.GUEST:])
+        self.assertEqual(({}, 1 << 30), (image.snapshots, image.size))
+        self.assertEqual(
+            {('libvirt-storage-rbd', 'raw', 'ready', 'compute2')},
+            {(record.backend, record.format, record.state, record.host)
+             for record in self.records(server).values()})
+
+
+class TestBetweenKinds(BetweenKindsTestBase):
+
+    def test_there_and_back_again(self):
+        server = self.boot_with_all()
+        self._migrate_server(server)
+        self.assert_in_ceph(server)
+        self.assertEqual(NAMES, self.volumes('compute1', server))
+        self._confirm_resize(server)
+        self.assert_in_ceph(server)
+        self.assertEqual([], self.files('compute1'))
+        self._reboot_server(server, hard=True)
+        self.assert_in_ceph(server)
+        self._migrate_server(server)
+        self._confirm_resize(server)
+        self.assert_in_directory(server)
+        self._delete_server(server)
+        self.assertEqual([], self.files('compute1'))
+
+    def test_revert(self):
+        server = self.boot_with_all()
+        self._migrate_server(server)
+        self.images[server['id'] + '_disk'].content = b'lost'
+        self._revert_resize(server)
+        self.assert_in_directory(server)
+        self._reboot_server(server, hard=True)
+        self.assert_in_directory(server)
+
+
+class TestBetweenKindsFails(BetweenKindsTestBase):
+    """The server is whole where it was, and the next try succeeds."""
+
+    # An error on a host is none of the API.
+    CAST_AS_CALL = False
+
+    def test_failure(self):
+        server = self.boot_with_all()
+        self.fails = True
+        self.api.post_server_action(
+            server['id'], {'migrate': {'host': 'compute2'}})
+        self.wait_for_refusal(server)
+        self.assert_in_directory(server)
+        self.fails = False
+        self._migrate_server(server)
+        self.assert_in_ceph(server)
 
 
 class TestTakeOver(CephTestBase):

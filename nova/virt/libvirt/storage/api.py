@@ -190,6 +190,17 @@ class LocalDisks:
         disks.start_pools()
         return disks
 
+    def check_stays(self, instance) -> None:
+        """Check a guest that is to be powered off, suspended or unpaused.
+
+        :raises: exception.DisksMayBeElsewhere,
+            exception.InvalidDiskMetadata
+        """
+        settle.check_stays(
+            self._local.host, instance,
+            lambda: metadata.InstanceDisks.load(
+                nova_context.get_admin_context(), instance))
+
     def check_reboot(self, context, instance,
                      block_device_info) -> reboot.Reboot:
         """Find what would keep a guest from starting, while it still runs.
@@ -310,12 +321,29 @@ class LocalDisks:
         for instance in instances if cut_off else ():
             if instance.uuid in cut_off:
                 cut_off.remove(instance.uuid)
+                if self._is_leaving(instance):
+                    continue
                 capture.recover(
                     self._local.host, instance,
                     self._interfaces(instance, nics_of(instance)))
         for uuid in cut_off:
             # Nobody has its guest here any more.
             capture.end(uuid)
+
+    def _is_leaving(self, instance):
+        """Whether a live migration of later on keeps a guest from going on."""
+        try:
+            disks = metadata.InstanceDisks.load(
+                nova_context.get_admin_context(), instance)
+            if not settle.is_open(self._local.host, disks):
+                return False
+            reason: ty.Any = 'a live migration of it is open'
+        except exception.NovaException as e:
+            reason = e
+        LOG.warning('What is left of saving the guest with its memory is put '
+                    'right at the next start of nova-compute: %s', reason,
+                    instance=instance)
+        return True
 
     def live_boot(self, context, instance,
                   image_api) -> spawn.Spawn | None:
@@ -424,9 +452,10 @@ class LocalDisks:
         """On the source: delete what was kept for a revert."""
         if not self._has_pools:
             return
-        source.confirm(context, self._connection(), instance)
         root = metadata.InstanceDisks.load(context, instance).get('disk')
-        if root is not None and root.is_on_ceph:
+        source.confirm(context, self._connection(), instance)
+        if (root is not None and root.is_on_ceph and
+                not root.came_into_ceph):
             self._local.image_backend.by_name(
                 instance, 'disk',
                 disk_info_mapping={'metadata': root}).remove_snap(

@@ -28,8 +28,10 @@ from nova.objects import fields
 from nova.virt.image import model as imgmodel
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt.storage import image
+from nova.virt.libvirt.storage.move import offer
 from nova.virt.libvirt.storage.pool import ceph as ceph_pool
 from nova.virt.libvirt.storage.pool import setup
+from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import metadata
 
 CONF = nova.conf.CONF
@@ -136,15 +138,15 @@ class LibvirtStorageRbd(imagebackend.Rbd, image.LibvirtStorage):
 
         :param size: as the other parameter of LibvirtStorage.metadata()
         """
+        taken = (self.disk_info_mapping or {}).get('taken', ())
         if (self.instance.task_state == task_states.REBUILD_SPAWNING and
-                self._is_there()):
+                self.volume_name not in taken and self._is_there()):
             # Evacuated from a host that had it on no record: it is the disk.
             state, volume = fields.LibvirtDiskState.READY, self.volume_name
         else:
             state = fields.LibvirtDiskState.BUILDING
             volume = self._get_pool(self.pool_name).free_name(
-                self.volume_name,
-                (self.disk_info_mapping or {}).get('taken', ()))
+                self.volume_name, taken)
         return metadata.LibvirtDiskMetadata(
             backend=self.RECORDED_AS, format=self._get_new_format(),
             size=size, state=state, host=CONF.host, pool=self.pool_name,
@@ -171,6 +173,24 @@ class LibvirtStorageRbd(imagebackend.Rbd, image.LibvirtStorage):
             key and key.encode(),
             ['%s:%s' % (ceph_pool.bracketed(host), port)
              for host, port in self.ceph.monitors])
+
+    # What a revert of a resize goes back to
+
+    def create_snap(self, name):
+        # What this was converted from is kept until the resize is confirmed.
+        if self.record is None or not self.record.came_into_ceph:
+            super().create_snap(name)
+
+    def rollback_to_snap(self, name):
+        if not self._was_copied():
+            super().rollback_to_snap(name)
+
+    def _was_copied(self):
+        """Whether the guest has run with a copy in another kind of pool."""
+        told = offer.load(self.instance)
+        pool = told and told.pools.get(told.pool_for(
+            kinds.of(self.disk_name)))
+        return pool is not None and pool.ceph is None
 
     def discard(self):
         self.delete()

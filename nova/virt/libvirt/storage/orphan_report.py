@@ -9,7 +9,7 @@
 #    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 #    License for the specific language governing permissions and limitations
 #    under the License.
-"""What nova-manage tells, and deletes, of volumes that no instance has here.
+"""What nova-manage tells, and deletes, of what no instance has here.
 
 For the host on which it is called: only its libvirt knows its volumes. What
 is on record of them the conductor says, as to nova-compute; so this needs no
@@ -38,7 +38,7 @@ CONF = nova.conf.CONF
 
 
 class Found(ty.NamedTuple):
-    """What lies in a host's storage pools.
+    """What lies in a host's storage pools, and beside them.
 
     :ivar orphans: list of orphans.Orphan
     :ivar unread: list of orphans.Unread: there may be more in these pools
@@ -63,13 +63,14 @@ class Found(ty.NamedTuple):
         table = prettytable.PrettyTable(orphans.Orphan._fields)
         table.align = 'l'
         for orphan in self.orphans:
-            table.add_row([*orphan[:3], orphan.kind.value])
+            table.add_row([orphan.pool or '-', *orphan[1:3],
+                           orphan.kind.value])
         return str(table)
 
 
 def look(context: 'nova_context.RequestContext',
          delete: bool = False) -> Found:
-    """Look for volumes in this host's pools that no instance has here.
+    """Look for volumes and directories that no instance has on this host.
 
     :param context: an admin's
     :param delete: whether to delete those that are certainly left over

@@ -9,11 +9,12 @@
 #    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 #    License for the specific language governing permissions and limitations
 #    under the License.
-"""Volumes on a host that none of its instances has.
+"""Volumes, and directories, on a host that none of its instances has.
 
 A host that was away when an instance was confirmed, or deleted on another
-host, keeps volumes which nobody asks it to delete any more. They are told by
-the UUID that their names begin with; only what is certain is ever deleted.
+host, keeps volumes which nobody asks it to delete any more, and the instance's
+directory. They are told by the UUID that their names begin with; only what is
+certain is ever deleted.
 """
 
 import enum
@@ -22,10 +23,13 @@ import typing as ty
 
 from oslo_log import log as logging
 
+from nova.compute import task_states
+from nova.compute import vm_states
 import nova.conf
 from nova import exception
 from nova.i18n import _
 from nova import objects
+from nova.virt.libvirt.storage import instance_directories as directories
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.records import keeping
 from nova.virt.libvirt.storage.records import leftovers
@@ -36,6 +40,9 @@ LOG = logging.getLogger(__name__)
 
 _OWNED = re.compile(
     r'(?P<uuid>[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})_.+')
+
+_MOVING = (*task_states.resizing_states, task_states.RESIZE_CONFIRMING,
+           task_states.RESIZE_REVERTING, task_states.MIGRATING)
 
 
 class Kind(enum.Enum):
@@ -48,28 +55,28 @@ class Kind(enum.Enum):
 
 
 class Orphan(ty.NamedTuple):
-    """A volume whose instance is not on this host.
+    """A volume, or a directory, whose instance is not on this host.
 
-    :ivar pool: name of the storage pool
-    :ivar volume: the volume's name
+    :ivar pool: name of the storage pool; None of a directory
+    :ivar volume: the volume's name; the directory's path
     :ivar instance_uuid: whose it was
     :ivar kind: a Kind
     """
-    pool: str
+    pool: str | None
     volume: str
     instance_uuid: str
     kind: Kind
 
 
 class Unread(ty.NamedTuple):
-    """A storage pool that was passed over, and why."""
+    """A storage pool, or instances_path, that was passed over, and why."""
     pool: str
     reason: str
 
 
 def find(context, connection, own,
          unread: list[Unread] | None = None) -> list[Orphan]:
-    """List the volumes of instances that are not on this host.
+    """List the volumes and directories of instances not on this host.
 
     :param context: an admin's
     :param connection: this host's libvirt
@@ -79,12 +86,15 @@ def find(context, connection, own,
     """
     return sorted(_find(context, connection, own,
                         [] if unread is None else unread),
-                  key=lambda orphan: orphan[:2])
+                  key=lambda orphan: (orphan.pool or '', orphan.volume))
 
 
 def _find(context, connection, own, unread) -> ty.Iterator[Orphan]:
     """Find them, one instance after the other."""
-    by_uuid: dict[str, list[tuple[str, str]]] = {}
+    by_uuid: dict[str, list[tuple[str | None, str]]] = {}
+    for path, uuid in _directories(unread):
+        if uuid not in own:
+            by_uuid.setdefault(uuid, []).append((None, path))
     for pool in storage_pool.list_pools(connection, CONF.host):
         for name in _names(pool, unread):
             match = _OWNED.fullmatch(name)
@@ -98,7 +108,7 @@ def _find(context, connection, own, unread) -> ty.Iterator[Orphan]:
 
 
 def sweep(context, connection, own) -> list[Orphan]:
-    """Delete the volumes that are certainly left over, each with a log line.
+    """Delete what is certainly left over, each with a log line.
 
     :param context: as for find(), as are the others
     :returns: what is gone
@@ -119,6 +129,13 @@ def delete(connection, orphans: list[Orphan]) -> list[Orphan]:
     for orphan in orphans:
         if orphan.kind is not Kind.LEFT_OVER:
             continue
+        if orphan.pool is None:
+            LOG.warning('Deleting directory %(path)s: it is left over of '
+                        'instance %(uuid)s',
+                        {'path': orphan.volume, 'uuid': orphan.instance_uuid})
+            if directories.delete(orphan.volume):
+                gone.append(orphan)
+            continue
         LOG.warning('Deleting volume %(volume)s from storage pool %(pool)s: '
                     'it is left over of instance %(uuid)s',
                     {'volume': orphan.volume, 'pool': orphan.pool,
@@ -127,6 +144,15 @@ def delete(connection, orphans: list[Orphan]) -> list[Orphan]:
                 connection, CONF.host, [(orphan.pool, orphan.volume)], None):
             gone.append(orphan)
     return gone
+
+
+def _directories(unread):
+    try:
+        return directories.find()
+    except OSError as e:
+        LOG.warning('Directories that are left over are not looked for: %s', e)
+        unread.append(Unread(CONF.instances_path, str(e)))
+    return []
 
 
 def _names(pool, unread):
@@ -144,8 +170,8 @@ def _names(pool, unread):
 
 
 def _kinds_of(context, connection,
-              uuid) -> ty.Callable[[tuple[str, str]], Kind]:
-    """Return what tells the kind of an instance's volume by its place."""
+              uuid) -> ty.Callable[[tuple[str | None, str]], Kind]:
+    """Return what tells the kind of what is at a place: (pool, volume)."""
     try:
         instance = objects.Instance.get_by_uuid(
             context.elevated(read_deleted='yes'), uuid)
@@ -153,7 +179,10 @@ def _kinds_of(context, connection,
         # Purged from the database, or never of this cloud.
         return lambda place: Kind.UNKNOWN
     if instance.deleted:
-        return lambda place: Kind.LEFT_OVER
+        # An operator may have the guests of deleted instances kept.
+        kind = (Kind.UNKNOWN if _has_guest(connection, instance) else
+                Kind.LEFT_OVER)
+        return lambda place: kind
     if CONF.host in (instance.host, instance.node):
         return lambda place: Kind.UNKNOWN
     try:
@@ -167,7 +196,8 @@ def _kinds_of(context, connection,
 def _has_guest(connection, instance):
     """Whether libvirt has, or may have, a guest of an instance here.
 
-    An operator may have said of a live migration that it had not come.
+    An operator may have said of a live migration that it had not come, or
+    have running_deleted_instance_action keep it.
     """
     try:
         return instance.uuid in {domain.UUIDString() for domain in
@@ -198,6 +228,8 @@ def _by_records(connection, disks):
               if keeping.is_possible(connection, place[0])}
 
     def kind_of(place):
+        if place[0] is None:
+            return _kind_of_directory(disks.instance, place[1])
         if place in moving:
             return Kind.MOVE
         if place in kept:
@@ -212,3 +244,16 @@ def _by_records(connection, disks):
         return Kind.UNKNOWN
 
     return kind_of
+
+
+def _kind_of_directory(instance, path):
+    """Tell why the directory of an instance on another host is here.
+
+    Never that it is left over: disks that are in no pool are in there, and
+    this host may export the file system to that one.
+    """
+    if (instance.vm_state != vm_states.RESIZED and
+            instance.task_state not in _MOVING):
+        return Kind.UNKNOWN
+    return (Kind.REVERT if directories.is_of_before_a_resize(path) else
+            Kind.MOVE)

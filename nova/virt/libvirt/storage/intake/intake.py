@@ -48,6 +48,8 @@ LOG = logging.getLogger(__name__)
 _REACH_TIMEOUT = 15
 # More than a disk needs; the pump has one.
 _MOST_CONNECTIONS = 8
+# Ports for one server on which its source is waited for.
+_MOST_REACHING = 4
 
 
 def cpu_has_aes() -> bool:
@@ -84,6 +86,10 @@ class Intake:
         # those whose disks are being changed by this service itself
         self._handed_over: set[str] = set()
         self._changing: collections.Counter[str] = collections.Counter()
+        # by UUID of the instance, ports on which its source is waited for
+        self._reaching: collections.Counter[str] = collections.Counter()
+        # places whose volumes are being read for _tables
+        self._taken_up: set[tuple[str, str, str]] = set()
         self._tables = kept.Tables()
         self._readings = reading.Readings()
 
@@ -136,12 +142,33 @@ class Intake:
         :returns: address and port, on which the next seconds somebody answers
         """
         request.check_under_way()
-        listening = listener.listen(self._get_address(), 1)
-        port = listener.port_of(listening)
-        thread_pool_factory.spawn_on(
-            thread_pool_factory.ExecutorType.STORAGE_MIGRATION,
-            _answer_one, listening)
+        uuid = request.instance.uuid
+        with self._lock:
+            # Each holds a thread that copies need, too.
+            if self._reaching[uuid] >= _MOST_REACHING:
+                raise request.refused(_("earlier ports still wait for it"))
+            self._reaching[uuid] += 1
+        try:
+            listening = listener.listen(self._get_address(), 1)
+            port = listener.port_of(listening)
+            thread_pool_factory.spawn_on(
+                thread_pool_factory.ExecutorType.STORAGE_MIGRATION,
+                self._answer_one, listening, uuid)
+        except Exception:
+            with excutils.save_and_reraise_exception():
+                self._reached(uuid)
         return [self._get_address(), port]
+
+    def _answer_one(self, listening, uuid):
+        try:
+            _answer_one(listening)
+        finally:
+            self._reached(uuid)
+
+    def _reached(self, uuid):
+        with self._lock:
+            self._reaching[uuid] -= 1
+            self._reaching += collections.Counter()
 
     def _look(self, request):
         request.check_under_way()
@@ -280,7 +307,8 @@ class Intake:
         with self._change(request):
             room = self._volumes(request).take_up()
         volume = pump.Volume(self._uri, *place[1:])
-        table = kept.read(volume, room, key)
+        with self._alone(request, place):
+            table = kept.read(volume, room, key)
         self._tables.add(place, table)
         self._readings.put(place, reading.Reading(volume, room, key, table))
         LOG.info('Volume %(volume)s of storage pool %(pool)s was kept here: '
@@ -288,6 +316,18 @@ class Intake:
                  {'volume': place[2], 'pool': place[1]},
                  instance=request.instance)
         return {'bytes': len(table)}
+
+    @contextlib.contextmanager
+    def _alone(self, request, place):
+        with self._lock:
+            if place in self._taken_up:
+                raise request.refused(_("the volume is being read"))
+            self._taken_up.add(place)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._taken_up.discard(place)
 
     def _table(self, request):
         """Tell what stands in a volume.

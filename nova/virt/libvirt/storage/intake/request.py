@@ -47,6 +47,8 @@ _LONGEST = 2
 _LONGEST_MORE = units.Gi
 # Places of a disk that were written to; the pump tells fewer.
 _MOST_CHANGED = 8192
+# Volumes that are deleted at once; a server has a few disks.
+_MOST_PLACES = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,8 +246,10 @@ class Request:
         allowed = {(record.pool, record.volume) for record in self._coming()
                    if not self._is_of_another(record)}
         allowed.update(leftovers.on_host(disks, CONF.host))
-        found = []
-        for place in self.get('places', list):
+        found, places = [], self.get('places', list)
+        if len(places) > _MOST_PLACES:
+            raise self.refused(_("%d places") % len(places))
+        for place in places:
             # Lists can't be looked up, nor be what is allowed.
             place = tuple(map(str, place)) if isinstance(place, list) else ()
             if place not in allowed:

@@ -94,6 +94,9 @@ class Volumes:
         taken = self._request.get('taken', list)
         if len(taken) > _MOST_TAKEN:
             raise self._request.refused(_("%d names") % len(taken))
+        if not all(isinstance(name, str) for name in taken):
+            raise self._request.refused(
+                _("%d names, not all of them text") % len(taken))
         pool = self._pool()
         return pool.free_name(wanted, {*taken, *pool.file_names()})
 

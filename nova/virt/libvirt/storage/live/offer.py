@@ -56,7 +56,8 @@ def make(connection, instance, disks, address) -> dict:
     try:
         taking = {name: _checked(connection, name)
                   for name in set(pools.values())}
-        probes = sharing.make_probes(connection, instance.uuid, disks)
+        probes = sharing.make_probes(
+            connection, instance.uuid, disks, pool_names=set(taking))
         by_pool = _by_pool(taking, probes)
         takes_links = (takes_legacy and has_files and
                        _takes_links(taking, by_pool))

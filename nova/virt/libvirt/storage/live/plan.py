@@ -288,24 +288,19 @@ class Plan:
         if not info.backing_file:
             return
         image_cache.checked_base(info.backing_file)
-        if base_image.is_kept(self._instance, disk.name, info.backing_file):
+        if base_image.is_kept(
+                self._instance, disk.name, info.backing_file) and (
+                    base_image.can_be_had(
+                        self._context, self._instance,
+                        base_image.pool(self._local.get_connection()))):
             disk.base = imagecache.get_cache_fname(self._instance.image_ref)
-            self._check_base()
             return
+        # The image may be out of reach for this request alone: a command
+        # line has no user's token.
         growth = base_image.growth_of(info)
         disk.allocation += growth
         directory = os.path.dirname(path)
         self._growth[directory] = growth + self._growth.get(directory, 0)
-
-    def _check_base(self):
-        if not base_image.can_be_had(
-                self._context, self._instance,
-                base_image.pool(self._local.get_connection())):
-            raise refused(_(
-                'choose another host that has image %(image)s, or migrate '
-                'the server cold: the image is neither in Glance nor in the '
-                'image cache of host %(host)s'),
-                image=self._instance.image_ref, host=CONF.host)
 
     def _check_room(self):
         for directory, needed in self._growth.items():

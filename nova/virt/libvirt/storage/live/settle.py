@@ -113,11 +113,7 @@ def settle(context, host, disks) -> None:
         guest = None
     if guest is None:
         if record.host == CONF.host:
-            raise exception.DisksMayBeElsewhere(
-                instance_uuid=instance.uuid, host=CONF.host,
-                dest=coming.host, volumes=', '.join(
-                    '%s/%s' % (other.next.pool, other.next.volume)
-                    for _name, other in moving))
+            raise _elsewhere(instance, moving)
         return
     if coming.host == CONF.host and record.host != CONF.host:
         if _runs_with(guest, moving):
@@ -130,6 +126,26 @@ def settle(context, host, disks) -> None:
                     coming.host, instance=instance)
         evacuation.forget_next(disks)
     disks.save(context)
+
+
+def is_open(host, disks) -> bool:
+    """Whether a guest here may be leaving, or may run on another host.
+
+    Nobody but the migration, or an operator, may let it go on then.
+
+    :param host: the Host of this compute
+    :param disks: the instance's InstanceDisks
+    :raises: exception.InvalidDiskMetadata; what the Host raises if libvirt
+        doesn't answer
+    """
+    if not any(record.host == CONF.host for _name, record in going(disks)):
+        return False
+    try:
+        guest = host.get_guest(disks.instance)
+    except exception.InstanceNotFound:
+        return False
+    return _may_have_gone(host, guest) or guest.is_active() and (
+        _is_moving(guest))
 
 
 def _runs_with(guest, moving):
@@ -165,11 +181,40 @@ def _may_have_gone(host, guest):
                       libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED)
 
 
+def _elsewhere(instance, moving):
+    return exception.DisksMayBeElsewhere(
+        instance_uuid=instance.uuid, host=CONF.host,
+        dest=moving[0][1].next.host, volumes=', '.join(
+            '%s/%s' % (record.next.pool, record.next.volume)
+            for _name, record in moving))
+
+
 def _is_moving(guest):
     """Whether libvirt goes on with a migration, whoever has begun it."""
     return guest.get_job_info().type not in (
         libvirt.VIR_DOMAIN_JOB_NONE, libvirt.VIR_DOMAIN_JOB_COMPLETED,
         libvirt.VIR_DOMAIN_JOB_FAILED, libvirt.VIR_DOMAIN_JOB_CANCELLED)
+
+
+def check_stays(host, instance, load) -> None:
+    """Refuse to end or resume a guest that may run on the other host.
+
+    Once it is off, it is as one whose migration has failed: started again.
+
+    :param host: the Host of this compute
+    :param load: returns the instance's InstanceDisks; called in doubt alone
+    :raises: exception.DisksMayBeElsewhere, exception.InvalidDiskMetadata
+    """
+    try:
+        guest = host.get_guest(instance)
+        is_left = (guest.get_power_state(host) == power_state.PAUSED and
+                   _may_have_gone(host, guest))
+    except exception.InstanceNotFound:
+        return
+    if is_left:
+        moving = going(load())
+        if moving and moving[0][1].host == CONF.host:
+            raise _elsewhere(instance, moving)
 
 
 def clear_way(connection, disks) -> None:

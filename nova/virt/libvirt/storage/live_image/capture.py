@@ -35,9 +35,12 @@ from urllib import parse as urlparse
 
 from lxml import etree
 from oslo_log import log as logging
+from oslo_utils import fileutils
+from oslo_utils import units
 import tenacity
 
 from nova.compute import power_state
+from nova.compute import vm_states
 import nova.conf
 from nova import exception
 from nova.i18n import _
@@ -49,6 +52,7 @@ from nova.virt.libvirt.storage.live_image import refusal
 from nova.virt.libvirt.storage.live_image import under_way
 from nova.virt.libvirt.storage.live_image import vm_state
 from nova.virt.libvirt.storage.live_image import watch as watch_guest
+from nova.virt.libvirt import utils as libvirt_utils
 
 try:
     import libvirt
@@ -106,6 +110,7 @@ class Capture:
         domain = refusal.parse(guest.get_xml_desc(
             definition=guest.get_xml_desc(dump_inactive=True)))
         refusal.check(self._instance.uuid, domain)
+        self._check_room(domain)
         try:
             self._directory = under_way.begin(self._instance.uuid)
         except FileExistsError:
@@ -129,6 +134,24 @@ class Capture:
     def __exit__(self, _type, _value, _traceback):
         if self._is_right:
             end(self._instance.uuid)
+
+    def _check_room(self, domain):
+        """Refuse what would fill a file system that others write to.
+
+        How much the disk takes up is not known before it is read.
+        """
+        directory = CONF.libvirt.snapshots_directory
+        fileutils.ensure_tree(directory)
+        needed = _memory(domain)
+        available = libvirt_utils.get_fs_info(directory)['free']
+        if needed > available:
+            raise exception.LiveImageRefused(
+                instance_uuid=self._instance.uuid, reason=_(
+                    'make room in %(directory)s of host %(host)s: '
+                    '%(available)d bytes are available, and the memory alone '
+                    'takes %(needed)d') % {
+                        'directory': directory, 'host': CONF.host,
+                        'available': available, 'needed': needed})
 
     def _guest(self):
         return self._host.get_guest(self._instance)
@@ -198,7 +221,7 @@ class Capture:
         return Saved(
             self._path('disk'), memory, memory_file.Description(
                 domain=saved, capacity=info.virtual_size,
-                memory_mb=int(domain.findtext('memory')) // 1024,
+                memory_mb=_memory(domain) // units.Mi,
                 vcpus=int(domain.findtext('vcpu')),
                 qemu_version=connection.getVersion(), length=memory.length),
             pause)
@@ -280,7 +303,9 @@ _with_patience = tenacity.retry(
 @_with_patience
 def _let_go_on(host, instance):
     guest = host.get_guest(instance)
-    if guest.get_power_state(host) == power_state.PAUSED:
+    if guest.get_power_state(host) == power_state.PAUSED and (
+            # Only who is active is saved; so its user has paused it since.
+            instance.vm_state != vm_states.PAUSED):
         guest.resume()
 
 
@@ -293,6 +318,11 @@ def _end_jobs(host, instance):
     if guest.get_job_info().type != libvirt.VIR_DOMAIN_JOB_NONE:
         guest.abort_job()
         raise RuntimeError(_('a job of libvirt has not ended yet'))
+
+
+def _memory(domain):
+    """The memory of a guest in bytes; libvirt counts it in KiB."""
+    return int(domain.findtext('memory')) * units.Ki
 
 
 def _memory_snapshot(domain, path):

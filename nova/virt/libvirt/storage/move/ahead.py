@@ -121,7 +121,8 @@ class FirstPass:
             return []
         # What is made independent of its base image changes altogether.
         items = [item for item in self._transfer.items
-                 if item.source and item.length and not item.growth]
+                 if item.source and item.length and not item.growth and
+                 item.is_streamed]
         least = CONF.libvirt.storage_migration_precopy
         if not self._guest_runs():
             self._when = 'for the first time'

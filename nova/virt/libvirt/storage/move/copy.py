@@ -350,7 +350,7 @@ class Transfer:
                             {'volume': item.source.name, 'error': e},
                             instance=self.instance)
             self._make_anew(item)
-        self._copy_all_of(item)
+        item.send(self)
 
     def _copy_rest(self, item):
         """Send what differs from what was sent while the guest was running."""
@@ -390,7 +390,8 @@ class Transfer:
                     "storage pool %(pool)s could not be deleted") % {
                         'volume': item.target, 'pool': item.pool.name})
 
-    def _copy_all_of(self, item):
+    def copy_all_of(self, item):
+        """Send what a volume of this host holds."""
         takes_holes = self.departure.peer.takes_holes()
         LOG.info('Copying volume %(volume)s (%(length)d bytes, %(allocation)d '
                  'allocated) to pool %(pool)s at %(where)s as %(target)s',

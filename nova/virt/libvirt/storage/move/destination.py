@@ -32,6 +32,7 @@ import nova.privsep.storage
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import content
+from nova.virt.libvirt.storage.move import ceph_images
 from nova.virt.libvirt.storage.move import item
 from nova.virt.libvirt.storage.move import offer as storage_offer
 from nova.virt.libvirt.storage.move import peer
@@ -187,6 +188,11 @@ def accept(context, instance, disks, connection, local_uri, cache_base,
         if (record.previous is None or record.host != CONF.host or
                 not record.is_building or not kinds.is_copied(name)):
             continue
+        if record.is_on_ceph:
+            ceph_images.verify(instance, record,
+                             setup.pool_named(connection, record.pool))
+            came.append(name)
+            continue
         try:
             _verify(instance, record, local_uri, verify_known)
         except exception.StorageTransferMismatch as e:
@@ -241,12 +247,17 @@ def give_back(connection, instance, disks, keep):
               if record.host == CONF.host and record.backend ==
               fields.LibvirtDiskBackend.LIBVIRT_STORAGE]
     staying = keeping.given_back(connection, disks)
+    images = ceph_images.made_here(disks)
+    places += images
     if places:
         lifecycle.destroyed(disks)
+        ceph_images.forget(disks, images)
         leftovers.note(disks, CONF.host, places)
         disks.save(instance._context)
     is_gone = ownership.delete_volumes(
         connection, instance, keep={*keep, *staying}, disks=disks)
+    if leftovers.delete_volumes(connection, CONF.host, images, instance):
+        is_gone = False
     if places and is_gone:
         leftovers.forget(disks, CONF.host, set(places) - staying)
         disks.save(instance._context)

@@ -44,6 +44,8 @@ class Item:
     mode = 0o644
     # Whether it may get another name when there is a file in the way.
     may_be_renamed = True
+    # Whether its bytes go to the peer as they are, so that they may go ahead.
+    is_streamed = True
 
     def __init__(self, name, pool, source=None):
         self.name = name
@@ -65,6 +67,13 @@ class Item:
 
     def set_done(self, done):
         self.done = done
+
+    def send(self, transfer):
+        """Copy it.
+
+        :param transfer: the copy.Transfer; the result is noted here
+        """
+        transfer.copy_all_of(self)
 
     def place_here(self):
         """Return the name of its pool on this host, None if it has none."""
@@ -98,8 +107,9 @@ class RemadeDisk(Item):
     """
 
     def __init__(self, name, pool, record, source=None):
-        super().__init__(name, pool, source)
+        # Some measure by it.
         self.record = record
+        super().__init__(name, pool, source)
 
     def place_here(self):
         return self.record.pool
@@ -117,8 +127,11 @@ class RemadeDisk(Item):
         record = self.record.obj_clone()
         record.previous = self.record.obj_clone()
         record.previous.previous = None
-        if not self.source and not kinds.of_type(
-                self.pool.check()).has_overlays:
+        kind = kinds.of_type(self.pool.check())
+        record.backend = (fields.LibvirtDiskBackend.LIBVIRT_STORAGE_RBD
+                          if kind.is_ceph else
+                          fields.LibvirtDiskBackend.LIBVIRT_STORAGE)
+        if kind.is_ceph or not self.source and not kind.has_overlays:
             record.format = fields.LibvirtDiskFormat.RAW
         return record
 

@@ -60,6 +60,11 @@ class Offer:
         return None
 
     @property
+    def streamed_to(self):
+        """The names of the pools that take streams; of Ceph none does."""
+        return [name for name, pool in self.pools.items() if not pool.ceph]
+
+    @property
     def kinds(self):
         return sorted(kind for pool in self.pools.values()
                       for kind in pool.kinds)

@@ -28,6 +28,8 @@ from nova.objects import fields
 from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.move import base_image as storage_base
+from nova.virt.libvirt.storage.move import ceph_disk
+from nova.virt.libvirt.storage.move import ceph_images
 from nova.virt.libvirt.storage.move import guest_files as files
 from nova.virt.libvirt.storage.move import item as storage_item
 from nova.virt.libvirt.storage.move import offer as storage_offer
@@ -76,6 +78,8 @@ class Departure:
         self._needs_image = False
         # StoragePool and bytes of what the destination fetches itself
         self._fetched = []
+        # CephPoolThere by name, of those that disks are converted for
+        self._over_ceph = {}
 
     def check(self, stack):
         """Check all that can be known before the guest is powered off.
@@ -98,6 +102,7 @@ class Departure:
             self._look_at_base()
             self._check_room()
             self._check_room_here()
+            ceph_disk.check_room(self.items)
         except exception.InstanceFaultRollback:
             raise
         except Exception as e:
@@ -110,7 +115,7 @@ class Departure:
 
         :raises: exception.NovaException
         """
-        self.peer.check(self._offer.pools)
+        self.peer.check(self._offer.streamed_to)
 
     def pool_of_files(self):
         """Where what is no disk goes on its way.
@@ -161,21 +166,26 @@ class Departure:
 
     def _there(self, kind):
         """The destination's pool for a kind of disk."""
-        return self.peer.pool(self._pool_name_there(kind))
+        name = self._pool_name_there(kind)
+        return self._over_ceph.get(name) or self.peer.pool(name)
 
     def _is_anything_sent(self):
         return bool(self._travelling() or files.are_needed(self.instance) or
                     files.has_nvram(self.host, self.instance))
 
     def _travelling(self):
-        """Name and record of the disks that another host can't see."""
+        """Name and record of the disks that aren't there already."""
         return [(name, record) for name, record in self.disks.items()
-                if not record.is_on_ceph and not name.endswith('.rescue')]
+                if not name.endswith('.rescue') and not (
+                    record.is_on_ceph and self._offered(name).ceph)]
+
+    def _offered(self, name):
+        return self._offer.pools[self._pool_name_there(kinds.of(name))]
 
     def _look_at_ceph(self):
         """Check that both hosts have one Ceph pool for a disk, or none.
 
-        There is no way yet from a file or device into such a pool, or back.
+        Or that the disk can be converted on its way into one, or out of one.
         """
         for name, record in self.disks.items():
             if name.endswith('.rescue'):
@@ -183,20 +193,52 @@ class Departure:
             pool_name = self._pool_name_there(kinds.of(name))
             there = self._offer.pools[pool_name].ceph
             here = self._ceph_here(name, record)
-            if (here, record.pool) != (there, pool_name) and (
-                    here is not None or there is not None):
+            if here is None and there is None or (
+                    (here, record.pool) == (there, pool_name)):
+                continue
+            why = self._why_not_converted(name, record, here, pool_name)
+            if why:
                 raise _refused(
                     _("choose a host with the same Ceph pool under the same "
                       "name: %(ceph)s here, %(other)s there. Disk %(name)s is "
                       "in storage pool %(here)s, and host %(host)s offers "
-                      "%(there)s for it. No disk can move into a Ceph pool, "
-                      "or out of one") % {
+                      "%(there)s for it. %(why)s") % {
                           # The longest words that matter, first: the API
                           # shows 255 characters.
                           'ceph': here or _('no Ceph pool'),
                           'other': there or _('no Ceph pool'),
                           'name': name, 'host': self.migration.dest_compute,
-                          'here': record.pool, 'there': pool_name})
+                          'here': record.pool, 'there': pool_name,
+                          'why': why})
+
+    def _why_not_converted(self, name, record, here, pool_name):
+        """What keeps a disk from moving into a Ceph pool, or out of one.
+
+        :param here: which Ceph pool it is in, None if it is in none
+        :param pool_name: of the destination's pool for it
+        :returns: None if it can be converted
+        """
+        there = self._offer.pools[pool_name].ceph
+        if self.same_host:
+            return _("On one host no disk is converted")
+        if here is not None:
+            return there and _("No disk moves from one Ceph pool to another")
+        self._check_in_order(name, record)
+        local = self.host.get_connection()
+        pool = ceph_images.pool_over(local, there)
+        if pool is None:
+            return _("Host %(host)s has no active storage pool over %(ceph)s, "
+                     "by which it could be converted") % {
+                         'host': CONF.host, 'ceph': there}
+        if kinds.is_copied(name):
+            path = setup.pool_named(local, record.pool).volume(
+                record.volume).path
+            if not os.access(path, os.R_OK):
+                return _("It can't be converted, as nova can't read "
+                         "%s") % path
+        self._over_ceph[pool_name] = ceph_disk.CephPoolThere(
+            pool_name, self.migration.dest_compute, pool)
+        return None
 
     def _ceph_here(self, name, record):
         if not record.is_on_ceph:
@@ -224,6 +266,11 @@ class Departure:
             here = storage_pool.StoragePool(local, record.pool, CONF.host)
             there = self._there(kinds.of(name))
             pool_type = there.check()
+            if kinds.is_copied(name) and (
+                    record.is_on_ceph or there.name in self._over_ceph):
+                self.items.append(ceph_disk.item_of(
+                    name, there, record, here.volume(record.volume), local))
+                continue
             if kinds.is_copied(name):
                 self._check_format(name, record, there, pool_type)
                 volume = here.volume(record.volume)
@@ -236,7 +283,8 @@ class Departure:
                 item = storage_item.RemadeDisk(name, there, record)
             item.sparse = self.peer.is_sparse(pool_type)
             self.items.append(item)
-            self._probe(here, there)
+            if not record.is_on_ceph:
+                self._probe(here, there)
         self._there(files.NAME).check()
 
     def _check_format(self, name, record, there, pool_type):

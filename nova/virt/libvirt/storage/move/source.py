@@ -199,8 +199,9 @@ def abandon(context, host, instance, migration, disks):
               if record.is_building and
               record.migration_id in (None, migration.id)]
     for name, record in disks.items():
-        if not undo.is_of(migration, record) or (
-                record.backend != fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
+        if not undo.is_of(migration, record) or not (
+                record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE or
+                record.came_into_ceph):
             continue
         place, previous = (record.pool, record.volume), record.previous
         # One that is made anew may not have got its place yet.
@@ -323,13 +324,14 @@ def confirm(context, connection, instance):
 
 
 def _forget_others(disks):
-    """Let disks on Ceph be the destination's alone.
+    """Let disks that stay on Ceph be the destination's alone.
 
     :returns: whether that has changed a record
     """
     changed = False
     for name, record in disks.items():
-        if record.is_on_ceph and record.previous is not None:
+        if (record.is_on_ceph and record.previous is not None and
+                not record.came_into_ceph):
             record.previous = None
             disks.set(name, record)
             changed = True

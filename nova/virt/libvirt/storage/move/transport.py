@@ -75,7 +75,7 @@ def _reached(way, stack, move, offer):
     if way == NBD:
         found = peer_service.ServicePeer(
             move.context, move.instance, move.migration)
-        found.check(offer.pools)
+        found.check(offer.streamed_to)
         return found
     return stack.enter_context(peer_libvirt.connected(
         move.here.host, move.migration.dest_host,

@@ -18,6 +18,7 @@ from nova.compute import task_states
 import nova.conf
 from nova import exception
 from nova import objects
+from nova.virt.libvirt.storage.move import ceph_images
 from nova.virt.libvirt.storage.move import peer_libvirt
 from nova.virt.libvirt.storage.move import transport
 from nova.virt.libvirt.storage.records import evacuation
@@ -76,6 +77,8 @@ def delete_at_peer(peer, host, disks, migration, places):
     wanted = set(places)
     dest = migration.dest_compute
     staying = set()
+    left, places = ceph_images.delete(
+        host.get_connection(), disks, migration, places)
     if peer is not None and peer.keeps and _is_wanted(instance):
         staying = keeping.copies(disks, places)
         places = [place for place in places if place not in staying]
@@ -89,6 +92,7 @@ def delete_at_peer(peer, host, disks, migration, places):
         except exception.NovaException as e:
             LOG.error('%s', e, instance=instance)
     leftovers.forget(disks, dest, wanted)
+    places = [*left, *places]
     for place in places:
         LOG.error('Volume %(volume)s is left over in storage pool %(pool)s of '
                   'host %(host)s, which deletes it later; nova-manage libvirt '

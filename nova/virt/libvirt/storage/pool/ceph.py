@@ -52,6 +52,12 @@ _DEFAULT_CONF = '/etc/ceph/ceph.conf'
 _ANSWER_TIMEOUT = 20
 
 
+class Connection(ty.NamedTuple):
+    """A connection to a cluster, and to one of its pools."""
+    cluster: ty.Any
+    ioctx: ty.Any
+
+
 class CephPool:
     """The Ceph pool that a storage pool of this host is over.
 
@@ -230,19 +236,31 @@ class CephPool:
         :param names: of images that somebody is going to need
         :raises: exception.StorageCephError, after some seconds
         """
+        open_image = utils.tpool_wrap(rbd_utils.rbd.Image)
+        with self.errors(), self.connected(_ANSWER_TIMEOUT) as client:
+            for name in names:
+                with contextlib.suppress(rbd_utils.rbd.ImageNotFound):
+                    open_image(client.ioctx, name, read_only=True).close()
+
+    @contextlib.contextmanager
+    def connected(self, timeout: int):
+        """A connection by which no operation waits for longer than that.
+
+        To be used within errors().
+
+        :param timeout: seconds for one operation on one object
+        :returns: a context manager, which gives a Connection
+        """
         driver = self.driver
-        with self.errors(), contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             cluster = utils.tpool_wrap(rbd_utils.rados.Rados(
                 rados_id=driver.rbd_user, conffile=driver.ceph_conf,
-                conf={'rados_osd_op_timeout': str(_ANSWER_TIMEOUT)}))
+                conf={'rados_osd_op_timeout': str(timeout)}))
             stack.callback(cluster.shutdown)
             cluster.connect(timeout=driver.rbd_connect_timeout)
             ioctx = cluster.open_ioctx(self.name)
             stack.callback(ioctx.close)
-            open_image = utils.tpool_wrap(rbd_utils.rbd.Image)
-            for name in names:
-                with contextlib.suppress(rbd_utils.rbd.ImageNotFound):
-                    open_image(ioctx, name, read_only=True).close()
+            yield Connection(cluster, ioctx)
 
     def names(self) -> set[str]:
         """Names of all images, by one call.

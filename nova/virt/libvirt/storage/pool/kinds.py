@@ -34,6 +34,7 @@ class PoolKind(ty.NamedTuple):
     :ivar keeps_blocks: whether a new volume shows what deleted ones have held
     :ivar has_snapshots: whether there may be snapshots beside its volumes,
         which go with what they are of
+    :ivar is_volume_group: whether LVM knows its size better than libvirt
     :ivar has_overlays: whether a volume can have a backing store
     :ivar resizes: whether libvirt gives a volume another capacity
     :ivar is_ceph: whether its volumes are images of a Ceph pool, which are
@@ -47,6 +48,7 @@ class PoolKind(ty.NamedTuple):
     sparse: bool = False
     keeps_blocks: bool = False
     has_snapshots: bool = False
+    is_volume_group: bool = False
     has_overlays: bool = False
     resizes: bool = False
     is_ceph: bool = False
@@ -66,7 +68,8 @@ _KINDS = {
     'fs': _DIRECTORY._replace(is_mounted=True),
     'netfs': _DIRECTORY._replace(is_mounted=True, is_remote=True),
     'logical': PoolKind(holds_disks=True, takes_streams=True,
-                        keeps_blocks=True, has_snapshots=True),
+                        keeps_blocks=True, has_snapshots=True,
+                        is_volume_group=True),
     'disk': PoolKind(takes_streams=True, keeps_blocks=True),
     'rbd': PoolKind(holds_disks=True, sparse=True, is_ceph=True),
 }

@@ -42,6 +42,7 @@ from nova.virt.libvirt.storage.pool import export
 from nova.virt.libvirt.storage.pool import kinds
 from nova.virt.libvirt.storage.pool import mounts
 from nova.virt.libvirt.storage.pool import snapshots
+from nova.virt.libvirt.storage.pool import volume_group
 
 try:
     import libvirt
@@ -350,10 +351,18 @@ class StoragePool:
                 else None)
 
     def info(self) -> PoolInfo:
-        """State and sizes of the pool, as of its last refresh or change."""
+        """State and sizes of the pool.
+
+        They are of its last refresh or change; of a volume group of this host,
+        which LVM is asked for, they are of now.
+        """
         pool = self._lookup()
         with self._errors():
-            return PoolInfo(*pool.info())
+            info = PoolInfo(*pool.info())
+        if (info.is_running and self.host == CONF.host and
+                self.kind().is_volume_group):
+            return volume_group.measured(self, info)
+        return info
 
     def refresh(self, timeout: float | None = None) -> None:
         """Let libvirt look at every file of the pool anew.

@@ -107,28 +107,36 @@ def ensure_pools(conn, host: str) -> None:
     _check_place(cache, base_images)
     cache.check_access(os.W_OK | os.X_OK)
     _mark_cache(base_images.target_path)
-    with _unless_ceph_is_away():
+    with _unless_it_is_away(pool_named(conn, CONF.libvirt.storage_disks_pool)):
         storage_pool.StoragePool.ensure(conn, disks_pool_config(), host)
     for name in set(CONF.libvirt.storage_pool_mapping.values()):
         pool = storage_pool.StoragePool(conn, name, host)
         if not pool.exists():
             raise exception.StoragePoolNotFound(pool=name, host=host)
-        with _unless_ceph_is_away():
+        with _unless_it_is_away(pool):
             pool.adopt()
     for name in pool_names():
         _check_images(pool_named(conn, name))
 
 
 @contextlib.contextmanager
-def _unless_ceph_is_away():
-    """Let the service start without Ceph: there are guests to look after.
+def _unless_it_is_away(pool):
+    """Let the service start without Ceph, or a pool that libvirt can't start.
 
-    health.Offering keeps the host from the scheduler until Ceph is back.
+    There are guests to look after whose disks are in others.
+    health.Offering keeps the host from the scheduler until it is back.
     """
+    was_off = pool.exists() and not pool.is_active()
     try:
         yield
     except exception.StorageCephError as e:
         if e.kwargs['code'] != errno.ETIMEDOUT:
+            raise
+        LOG.error('%s', e)
+    except exception.StoragePoolError as e:
+        # The others say what is wrong with it, which waiting doesn't mend.
+        if type(e) is not exception.StoragePoolError or (
+                not was_off or pool.is_active()):
             raise
         LOG.error('%s', e)
 

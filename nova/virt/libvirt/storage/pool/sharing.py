@@ -99,12 +99,15 @@ def take_probe(pool, name: str, instance) -> None:
         pool.create(_named_probe_config(name)), instance)
 
 
-def make_probes(connection, instance_uuid, disks=None) -> list[list[str]]:
+def make_probes(connection, instance_uuid, disks=None,
+                pool_names: ty.Collection[str] | None = None
+                ) -> list[list[str]]:
     """Make a volume in each pool from which an instance's would be deleted.
 
     :param connection: to this host's libvirt
     :param instance_uuid: UUID of the instance that it is about
     :param disks: its InstanceDisks, if they are known
+    :param pool_names: of those that matter, where nothing is to be deleted
     :returns: a list of [pool name, volume name], for :func:`find_probes` on
         the other host and :func:`remove_probes` on this one
     :raises: exception.StorageVolumeError, exception.StoragePoolError if one
@@ -113,7 +116,9 @@ def make_probes(connection, instance_uuid, disks=None) -> list[list[str]]:
     probes: list[list[str]] = []
     configured = setup.pool_names()
     try:
-        for place in _distinct(ownership.places(connection, disks)):
+        for place in _distinct(
+                place for place in ownership.places(connection, disks)
+                if pool_names is None or place.pool.name in pool_names):
             if place.pool.name in configured or place.is_on_record:
                 if not place.pool.exists():
                     continue

@@ -89,9 +89,9 @@ def old_copies(instance, disks):
     """
     places = set(leftovers.on_host(disks, CONF.host))
     for name, record in disks.items():
-        if record.is_on_ceph:
-            continue  # There is no copy of it: whoever has it, it is the disk.
         previous = record.previous
+        if record.is_on_ceph and not record.came_into_ceph:
+            continue  # There is no copy of it: whoever has it, it is the disk.
         if is_copy(record.next, CONF.host):
             places.add((record.next.pool, record.next.volume))
         if record.host == CONF.host:

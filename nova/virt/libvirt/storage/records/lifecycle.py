@@ -189,7 +189,7 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
             **{key: value for key, value in mapping.items()
                if key != 'metadata'},
             # names that can't be had though no volume has them
-            'taken': leftovers.names(disks)})
+            'taken': leftovers.names(disks) | _originals(disks)})
         fresh = image.metadata(
             size_of(disks.instance, name, block_device_info))
         if (name.startswith('disk.config') and
@@ -201,6 +201,18 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
             fresh.migration_id = record.migration_id
         disks.set(name, fresh)
     attach(disks, disk_mapping)
+
+
+def _originals(disks):
+    """Names on Ceph of what disks were before they were copied from there.
+
+    All hosts see them, and none of them is the disk of an evacuated instance.
+    """
+    if _task_state(disks.instance) != task_states.REBUILD_SPAWNING:
+        return set()
+    return {record.previous.volume for _name, record in disks.items()
+            if record.previous is not None and record.previous.is_on_ceph and
+            not record.is_on_ceph}
 
 
 def _discard(image, record):

@@ -165,6 +165,12 @@ class LibvirtDiskMetadata(base.NovaObject):
         """Whether that volume is one and the same on all hosts."""
         return self.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE_RBD
 
+    @property
+    def came_into_ceph(self) -> bool:
+        """Whether that was made for a move, beside its original."""
+        return (self.is_on_ceph and self.previous is not None and
+                not self.previous.is_on_ceph)
+
     def holds_no_disk(self) -> bool:
         """Whether this is only the place of what has no mapping."""
         return self.backend is None

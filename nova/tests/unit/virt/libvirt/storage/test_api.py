@@ -72,6 +72,29 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.addCleanup(patcher.stop)
         return patcher.start()
 
+    # Cold migration and resize
+
+    def _confirm(self, previous):
+        """:param previous: the backend of the root disk before the resize"""
+        self.api._has_pools = True
+        self.image_backend.reset_mock()
+        self.patch('move.source.confirm', new=mock.Mock())
+        root = metadata.LibvirtDiskMetadata(backend='libvirt-storage-rbd')
+        if previous:
+            root.previous = metadata.LibvirtDiskMetadata(backend=previous)
+        self.patch('records.metadata.InstanceDisks.load',
+                   new=mock.Mock(return_value={'disk': root}))
+        self.api.confirm(mock.sentinel.context, self.instance)
+        return self.image_backend.by_name.called
+
+    def test_confirm_removes_the_snapshot(self):
+        self.assertTrue(self._confirm(None))
+        self.assertTrue(self._confirm('libvirt-storage-rbd'))
+
+    def test_confirm_of_what_came_into_ceph(self):
+        """This host need not have such a pool."""
+        self.assertFalse(self._confirm('libvirt-storage'))
+
     # Live images
 
     NICS = {'vifs': [], 'detach': None, 'attach': None, 'plug': None}
@@ -122,7 +145,38 @@ class LocalDisksTestCase(test.NoDBTestCase):
             exception.LiveImageRefused, self._save_live)
         self.assertIn('no user', str(error))
 
+    def cut_off(self, **kwargs):
+        self.load = self.patch('records.metadata.InstanceDisks.load')
+        self.is_open = self.patch(
+            'live.settle.is_open', **{'return_value': False, **kwargs})
+
+    def test_recover_live_of_a_guest_that_may_run_elsewhere(self):
+        self.patch('live_image.under_way.instances',
+                   return_value=[uuids.instance])
+        recover = self.patch('live_image.capture.recover')
+        end = self.patch('live_image.capture.end')
+        self.cut_off(side_effect=[
+            True, exception.InternalError('no libvirt')])
+        for _n in range(2):
+            self.api.recover_live([self.instance], mock.Mock())
+        # The mark stays.
+        recover.assert_not_called()
+        end.assert_not_called()
+        self.assertIn('no libvirt', self.stdlog.logger.output)
+
+    def test_recover_live_of_a_server_with_a_broken_record(self):
+        self.patch('live_image.under_way.instances',
+                   return_value=[uuids.instance])
+        recover = self.patch('live_image.capture.recover')
+        self.cut_off(side_effect=exception.InvalidDiskMetadata(
+            instance_uuid=uuids.instance, mapping='m', reason='a test'))
+        self.api.recover_live([self.instance], mock.Mock(
+            return_value=self.NICS))
+        recover.assert_not_called()
+        self.assertIn('a test', self.stdlog.logger.output)
+
     def test_recover_live(self):
+        self.cut_off()
         self.patch('live_image.under_way.instances',
                    return_value=[uuids.instance, uuids.gone])
         end = self.patch('live_image.under_way.end')
@@ -132,6 +186,9 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.api.recover_live([others, self.instance], nics_of)
         nics_of.assert_called_once_with(self.instance)
         recover.assert_called_once_with(self.host, self.instance, mock.ANY)
+        self.is_open.assert_called_once_with(
+            self.host, self.load.return_value)
+        self.assertIs(self.instance, self.load.call_args.args[1])
         # Nobody has that guest here any more.
         end.assert_called_once_with(uuids.gone)
 

@@ -78,6 +78,25 @@ class Conformance:
         self.remove()
         self.assertFalse(self.driver.exists(self.name))
 
+    def test_bytes(self):
+        """What ceph_bytes reads of an image made by rbd import."""
+        name, content = self.name + '-bytes', bytes(5 * units.Mi) + b'data'
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(content)
+            file.flush()
+            self.driver.import_image(file.name, name)
+        self.addCleanup(self._remove, name)
+        extents = []
+        with self.open(name, read_only=True) as image:
+            image.diff_iterate(
+                0, len(content), None,
+                lambda *extent: extents.append(extent))
+            self.assertEqual(b'\0data', image.read(len(content) - 5, 5))
+        ((offset, length, exists),) = extents
+        self.assertTrue(exists)
+        self.assertLessEqual(offset, 5 * units.Mi)
+        self.assertEqual(len(content), offset + length)
+
     def test_no_such_image(self):
         e = self.assertRaises(self.rbd.ImageNotFound,
                               self.driver.size, 'no-' + self.name)

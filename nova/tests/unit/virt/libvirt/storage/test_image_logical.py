@@ -49,6 +49,7 @@ class LogicalDiskTestCase(base.PoolsTestCase):
         self.add_pool('nova-base-images-pool', self.cache)
         self.group = self.conn.volume_group('vg')
         self.stub_out('nova.privsep.fs.lvorigins', self.group.lvorigins)
+        self.stub_out('nova.privsep.fs.vginfo', self.group.vginfo)
         self.image_class = backend.LibvirtStorage.bound_to(lambda: self.conn)
         self.instance = objects.Instance(
             uuid=uuids.instance, system_metadata={})

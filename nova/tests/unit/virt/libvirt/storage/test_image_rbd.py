@@ -28,6 +28,8 @@ from nova.virt import images
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import image_rbd
+from nova.virt.libvirt.storage.move import offer
+from nova.virt.libvirt.storage.records import metadata
 
 CONF = nova.conf.CONF
 
@@ -61,7 +63,7 @@ class RbdDiskTestCase(base.PoolsTestCase):
             image_rbd.bound_to(lambda: self.conn))
         self.instance = objects.Instance(
             uuid=uuids.instance, host='here', task_state='spawning',
-            system_metadata={})
+            system_metadata={}, migration_context=None)
         self.in_glance = ceph.StoredImage(20 * MIB, b'image')
         self.in_glance.snapshots['snap'] = ceph.Snapshot(b'image', 20 * MIB)
         self.in_glance.snapshots['snap'].protected = True
@@ -145,6 +147,17 @@ class WhichTestCase(RbdDiskTestCase):
         self.instance.task_state = 'rebuild_spawning'
         record = self.image().metadata(MIB)
         self.assertEqual(('%s_disk' % uuids.instance, 'ready'),
+                         (record.volume, record.state))
+
+    def test_evacuated_after_it_was_copied_elsewhere(self):
+        """What lies there is what the disk was before a move."""
+        name = '%s_disk' % uuids.instance
+        self.images[name] = ceph.StoredImage(1)
+        self.instance.task_state = 'rebuild_spawning'
+        record = self.backends.by_name(
+            self.instance, 'disk', disk_info_mapping={'taken': {name}}
+        ).metadata(MIB)
+        self.assertEqual((name + '.1', 'building'),
                          (record.volume, record.state))
 
 
@@ -256,6 +269,34 @@ class LaterTestCase(RbdDiskTestCase):
     def test_flatten(self):
         self.create().flatten()
         self.assertIsNone(self.disk.parent)
+
+    def test_no_snapshot_of_what_came_into_ceph(self):
+        """A revert goes back to the original."""
+        made = self.create()
+        made.record.previous = metadata.LibvirtDiskMetadata(
+            backend=fields.LibvirtDiskBackend.LIBVIRT_STORAGE)
+        made.create_snap('nova-resize')
+        self.assertEqual({}, self.disk.snapshots)
+        made.record.previous.backend = RBD
+        made.create_snap('nova-resize')
+        self.assertEqual({'nova-resize'}, set(self.disk.snapshots))
+
+    def offered(self, identity):
+        self.instance.migration_context = objects.MigrationContext(
+            migration_id=7)
+        with mock.patch.object(self.instance, 'save'):
+            offer.save(self.instance, offer.Offer(7, [1, 2], {
+                'p': offer.OfferedPool(['disk'], None, 0, identity)}))
+
+    def test_revert_of_what_was_copied_out_of_ceph(self):
+        """Nobody has written to it since."""
+        made = self.create()
+        self.offered('cluster/nova')
+        self.assertRaises(exception.SnapshotNotFound,
+                          made.rollback_to_snap, 'nova-resize')
+        self.offered(None)
+        made.rollback_to_snap('nova-resize')
+        self.assertEqual(b'image', self.disk.content)
 
     def test_direct_snapshot(self):
         made = self.create()

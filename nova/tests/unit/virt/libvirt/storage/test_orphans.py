@@ -11,6 +11,7 @@
 #    under the License.
 
 import os
+import shutil
 import time
 import types
 from unittest import mock
@@ -19,6 +20,8 @@ import ddt
 import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
 
+from nova.compute import task_states
+from nova.compute import vm_states
 from nova import context
 from nova import exception
 from nova import objects
@@ -31,13 +34,13 @@ from nova.virt.libvirt.storage.records import metadata
 POOL = 'nova-disks-pool'
 
 
-@ddt.ddt
-class OrphansTestCase(test.NoDBTestCase):
+class OrphansTestBase(test.NoDBTestCase):
     def setUp(self):
         super().setUp()
-        self.flags(host='here')
+        self.folder = self.useFixture(fixtures.TempDir()).path
+        self.flags(host='here', instances_path=self.folder)
         self.context = context.get_admin_context()
-        self.guests = [uuids.other]
+        self.guests = [uuids.neighbour]
         self.connection = mock.Mock()
         self.connection.listAllDomains.side_effect = lambda flags: [
             types.SimpleNamespace(UUIDString=lambda uuid=uuid: uuid)
@@ -55,7 +58,8 @@ class OrphansTestCase(test.NoDBTestCase):
         self.disk = '%s_disk' % uuids.instance
         self.add(self.disk)
         self.instance = objects.Instance(
-            uuid=uuids.instance, host='there', node='there', deleted=False)
+            uuid=uuids.instance, host='there', node='there', deleted=False,
+            vm_state='active', task_state=None)
         self.get = self.stub_get(self.instance)
         self.bdm = objects.BlockDeviceMapping(
             id=1, uuid=uuids.bdm, instance_uuid=uuids.instance,
@@ -92,6 +96,15 @@ class OrphansTestCase(test.NoDBTestCase):
         return [orphan.kind for orphan in orphans.find(
             self.context, self.connection, own)]
 
+    def unread(self):
+        found = []
+        orphans.find(self.context, self.connection, (), found)
+        return found
+
+
+@ddt.ddt
+class OrphansTestCase(OrphansTestBase):
+
     def swept(self):
         gone = orphans.sweep(self.context, self.connection, ())
         for volume in self.volumes:
@@ -116,6 +129,20 @@ class OrphansTestCase(test.NoDBTestCase):
         self.assertEqual('yes', self.get.call_args.args[1].read_deleted)
         self.assertEqual([self.disk], self.swept())
         self.assertIn(self.disk, self.stdlog.logger.output)
+
+    def test_instance_is_deleted_and_its_guest_is_kept(self):
+        # As [DEFAULT]/running_deleted_instance_action may say.
+        self.instance.deleted = True
+        self.guests.append(uuids.instance)
+        self.assertEqual([orphans.Kind.UNKNOWN], self.kinds())
+        self.assertEqual([], self.swept())
+        self.guests.remove(uuids.instance)
+        self.assertEqual([self.disk], self.swept())
+
+    def test_instance_is_deleted_and_the_guests_are_not_known(self):
+        self.instance.deleted = True
+        self.connection.listAllDomains.side_effect = OSError('gone')
+        self.assertEqual([], self.swept())
 
     def test_instance_was_never_here(self):
         self.stub_get(exception.InstanceNotFound(instance_id=uuids.instance))
@@ -260,11 +287,6 @@ class OrphansTestCase(test.NoDBTestCase):
         self.bdm.driver_info = 'broken'
         self.assertEqual([orphans.Kind.UNKNOWN], self.kinds())
 
-    def unread(self):
-        found = []
-        orphans.find(self.context, self.connection, (), found)
-        return found
-
     def test_pool_is_off(self):
         self.pool.is_active.return_value = False
         self.assertEqual([], self.kinds())
@@ -286,4 +308,160 @@ class OrphansTestCase(test.NoDBTestCase):
         self.instance.deleted = True
         self.volumes[0].delete.side_effect = exception.StorageVolumeError(
             pool=POOL, host='here', volume=self.disk, reason='busy', code=1)
-        self.assertEqual([], orphans.sweep(self.context, None, ()))
+        self.assertEqual(
+            [], orphans.sweep(self.context, self.connection, ()))
+        self.volumes[0].delete.assert_called_once()
+
+
+@ddt.ddt
+class DirectoriesTestCase(OrphansTestBase):
+    """What lies beside the pools, in instances_path."""
+
+    def setUp(self):
+        super().setUp()
+        self.is_local = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pool.mounts.is_local',
+            return_value=True)).mock
+        self.volumes.clear()
+        self.path = self.make(uuids.instance)
+
+    def make(self, name):
+        path = os.path.join(self.folder, name)
+        os.makedirs(os.path.join(path, 'folder'))
+        with open(os.path.join(path, 'console.log'), 'w'):
+            pass
+        return path
+
+    def found(self, own=()):
+        return [(orphan.volume, orphan.kind) for orphan in orphans.find(
+            self.context, self.connection, own) if orphan.pool is None]
+
+    def is_swept(self):
+        gone = [orphan.volume for orphan in orphans.sweep(
+            self.context, self.connection, ()) if orphan.pool is None]
+        self.assertEqual(not os.path.exists(self.path), self.path in gone)
+        return self.path in gone
+
+    @ddt.data('', '_resize', '_del')
+    def test_directory_of_a_deleted_instance(self, suffix):
+        self.instance.deleted = True
+        os.rename(self.path, self.path + suffix)
+        self.path += suffix
+        self.assertEqual([(self.path, orphans.Kind.LEFT_OVER)], self.found())
+        self.assertTrue(self.is_swept())
+        self.assertIn('Deleting directory %s' % self.path,
+                      self.stdlog.logger.output)
+
+    def test_all_of_one_instance_with_its_volumes(self):
+        self.instance.deleted = True
+        self.add(self.disk)
+        self.make(uuids.instance + '_resize')
+        self.assertEqual(
+            [(None, self.path), (None, self.path + '_resize'),
+             (POOL, self.disk)],
+            [orphan[:2] for orphan in orphans.find(
+                self.context, self.connection, ())])
+        self.assertEqual(3, len(orphans.sweep(
+            self.context, self.connection, ())))
+        self.assertEqual([], os.listdir(self.folder))
+
+    def test_directory_of_an_instance_of_this_host(self):
+        self.assertEqual([], self.found(own={uuids.instance}))
+
+    def test_directory_of_an_instance_on_another_host(self):
+        """That may have the same file system."""
+        self.assertEqual([(self.path, orphans.Kind.UNKNOWN)], self.found())
+        self.assertFalse(self.is_swept())
+
+    def test_directories_that_other_hosts_may_see(self):
+        """They may be many, and each host is asked for its own."""
+        self.instance.deleted = True
+        self.is_local.return_value = False
+        self.assertEqual([], self.found())
+        self.is_local.assert_called_once_with(os.path.realpath(self.folder))
+        self.get.assert_not_called()
+        self.is_local.side_effect = OSError('no /proc')
+        self.assertFalse(self.is_swept())
+
+    def test_directory_of_a_guest_that_is_kept(self):
+        self.instance.deleted = True
+        self.guests.append(uuids.instance)
+        self.assertEqual([(self.path, orphans.Kind.UNKNOWN)], self.found())
+        self.assertFalse(self.is_swept())
+
+    def test_directory_of_an_instance_of_which_nothing_is_known(self):
+        self.stub_get(exception.InstanceNotFound(instance_id=uuids.instance))
+        self.assertFalse(self.is_swept())
+
+    @ddt.data(*task_states.resizing_states, task_states.RESIZE_CONFIRMING,
+              task_states.RESIZE_REVERTING, task_states.MIGRATING)
+    def test_directory_while_the_instance_moves(self, state):
+        self.instance.task_state = state
+        os.rename(self.path, self.path + '_resize')
+        arriving, self.path = self.path, self.path + '_resize'
+        self.make(uuids.instance)
+        self.assertEqual([(arriving, orphans.Kind.MOVE),
+                          (self.path, orphans.Kind.REVERT)], self.found())
+        self.assertFalse(self.is_swept())
+
+    def test_directory_until_the_resize_is_confirmed(self):
+        self.instance.vm_state = vm_states.RESIZED
+        self.path = self.make(uuids.instance + '_resize')
+        self.assertIn((self.path, orphans.Kind.REVERT), self.found())
+        self.assertFalse(self.is_swept())
+
+    @ddt.data('_base', 'locks', 'compute_nodes', uuids.instance[:-1],
+              uuids.instance.upper(), uuids.instance + '_disk',
+              uuids.instance + '.x')
+    def test_nobodys_directory(self, name):
+        self.instance.deleted = True
+        shutil.rmtree(self.path)
+        self.path = self.make(name)
+        self.assertEqual([], self.found())
+        self.assertFalse(self.is_swept())
+
+    def test_what_is_no_directory(self):
+        self.instance.deleted = True
+        elsewhere = self.make('elsewhere')
+        shutil.rmtree(self.path)
+        os.symlink(elsewhere, self.path)
+        with open(self.path + '_del', 'w'):
+            pass
+        self.assertEqual([], self.found())
+        self.assertFalse(self.is_swept())
+        self.assertTrue(os.path.exists(elsewhere + '/console.log'))
+
+    def test_link_in_a_directory_is_not_followed(self):
+        self.instance.deleted = True
+        elsewhere = self.make('elsewhere')
+        os.symlink(elsewhere, self.path + '/link')
+        self.assertTrue(self.is_swept())
+        self.assertTrue(os.path.exists(elsewhere + '/console.log'))
+
+    def test_directory_cant_be_deleted(self):
+        self.instance.deleted = True
+        with mock.patch('shutil.rmtree', side_effect=OSError(13, 'a test')):
+            self.assertFalse(self.is_swept())
+        self.assertIn('a test', self.stdlog.logger.output)
+        self.assertTrue(self.is_swept())
+
+    def test_directory_that_somebody_deletes_at_once(self):
+        self.instance.deleted = True
+        [orphan] = orphans.find(self.context, self.connection, ())
+        shutil.rmtree(self.path)
+        self.assertEqual([orphan], orphans.delete(self.connection, [orphan]))
+
+    def test_no_directory_at_all(self):
+        shutil.rmtree(self.folder)
+        self.assertEqual([], self.found())
+        self.assertEqual([], self.unread())
+        os.makedirs(self.folder)
+
+    def test_directories_cant_be_listed(self):
+        self.add(self.disk)
+        with mock.patch('os.scandir', side_effect=OSError(13, 'a test')):
+            self.assertEqual([], self.found())
+            self.assertEqual(1, len(self.kinds()))
+            [unread] = self.unread()
+        self.assertEqual(self.folder, unread.pool)
+        self.assertIn('a test', unread.reason)

@@ -41,6 +41,7 @@ class TestVolumeGroup(test_transition.TransitionTestCase):
         self.files, self.pool = self.pool, self.define('disks', 'vg')
         self.group = self.conn.volume_group('vg')
         self.stub_out('nova.privsep.fs.lvorigins', self.group.lvorigins)
+        self.stub_out('nova.privsep.fs.vginfo', self.group.vginfo)
         for name in ('disk', 'disk.eph0', 'disk.swap'):
             self.logical(name)
         self.pool.refresh()

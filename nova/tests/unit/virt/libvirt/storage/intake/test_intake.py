@@ -519,6 +519,25 @@ class RefusalTestCase(IntakeTestBase):
     def test_connected_without_open(self):
         self.refused('connected', **self.place())
 
+    @ddt.data([5], [['a']], [{}], [None], ['a'] * 101)
+    def test_names_that_are_none(self, taken):
+        self.refused('free_name', pool=POOL, name=self.name, taken=taken)
+
+    def test_too_many_places(self):
+        self.assertIn('201 places', self.refused(
+            'delete', places=[[POOL, self.name]] * 201))
+
+    def test_ports_that_nobody_comes_to(self):
+        with mock.patch.object(intake, '_REACH_TIMEOUT', .5):
+            for _n in range(4):
+                self.ask('reach')
+            self.assertIn('still wait', self.refused('reach'))
+            deadline = time.monotonic() + 30
+            while self.intake._reaching:
+                self.assertLess(time.monotonic(), deadline)
+                time.sleep(.05)
+            self.ask('reach')
+
     def test_malformed_places(self):
         for places in (None, 'x', [[POOL]], [[POOL, 5]], [5], [[[], {}]]):
             self.refused('delete', places=places)
@@ -573,6 +592,25 @@ class KeptTestCase(IntakeTestBase):
         e = self.assertRaises(exception.StorageIntakeError, self.ask,
                               'take_up', **self.arguments())
         self.assertIn('long_rpc_timeout', str(e))
+
+    def test_taken_up_twice_at_once(self):
+        goes_on, begun = threading.Event(), threading.Event()
+        self.addCleanup(goes_on.set)
+
+        def read(*args, **kwargs):
+            begun.set()
+            goes_on.wait(30)
+            return self.table
+
+        self.read_table.side_effect = read
+        with futures.ThreadPoolExecutor() as executor:
+            first = executor.submit(self.ask, 'take_up', **self.arguments())
+            self.assertTrue(begun.wait(30))
+            self.assertIn('being read', self.refused(
+                'take_up', **self.arguments()))
+            goes_on.set()
+            first.result()
+        self.ask('take_up', **self.arguments())
 
     def test_table_that_is_too_long(self):
         data = zlib.compress(bytes(1 << 20))

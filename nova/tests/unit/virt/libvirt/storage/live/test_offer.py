@@ -51,6 +51,9 @@ class OfferTestCase(test_settle.LiveTestCase):
             'dst_storage_address': '192.0.2.2', 'dst_takes_legacy': True,
             'dst_takes_links': False},
             self.make())
+        # A pool into which nothing comes may be as sick as it likes.
+        self.assertEqual({POOL}, self.make_probes.call_args.kwargs.get(
+            'pool_names'))
 
     def _have_files(self, *names):
         for name in names:

@@ -283,17 +283,35 @@ class TestPlan(PlanTestCase):
     def test_image_is_lost(self):
         self.as_overlay('disk', imagecache.get_cache_fname(uuids.image))
         self.image_error = exception.ImageNotFound(image_id=uuids.image)
-        self.plan()  # the source has it
-        self.data = self.data.obj_clone()
-        del self.data.disks
+        # The source has it.
+        self.assertIsNotNone(self.plan()['disk'].base)
+
+    def lose_cache(self):
+        """Let the base image be in no storage pool of the source."""
         self.source.pools[two_hosts.BASES].clear()
         self.stub_out('nova.tests.unit.virt.libvirt.storage.move.two_hosts.'
                       'TwoHostsTestCase.content_at', lambda case, path: {
                           'base': '%s/_base/%s' % (
                               two_hosts.CONF.instances_path,
                               imagecache.get_cache_fname(uuids.image)),
-                          'length': 1, 'allocation': 1})
-        self.refused(uuids.image, 'neither in Glance')
+                          'length': 4096, 'allocation': 4096})
+
+    @ddt.data(exception.ImageNotFound, exception.ImageNotAuthorized)
+    def test_image_that_the_destination_can_not_have(self, error):
+        """Such as one that is private, for a request without a token."""
+        self.as_overlay('disk', imagecache.get_cache_fname(uuids.image))
+        self.image_error = error(image_id=uuids.image)
+        self.lose_cache()
+        found = self.plan()['disk']
+        self.assertEqual((None, 'mirror'), (found.base, found.way))
+        self.assertLess(500, found.allocation)
+
+    def test_no_room_to_take_over_a_lost_image(self):
+        self.as_overlay('disk', imagecache.get_cache_fname(uuids.image))
+        self.image_error = exception.ImageNotFound(image_id=uuids.image)
+        self.lose_cache()
+        self.free['/disks'] = 0
+        self.refused('make room', 'source')
 
     @ddt.data('disk.eph0', 'disk')
     def test_overlay_over_what_only_this_host_has(self, name):

@@ -178,6 +178,61 @@ class SettleTestCase(LiveTestCase):
             exception.DisksMayBeElsewhere, self.settle, 'source')
         self.assert_disks('source', ('dest', 'building'))
         self.assertIn('destroy and undefine', self.stdlog.logger.output)
+        self.assertTrue(self.is_open())
+
+    def is_open(self):
+        self.flags(host='source')
+        return settle.is_open(self.host, self.load())
+
+    def test_is_open(self):
+        self.paused = fakelibvirt.VIR_DOMAIN_PAUSED_MIGRATION
+        self.assertFalse(self.is_open())
+        self.begin()
+        self.assertTrue(self.is_open())
+        self.paused = fakelibvirt.VIR_DOMAIN_PAUSED_USER
+        self.assertFalse(self.is_open())
+        self.guests = {'source': fakelibvirt.VIR_DOMAIN_JOB_UNBOUNDED}
+        self.assertTrue(self.is_open())
+        self.guests = {}
+        self.assertFalse(self.is_open())
+
+    def check_stays(self, host='source'):
+        self.flags(host=host)
+        settle.check_stays(self.host, self.instance, self.load)
+
+    def test_what_libvirt_left_is_not_ended(self):
+        # Off, it would be as a guest whose migration has failed.
+        self.begin()
+        self.copy()
+        self.paused = fakelibvirt.VIR_DOMAIN_PAUSED_MIGRATION
+        error = self.assertRaises(
+            exception.DisksMayBeElsewhere, self.check_stays)
+        self.assertIn('host dest', error.format_message())
+        self.assert_disks('source', ('dest', 'building'))
+
+    @ddt.data(None, fakelibvirt.VIR_DOMAIN_PAUSED_USER)
+    def test_any_other_guest_may_be_ended(self, paused):
+        self.begin()
+        self.paused = paused
+        self.check_stays()
+        self.assert_disks('source', ('dest', 'building'))
+
+    def test_guest_that_goes_nowhere_may_be_ended(self):
+        self.paused = fakelibvirt.VIR_DOMAIN_PAUSED_MIGRATION
+        self.check_stays()
+
+    def test_guest_that_comes_may_be_ended(self):
+        self.begin()
+        self.copy()
+        self.guests['dest'] = fakelibvirt.VIR_DOMAIN_JOB_NONE
+        self.paused = fakelibvirt.VIR_DOMAIN_PAUSED_MIGRATION
+        self.check_stays('dest')
+        self.assert_disks('source', ('dest', 'building'))
+
+    def test_no_guest_to_be_ended(self):
+        self.begin()
+        self.move_guest()
+        self.check_stays()
 
     def test_it_is_paused_for_the_switch(self):
         self.begin()

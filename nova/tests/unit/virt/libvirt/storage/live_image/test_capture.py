@@ -16,8 +16,10 @@ from unittest import mock
 
 import ddt
 import fixtures
+from oslo_utils import units
 
 from nova.compute import power_state
+from nova.compute import vm_states
 from nova import exception
 from nova import objects
 from nova import test
@@ -56,7 +58,8 @@ class CaptureTestCase(test.NoDBTestCase):
             self.useFixture(fixtures.MockPatchObject(
                 retried.retry, 'stop', lambda state: (
                     state.attempt_number >= 5)))
-        self.instance = objects.Instance(uuid=test_definition.SOURCE)
+        self.instance = objects.Instance(
+            uuid=test_definition.SOURCE, vm_state=vm_states.ACTIVE)
         self.guest = fake_guest.Guest()
         self.useFixture(fixtures.MockPatch(
             'nova.virt.images.convert_image', self.guest.read))
@@ -123,6 +126,24 @@ class CaptureTestCase(test.NoDBTestCase):
             self.assertRaises(exception.LiveImageRefused,
                               self._capture().__enter__)
         self.assertEqual([], self.guest.steps)
+        self._assert_right()
+
+    @ddt.data((256 * units.Mi - 1, True), (256 * units.Mi, False))
+    @ddt.unpack
+    def test_no_room_for_the_memory(self, free, is_refused):
+        """Other guests' disks may be in that file system, too."""
+        get_info = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.utils.get_fs_info', return_value={
+                'total': units.Gi, 'free': free, 'used': 0})).mock
+        if is_refused:
+            error = self.assertRaises(exception.LiveImageRefused,
+                                      self._capture().__enter__)
+            self.assertIn('make room in %s' % self.folder, str(error)[:200])
+            self.assertEqual([], self.guest.steps)
+        else:
+            with self._capture():
+                pass
+        get_info.assert_called_once_with(self.folder)
         self._assert_right()
 
     def test_two_at_once(self):
@@ -275,6 +296,16 @@ class CaptureTestCase(test.NoDBTestCase):
         self.assertEqual(['abort', 'resume', 'attach', 'attach'],
                          self.guest.steps)
         self._assert_right()
+
+    def test_recover_of_a_server_that_its_user_has_paused_since(self):
+        under_way.begin(self.instance.uuid)
+        self.guest.state = power_state.PAUSED
+        self.guest.macs = []
+        self.instance.vm_state = vm_states.PAUSED
+        capture.recover(self.host, self.instance, self.interfaces)
+        self.assertEqual(['attach', 'attach'], self.guest.steps)
+        self.assertEqual(power_state.PAUSED, self.guest.state)
+        self.assertEqual([], under_way.instances())
 
     def test_recover_of_a_server_that_is_gone(self):
         under_way.begin(self.instance.uuid)

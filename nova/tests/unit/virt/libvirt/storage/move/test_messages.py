@@ -47,7 +47,7 @@ LONGEST = {
     'dev': 'vda', 'place': 'p' * 110, 'runs': 'qcow2', 'record': 'raw',
     'uuid': 'u' * 36, 'disks': 'd' * 160, 'faults': 'name, format, size',
     'volumes': 'v' * 200, 'ceph': 'f' * 36 + '/' + 'c' * 20,
-    'there': 't' * 100,
+    'there': 't' * 100, 'why': 'w' * 160,
 }
 
 ADVICE = re.compile(
@@ -63,6 +63,7 @@ ADVICE = re.compile(
     r'see the log of nova-compute there|check which host this migration is|'
     r'to a group of user u+|check the Kerberos ticket or keytab|'
     r'choose a host with the same Ceph pool under the same name|'
+    r'check that Ceph answers this host, and has room|'
     r"run 'setfacl -m u:u+:x [a-z/]+'|"
     r'Do not start a guest|evacuate the server there|'
     r'migrate the server cold|turn off \[libvirt\]/|'
@@ -75,6 +76,8 @@ PARTS = re.compile(
     # what a peer isn't allowed, and why two hosts don't fit together
     r'^file |^mode |^%d names|^%\(length\)d bytes of|^disks come by|'
     r'%\(first\)s|^it |^its |^no Ceph|^%\(pool\)s \(|'
+    # why no disk goes into a Ceph pool, or out of one
+    r"^On one host|^No disk moves|^It can't be|^Host %\(host\)s has no|"
     # of a migration that has begun
     r"^disk %\(name\)s still depends|^nothing is planned")
 

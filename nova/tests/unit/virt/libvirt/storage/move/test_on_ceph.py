@@ -11,6 +11,8 @@
 #    under the License.
 """Disks in Ceph pools, and moves between hosts that see them, or don't."""
 
+from unittest import mock
+
 import ddt
 import fixtures
 from oslo_serialization import jsonutils
@@ -20,9 +22,11 @@ from nova import exception
 from nova import objects
 from nova.tests.unit.virt.libvirt.storage.move import test_move
 from nova.tests.unit.virt.libvirt.storage.move import two_hosts
+from nova.virt.libvirt.storage.move import item
 from nova.virt.libvirt.storage.move import offer
 from nova.virt.libvirt.storage.move import source
 from nova.virt.libvirt.storage.pool import kinds as pool_kinds
+from nova.virt.libvirt.storage.records import evacuation
 from nova.virt.libvirt.storage.records import lifecycle
 
 POOL, BASES = two_hosts.POOL, two_hosts.BASES
@@ -103,6 +107,21 @@ class OnCephTestCase(test_move.OutgoingTestCase):
         with outgoing:
             pass
 
+    def test_pools_that_are_streamed_to(self):
+        """No peer is asked whether Ceph takes streams: it would refuse."""
+        self.offered()
+        self.assertEqual([BASES], offer.load(self.instance).streamed_to)
+
+    def test_disk_that_is_made_anew(self):
+        """It is what the destination's pool makes of it."""
+        record = self.disks.get('disk.swap')
+        for kind, backend in (('rbd', 'libvirt-storage-rbd'),
+                              ('dir', 'libvirt-storage')):
+            there = mock.Mock()
+            there.check.return_value = kind
+            found = item.RemadeDisk('disk.swap', there, record).new_record()
+            self.assertEqual((backend, 'raw'), (found.backend, found.format))
+
     def test_image_is_gone(self):
         self.offered()
         self.source.pools[POOL].clear()
@@ -133,11 +152,6 @@ class OnCephTestCase(test_move.OutgoingTestCase):
         shown = text[text.index('Migration pre-check error'):][:200]
         for part in ('same Ceph pool', here, there):
             self.assertIn(part, shown)
-
-    def test_out_of_ceph(self):
-        self.take_off_ceph(self.dest)
-        self.offered()
-        self.assertIn('no Ceph pool', self.refused())
 
     def test_into_ceph(self):
         self.take_off_ceph(self.source)
@@ -175,6 +189,56 @@ class OnCephTestCase(test_move.OutgoingTestCase):
              for _name, record in self.load().items()})
         self.assertEqual(images, self.source.pools[POOL])
         self.assertEqual([], self.load().leftovers)
+
+    def came_into_ceph(self):
+        """As the destination has left it: the originals are the source's."""
+        self.stub_out(
+            'nova.virt.libvirt.storage.records.metadata.InstanceDisks.load',
+            lambda cls, context, instance: self.load())
+        self.take_off_ceph(self.source)
+        for name, record in self.disks.items():
+            before = record.obj_clone()
+            before.backend = 'libvirt-storage'
+            record.previous, record.host = before, 'dest'
+            record.migration_id = 7
+            self.disks.set(name, record)
+        self.disks.save(self.context)
+        self.disks = self.load()
+
+    def test_confirm_of_what_came_into_ceph(self):
+        """The originals go, the images stay."""
+        self.came_into_ceph()
+        images = dict(self.dest.pools[POOL])
+        source.confirm(self.context, self.source, self.instance)
+        self.assertEqual(
+            {('dest', 'libvirt-storage-rbd', None)},
+            {(record.host, record.backend, record.previous)
+             for _name, record in self.load().items()})
+        self.assertEqual({}, self.source.pools[POOL])
+        self.assertEqual(images, self.dest.pools[POOL])
+        self.assertEqual([], self.load().leftovers)
+
+    def test_originals_are_none_of_the_disks(self):
+        self.came_into_ceph()
+        self.assertEqual(
+            {(POOL, self.volume_name(name)) for name, _r in
+             self.disks.items()},
+            evacuation.old_copies(self.instance, self.disks))
+        self.flags(host='dest')
+        self.assertEqual(
+            set(), evacuation.old_copies(self.instance, self.disks))
+
+    def test_evacuation_of_what_was_copied_out_of_ceph(self):
+        """Other hosts see what it was before the move."""
+        record = self.disks.get('disk')
+        self.assertEqual(set(), lifecycle._originals(self.disks))
+        record.previous = record.obj_clone()
+        record.backend, record.host = 'libvirt-storage', 'dest'
+        self.disks.set('disk', record)
+        self.assertEqual(set(), lifecycle._originals(self.disks))
+        self.instance.task_state = 'rebuild_spawning'
+        self.assertEqual({self.volume_name('disk')},
+                         lifecycle._originals(self.disks))
 
     @ddt.data((0, 'dest'), (0, 'source'), (1, 'dest'))
     @ddt.unpack

@@ -104,6 +104,13 @@ class Volume:
     def physical(self):
         return self.content['length']
 
+    # An image of Ceph is a volume, too.
+    size = physical
+
+    @property
+    def key(self):
+        return '%s/%s' % (self.pool.daemon.ceph[self.pool.name], self.name)
+
     def file_bytes(self):
         return self.content['length'], self.content['allocation']
 
@@ -262,6 +269,9 @@ class TwoHostsTestCase(test.NoDBTestCase):
         self.dest = Daemon('dest')
         self.host = FakeHost(self.source, self.dest)
         self.stub_out('nova.virt.libvirt.storage.pool.pool.StoragePool', Pool)
+        self.stub_out('nova.virt.libvirt.storage.pool.pool.list_pools',
+                      lambda daemon, host: [Pool(daemon, name, host)
+                                            for name in daemon.pools])
         self.stub_out('nova.virt.libvirt.storage.pool.setup.pool_name_for',
                       lambda name: POOL)
         self.stub_out(

@@ -25,6 +25,7 @@ from nova.virt.libvirt.storage.pool import clearing
 from nova.virt.libvirt.storage.pool import config
 from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.pool import usage
+from nova.virt.libvirt.storage.pool import volume_group
 
 
 class LogicalPoolTestCase(base.PoolsTestCase):
@@ -34,6 +35,7 @@ class LogicalPoolTestCase(base.PoolsTestCase):
         self.raw = self.add_pool('vg-pool', '/dev/vg', kind='logical')
         self.group = self.conn.volume_group('vg')
         self.stub_out('nova.privsep.fs.lvorigins', self.group.lvorigins)
+        self.stub_out('nova.privsep.fs.vginfo', self.group.vginfo)
         self.pool = self.pool('vg-pool')
 
     @staticmethod
@@ -61,6 +63,84 @@ class AdoptTestCase(LogicalPoolTestCase):
         for part in ('Use a volume group of its own', 'vg-pool', 'host here',
                      '0 bytes are left'):
             self.assertIn(part, str(e)[:200])
+
+
+class ExtendedTestCase(LogicalPoolTestCase):
+    """Of a volume group that nobody has told libvirt about."""
+
+    def setUp(self):
+        super().setUp()
+        self.flags(group='libvirt', storage_disks_pool='vg-pool')
+
+    def extend(self):
+        self.group.capacity += 50 * units.Gi
+        self.group.make('of an operator', 10 * units.Gi)
+
+    def test_extended(self):
+        self.extend()
+        self.assertEqual(100 * units.Gi, self.raw.info()[1])
+        self.assertEqual(
+            (self.pool.name, 150 * units.Gi, 140 * units.Gi),
+            usage.measure(self.pool))
+        self.assertEqual(
+            {'total': 150 * units.Gi, 'free': 140 * units.Gi,
+             'used': 10 * units.Gi},
+            usage.LocalInfo('here').get(self.conn))
+
+    def test_offered_to_a_peer(self):
+        """See move/destination.py."""
+        self.extend()
+        self.assertEqual(
+            (150 * units.Gi, 10 * units.Gi, 140 * units.Gi),
+            self.pool.info()[1:])
+
+    def test_asks_for_the_source_by_name(self):
+        with mock.patch('nova.privsep.fs.vginfo', autospec=True,
+                        side_effect=self.group.vginfo) as mock_vginfo:
+            self.pool.info()
+        mock_vginfo.assert_called_once_with('vg')
+
+    def test_small_group_that_was_extended(self):
+        self.group.capacity = units.Mi
+        self.pool.refresh()
+        self.assertRaises(exception.StoragePoolTooSmall, self.pool.adopt)
+        self.group.capacity = 2 * units.Gi
+        self.pool.adopt()
+
+    def test_of_another_host(self):
+        self.pool.host = 'there'
+        with mock.patch('nova.privsep.fs.vginfo', side_effect=AssertionError):
+            self.assertEqual(100 * units.Gi, self.pool.info().available)
+
+    def test_pool_that_is_off(self):
+        self.raw.destroy()
+        with mock.patch('nova.privsep.fs.vginfo', side_effect=AssertionError):
+            self.assertFalse(self.pool.info().is_running)
+
+    def test_directory(self):
+        self.add_pool('files')
+        files = base.pool.StoragePool(self.conn, 'files', 'here')
+        with mock.patch('nova.privsep.fs.vginfo', side_effect=AssertionError):
+            files.info()
+
+    def test_no_answer(self):
+        """As libvirt has it then, and the log doesn't fill up."""
+        self.extend()
+        for answer in (
+                {'side_effect': processutils.ProcessExecutionError(
+                    stderr='  no dm')},
+                {'side_effect': OSError(2, 'no vgs')},
+                {'return_value': ('', '')},
+                {'return_value': (' x|y', '')}):
+            with self.subTest(str(answer)), mock.patch(
+                    'nova.privsep.fs.vginfo', **answer), mock.patch.object(
+                        volume_group.LOG, 'warning') as mock_warning:
+                for _n in range(3):
+                    self.assertEqual(100 * units.Gi,
+                                     self.pool.info().available)
+                mock_warning.assert_called_once()
+            # It answers again, and may fail anew.
+            self.assertEqual(140 * units.Gi, self.pool.info().available)
 
 
 class VolumesTestCase(LogicalPoolTestCase):

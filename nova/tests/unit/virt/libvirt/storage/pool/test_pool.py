@@ -314,6 +314,34 @@ class TestEnsure(PoolTestCase):
                          set(self.daemon.pools))
         self.assertTrue(fast.active)
 
+    @ddt.data('nova-disks-pool', 'fast')
+    def test_pool_that_can_not_be_started(self, name):
+        """The guests with disks in others are there nevertheless."""
+        self.flags(storage_pool_mapping={'swap': 'fast'}, group='libvirt')
+        raws = {other: self.define(name=other, path='/i/' + other,
+                                   kind='netfs')
+                for other in ('nova-disks-pool', 'fast')}
+        raws[name].create = mock.Mock(side_effect=error(
+            38, 'mount: the server does not answer'))
+        with mock.patch.object(setup.LOG, 'error') as mock_error:
+            setup.ensure_pools(self.daemon, 'host-a')
+        self.assertEqual({other: other != name for other in raws},
+                         {other: raw.active for other, raw in raws.items()})
+        mock_error.assert_called_once()
+        self.assertIn('the server does not answer',
+                      str(mock_error.call_args.args))
+        # What it finds once it is on is wrong for good.
+        del raws[name].create
+        raws[name].capacity = units.Mi
+        self.assertRaises(exception.StoragePoolTooSmall, setup.ensure_pools,
+                          self.daemon, 'host-a')
+
+    def test_new_pool_that_can_not_be_started(self):
+        with mock.patch.object(
+                Pool, 'create', side_effect=error(38, 'not so')):
+            self.assertRaises(exception.StoragePoolError, setup.ensure_pools,
+                              self.daemon, 'host-a')
+
     def test_mapped_pool_has_to_be_there(self):
         self.flags(storage_pool_mapping={'swap': 'fast'}, group='libvirt')
         e = self.assertRaises(exception.StoragePoolNotFound,

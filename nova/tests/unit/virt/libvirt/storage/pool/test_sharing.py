@@ -98,4 +98,16 @@ class SharingTestCase(base.PoolsTestCase):
         with mock.patch.object(swaps, 'createXML',
                                side_effect=lambda *a: swaps.build(0)):
             self.assertRaises(exception.StorageVolumeError, self.make)
-        self.assertEqual([], self.here.listVolumes())
+            self.assertEqual([], self.here.listVolumes())
+            # Where none is deleted, it is nobody's concern.
+            probes = self.make(pool_names={DISKS})
+        self.assertEqual([DISKS], [pool for pool, _name in probes])
+
+    def test_only_some_pools(self):
+        self.flags(group='libvirt', storage_pool_mapping={'swap': 'swaps'})
+        self.add_pool('swaps', active=False)
+        self.add_volume(self.add_pool('former'), '%s_disk' % uuids.instance)
+        self.assertEqual([DISKS], [
+            pool for pool, _name in self.make(pool_names={DISKS})])
+        self.assertFalse(self.pool('swaps').is_active())
+        self.assertEqual([], self.make(pool_names=set()))

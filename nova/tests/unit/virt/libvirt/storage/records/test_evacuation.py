@@ -148,7 +148,7 @@ class AfterEvacuationTestCase(two_hosts.TwoHostsTestCase):
         """Or the disk would be made anew, and lost."""
         self.moved()
         record = self.disks.get('disk')
-        record.backend = 'libvirt-storage-rbd'
+        record.backend = record.previous.backend = 'libvirt-storage-rbd'
         self.disks.set('disk', record)
         self.assertEqual([], self.after())
         self.assertEqual([], self.left())

@@ -1,0 +1,92 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+import itertools
+import os
+from unittest import mock
+
+from nova import exception
+from nova import test
+from nova.virt.libvirt.storage.move import convert
+
+NAMES = {'volume': 'v', 'where': 'w', 'length': 1, 'operation': 'convert'}
+
+
+class ConvertTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.watch = {'on_start': mock.Mock(), 'on_end': mock.Mock(),
+                      'cancelled': mock.Mock(return_value=False),
+                      'stall_timeout': 60}
+        self.stub_out('nova.virt.libvirt.storage.move.convert._INTERVAL',
+                      0.01)
+
+    def run_it(self, *command, **kwargs):
+        try:
+            return convert.run(list(command), self.watch, NAMES, **kwargs)
+        finally:
+            (pid,), _kwargs = self.watch['on_start'].call_args
+            self.watch['on_end'].assert_called_once_with(pid)
+            # It has ended, and was waited for.
+            self.assertFalse(os.path.exists('/proc/%d' % pid))
+
+    def test_it_ends_well(self):
+        self.assertEqual(0, self.run_it('true'))
+
+    def test_what_it_says_is_told(self):
+        e = self.assertRaises(
+            exception.StorageTransferError, self.run_it,
+            'sh', '-c', 'echo No space left >&2; exit 1')
+        self.assertIn('No space left', str(e))
+        self.assertIn('convert', str(e))
+
+    def test_exit_code_that_is_no_error(self):
+        self.assertEqual(1, self.run_it('false', good=(0, 1)))
+
+    def test_cancelled(self):
+        """Nobody waits for what it would have done."""
+        self.watch['cancelled'].side_effect = [False, True]
+        self.assertRaises(exception.StorageTransferCancelled, self.run_it,
+                          'sleep', '600')
+
+    def test_stalled(self):
+        """It neither reads nor writes, for whatever reason."""
+        self.watch['stall_timeout'] = 0.05
+        e = self.assertRaises(exception.StorageTransferStalled, self.run_it,
+                              'sleep', '600')
+        self.assertIn('no progress', str(e))
+
+    def test_progress(self):
+        """As long as it does, it may take its time."""
+        self.watch['stall_timeout'] = 0.05
+        for done in (itertools.count(), itertools.repeat(None)):
+            self.stub_out('nova.virt.libvirt.storage.move.convert._done',
+                          lambda pid, done=done: next(done))
+            self.watch['on_end'].reset_mock()
+            self.watch['cancelled'].side_effect = [False] * 30 + [True]
+            self.assertRaises(exception.StorageTransferCancelled,
+                              self.run_it, 'sleep', '600')
+
+    def test_what_it_has_done(self):
+        before = convert._done(os.getpid())
+        with open(__file__) as f:
+            f.read()
+        self.assertGreater(convert._done(os.getpid()), before)
+        self.assertIsNone(convert._done(1 << 30))
+
+    def test_no_such_program(self):
+        e = self.assertRaises(
+            exception.StorageTransferError, convert.run,
+            ['/nowhere/qemu-img'], self.watch, NAMES)
+        self.assertIn('No such file', str(e))
+        self.watch['on_start'].assert_not_called()

@@ -1,0 +1,96 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""qemu-img, run for a move between a Ceph pool and another.
+
+It ends when the move does.
+"""
+
+import subprocess
+import tempfile
+import time
+
+from nova import exception
+from nova.i18n import _
+
+# Seconds between two looks at a process: cancelling takes as long.
+_INTERVAL = 0.2
+# Of what a program says on its standard error.
+_LONGEST_ERROR = 500
+
+
+def run(command: list[str], watch: dict, names: dict,
+        good: tuple[int, ...] = (0,)) -> int:
+    """Run a program until it ends, stalls, or somebody cancels the move.
+
+    :param command: its name and arguments
+    :param watch: what copy.Transfer.watch() gives
+    :param names: of the exceptions: ``volume``, ``where``, ``length``
+        (bytes), and ``operation``, what is done
+    :param good: exit codes that are no error
+    :returns: its exit code
+    :raises: exception.StorageTransferError,
+        exception.StorageTransferStalled, exception.StorageTransferCancelled
+    """
+    with tempfile.TemporaryFile() as errors:
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=errors, cwd='/')
+        except OSError as e:
+            raise _failed(names, e) from e
+        watch['on_start'](process.pid)
+        try:
+            before, since = None, time.monotonic()
+            while process.poll() is None:
+                if watch['cancelled']():
+                    raise exception.StorageTransferCancelled(
+                        transferred=0, side='source', reason='', **names)
+                done = _done(process.pid)
+                if done is None or done != before:
+                    before, since = done, time.monotonic()
+                elif time.monotonic() - since > watch['stall_timeout']:
+                    # Of a Ceph that is full each single write is waited for.
+                    raise exception.StorageTransferStalled(
+                        seconds=watch['stall_timeout'], transferred=0,
+                        side='destination', reason='', **names)
+                time.sleep(_INTERVAL)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            watch['on_end'](process.pid)
+        if process.returncode in good:
+            return process.returncode
+        errors.seek(0)
+        said = errors.read(_LONGEST_ERROR).decode(errors='replace').strip()
+        raise _failed(names, said or _('it ended with %d') %
+                      process.returncode)
+
+
+def _done(pid):
+    """Bytes that a process has read from files, and written to them.
+
+    :returns: None if that isn't known
+    """
+    try:
+        with open('/proc/%d/io' % pid) as f:
+            return sum(int(line.split()[1]) for line in f
+                       if line.startswith(('rchar:', 'wchar:')))
+    except (OSError, ValueError):
+        return None
+
+
+def _failed(names, reason):
+    return exception.StorageTransferError(
+        side='destination', transferred=0, reason=_(
+            "check that Ceph answers this host, and has room: %s") % reason,
+        **names)

@@ -1,0 +1,205 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""Servers that move from a directory into a Ceph pool, and back."""
+
+import contextlib
+import time
+import unittest
+
+from lab import ceph
+from lab.host import Host
+from lab.tests import cloud_case
+from lab.tests import test_cloud_ceph
+from lab.tests import test_cloud_servers
+
+#: What host-a calls its pool over Ceph; that for disks is a directory.
+OVER_CEPH = 'lab-ceph'
+OSD = 'ceph-osd'
+FULL = '0.95'
+
+
+class KindsCase(test_cloud_ceph.CephTestCase):
+    """host-a keeps disks in a directory, and reaches Ceph; host-b's are there.
+
+    :cvar more: options of [libvirt] on host-a, beside Nova's defaults
+    """
+
+    more = {}
+    assert_kept = test_cloud_servers.Scenarios.assert_kept
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls._define(ceph.POOL, ceph.Ceph.pool_xml(OVER_CEPH))
+        # It makes the directory.
+        cls.cloud.set_many('host-a', {
+            ('libvirt', 'storage_migration_bandwidth'): 0,
+            **{('libvirt', key): value for key, value in cls.more.items()}})
+
+    @classmethod
+    def tearDownClass(cls):
+        cls._define(ceph.POOL)
+        cls._define(OVER_CEPH, ceph.Ceph.pool_xml())
+        cls.cloud.set_many('host-a', {
+            ('libvirt', 'storage_migration_bandwidth'): 0,
+            ('libvirt', 'storage_migration_stall_timeout'): 60})
+        super().tearDownClass()
+
+    @staticmethod
+    def _define(name, xml=None):
+        """Replace a pool of host-a by another one."""
+        with contextlib.closing(Host('host-a').connect()) as connection:
+            pool = connection.storagePoolLookupByName(name)
+            pool.destroy()
+            pool.undefine()
+            if xml:
+                pool = connection.storagePoolDefineXML(xml)
+                pool.create()
+                pool.setAutostart(1)
+
+    def lies(self, server, host):
+        over_ceph = OVER_CEPH if host == 'host-a' else ceph.POOL
+        return [path for path in super(
+            test_cloud_ceph.CephTestCase, self).lies(server, host)
+            if not path.startswith('volume %s/' % over_ceph)]
+
+    def server(self, host='host-a'):
+        server = self.boot(flavor=self.flavor, host=host,
+                           script=test_cloud_servers.WRITE)
+        return server, server.testimony()
+
+    def volumes(self, server):
+        return [path for path in self.lies(server, 'host-a')
+                if path.startswith('volume ')]
+
+    def assert_in_directory(self, server):
+        self.assertEqual([], self.images(server))
+        self.assertEqual(
+            ['volume %s/ID_%s' % (ceph.POOL, name)
+             for name in test_cloud_ceph.DISKS], self.volumes(server))
+        self.assertEqual({'libvirt-storage'}, set(self.records(server)))
+
+    def assert_in_ceph(self, server):
+        self.assert_whole(server)
+        self.assertEqual([], self.volumes(server))
+        self.assertEqual({'libvirt-storage-rbd'}, set(self.records(server)))
+
+    def wait_for(self, condition, limit=90):
+        until = time.monotonic() + limit
+        while not condition():
+            self.assertLess(time.monotonic(), until, condition)
+            time.sleep(.2)
+
+
+class TestKinds(KindsCase):
+
+    def test_there_and_back(self):
+        server, before = self.server()
+        self.assert_in_directory(server)
+        server.migrate('host-b')
+        there = server.testimony(after=before)
+        self.assert_kept(there)
+        self.assertEqual({'vdc': True}, there.swap)
+        # The directory has what a revert would bring back.
+        self.assertEqual(4, len(self.volumes(server)))
+        server.confirm()
+        self.assert_in_ceph(server)
+        self.assert_nothing_left(server, 'host-a')
+        server.hard_reboot()
+        there = server.testimony(after=there)
+        server.migrate('host-a')
+        back = server.testimony(after=there)
+        self.assert_kept(back)
+        self.assertEqual(before.own['bytes'], back.own['bytes'])
+        server.confirm()
+        self.assert_in_directory(server)
+        self.assert_nothing_left(server, 'host-b')
+
+    def test_revert_into_directory(self):
+        server, before = self.server()
+        server.resize('lab.medium.disks')
+        there = server.testimony(after=before)
+        self.assertEqual('host-b', server.host)
+        self.assertEqual(2 * before.own['bytes'], there.own['bytes'])
+        server.command('fill', 'late', 4, 'gamma')
+        server.revert()
+        back = server.testimony(after=there)
+        self.assert_kept(back)
+        self.assertNotIn('late', back.ranges)
+        self.assertEqual(before.own['bytes'], back.own['bytes'])
+        self.assert_in_directory(server)
+        self.assert_nothing_left(server, 'host-b')
+
+    def test_revert_into_ceph(self):
+        server, before = self.server('host-b')
+        server.migrate('host-a')
+        there = server.testimony(after=before)
+        self.assert_kept(there)
+        server.command('fill', 'late', 4, 'gamma')
+        server.revert()
+        back = server.testimony(after=there)
+        self.assert_kept(back)
+        self.assertNotIn('late', back.ranges)
+        self.assert_in_ceph(server)
+        self.assert_nothing_left(server, 'host-a')
+
+
+class TestKindsFaults(KindsCase):
+    """Something happens to Ceph in the middle."""
+
+    more = {'storage_migration_bandwidth': 2,
+            'storage_migration_stall_timeout': 15}
+
+    def fails_in_the_middle(self, trouble):
+        """The server stays where it is, and the next try succeeds."""
+        server, before = self.server()
+        server.api.migrate_server(server.id, host='host-b')
+        self.wait_for(lambda: 'disk' in self.images(server))
+        with trouble():
+            # What has been under way is given up, though Ceph stays silent.
+            found = server.wait('ACTIVE', limit=180)
+            self.assertEqual('host-a', found.compute_host)
+            said = server.testimony(after=before)
+            self.assert_kept(said)
+        self.cloud.set('host-a', 'libvirt', 'storage_migration_bandwidth', 0)
+        try:
+            server.migrate('host-b')
+            there = server.testimony(after=said)
+            self.assert_kept(there)
+            server.confirm()
+        finally:
+            self.cloud.set('host-a', 'libvirt',
+                           'storage_migration_bandwidth', 2)
+        # What was made at first is gone, too.
+        self.assertEqual(
+            len(test_cloud_ceph.DISKS), len(self.images(server)))
+        self.assert_nothing_left(server, 'host-a')
+
+    def test_silence(self):
+        self.fails_in_the_middle(lambda: self.ceph.control.paused(OSD))
+
+    def test_full(self):
+        @contextlib.contextmanager
+        def full():
+            self.ceph.run('ceph', 'osd', 'set-full-ratio', '0.0000001')
+            try:
+                yield
+            finally:
+                self.ceph.run('ceph', 'osd', 'set-full-ratio', FULL)
+
+        self.fails_in_the_middle(full)
+
+
+load_tests = cloud_case.only_in_full
+
+if __name__ == '__main__':
+    unittest.main()

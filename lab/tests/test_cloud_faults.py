@@ -17,6 +17,7 @@ can't be had any more, hosts that were away.
 
 import contextlib
 import json
+import shutil
 import time
 import unittest
 
@@ -34,6 +35,7 @@ from lab.tests import test_cloud_moves
 POOL = test_cloud_moves.POOL
 BASES = 'nova-base-images-pool'
 PLACE = '/var/lib/nova/pools/'
+INSTANCES = '/var/lib/nova/instances/'
 POOL_XML = '<pool type="dir"><name>%s</name><target><path>%s</path></target>' \
            '</pool>'
 
@@ -294,6 +296,34 @@ class TestLeftBehind(FaultsCase):
         self.assertEqual([], [place for place in server.left_on('host-a')
                               if place.startswith('volume')])
         self.purge('host-a', '--dry-run')
+
+    def test_directories(self):
+        """What a host keeps beside its pools that was away meanwhile."""
+        server = self.started()
+        server.migrate('host-b')
+        server.confirm()
+        folders = [self.a.path(INSTANCES + server.id + end)
+                   for end in ('', '_resize')]
+        for folder in folders:
+            self.a.run(['install', '-d', '-o', 'nova', '-g', 'nova',
+                        INSTANCES + folder.name])
+            self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+            (folder / 'console.log').write_bytes(b'of a guest')
+
+        def kinds():
+            return [line['kind'] for line in self.orphans('host-a')
+                    if server.id in line['volume'] and line['pool'] is None]
+
+        # Its host may have the same file system, as far as Nova knows.
+        self.assertEqual(['unknown'] * 2, kinds())
+        self.assertNotIn(server.id, self.purge('host-a'))
+        server.delete()
+        self.assertEqual(['left over'] * 2, kinds())
+        self.purge('host-a', '--dry-run', status=3)
+        told = self.purge('host-a')
+        for folder in folders:
+            self.assertIn(folder.name, told)
+            self.assertFalse(folder.exists(), told)
 
     def test_volume_of_nobody(self):
         name = '5d1c4d11-6f3a-4c5e-9a70-0f6f2c1d8e01_disk'

@@ -122,6 +122,12 @@ volume = pool.create(wanted("u_disk", 8 * MIB))
 lvm = lambda *command: subprocess.run(command, check=True,
                                       stdout=subprocess.DEVNULL)
 found = {}
+before = pool.info()
+lvm("lvcreate", "-qqy", "-n", "theirs", "-L", "64M", "vg0")
+# What Nova says has gone, and libvirt.
+found["taken"] = [before.available - pool.info().available,
+                  before.available - pool._lookup().info()[3]]
+lvm("lvremove", "-qqfy", "vg0/theirs")
 lvm("lvcreate", "-qqy", "-s", "-n", "u_disk-backup", "-L", "4M", "vg0/u_disk")
 found["delete"] = told(volume.delete)
 found["grow"] = told(volume.resize, 16 * MIB)
@@ -319,10 +325,11 @@ class StorageTest(unittest.TestCase):
         self.vm.run('cmp /dev/vg0/from /dev/vg0/to', timeout=300)
 
     def test_local_volumes(self):
-        """Snapshots of an operator's, growth with a refresh, shred."""
+        """What an operator makes, growth with a refresh, shred."""
         with contextlib.closing(self.vm.connect()) as there:
             name = self.group(there).name()
         found = self.nova_inside(LOCAL, name)
+        self.assertEqual([64 * MIB, 0], found['taken'])
         for key in ('delete', 'grow', 'snapshot'):
             self.assertEqual('StorageVolumeHasSnapshots', found[key][0], key)
             self.assertIn('Remove logical volumes u_disk-backup',

@@ -21,6 +21,8 @@ import threading
 import time
 import unittest
 
+import libvirt
+
 from lab import config
 from lab.tests import cloud_case
 from lab.tests.live_case import LiveCase
@@ -218,6 +220,89 @@ class TestKills(FaultCase):
         server._awake = True
         with server.domain('host-b'):
             pass
+
+
+class TestAllIsSent(FaultCase):
+    """libvirt dies on the source when the guest has been sent.
+
+    What it finds there when it is back is a paused guest with the old disks,
+    of which it doesn't know how the migration has ended.
+    """
+
+    live_rate = 0
+
+    def send_all(self, server):
+        """Leave libvirt on the source waiting for the destination's word."""
+        self.begin(server)
+
+        def copies():
+            with contextlib.suppress(libvirt.libvirtError), (
+                    server.domain('host-a')) as domain:
+                return domain.jobStats().get('disk_total')
+
+        self.wait_for(copies, 90, 'the copy of the disks')
+        # The guests' QEMUs go on without it.
+        self.b.pause('libvirtd')
+        self.wait_for(lambda: self.state(server, 'host-a')[0] ==
+                      libvirt.VIR_DOMAIN_PAUSED, 25, 'a guest that was sent')
+        time.sleep(1)
+
+    def state(self, server, host):
+        """State and reason of its guest, as libvirt has them."""
+        with server.domain(host) as domain:
+            return tuple(domain.state())
+
+    def kill_source(self, server):
+        self.a.kill('libvirtd')
+        self.a.restart('libvirtd')
+        self.a.wait_ready()
+        found = self.state(server, 'host-a')
+        self.assertEqual((libvirt.VIR_DOMAIN_PAUSED,
+                          libvirt.VIR_DOMAIN_PAUSED_MIGRATION), found)
+        server.wait('ACTIVE', 'PAUSED', 'ERROR', limit=120)
+
+    def assert_asks(self, server):
+        """It isn't started here, and the operator reads what to do."""
+        for action in (lambda: server.api.stop_server(server.id),
+                       lambda: server.api.reboot_server(server.id, 'HARD')):
+            with contextlib.suppress(Exception):
+                action()
+            with contextlib.suppress(Exception):
+                server.wait('ACTIVE', 'SHUTOFF', 'ERROR', limit=60)
+            self.assertEqual((libvirt.VIR_DOMAIN_PAUSED,
+                              libvirt.VIR_DOMAIN_PAUSED_MIGRATION),
+                             self.state(server, 'host-a'))
+        told = (server.get().fault or {}).get('message') or self.fault(server)
+        self.assertIn('nova-manage libvirt settle_live_migration ' +
+                      server.id, told)
+
+    def settle(self, server, how):
+        done = self.cloud.manage('libvirt', 'settle_live_migration',
+                                 server.id, how, check=False)
+        self.assertEqual(0, done.returncode, done.stdout + done.stderr)
+        server.api.reset_server_state(server.id, 'active')
+        server._awake = True
+
+    def test_guest_is_on_the_destination(self):
+        server, before = self.writing_server()
+        self.send_all(server)
+        self.a.pause('libvirtd')
+        # It lets the guest go on; the source doesn't hear of it.
+        self.b.resume('libvirtd')
+        self.wait_for(lambda: self.state(server, 'host-b')[0] ==
+                      libvirt.VIR_DOMAIN_RUNNING, 25, 'a guest on host-b')
+        self.kill_source(server)
+        self.assertEqual(libvirt.VIR_DOMAIN_RUNNING,
+                         self.state(server, 'host-b')[0])
+        self.assert_asks(server)
+        self.assertEqual(libvirt.VIR_DOMAIN_RUNNING,
+                         self.state(server, 'host-b')[0])
+        with server.domain('host-a') as domain:
+            domain.destroy()
+            domain.undefine()
+        self.settle(server, '--moved')
+        self.assertEqual('host-b', server.host)
+        self.assert_well(server, before, 'host-b')
 
 
 class TestWire(FaultCase):

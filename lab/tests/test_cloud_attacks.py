@@ -26,6 +26,7 @@ import struct
 import subprocess
 import tempfile
 
+from lab.cloud.server import ServerError
 from lab.cloud import services
 from lab import machine
 from lab import nova_user
@@ -354,7 +355,9 @@ class TestExports(AttackCase):
         self.assertEqual('ERROR', found.status)
         self.assert_logged('its checksum is')
         self.assert_nothing_open()
-        server.hard_reboot()
+        # libvirt, which could copy it again, listens to nobody.
+        with self.assertRaisesRegex(ServerError, 'copy is whole'):
+            server.hard_reboot()
 
     def test_silence(self):
         """A disk that is opened and not written to is closed again."""

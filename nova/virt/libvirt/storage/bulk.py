@@ -132,8 +132,9 @@ class Mover:
         :param dry_run: only tell what would be done
         :raises: exception.CellTimeout if a cell's database doesn't answer
         """
+        disks = report.disks(self._get_context(), host)
         found = [list(lines) for _uuid, lines in itertools.groupby(
-            report.disks(self._get_context(), host), lambda x: x.instance_uuid)]
+            disks, lambda line: line.instance_uuid)]
         legacy = [lines for lines in found
                   if not all(line.in_pool for line in lines)]
         result = Result()

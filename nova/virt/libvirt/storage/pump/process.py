@@ -129,8 +129,9 @@ class WorkerProcess:
             'extension': extension, 'source': job.source,
             'destination': self._destination(), 'length': job.length,
             'sparse': job.sparse, 'find_holes': job.find_holes,
-            'key': job.key, 'interval': _INTERVAL, 'warm': warm,
-            'clones': job.clones}
+            'key': job.key, 'interval': _INTERVAL, 'warm': warm}
+        if job.clones:
+            self._request['clones'] = list(job.clones)
         if table is not None:
             self._request['table'] = table
         if changed is not None:

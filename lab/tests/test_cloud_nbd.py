@@ -280,23 +280,6 @@ class TestAhead(AheadCase):
         self.assert_nothing_open()
 
 
-class TestClones(AheadCase):
-    """On XFS not even the source reads all of a disk a second time."""
-
-    lab = {**NbdCase.lab, 'file_system': 'xfs'}
-
-    def test_guest_writes(self):
-        server, there = self.comes_while_it_writes()
-        size = self.b.path('%s/%s_disk' % (DISKS, server.id)).stat().st_size
-        self.assertGreater(max(self.spared()), size // 2)
-        for host in (self.a, self.b):
-            # The clone has no name.
-            self.assertEqual([], list(host.path(DISKS).glob('.*')))
-        server.revert()
-        self.assert_kept(server.testimony(after=there))
-        self.assert_nothing_left(server, 'host-b')
-
-
 class TestAgain(NbdCase):
     """What a host has kept of a server that comes back isn't sent again."""
     rate = None

@@ -189,6 +189,7 @@ class Readings:
         :param checksum: of them, under key
         :returns: False if all of it has to be read to know; what was known of
             it is forgotten
+        :raises: as pump.verify_known(), but StorageTransferMismatch
         """
         found = self.get(place)
         self.forget(place)
@@ -201,7 +202,8 @@ class Readings:
                 found.volume, length, checksum, known, found.closed[1],
                 key=key,
                 stall_timeout=CONF.libvirt.storage_migration_stall_timeout)
-        except exception.NovaException as e:
+        except exception.StorageTransferMismatch as e:
+            # What could not be had on disk, no second reading makes good.
             LOG.warning('All of %(volume)s is read, as it is not what was '
                         'sent by what is known of it: %(error)s',
                         {'volume': found.volume, 'error': e})

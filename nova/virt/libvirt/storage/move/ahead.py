@@ -223,8 +223,7 @@ class FirstPass:
             key, known = self._known.get(item, (None, None))
             copy = stack.enter_context(pump.WarmCopy(
                 transfer.volume(item), target.end, item.length, key,
-                sparse=peer.takes_holes(), known=known,
-                clones=[CONF.instances_path]))
+                sparse=peer.takes_holes(), known=known))
             result = copy.first(
                 pump.Watch(**transfer.watch(item, target, progress)),
                 self._bandwidth)

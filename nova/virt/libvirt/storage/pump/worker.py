@@ -452,7 +452,7 @@ class Job:
         blocks = None
         fd = source.file(length, direct=warm, may_grow=is_first)
         self.direct = fd is not None
-        if self.direct and request.get('warm'):
+        if self.direct and request.get('clones'):
             changed = self.look_at_clone(source, fd, length, is_first)
         if self.direct and changed is not None:
             self.spared = length - sum(n for _start, n in changed)
@@ -494,7 +494,7 @@ class Job:
             reflink = load_reflink()
             self.clone = reflink.clone(fd, [
                 os.path.dirname(source.volume.path()),
-                *self.request.get('clones', ())])
+                *self.request['clones']])
             return None
         if self.clone is None:
             return None

@@ -17,7 +17,6 @@ import ddt
 import fixtures
 
 from nova.compute import task_states
-import nova.conf
 from nova import exception
 from nova.tests.unit.virt.libvirt.storage.move import test_move
 from nova.tests.unit.virt.libvirt.storage.move import test_transport
@@ -39,7 +38,8 @@ class WarmCopy:
 
     def __init__(self, source, export, length, key=None, sparse=True,
                  known=None, clones=()):
-        self.test.assertEqual([nova.conf.CONF.instances_path], clones)
+        # They don't tell all that a guest may have done to its disk.
+        self.test.assertEqual((), clones)
         self.source, self.length, self.key = source, length, key or 5
         self.test.known.append((key, known))
         self.pool, self.name = self.test.opened[export.port]

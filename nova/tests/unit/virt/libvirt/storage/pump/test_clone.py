@@ -41,7 +41,8 @@ class WarmCopyTestCase(test_nbd.WorkerTestCase):
 
     def test_only_what_has_changed_is_read(self):
         source = self.source(os.urandom(16 * MIB), 32 * MIB)
-        with pump.WarmCopy(source, self.serve(32 * MIB), 32 * MIB) as copy:
+        with pump.WarmCopy(source, self.serve(32 * MIB), 32 * MIB,
+                           clones=[self.folder]) as copy:
             copy.first()
             with open(source.name, 'r+b') as file:
                 for at in (MIB, 5 * MIB + 7, 20 * MIB):
@@ -75,7 +76,8 @@ class WarmCopyTestCase(test_nbd.WorkerTestCase):
                             bytes(length), chance.randbytes(length))))
 
         export = self.serve(24 * MIB)
-        with pump.WarmCopy(source, export, 16 * MIB) as copy:
+        with pump.WarmCopy(source, export, 16 * MIB,
+                           clones=[self.folder]) as copy:
             copy.first(pump.Watch(progress=write), bandwidth=16 * MIB)
             write()
             with open(source.name, 'ab') as file:

@@ -37,10 +37,6 @@ OWN = ('/etc/libvirt', '/etc/pki', '/var/lib/libvirt', '/var/log/libvirt',
        '/var/cache/libvirt')
 KVM = '/dev/kvm'
 # What the packages make, which is more than libvirtd makes by itself.
-#: How a host's disk is made, whose content doesn't outlive the lab.
-MKFS = {'ext4': ['mkfs.ext4', '-q', '-m', '0', '-O', '^has_journal',
-                 '-E', 'lazy_itable_init=1,nodiscard,root_owner=0:0'],
-        'xfs': ['mkfs.xfs', '-q', '-f', '-K', '-m', 'reflink=1']}
 QEMU_OWNED = ('var/lib/libvirt/qemu', 'var/cache/libvirt/qemu')
 # The rest is what the admin guide says (guide.py). There is no polkit here.
 LIBVIRTD_CONF = '''listen_addr = "%(address)s"
@@ -87,14 +83,12 @@ class Host(Machine):
 
     def prepare(self, with_ssh: bool = False,
                 memory: pathlib.Path | None = None,
-                root: str = '', modular_: bool = False,
-                file_system: str = 'ext4') -> None:
+                root: str = '', modular_: bool = False) -> None:
         """Make the folders of which the host is built.
 
         :param memory: where /var/lib/nova lies in place of a disk
         :param root: a release of Debian, see roots.RELEASES
         :param modular_: with modular daemons in place of libvirtd
-        :param file_system: of /var/lib/nova, ext4 or xfs
         """
         super().prepare()
         for path in OWN:
@@ -110,15 +104,17 @@ class Host(Machine):
         self._uuid = uuid.uuid4()
         self._with_ssh = with_ssh
         self._in_memory = memory and memory / self.name
-        self._file_system = file_system
-        self.image = self.folder / ('nova.%s' % file_system)
+        self.image = self.folder / 'nova.img'
         if memory:
             self._in_memory.mkdir()
         elif not self.image.exists():
             with open(self.image, 'wb') as out:
                 out.truncate(config.DISK_BYTES)
-            subprocess.run([*MKFS[file_system], self.image], check=True,
-                           stdin=subprocess.DEVNULL)
+            # No journal: what is on it does not outlive the lab.
+            subprocess.run(
+                ['mkfs.ext4', '-q', '-m', '0', '-O', '^has_journal',
+                 '-E', 'lazy_itable_init=1,nodiscard,root_owner=0:0',
+                 self.image], check=True, stdin=subprocess.DEVNULL)
 
     def description(self) -> dict:
         spec = super().description()
@@ -143,8 +139,7 @@ class Host(Machine):
         if self._in_memory:
             spec['binds'].append([str(self._in_memory), '/var/lib/nova'])
         else:
-            spec['loops'].append([str(self.image), '/var/lib/nova',
-                                  self._file_system])
+            spec['loops'].append([str(self.image), '/var/lib/nova'])
         spec['files']['/etc/machine-id'] = [0o444, self._uuid.hex + '\n']
         spec['folders'].update({
             '/run/libvirt': 0o755, '/run/sshd': 0o755,

@@ -87,8 +87,7 @@ def up(options: state.Options, progress: ui.Steps | None = None) -> None:
         memory = _memory() if options.memory else None
         jobs.append(pool.submit(machines[0].prepare))
         jobs += [pool.submit(m.prepare, options.ssh, memory,
-                             options.host_root, options.modular,
-                             options.file_system)
+                             options.host_root, options.modular)
                  for m in machines[1:]]
         for job in jobs:
             job.result()

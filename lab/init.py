@@ -62,19 +62,18 @@ def _bind(source, target):
     mount(source, target, flags=MS_BIND)
 
 
-def _loop(image, target, file_system):
+def _loop(image, target):
     """Mount an image's file system; the loop device goes with the mount."""
     os.makedirs(target, exist_ok=True)
     device = subprocess.run(
         ['losetup', '--find', '--show', '--direct-io=on', image], check=True,
         stdout=subprocess.PIPE, text=True).stdout.strip()
     try:
-        mount(device, target, file_system, data='discard')
-        if file_system == 'ext4':
-            # What it keeps back counts as available with libvirt (f_bfree).
-            with open('/sys/fs/ext4/%s/reserved_clusters' %
-                      os.path.basename(device), 'w') as out:
-                out.write('0')
+        mount(device, target, 'ext4', data='discard')
+        # What ext4 keeps back counts as available with libvirt (f_bfree).
+        with open('/sys/fs/ext4/%s/reserved_clusters' %
+                  os.path.basename(device), 'w') as out:
+            out.write('0')
     finally:
         # Of a device in use it is put off until it is free: LOOP_CLR_FD.
         subprocess.run(['losetup', '--detach', device], check=True)
@@ -130,8 +129,8 @@ def build(spec):
     for fd, target in sources:
         _bind('/proc/self/fd/%d' % fd, target)
         os.close(fd)
-    for image, target, file_system in spec['loops']:
-        _loop(image, target, file_system)
+    for image, target in spec['loops']:
+        _loop(image, target)
     if spec['root']:
         _call('umount2', OLD_ROOT.encode(), MNT_DETACH)
         os.rmdir(OLD_ROOT)

@@ -24,7 +24,7 @@ HOSTS = (
     'libnbd-dev', 'libvirt-daemon', 'libvirt-daemon-system', 'libvirt-dev',
     'mount',
     'ovmf', 'procps', 'qemu-system-x86', 'qemu-utils', 'sudo', 'swtpm',
-    'swtpm-tools', 'util-linux', 'xfsprogs')
+    'swtpm-tools', 'util-linux')
 SSH = ('openssh-client', 'openssh-server', 'rsync')
 CLOUD = (
     'bindfs', 'busybox-static', 'conntrack', 'dosfstools', 'dropbear-bin', 'fdisk',

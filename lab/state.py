@@ -30,7 +30,6 @@ class Options:
         roots.RELEASES; none: the machine's own
     :ivar modular: libvirt's modular daemons in place of libvirtd
     :ivar root: nova-compute runs as root, for comparison
-    :ivar file_system: of the hosts' disks, ext4 or xfs
     :ivar memory: the hosts' disks lie in memory, so that none is measured
     :ivar storage: what there is beside the hosts, separated by commas: "vm"
         for the storage machine, "ceph"
@@ -43,7 +42,6 @@ class Options:
     network: str = 'none'
     threading: str = 'native'
     memory: bool = False
-    file_system: str = 'ext4'
     root: bool = False
     storage: str = ''
     host_root: str = dataclasses.field(

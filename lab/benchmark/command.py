@@ -39,8 +39,7 @@ def run(runs: int, chosen, console: rich.console.Console) -> list[cases.Row]:
     :param chosen: names of cases; all if empty
     """
     clouds = {'spawn': pools.spawn, 'servers': servers.measure,
-              'downtime': downtime.measure, 'downtime_xfs': downtime.on_xfs,
-              'again': downtime.again,
+              'downtime': downtime.measure, 'again': downtime.again,
               'live': live.measure, 'live-image': live_image.measure,
               'rbd': rbd.measure}
     known = (*cases.Cases.IN_MEMORY, *cases.Cases.ON_DISK, 'sweep', *clouds)

@@ -22,8 +22,6 @@ from . import servers
 
 LOADS = (servers.Load('downtime, 4 GiB of data', 4096, 0.35),
          servers.Load('downtime, 16 GiB of data', 16384, 0.2))
-ON_XFS = tuple(servers.Load(load.case + ', XFS', load.data, load.target)
-               for load in LOADS)
 AGAIN = servers.Load('migration back, 128 MiB changed of 4 GiB', 4096, 0.25)
 # MiB that change before the way back, in whole pieces of servers.write().
 CHANGED = 128
@@ -31,24 +29,18 @@ CHANGED = 128
 WRITES = 256
 
 
-def measure(runs, progress, loads=LOADS, file_system='ext4'):
+def measure(runs, progress, loads=LOADS):
     """Migrate a server whose guest writes 1 MiB/s, there and back.
 
     What counts is the time from its power-off to the first word of the guest
     on the other host.
 
     :param runs: of each load in each kind of cloud; the medians count
-    :param file_system: of the hosts' disks
     :returns: an iterable of cases.Row
     """
     # Memory doesn't hold 16 GiB on two hosts.
     return servers.measure(runs, progress, loads, _downtime, _over_nbd,
-                           memory=False, file_system=file_system)
-
-
-def on_xfs(runs, progress):
-    """As measure(), where a file can be cloned."""
-    return measure(runs, progress, ON_XFS, 'xfs')
+                           memory=False)
 
 
 def again(runs, progress, load=AGAIN):

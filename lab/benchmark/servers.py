@@ -63,18 +63,18 @@ def alone(options, progress):
 
 
 def measure(runs, progress, loads=LOADS, seconds=None, prepare=None,
-            **options):
+            memory=True):
     """Bring up a cloud of each kind in turn, migrate there and back.
 
     :param runs: of each load on each; the medians count
     :param seconds: measures one load; by default the whole migration
     :param prepare: is called with the cloud of the series first
-    :param options: more of state.Options
+    :param memory: whether the hosts' disks lie in memory
     :returns: an iterable of cases.Row
     """
     found = {}
-    for way, of_way in WAYS.items():
-        with alone(dataclasses.replace(of_way, **options),
+    for way, options in WAYS.items():
+        with alone(dataclasses.replace(options, memory=memory),
                    progress) as cloud:
             if prepare is not None and way == 'series':
                 prepare(cloud)

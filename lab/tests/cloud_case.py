@@ -50,9 +50,7 @@ def cloud_for(wanted, images_type='default') -> lab_cloud.Cloud:
     known = state.find()
     if known and known.phase == 'up' and known.boot == state.boot_id():
         if known.options.level == 'cloud' and (
-                known.options.storage == wanted.get('storage', '')) and (
-                known.options.file_system == wanted.get(
-                    'file_system', 'ext4')) and all(
+                known.options.storage == wanted.get('storage', '')) and all(
                 getattr(known.options, key) == value
                 for key, value in wanted.items()):
             return lab_cloud.Cloud()

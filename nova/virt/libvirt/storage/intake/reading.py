@@ -136,11 +136,14 @@ class Readings:
         """
         with self._lock:
             self._check_over(place)
-            self._found[place] = reading
-            self._found.move_to_end(place)
-            while len(self._found) > _MOST:
-                _place, oldest = self._found.popitem(last=False)
-                oldest.give_up()
+            self._keep(place, reading)
+
+    def _keep(self, place, reading):
+        self._found[place] = reading
+        self._found.move_to_end(place)
+        while len(self._found) > _MOST:
+            _place, oldest = self._found.popitem(last=False)
+            oldest.give_up()
 
     def begin(self, place, reading: Reading,
               changed: pump.Ranges | None) -> None:
@@ -151,11 +154,12 @@ class Readings:
         with self._lock:
             self._check_over(place)
             before = self._found.get(place)
-        if before is not None and changed is not None and (
-                (before.room, before.key) == (reading.room, reading.key)):
-            reading = before
-        self.put(place, reading)
-        reading.begin(changed)
+            if before is not None and changed is not None and (
+                    (before.room, before.key) == (reading.room, reading.key)):
+                reading = before
+            self._keep(place, reading)
+            # Nobody else may find it over.
+            reading.begin(changed)
 
     def _check_over(self, place):
         if place in self._found and not self._found[place].is_over:

@@ -365,11 +365,9 @@ class Transfer:
                 ahead.target.changed = item.result.changed
         item.done = item.length
         LOG.info('Copied the rest of volume %(volume)s: %(data)d of '
-                 '%(length)d bytes in %(seconds).1f s, %(spared)d bytes were '
-                 'known not to have changed',
+                 '%(length)d bytes in %(seconds).1f s',
                  {'volume': item.source.name, 'data': item.result.data,
-                  'length': item.length, 'seconds': item.result.seconds,
-                  'spared': item.result.spared},
+                  'length': item.length, 'seconds': item.result.seconds},
                  instance=self.instance)
 
     def _make_anew(self, item):

@@ -130,8 +130,6 @@ class WorkerProcess:
             'destination': self._destination(), 'length': job.length,
             'sparse': job.sparse, 'find_holes': job.find_holes,
             'key': job.key, 'interval': _INTERVAL, 'warm': warm}
-        if job.clones:
-            self._request['clones'] = list(job.clones)
         if table is not None:
             self._request['table'] = table
         if changed is not None:

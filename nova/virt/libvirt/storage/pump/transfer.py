@@ -118,7 +118,6 @@ class Result:
     :ivar seconds: from the worker's start to its end
     :ivar direct: whether the source's file was read; else it came through
         libvirt, which costs more
-    :ivar spared: bytes that were not read, as they can't have changed
     :ivar changed: (offset, length) in bytes of what was another content, or
         was between such, where that was known; else None. The last one may
         go beyond the end.
@@ -131,7 +130,6 @@ class Result:
     allocation: int | None
     seconds: float
     direct: bool = False
-    spared: int = 0
     changed: Ranges | None = None
 
     @property
@@ -156,9 +154,6 @@ class Job:
     :ivar find_holes: leave holes where the source has zeroes, too: of a block
         device nothing else tells what was never written
     :ivar key: for the checksum; a random one by default
-    :ivar clones: of two passes: directories besides the volume's own in which
-        there may be a clone of the source between them, where its file system
-        can share the blocks of two files
     """
     source: Volume
     destination: Volume | Export | None
@@ -166,7 +161,6 @@ class Job:
     sparse: bool = True
     find_holes: bool = False
     key: int = dataclasses.field(default_factory=new_key)
-    clones: ty.Sequence[str] = ()
 
     def __post_init__(self):
         if self.length < 0:
@@ -247,9 +241,8 @@ class WarmCopy:
     first() may run while a guest writes to the source; rest() is for when it
     doesn't any more, and sends what differs. Between them the connection to
     the export stays. What the first pass read only costs bytes where it was
-    torn or is old: the second one reads all of it again, or all that isn't
-    known to be the same (see reflink.py), and takes for granted no more than
-    that the export has what was sent to it.
+    torn or is old: the second one reads all of it again, and takes for granted
+    no more than that the export has what was sent to it.
 
     It is a context manager, which ends what is under way. When any pass has
     failed, begin anew with another export.
@@ -262,18 +255,15 @@ class WarmCopy:
     :param known: what read_table() says of all of the export, if something
         was written to it before: the first pass sends what differs, too. What
         the export has beyond length reads as zeroes.
-    :param clones: as in Job
     """
 
     def __init__(self, source: Volume, destination: Export, length: int,
                  key: int | None = None, sparse: bool = True,
-                 known: 'Known | None' = None,
-                 clones: ty.Sequence[str] = ()):
+                 known: 'Known | None' = None):
         if length <= 0:
             raise ValueError('length is out of range: %d' % length)
         self._job = Job(source, destination, length, sparse,
-                        key=new_key() if key is None else key,
-                        clones=clones)
+                        key=new_key() if key is None else key)
         self._known = known
         self._worker: process.WorkerProcess | None = None
 

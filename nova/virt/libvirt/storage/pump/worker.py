@@ -21,13 +21,11 @@ with lines of JSON on stdout, a pass with one result. "table" is a file
 descriptor and a number of bytes: it has the checksums of so much that stands
 at the destination already or, without a destination, takes the source's. With
 "changed", (offset, length) of what may differ from what it has, it is brought
-up to date, and no more than that is read where a file can be. "clones" are
-directories for a clone of the source: with one the second pass doesn't read
-what has not changed.
+up to date, and no more than that is read where a file can be.
 
     {"transferred": bytes}
     {"result": {"data", "holes", "checksum", "physical", "allocation",
-                "direct", "changed", "spared"}}
+                "direct", "changed"}}
     {"error": {"side", "operation", "reason", "code", ...}}
 """
 
@@ -123,15 +121,6 @@ def load_pump(path):
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
-    return module
-
-
-def load_reflink():
-    spec = importlib.util.spec_from_file_location(
-        'reflink', os.path.join(os.path.dirname(os.path.abspath(__file__)),
-                                'reflink.py'))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     return module
 
 
@@ -328,8 +317,6 @@ class Job:
         self.bandwidth = request['bandwidth']
         self.direct = False     # whether libvirt isn't asked for the bytes
         self.second: queue.Queue[int] = queue.Queue()
-        self.clone = None
-        self.spared = 0         # bytes that the last pass didn't read
 
     def watch_parent(self):
         for message in self.parent:
@@ -414,7 +401,7 @@ class Job:
         elif table:
             os.pwrite(table_file, table.dump(), 0)
         say(result={**found, 'physical': physical, 'allocation': allocation,
-                    'direct': self.direct, 'spared': self.spared})
+                    'direct': self.direct})
 
     def wait_for_second(self, destination):
         """Return how long the source is in the second pass."""
@@ -423,8 +410,6 @@ class Job:
                 return self.second.get(timeout=KEEP_SECONDS)
             except queue.Empty:
                 destination.keep()
-                if self.clone is not None:
-                    self.clone.check_room()
 
     def run_pass(self, pump, source, destination, length, *, table,
                  is_first=False, changed=None):
@@ -452,10 +437,7 @@ class Job:
         blocks = None
         fd = source.file(length, direct=warm, may_grow=is_first)
         self.direct = fd is not None
-        if self.direct and request.get('clones'):
-            changed = self.look_at_clone(source, fd, length, is_first)
         if self.direct and changed is not None:
-            self.spared = length - sum(n for _start, n in changed)
             size = table.block_size
             blocks = [(start // size, -(-(start + n) // size) - start // size)
                       for start, n in changed]
@@ -487,21 +469,6 @@ class Job:
             # Nothing of this pass is told during the next one.
             ended.set()
             reporter.join()
-
-    def look_at_clone(self, source, fd, length, is_first):
-        """Clone the source, or tell by its clone what may have changed."""
-        if is_first:
-            reflink = load_reflink()
-            self.clone = reflink.clone(fd, [
-                os.path.dirname(source.volume.path()),
-                *self.request['clones']])
-            return None
-        if self.clone is None:
-            return None
-        try:
-            return self.clone.changed(fd, length)
-        finally:
-            self.clone.close()
 
 
 def main():

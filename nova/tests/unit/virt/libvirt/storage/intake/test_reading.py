@@ -92,6 +92,14 @@ class ReadingsTestCase(test.NoDBTestCase):
                          self.pump.verify_known.called)
         self.assertIsNone(self.readings.get(PLACE))
 
+    def test_error_of_the_disk(self):
+        self.read()
+        self.readings.close(PLACE, 1000, CHANGED)
+        self.pump.verify_known.side_effect = exception.StorageTransferError(
+            volume='v', where='w', length=1, transferred=0, side='source',
+            operation='finish', reason='not on disk')
+        self.assertRaises(exception.StorageTransferError, self.verify)
+
     def test_what_was_taken_up(self):
         self.readings.put(PLACE, self.reading(packed=zlib.compress(TABLE)))
         self.assertEqual(pump.Known(ROOM, LATER),

@@ -155,8 +155,12 @@ class Server:
         if server.compute_host != host:
             raise ServerError('%s is still on %s%s' % (
                 self.id, server.compute_host, self._why()))
-        self._awake = True
+        self.is_awake()
         return server
+
+    def is_awake(self) -> None:
+        """Its guest goes on, whatever its console has not seen."""
+        self._awake = True
 
     def rescue(self, image='guest'):
         self.api.rescue_server(

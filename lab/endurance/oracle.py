@@ -44,9 +44,17 @@ def check(subject) -> None:
     :param subject: servers.Subject, recovered
     :raises: Lost
     """
+    _check_guests(subject)
     _check_data(subject)
     _check_records(subject)
     _check_only_there(subject)
+
+
+def _check_guests(subject):
+    found, host = subject.guests(), subject.server.host
+    if found != [host]:
+        raise Lost('%s is on %s, and has guests on %s' % (
+            subject.name, host, found))
 
 
 def _check_data(subject):

@@ -16,10 +16,13 @@ import itertools
 import tempfile
 import time
 
+import libvirt
 import openstack.exceptions
 
+from ..cloud import database
 from ..cloud import server as lab_server
 from ..errors import LabError
+from ..host import Host
 
 MIB = 1 << 20
 FLAVOR, BIGGER = 'lab.small.disks', 'lab.medium.disks'
@@ -27,7 +30,8 @@ FLAVOR, BIGGER = 'lab.small.disks', 'lab.medium.disks'
 OPERATIONS = {'hard_reboot': 3, 'stop_start': 2, 'migrate_confirm': 6,
               'migrate_revert': 4, 'resize_confirm': 2, 'resize_revert': 2,
               'rescue': 1, 'snapshot': 1, 'shelve': 1, 'rebuild': 1,
-              'boot_anew': 1, 'write': 3, 'cancel': 1,
+              'boot_anew': 1, 'write': 3, 'cancel': 1, 'live_migrate': 6,
+              'live_abort': 2,
               'migrate_while_deactivated': 1, 'migrate_without_image': 1}
 #: After these a disk that can't be had is no loss: it was given up.
 DESTROY = ('rebuild', 'boot_anew', 'evacuate')
@@ -162,6 +166,25 @@ class Subject:
                             'VERIFY_RESIZE').status == 'VERIFY_RESIZE':
             self.server.revert()
 
+    def live_migrate(self):
+        self.server.live_migrate(OTHER[self.server.host])
+
+    def live_abort(self):
+        server = self.server
+        server.api.live_migrate_server(
+            server.id, host=OTHER[server.host], block_migration='auto')
+        until = time.monotonic() + 30
+        while server.get().task_state == 'migrating':
+            if time.monotonic() > until:
+                break
+            # Too early or too late is refused, and either is right.
+            with contextlib.suppress(openstack.exceptions.SDKException):
+                for migration in server.api.server_migrations(server.id):
+                    server.api.abort_server_migration(migration, server)
+                    break
+            time.sleep(.5)
+        server.wait('ACTIVE')
+
     def migrate_while_deactivated(self):
         """The image can't be fetched; its base travels along."""
         if self.image is None:
@@ -202,7 +225,10 @@ class Subject:
         :raises Lost: it does not come back
         """
         told = ''
-        for _try in range(3):
+        if operation.startswith('live') and self.server is not None:
+            # Its console is another one, and the guest goes on all the time.
+            self.server.is_awake()
+        for _try in range(4):
             if self.server is None or not self._exists():
                 if operation not in DESTROY:
                     raise Lost('%s is gone after %s' % (self.name, operation))
@@ -237,8 +263,7 @@ class Subject:
             if not (found.fault or {}).get('message') and not any(
                     message for _action, message in server.actions()):
                 raise Lost('%s is in ERROR and nothing says why' % self.name)
-            server.api.reboot_server(server.id, 'HARD')
-            server.wait('ACTIVE', 'ERROR')
+            self._reboot()
         elif found.status == 'VERIFY_RESIZE':
             server.revert()
         elif found.status == 'RESCUE':
@@ -247,6 +272,65 @@ class Subject:
             server.unshelve()
         elif found.status == 'SHUTOFF':
             server.start()
+        elif self.guests() != [server.host]:
+            # Nova takes it for active, and the user says that it isn't.
+            self._reboot()
         else:
             return True
         return server.get().status == 'ACTIVE'
+
+    def _reboot(self):
+        server = self.server
+        with contextlib.suppress(openstack.exceptions.ConflictException):
+            server.api.reboot_server(server.id, 'HARD')
+            server.wait('ACTIVE', 'ERROR')
+        if any(record.get('next') for record in database.records(
+                self.cloud, server.id).values()):
+            self._settle()
+
+    def _settle(self):
+        """Do what the message of an open live migration says.
+
+        :raises Lost: there is none
+        """
+        server, here = self.server, self.server.host
+        there = OTHER[here]
+        told = [(server.get().fault or {}).get('message') or '']
+        told += [message or '' for _action, message in server.actions()[:1]]
+        if not any('settle_live_migration' in text for text in told):
+            raise Lost('%s is on its way to %s, and nothing says what to do: '
+                       '%s' % (self.name, there, told))
+        moved = there in self.guests()
+        if moved:
+            with _domain(here, server.id) as left:
+                if left is not None:
+                    if left.isActive():
+                        left.destroy()
+                    left.undefine()
+        self.cloud.manage('libvirt', 'settle_live_migration', server.id,
+                          '--moved' if moved else '--not-moved')
+        server.api.reset_server_state(server.id, 'active')
+        server.hard_reboot()
+
+    def guests(self) -> list[str]:
+        """The hosts on which libvirt has a guest of it that runs."""
+        found = []
+        for host in OTHER:
+            with _domain(host, self.server.id) as domain:
+                if domain is not None and (
+                        domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING):
+                    found.append(host)
+        return found
+
+
+@contextlib.contextmanager
+def _domain(host, uuid):
+    """A server's domain on a host; None without one."""
+    with contextlib.closing(Host(host).connect()) as connection:
+        try:
+            domain = connection.lookupByUUIDString(uuid)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                raise
+            domain = None
+        yield domain

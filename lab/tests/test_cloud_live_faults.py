@@ -24,6 +24,7 @@ import unittest
 import libvirt
 
 from lab import config
+from lab.endurance import cloud as endurance
 from lab.tests import cloud_case
 from lab.tests.live_case import LiveCase
 from lab.tests.live_case import POOL
@@ -113,9 +114,7 @@ class TestKills(FaultCase):
             with contextlib.suppress(Exception):
                 server.wait('ACTIVE', 'SHUTOFF', 'ERROR', limit=60)
             self.assertEqual(['host-b'], self.runs_on(server))
-        told = (server.get().fault or {}).get('message') or self.fault(server)
-        self.assertIn('nova-manage libvirt settle_live_migration ' +
-                      server.id, told)
+        self.assert_told_to_settle(server)
         done = self.cloud.manage('libvirt', 'settle_live_migration',
                                  server.id, '--moved', check=False)
         self.assertEqual(0, done.returncode, done.stdout + done.stderr)
@@ -200,6 +199,35 @@ class TestKills(FaultCase):
                           'the guest on host-b')
         self.cloud.start_compute('host-a')
         self.assert_goes_on(server, before)
+
+    def test_source_host(self):
+        """It loses its power: nobody there knows where the guest is."""
+        server, before = self.writing_server()
+        self.begin(server)
+        self.wait_middle(server, 50)
+        endurance.die(self.a)
+        endurance.revive(self.cloud, self.a)
+        self.wait_for(lambda: not self.runs_on(server), 90, 'no guest')
+        server.wait('ACTIVE', 'SHUTOFF', 'ERROR', limit=120)
+        with contextlib.suppress(Exception):
+            server.api.reboot_server(server.id, 'HARD')
+            server.wait('ACTIVE', 'ERROR', limit=60)
+        self.assertEqual([], self.runs_on(server))
+        self.assert_told_to_settle(server)
+        done = self.cloud.manage('libvirt', 'settle_live_migration',
+                                 server.id, '--not-moved', check=False)
+        self.assertEqual(0, done.returncode, done.stdout + done.stderr)
+        server.api.reset_server_state(server.id, 'active')
+        server.hard_reboot()
+        said = server.testimony(after=before)
+        self.assert_kept(said)
+        server.command('keep-writing', 256)
+        self.assert_moves(server, server.look())
+
+    def assert_told_to_settle(self, server):
+        told = (server.get().fault or {}).get('message') or self.fault(server)
+        self.assertIn('nova-manage libvirt settle_live_migration ' +
+                      server.id, told)
 
     def test_host_starts_its_guests_again(self):
         """resume_guests_state_on_host_boot boots no old copy."""

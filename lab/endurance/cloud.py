@@ -143,6 +143,9 @@ def die(host):
     host.kill('libvirtd')
     # In its own namespace: no process of another host's.
     host.run(['pkill', '-9', 'qemu-system'], check=False)
+    # libvirt knows nothing of guests and pools when such a host is back.
+    host.run(['find', '/run/libvirt/qemu', '/run/libvirt/storage', '-type',
+              'f', '-delete'])
 
 
 def revive(cloud, host):

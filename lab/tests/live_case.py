@@ -18,6 +18,8 @@ import shutil
 import time
 from xml.etree import ElementTree
 
+import libvirt
+
 from lab import config
 from lab.cloud import database
 from lab.host import Host
@@ -157,8 +159,8 @@ class LiveCase(test_cloud_moves.MovesCase):
             with contextlib.closing(Host(name).connect()) as connection:
                 if server.id in [
                         domain.UUIDString()
-                        for domain in connection.listAllDomains()
-                        if domain.isActive()]:
+                        for domain in connection.listAllDomains(
+                            libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)]:
                     found.append(name)
         return found
 

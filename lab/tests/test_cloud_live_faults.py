@@ -398,7 +398,8 @@ class TestWire(FaultCase):
                 seen.append(found.disk_remaining_bytes)
             return not server.get().task_state
 
-        self.wait_for(look, 240, 'the end of the migration')
+        with self.hurried(server):
+            self.wait_for(look, 240, 'the end of the migration')
         seen = [value for value in seen if value]
         self.assertTrue(seen)
         self.assertGreater(max(seen), min(seen), seen)

@@ -64,8 +64,12 @@ class Host:
         self._host = host.Host('qemu:///system')
 
     def get_connection(self):
+        from nova import exception
         if self._connection is None or not self._connection.isAlive():
-            self._connection = self._libvirt.open('qemu:///system')
+            try:
+                self._connection = self._libvirt.open('qemu:///system')
+            except self._libvirt.libvirtError as error:
+                raise exception.HypervisorUnavailable() from error
             self._connection.setKeepAlive(5, 3)
         return self._connection
 

@@ -131,7 +131,7 @@ class WarmCopy:
     known: dict[str, ty.Any] = {}
 
     def __init__(self, source, destination, length, key=None, sparse=True,
-                 known=None):
+                 known=None, find_holes=False):
         self.source, self.destination = source, destination
         self.length, self.key = length, key or pump.new_key()
         self.known[source.name.partition('_')[2]] = known

@@ -22,6 +22,7 @@ import re
 import typing as ty
 
 from oslo_log import log as logging
+from oslo_serialization import jsonutils
 
 from nova.compute import task_states
 from nova.compute import vm_states
@@ -40,6 +41,9 @@ LOG = logging.getLogger(__name__)
 
 _OWNED = re.compile(
     r'(?P<uuid>[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})_.+')
+
+# Instances that are asked for in one message.
+_AT_ONCE = 200
 
 _MOVING = (*task_states.resizing_states, task_states.RESIZE_CONFIRMING,
            task_states.RESIZE_REVERTING, task_states.MIGRATING)
@@ -101,10 +105,39 @@ def _find(context, connection, own, unread) -> ty.Iterator[Orphan]:
             if match and match['uuid'] not in own:
                 by_uuid.setdefault(match['uuid'], []).append(
                     (pool.name, name))
+    elsewhere = _elsewhere(context, [
+        uuid for uuid, places in by_uuid.items()
+        if all(pool is not None for pool, _volume in places)])
     for uuid, places in by_uuid.items():
-        kinds = _kinds_of(context, connection, uuid)
+        kinds = (_unknown if uuid in elsewhere else
+                 _kinds_of(context, connection, uuid))
         for place in places:
             yield Orphan(*place, uuid, kinds(place))
+
+
+def _elsewhere(context, uuids) -> set[str]:
+    """Those instances that other hosts have, with no word of this one.
+
+    In a pool that hosts share, nearly all are such: many are asked for at
+    once, and none of them again.
+    """
+    found, here = set(), jsonutils.dumps(CONF.host)
+    for start in range(0, len(uuids), _AT_ONCE):
+        asked = uuids[start:start + _AT_ONCE]
+        mappings = objects.BlockDeviceMappingList.bdms_by_instance_uuid(
+            context, asked)
+        for instance in objects.InstanceList.get_by_filters(
+                context, {'uuid': asked, 'deleted': False},
+                expected_attrs=[]):
+            if CONF.host not in (instance.host, instance.node) and not any(
+                    here in (bdm.driver_info or '')
+                    for bdm in mappings.get(instance.uuid, ())):
+                found.add(instance.uuid)
+    return found
+
+
+def _unknown(place):
+    return Kind.UNKNOWN
 
 
 def sweep(context, connection, own) -> list[Orphan]:
@@ -177,20 +210,20 @@ def _kinds_of(context, connection,
             context.elevated(read_deleted='yes'), uuid)
     except exception.InstanceNotFound:
         # Purged from the database, or never of this cloud.
-        return lambda place: Kind.UNKNOWN
+        return _unknown
     if instance.deleted:
         # An operator may have the guests of deleted instances kept.
         kind = (Kind.UNKNOWN if _has_guest(connection, instance) else
                 Kind.LEFT_OVER)
         return lambda place: kind
     if CONF.host in (instance.host, instance.node):
-        return lambda place: Kind.UNKNOWN
+        return _unknown
     try:
         disks = metadata.InstanceDisks.load(context, instance)
         return _by_records(connection, disks)
     except exception.InvalidDiskMetadata as e:
         LOG.warning('%s', e, instance=instance)
-        return lambda place: Kind.UNKNOWN
+        return _unknown
 
 
 def _has_guest(connection, instance):

@@ -199,6 +199,7 @@ class Intake:
         request.expected()
         place = self._place(request)
         self._tables.forget(place)
+        self._readings.reopen(place)
         connections = request.get('connections', int)
         if not 1 <= connections <= _MOST_CONNECTIONS:
             raise request.refused(_("%d connections") % connections)

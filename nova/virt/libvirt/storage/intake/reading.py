@@ -179,6 +179,12 @@ class Readings:
         if found is not None:
             found.closed = (length, changed)
 
+    def reopen(self, place) -> None:
+        """Somebody may write to a disk: what was said at its end is old."""
+        found = self.get(place)
+        if found is not None:
+            found.closed = None
+
     def forget(self, place) -> None:
         """Nothing is known of a disk."""
         with self._lock:

@@ -45,8 +45,8 @@ _UNDER_WAY = ('pre-migrating', 'migrating', 'cancelling')
 # has discarded.
 _LONGEST = 2
 _LONGEST_MORE = units.Gi
-# Places of a disk that were written to; the pump tells fewer.
-_MOST_CHANGED = 8192
+# Places of a disk that were written to; the pump tells no more.
+_MOST_CHANGED = 1024
 # Volumes that are deleted at once; a server has a few disks.
 _MOST_PLACES = 200
 

@@ -33,6 +33,7 @@ killed: who goes on
         here, and only an operator can look on B
     libvirt on A, when all has been sent and the guest isn't undefined yet: the
         same; what is left is paused or off, because it has migrated
+    A as a whole: the same; what is left is off, and nothing says why
     post-copy, when the link is lost: the same; the guest is on B
     A, before it has cleaned up: B has the guest and takes the records over;
         A's volumes are noted as left
@@ -167,12 +168,17 @@ def _may_have_gone(host, guest):
 
     A libvirt that was killed when all had been sent leaves it to others to
     find out how that has ended, and the guest paused; if it has heard of the
-    end, it leaves a definition. A start of either boots the old copies. A
-    guest whose post-copy has begun is on the other host.
+    end, it leaves a definition. So does a host that goes down, for which no
+    reason is known, and a QEMU that dies when libvirt has, which is a crash to
+    libvirt when it is back (9.0). A start of any of them boots the old copies.
+    A guest whose post-copy has begun is on the other host.
     """
     reason = guest.get_state_reason()
     if not guest.is_active():
-        return reason == libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED
+        return reason in (libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED,
+                          libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN,
+                          libvirt.VIR_DOMAIN_SHUTOFF_CRASHED,
+                          libvirt.VIR_DOMAIN_SHUTOFF_DAEMON)
     if guest.get_power_state(host) != power_state.PAUSED:
         return False
     if reason == libvirt.VIR_DOMAIN_PAUSED_MIGRATION:

@@ -166,13 +166,15 @@ class FirstPass:
                     if self._take_up(item):
                         continue
                     created.remove((item.pool.name, item.target))
-                transfer.create(item, _room(item))
+                transfer.create(item, self._room(item))
                 created.append((item.pool.name, item.target))
             stack.callback(self.close)
             with transfer.reporting():
                 for item in items:
                     self._have_read(item, self._send(item))
                 self._wait_until_read(items)
+            # Nobody may have spoken to it for long.
+            self._departure.check_peer()
             stack.pop_all()
 
     def _choose_kept(self, item):
@@ -192,7 +194,7 @@ class FirstPass:
 
         :returns: whether that is known; else it is gone
         """
-        room, key = _room(item), pump.new_key()
+        room, key = self._room(item), pump.new_key()
         try:
             table = item.pool.take_up(
                 item.target, (item.length, room), item.mode, key)
@@ -212,6 +214,10 @@ class FirstPass:
         for item, target in self._targets:
             item.target = target
 
+    def _room(self, item):
+        """How long the volume there has to be."""
+        return self._departure.peer.room_ahead(item.length, _most(item))
+
     def _send(self, item):
         def progress(done):
             item.ahead_done = done
@@ -223,7 +229,8 @@ class FirstPass:
             key, known = self._known.get(item, (None, None))
             copy = stack.enter_context(pump.WarmCopy(
                 transfer.volume(item), target.end, item.length, key,
-                sparse=peer.takes_holes(), known=known))
+                sparse=peer.takes_holes(), known=known,
+                find_holes=item.finds_holes()))
             result = copy.first(
                 pump.Watch(**transfer.watch(item, target, progress)),
                 self._bandwidth)
@@ -241,7 +248,7 @@ class FirstPass:
         if not self._departure.peer.reads:
             return
         try:
-            item.pool.read(item.target, _room(item), result.key,
+            item.pool.read(item.target, self._room(item), result.key,
                            result.changed)
             item.ahead.is_read = True
         except exception.NovaException as e:
@@ -287,8 +294,8 @@ class FirstPass:
             time.sleep(_INTERVAL)
 
 
-def _room(item):
-    """How many bytes the volume there must have for what may come yet."""
+def _most(item):
+    """How many bytes an item may have when its guest is off."""
     record = getattr(item, 'record', None)
     if record is None or record.format != fields.LibvirtDiskFormat.QCOW2:
         return item.length

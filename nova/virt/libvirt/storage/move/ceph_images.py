@@ -111,11 +111,11 @@ def verify(instance, record, pool) -> None:
              instance=instance)
 
 
-def delete(connection, disks, migration,
+def delete(host, disks, migration,
            places) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """On the source: delete the images that a move has made.
 
-    :param connection: this host's libvirt
+    :param host: the Host of this compute, whose libvirt may be away
     :param disks: the instance's InstanceDisks. What is a disk now is passed
         over: a pool may have been another one when it was noted as left.
     :param migration: the Migration that has failed
@@ -142,7 +142,7 @@ def delete(connection, disks, migration,
         if volume in in_use:
             continue
         if identity not in pools:
-            pools[identity] = pool_over(connection, identity)
+            pools[identity] = _pool_over(host, identity, instance)
         if pools[identity] is None:
             left.append((name, volume))
             continue
@@ -157,3 +157,13 @@ def delete(connection, disks, migration,
                 # A guest is waiting; the others would take as long.
                 pools[identity] = None
     return left, others
+
+
+def _pool_over(host, identity, instance):
+    try:
+        return pool_over(host.get_connection(), identity)
+    except Exception as e:
+        # It must not hide another one.
+        LOG.error('The images that a move has made are left over: %s', e,
+                  instance=instance)
+        return None

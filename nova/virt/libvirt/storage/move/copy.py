@@ -332,7 +332,10 @@ class Transfer:
             self.job_tracker.add_job(self.instance, pid)
 
         return {
-            'stall_timeout': CONF.libvirt.storage_migration_stall_timeout,
+            # Holes of a block device are written there as zeroes.
+            'stall_timeout': room.stall_timeout(
+                item.length, item.is_streamed and not item.sparse and
+                self.departure.peer.takes_holes()),
             'progress': moved, 'cancelled': self._cancelled,
             'on_start': started,
             'on_end': lambda pid: self.job_tracker.remove_job(
@@ -400,13 +403,9 @@ class Transfer:
         with self.departure.peer.target(
                 item.pool.name, item.target) as target:
             watch = self.watch(item, target, item.set_done)
-            # Holes of a block device are written there as zeroes.
-            watch['stall_timeout'] = room.stall_timeout(
-                item.length, takes_holes and not item.sparse)
             item.result = pump.copy(
                 self.volume(item), target.end, item.length,
-                sparse=takes_holes,
-                find_holes=not item.source.pool.kind().sparse,
+                sparse=takes_holes, find_holes=item.finds_holes(),
                 bandwidth=self._bandwidth, **watch)
             watch['progress'](item.length)
         LOG.info('Copied volume %(volume)s, read %(how)s: %(data)d bytes of '

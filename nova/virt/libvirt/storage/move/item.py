@@ -75,6 +75,10 @@ class Item:
         """
         transfer.copy_all_of(self)
 
+    def finds_holes(self):
+        """Whether nothing but its zeroes tells what was never written."""
+        return not self.source.pool.kind().sparse
+
     def place_here(self):
         """Return the name of its pool on this host, None if it has none."""
         return None

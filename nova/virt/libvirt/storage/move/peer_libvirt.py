@@ -45,6 +45,11 @@ class LibvirtPeer(peers.Peer):
     def takes_holes(self):
         return not room.is_reserved(self.connection)
 
+    def room_ahead(self, length, most):
+        # What has holes grows as it is written to.
+        return (length if self.takes_holes() else
+                room.to_grow(length, most))
+
     def target(self, pool_name, volume_name):
         # libvirt can't be asked to end an upload: it ends with the process
         # that sends it.
@@ -101,4 +106,7 @@ def connected(host, address, host_name, owner=None):
     """
     uri = peer.uri_of(address)
     with peer.connected(host, uri) as connection:
-        yield LibvirtPeer(connection, uri, host_name, owner)
+        found = LibvirtPeer(connection, uri, host_name, owner)
+        # On one and the same host nothing has far to go.
+        found.takes_ahead = True
+        yield found

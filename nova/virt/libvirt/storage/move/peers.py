@@ -176,6 +176,14 @@ class Peer(abc.ABC):
         """
         return kinds.of_type(pool_type).sparse and self.takes_holes()
 
+    def room_ahead(self, length: int, most: int) -> int:
+        """How long a volume is made that is sent in two passes.
+
+        :param length: bytes that the disk has now
+        :param most: bytes that it may have when its guest is off
+        """
+        return most
+
     @abc.abstractmethod
     def target(self, pool_name: str, volume_name: str):
         """Open a volume that was created for writing.

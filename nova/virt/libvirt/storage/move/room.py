@@ -33,6 +33,11 @@ LOG = logging.getLogger(__name__)
 # Bytes in which a block device is overwritten at least.
 _ZEROES_A_SECOND = 32 * units.Mi
 
+# How much a disk may grow while it is sent ahead: a share of its length, and
+# bytes for a small one. All of it is taken up, and given back later.
+_GROWTH_SHARE = 4
+_GROWTH_LEAST = 256 * units.Mi
+
 FAULTY_VERSIONS = stream.FAULTY_VERSIONS
 
 
@@ -51,6 +56,17 @@ def is_sparse(connection, pool_type: str) -> bool:
     :param pool_type: of the destination's pool
     """
     return kinds.of_type(pool_type).sparse and not is_reserved(connection)
+
+
+def to_grow(length: int, most: int) -> int:
+    """How much room is taken for a disk that its guest still writes to.
+
+    One that needs more in the end is copied anew.
+
+    :param length: bytes that it has now
+    :param most: bytes that it may come to have
+    """
+    return min(most, length + max(length // _GROWTH_SHARE, _GROWTH_LEAST))
 
 
 def stall_timeout(length: int, is_overwritten: bool) -> int:

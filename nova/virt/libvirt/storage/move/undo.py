@@ -77,13 +77,12 @@ def delete_at_peer(peer, host, disks, migration, places):
     wanted = set(places)
     dest = migration.dest_compute
     staying = set()
-    left, places = ceph_images.delete(
-        host.get_connection(), disks, migration, places)
+    left, places = ceph_images.delete(host, disks, migration, places)
     if peer is not None and peer.keeps and _is_wanted(instance):
         staying = keeping.copies(disks, places)
         places = [place for place in places if place not in staying]
     if dest == CONF.host:
-        peer = peer_libvirt.LibvirtPeer(host.get_connection(), dest, dest)
+        peer = _this_host(host, instance)
     if peer is not None and places:
         places = peer.delete(places, instance)
     if places and dest != CONF.host and (peer is None or peer.may_be_cut):
@@ -100,6 +99,16 @@ def delete_at_peer(peer, host, disks, migration, places):
                   {'volume': place[1], 'pool': place[0], 'host': dest},
                   instance=instance)
     leftovers.note(disks, dest, [*places, *sorted(staying)])
+
+
+def _this_host(host, instance):
+    """This host as a Peer; None if its libvirt is away."""
+    try:
+        return peer_libvirt.LibvirtPeer(
+            host.get_connection(), CONF.host, CONF.host)
+    except exception.NovaException as e:
+        LOG.error('%s', e, instance=instance)
+        return None
 
 
 def _is_wanted(instance):

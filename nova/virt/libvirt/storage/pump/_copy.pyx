@@ -15,9 +15,10 @@
 Python's side: it takes streams and files, starts the copy without the GIL and
 raises what came of it. The rest is told in parts, each a file of its own:
 _loop.pxd has the copy and its two threads, _ring.pxd what lies between them,
-_end.pxd what either end must do, _stream.pxd and _file.pxd the ends that there
-are, _checksum.pxd and _limit.pxd what their names say. All is inline code, so
-that this is one extension that can be loaded by its path, without Nova.
+_end.pxd what either end must do, _stream.pxd, _update.pxd and _file.pxd the
+ends that there are, _checksum.pxd and _limit.pxd what their names say. All is
+inline code, so that this is one extension that can be loaded by its path,
+without Nova.
 
 The process must not have registered a libvirt event loop: with one, packets
 are read as they come and pile up in memory (see transfer.py).
@@ -33,6 +34,7 @@ from libc.stdlib cimport realloc
 from libc.string cimport memcpy
 from libc.string cimport memset
 
+from nova.virt.libvirt.storage.pump cimport _libvirt as lv
 from nova.virt.libvirt.storage.pump cimport _loop as loop
 from nova.virt.libvirt.storage.pump cimport _thread as th
 from nova.virt.libvirt.storage.pump._checksum cimport checksum_data
@@ -50,6 +52,9 @@ from nova.virt.libvirt.storage.pump._table cimport CHANGED
 from nova.virt.libvirt.storage.pump._table cimport STANDS
 from nova.virt.libvirt.storage.pump._table cimport table_begin
 from nova.virt.libvirt.storage.pump._table cimport table_t
+from nova.virt.libvirt.storage.pump._update cimport update_abort
+from nova.virt.libvirt.storage.pump._update cimport update_end
+from nova.virt.libvirt.storage.pump._update cimport update_t
 
 # A stream's packet holds at most 262,120 bytes (libvirt's RPC: the payload of
 # VIR_NET_MESSAGE_LEGACY_PAYLOAD_MAX less the header), and a read of a file
@@ -132,6 +137,34 @@ cdef class File:
         self._file.direct = direct
         file_end(&self._end, &self._file)
         self._o = PyCapsule_New(&self._end, b"nova.pump.end", NULL)
+
+
+cdef class Update:
+    """A volume of libvirt's that has content, as the destination of a copy.
+
+    For copies of changes alone, which end it where its content ends or later:
+    nothing cuts it off. It is the destination of one copy only.
+
+    :param connection: the libvirt.virConnect that the volume is of
+    :param volume: a libvirt.virStorageVol
+    """
+
+    cdef update_t _update
+    cdef end_t _end
+    cdef object _of
+    cdef readonly object _o
+
+    def __cinit__(self, connection, volume):
+        self._of = (connection, volume)
+        self._update.connection = <lv.virConnectPtr>PyCapsule_GetPointer(
+            connection._o, b"virConnectPtr")
+        self._update.volume = <lv.virStorageVolPtr>PyCapsule_GetPointer(
+            volume._o, b"virStorageVolPtr")
+        update_end(&self._end, &self._update)
+        self._o = PyCapsule_New(&self._end, b"nova.pump.end", NULL)
+
+    def __dealloc__(self):
+        update_abort(&self._update)
 
 
 cdef class Table:
@@ -291,8 +324,10 @@ cdef class Copy:
         more. Slots are no smaller than its blocks.
     :param only_changes: send the blocks alone whose checksums aren't those in
         the table: it tells what stands at the destination. Whatever became a
-        hole is sent as one, and so sparse is of a destination that makes
-        zeroes of it. Without a destination the table alone changes.
+        hole is sent as one if sparse, which then is of a destination that
+        makes zeroes of it. Without a destination the table alone changes.
+    :param bridge: of a copy of changes: bytes at most which have not changed
+        and are sent behind some that have, so that fewer pieces are left out
     :param blocks: of a copy of changes: (first, count) of the blocks that may
         have changed, of a file. No other one is read, but for a last one that
         isn't whole; by default each one is.
@@ -311,11 +346,12 @@ cdef class Copy:
     def __cinit__(self, source, destination, long long length, *,
                   bint sparse=True, long long bandwidth=0, uint64_t key=1,
                   bint find_holes=False, Table table=None,
-                  bint only_changes=False, blocks=None,
+                  bint only_changes=False, blocks=None, long long bridge=0,
                   size_t slot_size=DEF_SLOT_SIZE, size_t slots=DEF_SLOTS):
-        if length <= 0 or bandwidth < 0 or slot_size == 0 or slots < 2:
-            raise ValueError("length, bandwidth, slot_size or slots is out "
-                             "of range")
+        if (length <= 0 or bandwidth < 0 or bridge < 0 or slot_size == 0 or
+                slots < 2):
+            raise ValueError("length, bandwidth, bridge, slot_size or slots "
+                             "is out of range")
         if key % PRIME == 0:
             raise ValueError("the key must not be 0 modulo 2^61 - 1")
         self._streams = (source, destination)
@@ -326,6 +362,8 @@ cdef class Copy:
             _take_end(destination, &self._copy.destination)
             if self._copy.destination.send == NULL:
                 raise TypeError("nothing can be sent to %r" % (destination,))
+            if sparse and self._copy.destination.send_hole == NULL:
+                raise TypeError("no hole can be sent to %r" % (destination,))
             self._copy.has_destination = True
         self._copy.length = length
         self._copy.sparse = sparse
@@ -347,11 +385,12 @@ cdef class Copy:
                 raise ValueError("what stands at the destination isn't known")
             if find_holes:
                 raise ValueError("what has changed is sent as it is")
-            if self._copy.has_destination and (
-                    self._copy.destination.skip == NULL or not sparse):
+            if (self._copy.has_destination and
+                    self._copy.destination.skip == NULL):
                 raise TypeError("changes alone can't be sent to %r" % (
                     destination,))
             self._copy.only_changes = True
+            self._copy.bridge = bridge
         if blocks is not None:
             if not only_changes:
                 raise ValueError("all of it is sent")

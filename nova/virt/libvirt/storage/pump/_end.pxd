@@ -71,7 +71,8 @@ cdef struct end_t:
     # needs nothing when it has returned.
     long long (*settle)(void *stream, long long most) noexcept nogil
     # Leave length bytes out, at least one. Never partial: 0 for all of them.
-    # flags is always 0. NULL with send; not called unless the copy is sparse.
+    # flags is always 0. NULL with send, or where there can be no hole; not
+    # called unless the copy is sparse.
     int (*send_hole)(void *stream, long long length,
                      unsigned int flags) noexcept nogil
     # length bytes, at least one, stand there already: 0. NULL where what

@@ -17,6 +17,12 @@ cdef extern from "<libvirt/libvirt.h>" nogil:
     ctypedef struct virStream:
         pass
     ctypedef virStream *virStreamPtr
+    ctypedef struct virConnect:
+        pass
+    ctypedef virConnect *virConnectPtr
+    ctypedef struct virStorageVol:
+        pass
+    ctypedef virStorageVol *virStorageVolPtr
     enum:
         VIR_STREAM_RECV_STOP_AT_HOLE
 
@@ -33,6 +39,15 @@ cdef extern from "<libvirt/libvirt.h>" nogil:
                           unsigned int flags)
     int virStreamFinish(virStreamPtr stream)
     int virStreamAbort(virStreamPtr stream)
+    # NULL on error; who made it frees it.
+    virStreamPtr virStreamNew(virConnectPtr conn, unsigned int flags)
+    int virStreamFree(virStreamPtr stream)
+
+    # https://libvirt.org/html/libvirt-libvirt-storage.html
+    # Without a length it ends where its stream does.
+    int virStorageVolUpload(virStorageVolPtr volume, virStreamPtr stream,
+                            unsigned long long offset,
+                            unsigned long long length, unsigned int flags)
 
 cdef extern from "<libvirt/virterror.h>" nogil:
     ctypedef struct virError:

@@ -92,6 +92,8 @@ cdef struct copy_t:
     table_t *table      # NULL: one checksum is enough
     uint64_t value      # the content's checksum, when all has come
     bint only_changes   # send what has another value than in the table
+    long long bridge    # bytes of no change that go along after one
+    long long bridging  # how many of them may still go along
     size_t room         # bytes of a slot that may be filled
     long long hole      # bytes of one that has come and isn't passed on yet
     long long skip      # bytes that stand at the destination, not told yet
@@ -340,11 +342,21 @@ cdef inline int receive_blocks(copy_t *self, slot_t *slot) noexcept nogil:
     return 2
 
 
+cdef inline bint goes_along(copy_t *self, long long nbytes) noexcept nogil:
+    # Whether what stands at the destination is sent nevertheless: where each
+    # piece costs, fewer and longer ones cost less.
+    if nbytes > self.bridging:
+        self.bridging = 0
+        return False
+    self.bridging -= nbytes
+    return True
+
+
 cdef inline bint has_changed(copy_t *self, slot_t *slot) noexcept nogil:
     # Leaves of the slot what there is from the first block that has changed up
-    # to the last one; whether there is one.
+    # to the last one, and what goes along; whether there is any.
     cdef size_t size = self.table.block_size
-    cdef size_t at = 0, end = 0, n, length = slot.length
+    cdef size_t at = 0, begin = 0, end = 0, n, length = slot.length
     while at < length:
         n = min(size, length - at)
         self.table.changed = False
@@ -354,15 +366,24 @@ cdef inline bint has_changed(copy_t *self, slot_t *slot) noexcept nogil:
             self.value = table_end(self.table, self.received)
         if self.table.changed:
             if not end:
-                slot.start = at
+                begin = at
             end = at + n
         at += n
-    if not end:
+    if end:
+        if goes_along(self, begin):
+            begin = 0
+        self.bridging = self.bridge
+        if goes_along(self, length - end):
+            end = length
+    elif length and goes_along(self, length):
+        end = length
+    else:
         stands(self, length)
         return False
-    stands(self, slot.start)
+    stands(self, begin)
     slot.skip = self.skip
-    slot.length = end - slot.start
+    slot.start = begin
+    slot.length = end - begin
     self.skip = 0
     stands(self, length - end)
     return True
@@ -381,7 +402,9 @@ cdef inline int pass_hole_on(copy_t *self) noexcept nogil:
             table_hole(self.table, size)
             nbytes += size
             self.hole -= size
-        if zero:
+        if not zero:
+            self.bridging = self.bridge
+        elif not goes_along(self, nbytes):
             stands(self, nbytes)
             continue
         slot = ring_slot_to_fill(&self.ring)

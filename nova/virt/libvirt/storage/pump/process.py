@@ -81,7 +81,7 @@ _ADVICE_NBD_OTHER = _("see the log of nova-compute on that host, which has "
                       "qemu-nbd's own words")
 
 _REASONS = {
-    'small': _("the export has fewer bytes than the volume"),
+    'small': _("what it goes to has fewer bytes than the volume"),
     'short': _("the volume ended before its length; it was truncated"),
     'long': _("the volume is longer than its length; it has grown"),
     'stuck': _("libvirt neither moved data nor reported an error"),

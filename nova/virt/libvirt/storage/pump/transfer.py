@@ -205,21 +205,27 @@ class Job:
                 exception.StorageTransferMismatch,
                 reason=_("it has %(physical)d bytes of %(length)d") % {
                     'physical': result.physical, 'length': self.length})
-        if isinstance(self.destination, Volume) and (
-                result.allocation is not None and
-                result.allocation < result.data):
-            self._read_back(self.destination, result, watch)
+        self.check_written(result, result.data, watch)
         return result
 
-    @staticmethod
-    def _read_back(volume, result, watch):
-        # libvirt writes what it has taken later, and virStreamFinish reports
-        # no error of that (virFDStreamCloseInt): the file system may be full.
-        # Or it compresses, which only the content can tell.
+    def check_written(self, result: Result, data: int, watch: Watch) -> None:
+        """Read a volume back that takes up less than was sent to it.
+
+        libvirt writes what it has taken later, and virStreamFinish reports no
+        error of that (virFDStreamCloseInt): the file system may be full. Or it
+        compresses, which only the content can tell.
+
+        :param data: bytes that were sent to it, at least
+        :raises: as verify()
+        """
+        volume = self.destination
+        if not isinstance(volume, Volume) or (
+                result.allocation is None or result.allocation >= data):
+            return
         LOG.info('Volume %(volume)s takes up %(allocation)d bytes and '
                  '%(data)d were sent; it is read back',
                  {'volume': volume, 'allocation': result.allocation,
-                  'data': result.data})
+                  'data': data})
         verify(volume, result.length, result.checksum, key=result.key,
                stall_timeout=watch.stall_timeout, on_start=watch.on_start,
                on_end=watch.on_end, cancelled=watch.cancelled)
@@ -236,35 +242,40 @@ class Known(ty.NamedTuple):
 
 
 class WarmCopy:
-    """A copy into an export in two passes, of which the first is a warm one.
+    """A copy in two passes, of which the first is a warm one.
 
     first() may run while a guest writes to the source; rest() is for when it
     doesn't any more, and sends what differs. Between them the connection to
-    the export stays. What the first pass read only costs bytes where it was
-    torn or is old: the second one reads all of it again, and takes for granted
-    no more than that the export has what was sent to it.
+    an export stays; libvirt is connected to anew. What the first pass read
+    only costs bytes where it was torn or is old: the second one reads all of
+    it again, and takes for granted no more than that the destination has what
+    was sent to it.
 
     It is a context manager, which ends what is under way. When any pass has
-    failed, begin anew with another export.
+    failed, begin anew with another destination.
 
     :param source: where the bytes come from
-    :param destination: an export that nothing was written to yet
+    :param destination: an export, or a new volume, that nothing was written to
+        yet
     :param length: bytes of the source that the first pass reads, one at least
     :param key: for the checksum; a random one by default
-    :param sparse: as in Job
+    :param sparse: as in Job. A volume that can't have holes has all the room
+        that it will ever have, and takes no more.
+    :param find_holes: as in Job; of the first pass
     :param known: what read_table() says of all of the export, if something
         was written to it before: the first pass sends what differs, too. What
         the export has beyond length reads as zeroes.
     """
 
-    def __init__(self, source: Volume, destination: Export, length: int,
-                 key: int | None = None, sparse: bool = True,
-                 known: 'Known | None' = None):
+    def __init__(self, source: Volume, destination: Volume | Export,
+                 length: int, key: int | None = None, sparse: bool = True,
+                 known: 'Known | None' = None, find_holes: bool = False):
         if length <= 0:
             raise ValueError('length is out of range: %d' % length)
-        self._job = Job(source, destination, length, sparse,
+        self._job = Job(source, destination, length, sparse, find_holes,
                         key=new_key() if key is None else key)
         self._known = known
+        self._sent = 0
         self._worker: process.WorkerProcess | None = None
 
     def __enter__(self) -> 'WarmCopy':
@@ -295,14 +306,16 @@ class WarmCopy:
                 self._job, watch, extension_path(), warm=True,
                 table=(file, known.length) if self._known else None)
             self._worker.start()
-        return self._do(self._worker, bandwidth, last=False)
+        result = self._do(self._worker, bandwidth, last=False)
+        self._sent = result.data
+        return result
 
     def rest(self, length: int, watch: Watch = Watch(),
              bandwidth: Bandwidth | int = 0) -> Result:
         """Send what differs from what the first pass has sent.
 
-        :param length: bytes that the source has now. What the export has
-            beyond them is left as it is.
+        :param length: bytes that the source has now. What an export has
+            beyond them is left as it is; a volume ends there.
         :returns: the content's checksum; data are the bytes sent in this pass
         :raises: as Job.run()
         """
@@ -311,9 +324,12 @@ class WarmCopy:
         self._job = dataclasses.replace(self._job, length=length)
         self._worker.ask_again(self._job, watch)
         try:
-            return self._do(self._worker, bandwidth, last=True)
+            result = self._do(self._worker, bandwidth, last=True)
         finally:
             self.close()
+        self._job.check_written(
+            result, min(length, max(self._sent, result.data)), watch)
+        return result
 
     def _do(self, worker, bandwidth, last):
         if isinstance(bandwidth, int):

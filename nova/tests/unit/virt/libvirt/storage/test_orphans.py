@@ -61,6 +61,16 @@ class OrphansTestBase(test.NoDBTestCase):
             uuid=uuids.instance, host='there', node='there', deleted=False,
             vm_state='active', task_state=None)
         self.get = self.stub_get(self.instance)
+        self.others = []
+        self.get_many = mock.Mock(
+            side_effect=lambda cls, context, filters, expected_attrs: [
+                instance for instance in self.others
+                if instance.uuid in filters['uuid']])
+        self.stub_out('nova.objects.InstanceList.get_by_filters',
+                      self.get_many)
+        self.stub_out(
+            'nova.objects.BlockDeviceMappingList.get_by_instance_uuids',
+            lambda *args: [self.bdm])
         self.bdm = objects.BlockDeviceMapping(
             id=1, uuid=uuids.bdm, instance_uuid=uuids.instance,
             source_type='image', destination_type='local', boot_index=0,
@@ -116,6 +126,36 @@ class OrphansTestCase(OrphansTestBase):
     def test_of_an_instance_that_is_here(self):
         self.assertEqual([], self.kinds({uuids.instance}))
         self.get.assert_not_called()
+
+    @ddt.data(None, '{"host": "there"}')
+    def test_disk_of_another_host_in_a_shared_pool(self, record):
+        self.others.append(self.instance)
+        self.bdm.driver_info = record
+        self.assertEqual([orphans.Kind.UNKNOWN], self.kinds())
+        self.get.assert_not_called()
+
+    @ddt.data('record', 'node', 'directory')
+    def test_instance_that_has_to_do_with_this_host(self, why):
+        self.others.append(self.instance)
+        if why == 'record':
+            self.bdm.driver_info = '{"leftovers": {"host": "here"}}'
+        elif why == 'node':
+            self.instance.node = 'here'
+        else:
+            os.mkdir(os.path.join(self.folder, uuids.instance))
+        self.kinds()
+        self.get.assert_called_once()
+
+    def test_many_are_asked_for_at_once(self):
+        self.volumes.clear()
+        for number in range(450):
+            self.add('%s_disk' % getattr(uuids, 'instance%d' % number))
+        self.others = [objects.Instance(
+            uuid=getattr(uuids, 'instance%d' % number), host='there',
+            node='there') for number in range(449)]
+        self.assertEqual(450, len(self.kinds()))
+        self.assertEqual(3, self.get_many.call_count)
+        self.get.assert_called_once()
 
     @ddt.data('base', '_disk', 'x' * 36 + '_disk', 'probe.1')
     def test_nobodys(self, name):

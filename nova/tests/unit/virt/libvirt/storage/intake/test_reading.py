@@ -68,8 +68,9 @@ class ReadingsTestCase(test.NoDBTestCase):
         # once
         self.assertFalse(self.verify())
 
-    @ddt.data('nothing', 'still read', 'not closed', 'another length',
-              'another key', 'failed', 'forgotten', 'not what was sent')
+    @ddt.data('nothing', 'still read', 'not closed', 'opened again',
+              'another length', 'another key', 'failed', 'forgotten',
+              'not what was sent')
     def test_all_has_to_be_read(self, why):
         if why == 'failed':
             self.pump.read_table.side_effect = exception.NovaException('bad')
@@ -79,6 +80,8 @@ class ReadingsTestCase(test.NoDBTestCase):
             self.readings.close(PLACE, 1000, CHANGED)
         if why == 'still read':
             found._ended.clear()
+        elif why == 'opened again':
+            self.readings.reopen(PLACE)
         elif why == 'forgotten':
             self.readings.forget(PLACE)
         elif why == 'not what was sent':

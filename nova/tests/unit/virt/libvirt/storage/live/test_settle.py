@@ -52,7 +52,8 @@ class LiveTestCase(two_hosts.TwoHostsTestCase):
         guest.get_power_state.return_value = (
             power_state.RUNNING if self.paused is None else power_state.PAUSED)
         guest.get_state_reason.return_value = (
-            self.off or self.paused or fakelibvirt.VIR_DOMAIN_PAUSED_MIGRATION)
+            self.off if self.off is not None else self.paused or
+            fakelibvirt.VIR_DOMAIN_PAUSED_MIGRATION)
         guest.get_job_info.return_value = libvirt_guest.JobInfo(
             type=self.guests[two_hosts.CONF.host])
         devices = []
@@ -152,11 +153,16 @@ class SettleTestCase(LiveTestCase):
                      '--moved', '--not-moved', self.volume_name('disk')):
             self.assertIn(word, text)
 
-    def test_libvirt_was_killed_before_it_undefined_the_guest(self):
-        # A hard reboot would start the definition, with the old copies.
+    @ddt.data(fakelibvirt.VIR_DOMAIN_SHUTOFF_MIGRATED,
+              fakelibvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN,
+              fakelibvirt.VIR_DOMAIN_SHUTOFF_CRASHED,
+              fakelibvirt.VIR_DOMAIN_SHUTOFF_DAEMON)
+    def test_nothing_has_undefined_the_guest(self, reason):
+        # A hard reboot would start the definition, with the old copies:
+        # libvirt was killed, or the host went down, or QEMU and libvirt.
         self.begin()
         self.copy()
-        self.off = fakelibvirt.VIR_DOMAIN_SHUTOFF_MIGRATED
+        self.off = reason
         self.assertRaises(
             exception.DisksMayBeElsewhere, self.settle, 'source')
         self.assert_disks('source', ('dest', 'building'))
@@ -252,9 +258,9 @@ class SettleTestCase(LiveTestCase):
         self.settle('source')
         self.assert_disks('source')
 
-    @ddt.data(fakelibvirt.VIR_DOMAIN_SHUTOFF_CRASHED,
-              fakelibvirt.VIR_DOMAIN_SHUTOFF_FAILED)
-    def test_guest_died(self, reason):
+    @ddt.data(fakelibvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN,
+              fakelibvirt.VIR_DOMAIN_SHUTOFF_DESTROYED)
+    def test_guest_was_ended_here(self, reason):
         self.begin()
         self.copy()
         self.off = reason

@@ -30,17 +30,19 @@ MIB = 1 << 20
 
 
 class WarmCopy:
-    """Plays the pump's, and what its worker and the export do.
+    """Plays the pump's, and what its worker and the destination do.
 
     :cvar test: the AheadTestCase
     """
     test = None
 
     def __init__(self, source, export, length, key=None, sparse=True,
-                 known=None):
+                 known=None, find_holes=False):
         self.source, self.length, self.key = source, length, key or 5
         self.test.known.append((key, known))
-        self.pool, self.name = self.test.opened[export.port]
+        self.is_volume = isinstance(export, pump.Volume)
+        self.pool, self.name = (
+            export[1:] if self.is_volume else self.test.opened[export.port])
         self.content = self.is_open = None
 
     def __enter__(self):
@@ -62,6 +64,9 @@ class WarmCopy:
             raise exception.StorageTransferCancelled(
                 volume='v', where='w', length=1, transferred=0)
         there = self.test.dest.pools[self.pool][self.name]
+        if self.is_volume and what == 'rest':
+            # It is cut, or grows.
+            there['length'] = length
         self.test.assertLessEqual(length, there['length'])
         here = self.test.source.pools[self.source.pool][self.source.name]
         there['content'] = here['content']
@@ -175,27 +180,8 @@ class AheadTestBase(test_transport.MoveTestBase):
 
 
 @ddt.ddt
-class AheadTestCase(AheadTestBase):
-
-    def test_both_passes(self):
-        outgoing = self.begin()
-        self.assertEqual(['first of disk', 'first of disk.config',
-                          'first of disk.eph0'], self.done)
-        self.assertEqual(3, self.asked().count('connected'))
-        self.assertNotIn('close', self.asked())
-        self.assertEqual(0, self.guest.poweroff.call_count)
-        self.write()
-        del self.done[:]
-        self.go_on(outgoing)
-        self.assertEqual(3, len([d for d in self.done if 'rest' in d]))
-        self.assertEqual([], self.copies)
-        # before the destination is told to close
-        self.assertEqual(3, self.done.count('worker ends'))
-        self.assertEqual([3, 3, 3, 3], [self.asked().count(what) for what in (
-            'create', 'open', 'connected', 'close')])
-        self.arrived()
-        self.assertIn('The server has been down for',
-                      self.stdlog.logger.output)
+class PassesTests:
+    """Of both ways; a subclass has assert_closed() and forget_instance()."""
 
     def test_progress_counts_both(self):
         told = []
@@ -204,18 +190,6 @@ class AheadTestCase(AheadTestBase):
              self.instance.progress))
         self.go_on(self.begin())
         self.assertEqual([(1700, 3400, 50), (3400, 3400, 100)], told)
-
-    def test_image_that_grows(self):
-        record = self.disks.get('disk')
-        record.format = 'qcow2'
-        self.disks.set('disk', record)
-        outgoing = self.begin()
-        there = self.dest.pools[POOL][self.volume_name('disk')]
-        self.assertGreater(there['length'], 16 * MIB)
-        self.write(length=5 * MIB)
-        self.go_on(outgoing)
-        self.assertEqual([], self.copies)
-        self.arrived()
 
     @ddt.data(-1, 1)
     def test_disks_that_are_not_worth_it(self, least):
@@ -242,18 +216,6 @@ class AheadTestCase(AheadTestBase):
         self.assertEqual([], self.done)
         self.arrived()
 
-    def test_destination_does_not_know_it(self):
-        self.answers['greet'] = {'obstacle': None, 'aes': True}
-        self.go_on(self.begin())
-        self.assertEqual([], self.done)
-        self.arrived()
-
-    def test_by_libvirt(self):
-        self.flags(storage_migration_transport='libvirt', group='libvirt')
-        self.go_on(self.begin())
-        self.assertEqual([], self.done)
-        self.arrived()
-
     def test_first_pass_fails(self):
         self.errors['first'] = [self.broken()]
         outgoing = self.begin()
@@ -262,18 +224,6 @@ class AheadTestCase(AheadTestBase):
         self.go_on(outgoing)
         self.assertEqual(3, len(self.copies))
         self.arrived()
-
-    def test_destination_is_lost_in_the_first_pass(self):
-        self.errors['first'] = [self.broken()]
-        outgoing = self.outgoing()
-        outgoing.check()
-        lost = exception.StorageIntakeError(host='dest', reason='is lost')
-        self.answers.update(delete=lost, greet=lost, close=lost)
-        e = self.assertRaises(exception.InstanceFaultRollback,
-                              outgoing.send_ahead)
-        self.assertIs(lost, e.inner_exception)
-        self.assertEqual(test_move.AT_SOURCE, self.places())
-        self.assertEqual(3, len(self.left('dest')))
 
     def test_cancelled_in_the_first_pass(self):
         self.migration.status = cancel.CANCELLING
@@ -289,19 +239,10 @@ class AheadTestCase(AheadTestBase):
             self.stub_out(
                 'nova.objects.Instance.get_by_uuid', mock.Mock(
                     side_effect=exception.InstanceNotFound(instance_id='i')))
-            self.take_in_disks_of_none()
+            self.forget_instance()
         else:
             self.instance.task_state = task_states.DELETING
         self.assertRaises(exception.StorageTransferCancelled, self.begin)
-
-    def take_in_disks_of_none(self):
-        self.answers.update(look={'type': 'dir', 'free': 1 << 40},
-                            has=False, probe=(), free_name='name', create=(),
-                            close=(), delete=())
-        self.answers['greet'] = {'obstacle': None, 'aes': True, 'cuts': True}
-        self.answers['reach'] = ['127.0.0.1', 1]
-        self.stub_out('socket.create_connection', mock.Mock())
-        self.answers['free_name'] = self.volume_name('disk')
 
     def test_rest_fails(self):
         outgoing = self.begin()
@@ -340,7 +281,7 @@ class AheadTestCase(AheadTestBase):
         with outgoing:
             pass
         self.assertEqual(3, self.done.count('worker ends'))
-        self.assertEqual(3, self.asked().count('close'))
+        self.assert_closed()
         self.assertEqual(test_move.ON_THE_WAY['disk'], self.places()['disk'])
         test_move.migration.abandon(
             self.context, self.host, self.instance, self.migration,
@@ -354,6 +295,170 @@ class AheadTestCase(AheadTestBase):
             self.context, self.host, self.instance, self.migration,
             self.load())
         self.assert_untouched()
+
+
+class AheadTestCase(PassesTests, AheadTestBase):
+    """Over NBD."""
+
+    def assert_closed(self):
+        self.assertEqual(3, self.asked().count('close'))
+
+    def test_both_passes(self):
+        outgoing = self.begin()
+        self.assertEqual(['first of disk', 'first of disk.config',
+                          'first of disk.eph0'], self.done)
+        self.assertEqual(3, self.asked().count('connected'))
+        self.assertNotIn('close', self.asked())
+        self.assertEqual(0, self.guest.poweroff.call_count)
+        self.write()
+        del self.done[:]
+        self.go_on(outgoing)
+        self.assertEqual(3, len([d for d in self.done if 'rest' in d]))
+        self.assertEqual([], self.copies)
+        # before the destination is told to close
+        self.assertEqual(3, self.done.count('worker ends'))
+        self.assertEqual([3, 3, 3, 3], [self.asked().count(what) for what in (
+            'create', 'open', 'connected', 'close')])
+        self.arrived()
+        self.assertIn('The server has been down for',
+                      self.stdlog.logger.output)
+
+    def test_image_that_grows(self):
+        record = self.disks.get('disk')
+        record.format = 'qcow2'
+        self.disks.set('disk', record)
+        outgoing = self.begin()
+        there = self.dest.pools[POOL][self.volume_name('disk')]
+        self.assertGreater(there['length'], 16 * MIB)
+        self.write(length=5 * MIB)
+        self.go_on(outgoing)
+        self.assertEqual([], self.copies)
+        self.arrived()
+
+    def test_destination_does_not_know_it(self):
+        self.answers['greet'] = {'obstacle': None, 'aes': True}
+        self.go_on(self.begin())
+        self.assertEqual([], self.done)
+        self.arrived()
+
+    def test_destination_is_lost_in_the_first_pass(self):
+        self.errors['first'] = [self.broken()]
+        outgoing = self.outgoing()
+        outgoing.check()
+        lost = exception.StorageIntakeError(host='dest', reason='is lost')
+        self.answers.update(delete=lost, greet=lost, close=lost)
+        e = self.assertRaises(exception.InstanceFaultRollback,
+                              outgoing.send_ahead)
+        self.assertIs(lost, e.inner_exception)
+        self.assertEqual(test_move.AT_SOURCE, self.places())
+        self.assertEqual(3, len(self.left('dest')))
+
+    def forget_instance(self):
+        self.answers.update(look={'type': 'dir', 'free': 1 << 40},
+                            has=False, probe=(), free_name='name', create=(),
+                            close=(), delete=())
+        self.answers['greet'] = {'obstacle': None, 'aes': True, 'cuts': True}
+        self.answers['reach'] = ['127.0.0.1', 1]
+        self.stub_out('socket.create_connection', mock.Mock())
+        self.answers['free_name'] = self.volume_name('disk')
+
+    def test_destination_is_lost_between_the_passes(self):
+        self.rpc.side_effect = self._lost_when_all_is_read
+        e = self.assertRaises(exception.InstanceFaultRollback, self.begin)
+        self.assertIn('is lost', str(e.inner_exception))
+        self.assertEqual(test_move.AT_SOURCE, self.places())
+
+    def _lost_when_all_is_read(self, context, instance, migration, request):
+        if request['do'] == 'greet' and self.done:
+            raise exception.StorageIntakeError(host='dest', reason='is lost')
+        return self.take_in_disks(context, instance, migration, request)
+
+
+@ddt.ddt
+class LibvirtAheadTestCase(PassesTests, AheadTestBase):
+    """By libvirt's streams."""
+
+    def setUp(self):
+        super().setUp()
+        self.flags(storage_migration_transport='libvirt', group='libvirt')
+        self.addCleanup(self.rpc.assert_not_called)
+
+    def assert_closed(self):
+        pass
+
+    def forget_instance(self):
+        pass
+
+    def grows(self, version=9_000_000, length=5 * MIB):
+        record = self.disks.get('disk')
+        record.format, record.size = 'qcow2', 1 << 40
+        self.disks.set('disk', record)
+        self.dest.version = version
+        outgoing = self.begin()
+        there = dict(self.dest.pools[POOL][self.volume_name('disk')])
+        self.write(length=length)
+        self.go_on(outgoing)
+        self.arrived()
+        return there['length'], self.dest.allocated[self.volume_name('disk')]
+
+    def test_both_passes(self):
+        outgoing = self.begin()
+        self.assertEqual(['first of disk', 'first of disk.config',
+                          'first of disk.eph0'], self.done)
+        self.assertEqual(0, self.guest.poweroff.call_count)
+        self.write()
+        self.go_on(outgoing)
+        self.assertEqual(3, len([d for d in self.done if 'rest' in d]))
+        self.assertEqual([], self.copies)
+        self.assertEqual(3, self.done.count('worker ends'))
+        self.arrived()
+        self.assertIn('The server has been down for',
+                      self.stdlog.logger.output)
+
+    def test_image_that_grows(self):
+        self.assertEqual((1000, 0), self.grows())
+        self.assertEqual([], self.copies)
+
+    def test_room_is_taken_where_a_full_disk_ends_libvirt(self):
+        # Of what it may grow by, too: that ends libvirt as well.
+        room = 1000 + 256 * MIB
+        self.assertEqual((room, room), self.grows(11_003_000))
+
+    def test_raw_disk_has_its_room(self):
+        self.dest.version = 11_003_000
+        self.begin()
+        self.assertEqual(1000, self.dest.allocated[self.volume_name('disk')])
+
+    def test_nothing_is_read_there_before(self):
+        self.go_on(self.begin())
+        self.assertEqual(['disk', 'disk.config', 'disk.eph0'],
+                         sorted(self.accept()))
+
+    def test_same_host(self):
+        self.migration.dest_compute = 'source'
+        outgoing = self.outgoing(same_host=True)
+        outgoing.check()
+        outgoing.send_ahead()
+        self.assertEqual([], self.done)
+
+    def lose_destination(self, *args):
+        self.dest.inactive.add(POOL)
+        self.dest.fail['delete'] = self.broken()
+        return self.broken()
+
+    def assert_lost(self):
+        e = self.assertRaises(exception.InstanceFaultRollback, self.begin)
+        self.assertIn('start storage pool', str(e.inner_exception))
+        self.assertEqual(test_move.AT_SOURCE, self.places())
+        self.assertEqual(3, len(self.left('dest')))
+
+    def test_destination_is_lost_in_the_first_pass(self):
+        self.errors['first'] = (self.lose_destination() for _n in range(1))
+        self.assert_lost()
+
+    def test_destination_is_lost_between_the_passes(self):
+        self.migration.save.side_effect = self.lose_destination
+        self.assert_lost()
 
 
 @ddt.ddt

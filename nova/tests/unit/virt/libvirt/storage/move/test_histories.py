@@ -108,6 +108,11 @@ class HistoryTestCase(test_state.CrashTestCase):
         name = do.__name__ if do.__name__ in ERRORS else 'save'
         if fault is None or not (
                 fault[1] <= happened < fault[1] + fault[2]):
+            self.host.local = self.source
+            return do(*args, **kwargs)
+        if fault[0] == 'no libvirt here':
+            self.told.append('%s at %d' % (fault[0], happened))
+            self.host.local = exception.HypervisorUnavailable(host='source')
             return do(*args, **kwargs)
         if fault[0] in ('killed before', 'error before'):
             self.fail_now(name)
@@ -133,7 +138,8 @@ class HistoryTestCase(test_state.CrashTestCase):
             self.faults_left -= 1
             self.fault = (self.random.choice(
                 ['killed before', 'killed after', 'error before',
-                 'error after']), self.random.randint(1, EVENTS),
+                 'error after', 'no libvirt here']),
+                self.random.randint(1, EVENTS),
                 self.random.choice([1, 1, 2, 4, 100]))
         self.host.peer = (ValueError('no route') if self.faults_left and
                           self.random.random() < .15 else self.dest)
@@ -158,7 +164,7 @@ class HistoryTestCase(test_state.CrashTestCase):
             return False
         finally:
             self.fault, self.dead = None, False
-            self.host.peer = self.dest
+            self.host.peer, self.host.local = self.dest, self.source
             self.nothing_is_lost()
 
     # -- what Nova does

@@ -778,6 +778,26 @@ class RunTestCase(OutgoingTestCase):
         self.assertEqual([], self.ours(self.dest))
         self.assertEqual(1, len(self.copies))
 
+    @ddt.data(False, True)
+    def test_libvirt_here_dies_while_it_copies(self, same_host):
+        # What was made on the destination is gone, or on record.
+        if same_host:
+            self.migration.dest_compute = 'source'
+
+        def copy(*args, **kwargs):
+            self.host.local = exception.HypervisorUnavailable(host='source')
+            raise exception.InternalError('pump')
+
+        self.stub_out('nova.virt.libvirt.storage.pump.transfer.copy', copy)
+        self.assertRaises(exception.InternalError, self.move, same_host)
+        self.assertEqual(AT_SOURCE, self.places())
+        self.assertEqual([], self.ours(self.dest))
+        self.assertEqual(
+            {(POOL, self.volume_name(name)) for name in self.ours(self.source)
+             if name not in AT_SOURCE},
+            {place for place in self.left('source')
+             if not place[1].endswith('files')})
+
     def _cancelled(self, asked=True):
         """Move, and let an operator ask for the end of the first copy."""
         self.flags(storage_migration_parallel_disks=1, group='libvirt')

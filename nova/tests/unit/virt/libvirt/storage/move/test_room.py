@@ -40,6 +40,12 @@ class RoomTestCase(test.NoDBTestCase):
                          room.is_sparse(self.connection, 'dir'))
         self.assertFalse(room.is_sparse(self.connection, 'logical'))
 
+    @ddt.data((1000, 500, 500), (1000, 1 << 40, 1000 + (256 << 20)),
+              (8 << 30, 1 << 40, 10 << 30), (8 << 30, 9 << 30, 9 << 30))
+    @ddt.unpack
+    def test_to_grow(self, length, most, expected):
+        self.assertEqual(expected, room.to_grow(length, most))
+
     @mock.patch('nova.privsep.storage.dig_holes')
     def test_give_back(self, mock_dig):
         room.give_back(self.connection, self.volume, None)

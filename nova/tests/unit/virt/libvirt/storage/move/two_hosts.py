@@ -217,6 +217,8 @@ class FakeHost:
         self.nvram = None
 
     def get_connection(self):
+        if isinstance(self.local, Exception):
+            raise self.local
         return self.local
 
     def get_guest(self, instance):

@@ -122,6 +122,52 @@ class ChangesTestCase(base.PumpExtensionTestCase):
             sum(length for _o, length, data in sent if not data) * 32,
             copy.holes)
 
+    # What stands there and is sent all the same: blocks that it may be.
+    @ddt.data(
+        (0, 'AAAAAAAA', 'ABAAABAA', [(1, 1), (5, 1)]),
+        (2, 'AAAAAAAA', 'AAAAAAAA', []),
+        # As much as comes at a time goes along or none of it.
+        (2, 'AAAAAAAA', 'ABAAAAAA', [(1, 3)]),
+        (1, 'AAAAAAAA', 'ABAAAAAA', [(1, 1)]),
+        (2, 'AAAAAAAA', 'AAABAAAA', [(3, 1)]),
+        (2, 'AAAAAAAA', 'AAABABAA', [(3, 5)]),
+        (4, 'AAAAAAAA', 'AABAAAAA', [(2, 2)]),
+        (5, 'AAAAAAAA', 'AAABAAAA', [(3, 5)]),
+        (5, 'AAAA....AAAA', 'AAAB....AAAA', [(3, 5)]),
+        (8, 'AAAA....AAAA', 'AAAB....AAAA', [(3, 9)]),
+        (4, 'AAAA....AAAA', 'AAAB....AABA', [(3, 5), (10, 2)]),
+        (6, 'AAAA....AAAA', 'AAAB....AABA', [(3, 9)]),
+        (4, 'AAAAAAAA', '....AAAA', [(0, 8)]),
+        (3, 'AAAAAAAA', 'AA.....A', [(2, 6)]))
+    @ddt.unpack
+    def test_what_goes_along(self, bridge, before, after, sent):
+        disk, copy = self.twice(letters(before), letters(after), sparse=False,
+                                bridge=bridge * 32)
+        found = []
+        for offset, length, _data in disk.log:
+            first, count = offset // 32, length // 32
+            if found and first == sum(found[-1]):
+                first, count = found[-1][0], found[-1][1] + count
+                found.pop()
+            found.append((first, count))
+        self.assertEqual(sent, found)
+        self.assertEqual(sum(count for _first, count in sent) * 32, copy.data)
+        self.assertEqual(0, copy.holes)
+
+    def test_no_hole_where_there_can_be_none(self):
+        disk = Disk(b'')
+        disk.end.send_hole = ends.SEND_HOLE()
+        table = self._pump.Table(128, KEY, block_size=32)
+        self.copy(ends.StubStream([128]), None, 128, table=table)
+        self.assertRaises(TypeError, self._pump.Copy,
+                          ends.StubStream([128]), disk, 128,
+                          table=table, only_changes=True)
+        self.copy(ends.StubStream(letters('A..A')), disk, 128, table=table,
+                  only_changes=True, sparse=False)
+        self.assertRaises(ValueError, self._pump.Copy,
+                          ends.StubStream([128]), disk, 128, table=table,
+                          only_changes=True, sparse=False, bridge=-1)
+
     def test_whatever_was_and_is(self):
         chance = random.Random(5)
 
@@ -156,7 +202,9 @@ class ChangesTestCase(base.PumpExtensionTestCase):
             if after:
                 self.twice(before, after, size=chance.choice((32, 64, 128)),
                            slot_size=chance.choice((7, 64, 128, 1024)),
-                           bandwidth=chance.choice((0, 1 << 30)))
+                           bandwidth=chance.choice((0, 1 << 30)),
+                           sparse=chance.random() < 0.5,
+                           bridge=chance.choice((0, 0, 64, 100, 500)))
 
     def test_a_pass_more(self):
         table = self._pump.Table(256, KEY, block_size=32)

@@ -16,6 +16,7 @@ import os
 from unittest import mock
 
 import ddt
+from oslo_serialization import jsonutils
 
 from nova import exception
 from nova.tests.unit.virt.libvirt.storage.pump import test_nbd
@@ -103,6 +104,11 @@ class KnownTestCase(test_nbd.WorkerTestCase):
         with mock.patch.object(pump, 'read_again', autospec=True,
                                side_effect=error):
             self._verify_in_vain(1)
+
+    def test_request_waits_for_nobody(self):
+        # Nova's thread would, in a write to a pipe that is full.
+        self.assertLess(len(jsonutils.dumps(
+            [((1 << 62) - 1, (1 << 62) - 1)] * worker.MOST_CHANGED)), 60000)
 
     def test_ranges_that_are_joined(self):
         ranges = [(n << 20, 65536) for n in range(100)]

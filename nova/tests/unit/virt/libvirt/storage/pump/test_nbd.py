@@ -68,23 +68,22 @@ class ExportTestCase(test.NoDBTestCase):
         self.assertIn('of libnbd', str(e))
 
 
-class WorkerTestCase(test.NoDBTestCase):
+class PlayedTestCase(test.NoDBTestCase):
     """The worker, with a played libvirt at its source."""
 
     def setUp(self):
         super().setUp()
-        if pump.nbd_missing():
-            self.skipTest('the pump was built without libnbd')
         self.folder = self.useFixture(fixtures.TempDir()).path
         self.path = os.path.join(self.folder, 'destination')
-        self.key = pump.Export.new_key()
         self.told = []
         path = os.path.join(self.folder, 'played.py')
         with open(path, 'w') as f:
-            f.write(test_worker.PLAYED % {
-                'ends': ends.__file__, 'worker': process._WORKER,
-                'together': 1})
+            f.write(self.played())
         self.stub_out('nova.virt.libvirt.storage.pump.process._WORKER', path)
+
+    def played(self):
+        return test_worker.PLAYED % {
+            'ends': ends.__file__, 'worker': process._WORKER, 'together': 1}
 
     def source(self, content=b'', length=None, name='source'):
         path = os.path.join(self.folder, name)
@@ -92,6 +91,16 @@ class WorkerTestCase(test.NoDBTestCase):
             f.write(content)
             f.truncate(length or len(content))
         return pump.Volume('qemu:///system', 'pool', path)
+
+
+class WorkerTestCase(PlayedTestCase):
+    """The same, and a real server at its destination."""
+
+    def setUp(self):
+        super().setUp()
+        if pump.nbd_missing():
+            self.skipTest('the pump was built without libnbd')
+        self.key = pump.Export.new_key()
 
     def serve(self, length, content=b''):
         export = pump.Export('127.0.0.1', 0, '', 'nova', self.key)

@@ -27,9 +27,8 @@ MIB = 1 << 20
 PUNCH = 3
 
 
-@ddt.ddt
-class WarmCopyTestCase(test_nbd.WorkerTestCase):
-    """Both passes into a real server, while somebody writes."""
+class WritingTestCase(test_nbd.PlayedTestCase):
+    """Both passes, while somebody writes."""
 
     def setUp(self):
         super().setUp()
@@ -64,13 +63,18 @@ class WarmCopyTestCase(test_nbd.WorkerTestCase):
         os.close(fd)
 
     def check(self, source, result):
-        """The server has ended, and what it has is the source."""
+        """What has been copied is the source."""
         with open(source.name, 'rb') as f:
             content = f.read()
         self.assertEqual(content, self.copied(len(content)))
         self.assertEqual(len(content), result.length)
         pump.verify(source, len(content), result.checksum, key=result.key)
         self.assertEqual((1, self.pids), (len(self.pids), self.ended))
+
+
+@ddt.ddt
+class WarmCopyTestCase(WritingTestCase, test_nbd.WorkerTestCase):
+    """Into a real server, which has ended then."""
 
     def test_nobody_writes(self):
         source = self.source(os.urandom(3 * MIB + 700), 6 * MIB + 5)

@@ -315,6 +315,22 @@ class LocalFileTestCase(test.NoDBTestCase):
         self.assertRaises(self.module.Failure, self.written, code, domain,
                           message)
 
+    @ddt.data(('/disks/volume', (256 << 10) + 50 * (12 << 10)),
+              ('/dev/vg/volume', 32 << 20))
+    @ddt.unpack
+    def test_what_costs_as_much_as_a_stream(self, path, expected):
+        self.file('qemu+tls://dest/system')
+        self.end.volume.path.return_value = path
+        self.end.pool.numOfVolumes.return_value = 50
+        self.assertEqual(expected, self.end.bridge())
+
+    def test_device_is_not_cut(self):
+        self.libvirt.VIR_STORAGE_VOL_BLOCK = 1
+        self.file('qemu+tls://dest/system')
+        self.end.volume.info.return_value = [1, 7, 7]
+        self.end.fit(5)
+        self.end.volume.upload.assert_not_called()
+
     def test_sizes_differ(self):
         self.assertIsNone(self.file(length=4))
 

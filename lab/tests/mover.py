@@ -23,6 +23,7 @@ import random
 import signal
 import sys
 import threading
+import time
 
 UUID = '5d1c4d11-6f3a-4c5e-9a70-0f6f2c1d8e01'
 DISKS, BASES = 'nova-disks-pool', 'nova-base-images-pool'
@@ -57,6 +58,7 @@ class Host:
 
     def __init__(self, libvirt):
         from nova.virt.libvirt import host
+        self.runs = False
         self._libvirt = libvirt
         self._connection = None
         # As in initialize(): what is logged beside is to be seen, as there.
@@ -78,7 +80,20 @@ class Host:
 
     def get_guest(self, instance):
         from nova import exception
-        raise exception.InstanceNotFound(instance_id=instance.uuid)
+        if not self.runs:
+            raise exception.InstanceNotFound(instance_id=instance.uuid)
+        return Guest()
+
+
+class Guest:
+    """One that runs."""
+
+    def is_active(self):
+        return True
+
+    def get_config(self):
+        from nova.virt.libvirt import config
+        return config.LibvirtConfigGuest()
 
 
 class Jobs:
@@ -139,6 +154,8 @@ class Compute:
             lambda context, uuid: self.bdms())
         objects.Instance.save = lambda instance, **more: database.update(
             'offer', instance.migration_context.driver_info)
+        objects.Instance.get_by_uuid = staticmethod(
+            lambda context, uuid: self.instance)
         objects.Migration.save = lambda migration: None
         objects.Service.get_by_host_and_binary = staticmethod(
             lambda *args: objects.Service())
@@ -160,6 +177,7 @@ class Compute:
         from nova import objects
         return objects.Instance(
             self.context, id=1, uuid=UUID, image_ref=None, progress=0,
+            task_state='resize_migrating',
             system_metadata={}, migration_context=objects.MigrationContext(
                 migration_id=7, driver_info=self.database.load()['offer']))
 
@@ -214,11 +232,13 @@ class Compute:
         arrival.offer(self.host.get_connection(), instance, self.migration,
                       self.disks(instance))
 
-    def move(self, bandwidth=0, checked=None, log=None):
+    def move(self, bandwidth=0, checked=None, log=None, ahead=None):
         """Check and copy.
 
         :param checked: a file that is made when the checks are over
         :param log: what the guest's console has said
+        :param ahead: a file that is made when the disks have been sent ahead;
+            it goes on when that is gone
         """
         from nova.virt.libvirt.storage.move import source as migration
         from nova.virt.libvirt.storage.move import state
@@ -234,11 +254,25 @@ class Compute:
         with outgoing:
             if checked:
                 open(checked, 'w').close()
+            if ahead:
+                self._send_ahead(outgoing, bandwidth, ahead)
             directory = '/var/lib/nova/instances/%s_resize' % UUID
             os.makedirs(directory, exist_ok=True)
             with open(os.path.join(directory, 'console.log'), 'w') as f:
                 f.write(log or '')
             outgoing.run(directory)
+
+    def _send_ahead(self, outgoing, bandwidth, ahead):
+        self.configure(storage_migration_precopy=0,
+                       storage_migration_precopy_bandwidth=bandwidth)
+        self.host.runs = True
+        try:
+            outgoing.send_ahead()
+            open(ahead, 'w').close()
+            while os.path.exists(ahead):
+                time.sleep(.01)
+        finally:
+            self.host.runs = False
 
     def accept(self):
         from nova.virt.libvirt.storage.move import destination as arrival

@@ -15,6 +15,7 @@ import re
 import time
 
 from lab import config
+from lab.tests.ahead_case import AheadTests
 from lab.tests.cloud_case import only_in_full
 from lab.tests.test_cloud_moves import DISKS
 from lab.tests.test_cloud_moves import MovesCase
@@ -52,11 +53,7 @@ class NbdCase(MovesCase):
 
     def setUp(self):
         super().setUp()
-        # A compute that has lost its libvirt takes nothing until it looks.
-        self.wait_for(lambda: all(
-            service.status == 'enabled' for service in
-            self.cloud.conn.compute.services(binary='nova-compute')),
-            what='enabled computes')
+        self.wait_enabled()
         for host, other in ((self.a, self.b), (self.b, self.a)):
             self.assertNotEqual(0, host.run(
                 ['virsh', '-c', host.uri(other), 'list'],
@@ -169,76 +166,19 @@ class TestKills(NbdCase):
         self.assert_nothing_open()
 
 
-class TestAhead(NbdCase):
-    """Disks that are sent while the guest runs, and then what has changed."""
-    rate = None
-    more = {**NbdCase.more, 'storage_migration_precopy': (0, 1024),
-            'storage_migration_precopy_bandwidth': (3, 0)}
+class TestAhead(AheadTests, NbdCase):
+    """Over NBD."""
+    more = {**NbdCase.more, **AheadTests.more}
 
-    def writing(self):
-        """A server on host-a whose guest writes, on its way to host-b."""
-        server, said = self.server()
-        server.command('keep-writing', 256)
-        self.begin(server)
-        self.wait_middle(server, 40)
-        self.assert_runs(server)
-        return server, said
-
-    def assert_runs(self, server):
-        with server.domain('host-a') as domain:
-            self.assertTrue(domain.isActive())
-
-    def assert_never_off(self, server, said):
-        """It has run on host-a all the time; nothing of it is on host-b."""
-        found = self.settled(server)
-        self.assertEqual(('ACTIVE', 'host-a'),
-                         (found.status, found.compute_host))
-        now = server.look()
-        self.assertEqual(said.boot_id, now.boot_id)
-        self.assert_kept(now)
-        self.wait_for(lambda: not server.left_on('host-b'), 30,
-                      'a clean host-b: %s' % server.left_on('host-b'))
-        self.assert_nothing_open()
-        return now
-
-    def test_guest_writes(self):
-        server, before = self.writing()
-        written = server.look().written
-        found = self.settled(server)
-        self.assertEqual('VERIFY_RESIZE', found.status)
-        there = server.testimony(after=before)
-        self.assert_kept(there)
-        self.assertGreaterEqual(there.written, written)
-        log = self.service_log('host-a')
-        for text in ('while the server runs: ', 'Copied the rest of volume',
-                     'The server has been down for'):
-            self.assertIn(text, log)
+    def assert_sent_twice(self, server, before, written):
+        super().assert_sent_twice(server, before, written)
         # It has read ahead, too.
         self.assertIn('after most of it before', self.service_log('host-b'))
-        self.assert_nothing_open()
-        server.revert()
-        back = server.testimony(after=there)
-        self.assert_kept(back)
-        self.assert_nothing_left(server, 'host-b')
-
-    def test_source_compute_is_killed(self):
-        server, said = self.writing()
-        self.a.kill('nova-compute')
-        time.sleep(1)
-        self.assertEqual([], self.guards(self.b))
-        self.assert_runs(server)
-        self.cloud.start_compute('host-a')
-        said = self.assert_never_off(server, said)
-        server.command('stop-writing')
-        self.assert_goes(server, said)
 
     def assert_goes_all_the_same(self, server, before):
         """What was sent ahead is lost: it is copied with the guest off."""
-        found = self.settled(server)
-        self.assertEqual('VERIFY_RESIZE', found.status)
+        self.assert_goes_off(server, before)
         self.assertIn('has not noticed', self.service_log('host-a'))
-        self.assert_kept(server.testimony(after=before))
-        self.assert_nothing_open()
 
     def test_destination_compute_is_killed(self):
         server, before = self.writing()
@@ -255,14 +195,6 @@ class TestAhead(NbdCase):
             if 'guard.py' not in line:
                 self.b.run(['kill', '-9', line.split()[0]])
         self.assert_goes_all_the_same(server, before)
-
-    def test_server_is_deleted(self):
-        server, _said = self.writing()
-        server.delete()
-        for host in config.HOSTS:
-            self.wait_for(lambda: not server.left_on(host), 60,
-                          'a clean %s: %s' % (host, server.left_on(host)))
-        self.assert_nothing_open()
 
 
 class TestAgain(NbdCase):

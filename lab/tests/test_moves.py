@@ -17,6 +17,7 @@ try succeeds and can be reverted.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -50,6 +51,8 @@ SIZES = {'disk': (6 * MIB, 40 * MIB, 2 * MIB + 7),
          'disk.eph0': (0, 8 * MIB, 1), 'disk.config': (400000, 0, 0)}
 RATE = 2   # MiB a second while somebody must be in time
 LARGE = {'disk': (200 * MIB,)}   # takes a while even on one host
+FALLOCATE = ctypes.CDLL(None).fallocate
+PUNCH = 3   # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 
 libvirt.registerErrorHandler(lambda _context, _error: None, None)
 
@@ -971,6 +974,130 @@ class TestSharedPool(MovesTest):
                          self.files(self.a))
 
 
+@ddt.ddt
+class TestAhead(MovesTest):
+    """Disks are sent in two passes, the first one while somebody writes."""
+
+    def setUp(self):
+        super().setUp()
+        self.ahead = self.database.with_name('ahead')
+        self.ahead.unlink(missing_ok=True)
+
+    def begin_ahead(self, rate=0):
+        self.dest('offer')
+        self.source.begin('move', bandwidth=rate, ahead=str(self.ahead))
+
+    def wait_first(self):
+        self.wait(self.ahead.exists, 'end of the first pass')
+
+    def end_it(self):
+        """Let the second pass be, and the destination take over."""
+        self.made = self.files(self.a)
+        self.ahead.unlink()
+        self.source.answer()
+        self.assertEqual(self.directory(self.a).joinpath(
+            '%s_disk' % mover.UUID).stat().st_size,
+            self.path_there().stat().st_size)
+        self.take_and_revert()
+        self.assert_back()
+
+    def write(self, times=1, grows=0):
+        """What guests do: they write, write zeroes, and discard."""
+        for path in self.directory(self.a).iterdir():
+            with open(path, 'r+b') as disk:
+                size = path.stat().st_size
+                for _time in range(times):
+                    length = min(size, random.choice((512, 20000, 300000)))
+                    at = random.randrange(size - length + 1)
+                    kind = random.random()
+                    if kind < .2:
+                        FALLOCATE(disk.fileno(), PUNCH, ctypes.c_long(at),
+                                  ctypes.c_long(length))
+                    else:
+                        disk.seek(at)
+                        disk.write(bytes(length) if kind < .4 else
+                                   random.randbytes(length))
+                disk.truncate(size + grows)
+                if grows > 1:
+                    disk.seek(size + grows // 2)
+                    disk.write(b'more')
+
+    def test_nobody_writes(self):
+        self.begin_ahead()
+        self.wait_first()
+        self.end_it()
+
+    @ddt.data(1, 30)
+    def test_somebody_writes(self, times):
+        self.begin_ahead(rate=RATE)
+        self.wait_percent(20)
+        while not self.ahead.exists():
+            self.write()
+            time.sleep(.05)
+        self.write(times)
+        self.end_it()
+
+    @ddt.data(1, 512, MIB, 20 * MIB)
+    def test_images_grow(self, grows):
+        self.begin_ahead()
+        self.wait_first()
+        self.write(3, grows)
+        self.end_it()
+
+    def test_images_shrink(self):
+        self.begin_ahead()
+        self.wait_first()
+        for path in self.directory(self.a).iterdir():
+            os.truncate(path, path.stat().st_size * 2 // 3)
+        self.end_it()
+
+    def test_all_is_discarded(self):
+        self.begin_ahead()
+        self.wait_first()
+        for path in self.directory(self.a).iterdir():
+            size = path.stat().st_size
+            os.truncate(path, 0)
+            os.truncate(path, size)
+        self.end_it()
+
+    @ddt.data(5, 50, 90)
+    def test_source_compute_is_killed(self, percent):
+        self.begin_ahead(rate=RATE)
+        self.wait_percent(percent)
+        self.source.kill()
+        self.source('abandon')
+        self.assert_back()
+        self.assert_goes()
+
+    def test_source_compute_is_killed_between_the_passes(self):
+        self.begin_ahead()
+        self.wait_first()
+        self.source.kill()
+        self.source('abandon')
+        self.assert_back()
+        self.assert_goes()
+
+    def test_libvirtd_is_killed(self):
+        self.begin_ahead(rate=RATE)
+        self.wait_percent(50)
+        self.b.kill('libvirtd')
+        self.b.restart('libvirtd')
+        self.b.wait_ready()
+        self.end()
+        self.assert_back()
+        self.assert_goes()
+
+    def test_libvirtd_is_restarted_between_the_passes(self):
+        self.begin_ahead()
+        self.wait_first()
+        self.b.restart('libvirtd')
+        self.b.wait_ready()
+        self.ahead.unlink()
+        self.end(late=True)
+        self.assert_back()
+        self.assert_goes()
+
+
 #: What every test run can afford; LAB_SCENARIOS=all runs everything.
 FAST = {
     'TestKills': ('test_libvirtd_3___host_a___50_',
@@ -980,6 +1107,8 @@ FAST = {
     'TestRoom': ('test_full_in_the_middle', 'test_name_is_taken_1_disk'),
     'TestSizes': ('test_odd_sizes', 'test_twenty_disks',
                   'test_holes_stay_holes'),
+    'TestAhead': ('test_somebody_writes_2_30', 'test_images_grow_3_1048576',
+                  'test_images_shrink', 'test_source_compute_is_killed_2_50'),
     'TestSharedPool': ('test_revert_and_confirm',)}
 
 

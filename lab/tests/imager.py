@@ -41,9 +41,11 @@ class Compute(mover.Compute):
         self.conf.set_override('live_images', True, 'libvirt')
 
     def _instance(self, uuid, memory_mb=256, vcpus=1, root_gb=0):
+        from nova.compute import vm_states
         from nova import objects
         return objects.Instance(
             self.context, id=1, uuid=uuid, image_ref=uuid,
+            vm_state=vm_states.ACTIVE,
             flavor=objects.Flavor(memory_mb=memory_mb, vcpus=vcpus,
                                   root_gb=root_gb))
 

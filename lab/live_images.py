@@ -12,17 +12,30 @@
 
 """Servers that are saved with their memory, by a cloud's API."""
 
+import contextlib
 import os
+import re
 import time
 from concurrent import futures
 
+import libvirt
+
 from . import config
 from .cloud.server import ServerError
+from .guest import testimony
 from .host import both
+from .host import Host
+from .machine import Machine
 
 RULE = 'os_compute_api:servers:create_image:live'
 MEMORY_ID = 'img_live_memory_id'
 MICROVERSION = '2.105'
+#: What a guest has to do to see whose config drive it has: without udev it
+#: keeps the one in its memory.
+WHOSE = ('umount /config 2>/dev/null; for i in 1 2 3 4 5; do '
+         'mount -t iso9660 -o ro /dev/sr0 /config && break; sleep 1; '
+         'done; value uuid /config/openstack/latest/meta_data.json')
+_PAUSE = re.compile(r'stood still for ([0-9.]+) s')
 _POLICY = config.STATE / 'live-images.yaml'
 
 
@@ -86,6 +99,17 @@ def capture(server, name: str):
     return image
 
 
+def pauses(log, offset: int) -> list[float]:
+    """For how long guests stood still to be saved.
+
+    :param log: the compute's
+    :param offset: from where in it
+    :returns: seconds
+    """
+    text = log.read_bytes()[offset:].decode(errors='replace')
+    return [float(found) for found in _PAUSE.findall(text)]
+
+
 def why(server) -> str:
     """Why the last image of a server could not be made."""
     action = next(server.api.server_actions(server.id))
@@ -105,3 +129,60 @@ def goes_on(server) -> None:
     """Know of a server that it doesn't boot: its console says nothing."""
     server.wait('ACTIVE')
     server._awake = True
+
+
+def first_answer(server, host: str, *command, boots: bool,
+                 limit: float = 300) -> str:
+    """Wait for the first thing that a new server's guest can say.
+
+    Somebody stands at its console from its first moment on, so that neither
+    the API is waited for, nor QEMU, which looks once a second whether anybody
+    is there. A guest that boots is asked when it listens, one that goes on at
+    once.
+
+    :param server: one that was asked for just now
+    :param host: where it comes to be
+    :param command: see guest/init
+    :param boots: False if it goes on from a memory
+    :returns: the guest's output
+    :raises: ServerError
+    """
+    log = Machine(host).path(
+        '/var/lib/nova/instances/%s/console.log' % server.id)
+    # A clone has in its memory what its source was asked.
+    number = 'first-%d-%d' % (os.getpid(), next(server._numbers))
+    line = '\n%s %s\n' % (number, ' '.join(map(str, command)))
+    stream, asked, begun = None, 0., time.monotonic()
+    with contextlib.closing(Host(host).connect()) as connection, (
+            contextlib.ExitStack()) as stack:
+        while (now := time.monotonic()) < begun + limit:
+            said = log.read_text(errors='replace') if log.exists() else ''
+            if reply := testimony.replies(said).get(number):
+                return reply['output']
+            if stream is None:
+                stream = _console(connection, server, stack)
+            elif now > asked + 1 and not (
+                    boots and testimony.ready(said) is None):
+                stream.send(line.encode())
+                asked = now
+            if now > begun + 10 and server.get().status == 'ERROR':
+                break
+            time.sleep(.05)
+    raise ServerError('the guest of %s has said nothing in %d s%s' % (
+        server.id, now - begun, server._why()))
+
+
+def _console(connection, server, stack):
+    """:returns: a stream to its console; None while there is no guest"""
+    try:
+        domain = connection.lookupByUUIDString(server.id)
+        stream = connection.newStream()
+        domain.openConsole(None, stream, libvirt.VIR_DOMAIN_CONSOLE_FORCE)
+    except libvirt.libvirtError:
+        return None
+
+    def close():
+        with contextlib.suppress(libvirt.libvirtError):
+            stream.abort()
+    stack.callback(close)
+    return stream

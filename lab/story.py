@@ -12,12 +12,14 @@
 """The whole story of the series, live: ``make demo``.
 
 A legacy server, a host that is switched to storage pools, a disk that moves
-into the pool, over to the other host without SSH, back again and larger.
+into the pool, over to the other host without SSH, back again and larger; at
+last a server that is saved with its memory, and three that go on from it.
 What is done is done by the public API, and what is shown is said by the
 guest, by libvirt and by the hosts' record of attempts to use SSH.
 """
 
 import contextlib
+import dataclasses
 import json
 import time
 
@@ -29,6 +31,7 @@ import rich.table
 from . import cloud
 from . import config
 from . import hosts
+from . import live_images
 from . import lock
 from . import state
 from . import ui
@@ -43,6 +46,13 @@ RESULT = config.ROOT / 'build' / 'demo.json'
 DATA_MIB = 48
 WRITE = 'boot 1: fill data %d %%s\nboot 1: fill raw 8 %%s vdb 64\n' % DATA_MIB
 FLAVOR, LARGER = 'lab.small.disks', 'lab.medium.disks'
+# An application that takes its time until it is of use, and what it knows then
+# is in its memory alone.
+WARM_UP = ('(n=0; while :; do n=$((n + 1)); echo $n >/run/counter.new; '
+           'mv /run/counter.new /run/counter; sleep .1; done) '
+           '>/dev/null 2>&1 & echo begun')
+WARM = 50
+CLONES = ('host-a', 'host-b', 'host-a')
 
 
 class Unfulfilled(LabError):
@@ -91,6 +101,21 @@ class Story:
         table.add_row('', 'all', '%.1f' % (time.monotonic() - self.began), '')
         return table
 
+    def compare(self, rows):
+        """Show a table: how long each server took to its first answer."""
+        table = rich.table.Table(title='Boot against clone',
+                                 title_justify='left')
+        for title, justify in (('server', 'left'), ('host', 'left'),
+                               ('boots', 'right'), ('counter', 'right'),
+                               ('seconds to its first answer', 'right'),
+                               ('of a boot', 'right')):
+            table.add_column(title, justify=justify)
+        for row in rows:
+            table.add_row(row.name, row.host, str(row.boots), str(row.counter),
+                          '%.1f' % row.seconds,
+                          '%.2f' % (row.seconds / rows[0].seconds))
+        self.console.print(table)
+
     def write(self, ssh_attempts):
         RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(json.dumps({
@@ -135,6 +160,34 @@ class Step:
                    description='%s [dim](%s%s)[/]' % (
                        self.name, server.status,
                        ', ' + server.task_state if server.task_state else ''))
+
+
+@dataclasses.dataclass
+class Answer:
+    """The first one of a guest.
+
+    :ivar counter: of its application
+    :ivar boots: how often it has booted
+    :ivar seconds: since its server was asked for
+    """
+    name: str
+    host: str
+    counter: int
+    boots: int
+    seconds: float
+
+    @classmethod
+    def of(cls, the_cloud, name, host, image='guest'):
+        """:returns: a new server, and its first answer"""
+        start = time.monotonic()
+        server = the_cloud.boot(name, host=host, image=image, wait=False)
+        said = live_images.first_answer(
+            server, host, 'sh',
+            'echo $(cat /run/counter 2>/dev/null || echo 0) $(cat /data/boots)',
+            boots=image == 'guest')
+        seconds = time.monotonic() - start
+        live_images.goes_on(server)
+        return server, cls(name, host, *map(int, said.split()), seconds)
 
 
 def expect(condition, message):
@@ -244,11 +297,77 @@ def tell(story, the_cloud):
             lines.append('%s: %s' % (host, text or 'nothing'))
         step.detail = '\n'.join(lines)
 
+    tell_of_memory(story, the_cloud)
+
     with story.step('attempts to use ssh, scp, sftp or rsync') as step:
         attempts = ssh_attempts()
         expect(not attempts, 'there were some: %s' % attempts)
         step.detail = 'none recorded on either host, and no sshd runs there'
     return first, second
+
+
+def tell_of_memory(story, the_cloud):
+    """How a server that is warm becomes four."""
+    with story.step('switch both hosts to live_images, and let somebody save '
+                    'a memory') as step:
+        live_images.enable(the_cloud)
+        live_images.allow('@')
+        step.detail = 'as shipped, nobody may: policy "!"'
+
+    with story.step('boot "warm" on host-a, and let it count to %d in its '
+                    'memory' % WARM) as step:
+        warm, answer = Answer.of(the_cloud, 'warm', 'host-a')
+        rows = [answer]
+        warm.command('sh', WARM_UP)
+        counted = 0
+        while counted < WARM:
+            time.sleep(1)
+            counted = count(warm)
+        answer.counter = 0
+        step.detail = 'it has counted to %d' % counted
+
+    with story.step('save it with its memory') as step:
+        log = the_cloud.compute_log('host-a')
+        offset = log.stat().st_size
+        image = live_images.capture(warm, 'warm')
+        saved = count(warm)
+        expect(saved > counted, 'it does not go on counting')
+        step.detail = 'it stood still for %s s, and counts on' % (
+            live_images.pauses(log, offset)[-1])
+
+    with story.step('three servers go on from it, on two hosts') as step:
+        clones = []
+        for number, host in enumerate(CLONES, 1):
+            clone, answer = Answer.of(
+                the_cloud, 'clone-%d' % number, host, image.id)
+            clones.append(clone)
+            rows.append(answer)
+            expect(answer.boots == 1, '%s has booted' % answer.name)
+            expect(counted <= answer.counter,
+                   '%s starts to count anew' % answer.name)
+            expect(clone.host == host, '%s is on %s' % (
+                answer.name, clone.host))
+        ids = [clone.command('sh', live_images.WHOSE).strip()
+               for clone in clones]
+        expect(ids == [clone.id for clone in clones],
+               'their config drives are not their own: %s' % ids)
+        for clone in clones:
+            clone.command('sh', 'echo %s >/data/own' % clone.id)
+        expect([clone.command('sh', 'cat /data/own').strip()
+                for clone in clones] == ids, 'they share a disk')
+        expect('own' not in warm.command('sh', 'ls /data').split(),
+               'they write to the disk of "warm"')
+        step.detail = ('none has booted; each counts on, with a disk and a '
+                       'config drive of its own')
+    story.compare(rows)
+    for server in (warm, *clones):
+        server.delete()
+    live_images.delete(the_cloud, image)
+
+
+def count(server):
+    """:returns: what its application has counted to"""
+    return int(server.command('sh', 'cat /run/counter'))
 
 
 def warning(log, offset, uuid, limit=30):

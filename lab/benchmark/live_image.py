@@ -15,7 +15,6 @@
 What counts is the time from the request to the first answer of the guest.
 """
 
-import re
 import statistics
 import time
 from concurrent import futures
@@ -30,7 +29,6 @@ HOST = 'host-a'
 AT_ONCE = 8
 # KiB that the source writes four times a second.
 WRITES = 64
-_PAUSE = re.compile(r'stood still for ([0-9.]+) s')
 
 
 def measure(runs, progress):
@@ -89,10 +87,10 @@ def _captures(cloud, source, runs, tell):
         start = time.monotonic()
         image = live_images.capture(source, 'bench')
         took = time.monotonic() - start
-        found = _PAUSE.findall(log.read_text(errors='replace')[begins:])
+        found = live_images.pauses(log, begins)
         if len(found) != 1:
             raise LabError('%s tells of %d pauses' % (HOST, len(found)))
-        pauses.append(float(found[0]))
+        pauses += found
         tell('saved in %.1f s, stood still for %.2f s' % (took, pauses[-1]))
     return image, statistics.median(pauses)
 
@@ -102,11 +100,8 @@ def _answers(cloud, image, many, live) -> list[float]:
     made = []
 
     def answer(server, start):
-        if live:
-            live_images.goes_on(server)
-        else:
-            server.wait('ACTIVE')
-        server.command('sh', 'echo fine', limit=300)
+        live_images.first_answer(server, HOST, 'sh', 'echo fine',
+                                 boots=not live)
         return time.monotonic() - start
 
     try:

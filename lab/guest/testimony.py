@@ -142,11 +142,18 @@ def ready(console: str) -> str | None:
 
 
 def replies(console: str) -> dict:
-    """What became of the commands, by their id: ok, output (text)."""
+    """What became of the commands, by their id: ok, output (text).
+
+    One of which a part is lost is none: who types the command again gets
+    another.
+    """
     found = {}
     for event in events(console):
         if event['event'] == 'done':
-            event['output'] = base64.b64decode(
-                event['output']).decode(errors='replace')
+            try:
+                output = base64.b64decode(event['output'])
+            except ValueError:
+                continue
+            event['output'] = output.decode(errors='replace')
             found[event['id']] = event
     return found

@@ -33,14 +33,18 @@ FLAVORS = (
 IMAGES = (('guest', 'qcow2', 'guest.qcow2'), ('guest-raw', 'raw', 'guest.raw'))
 
 
-def connect(layout, keys, namespace) -> openstack.connection.Connection:
-    """The admin's connection, usable from any namespace and many threads."""
+def connect(layout, keys, namespace,
+            project='admin') -> openstack.connection.Connection:
+    """The admin's connection, usable from any namespace and many threads.
+
+    :param project: in which the admin is
+    """
     http = requests.Session()
     http.mount('http://', netns.Adapter(namespace, pool_maxsize=20))
     session = keystoneauth1.session.Session(
         auth=keystoneauth1.identity.v3.Password(
             auth_url=layout.url('keystone', '/v3'), username='admin',
-            password=keys.admin, project_name='admin',
+            password=keys.admin, project_name=project,
             user_domain_name='Default', project_domain_name='Default'),
         session=http)
     return openstack.connection.Connection(

@@ -86,6 +86,11 @@ class Cloud:
         """The admin's openstacksdk connection."""
         return bootstrap.connect(self.layout, self.keys, self.control.netns)
 
+    def conn_in(self, project):
+        """The same admin's in another project, by its name."""
+        return bootstrap.connect(
+            self.layout, self.keys, self.control.netns, project)
+
     def _all_services(self):
         layout = self.layout
         if layout.network:

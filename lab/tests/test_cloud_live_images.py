@@ -15,6 +15,8 @@ import time
 
 from lab import config
 from lab import live_images
+from lab.cloud.server import Server
+from lab.machine import Machine
 from lab.tests import cloud_case
 from lab.tests.cloud_case import CloudTestCase
 from lab.tests.cloud_case import SERIES
@@ -101,11 +103,8 @@ class TestLiveImages(LiveImagesCase):
             kept = clone.command('sh', 'ls /data').split()
             self.assertIn('kept', kept)
             self.assertNotIn('after', kept)
-            found = clone.command(
-                'sh', 'umount /config 2>/dev/null; for i in 1 2 3 4 5; do '
-                'mount -t iso9660 -o ro /dev/sr0 /config && break; sleep 1; '
-                'done; cat /config/openstack/latest/meta_data.json')
-            self.assertIn(clone.id, found)
+            self.assertEqual(clone.id, clone.command(
+                'sh', live_images.WHOSE).strip())
             clone.command('sh', 'echo %s >/data/own; sync' % clone.id)
         for clone in clones:
             self.assertEqual(clone.id, clone.command(
@@ -128,6 +127,53 @@ class TestLiveImages(LiveImagesCase):
             host = clone.host
             clone.delete()
             self.assertEqual([], clone.left_on(host))
+
+    def test_life_of_a_clone(self):
+        """All that a server may go through, without a boot in between."""
+        source = self.boot()
+        source.command('sh', 'echo warm >/run/warm')
+        clone = self.clone(self.capture(source), 'host-a')
+
+        def is_warm(server):
+            self.assertEqual('warm', server.command(
+                'sh', 'cat /run/warm').strip())
+            self.assertEqual(1, self.boots(server))
+
+        is_warm(clone)
+        clone.live_migrate('host-b')
+        is_warm(clone)
+        # It is saved itself, and another one goes on from that.
+        again = self.clone(self.capture(clone), 'host-a')
+        is_warm(again)
+        again.command('sh', 'echo own >/data/own; sync')
+        again.rescue()
+        again.unrescue()
+        self.assertEqual(2, again.testimony().boot)
+        again.resize('lab.medium')
+        again.confirm()
+        self.assertIn('own', again.command('sh', 'ls /data').split())
+        for server in (again, clone):
+            server.delete()
+            self.assert_nothing_left(server)
+
+    def test_another_project(self):
+        """It may see the disk, and doesn't get the memory."""
+        image = self.capture(self.boot())
+        identity = self.cloud.conn.identity
+        project = identity.create_project(
+            name='another', domain_id='default')
+        self.addCleanup(identity.delete_project, project.id)
+        identity.assign_project_role_to_user(
+            project.id, self.cloud.conn.current_user_id,
+            identity.find_role('admin').id)
+        compute = self.cloud.conn_in('another').compute
+        made = compute.create_server(
+            name='thief', image_id=image.id, networks='none',
+            flavor_id=self.cloud.flavor('lab.small').id, host='host-a')
+        thief = Server(self.cloud, made.id)
+        self.addCleanup(thief.delete)
+        self.assertIn('another project', thief.wait('ERROR').fault['message'])
+        self.assertEqual([], thief.left_on('host-a'))
 
     def test_policy_as_shipped(self):
         source = self.boot()
@@ -185,6 +231,63 @@ class TestLiveImages(LiveImagesCase):
                         'true')
         other = self.create(image, 'host-b')
         self.assertIn('No valid host', other.wait('ERROR').fault['message'])
+
+
+class TestGlance(LiveImagesCase):
+    """The image service is away."""
+
+    def test_at_capture(self):
+        source = self.boot(host='host-a')
+        source.command('keep-writing', 64)
+        with source.domain() as domain:
+            before = domain.XMLDesc()
+        log = self.cloud.compute_log('host-a')
+        offset = log.stat().st_size
+        response = self.ask(source)
+        self.assertEqual(202, response.status_code, response.text)
+        image_id = response.json()['image_id']
+        until = time.monotonic() + 120
+        while not live_images.pauses(log, offset):
+            self.assertLess(time.monotonic(), until, 'it is not saved')
+            time.sleep(.05)
+        # The guest goes on; its disk is being read.
+        Machine(config.CONTROL).stop('glance')
+        try:
+            source.wait('ACTIVE', limit=300)
+        finally:
+            self.cloud.restart(config.CONTROL, 'glance')
+        self.assertNotEqual(
+            'active', self.cloud.conn.image.get_image(image_id).status)
+        self.cloud.conn.image.delete_image(image_id)
+        self.assertIn('lance', live_images.why(source))
+        with source.domain() as domain:
+            self.assertEqual(before, domain.XMLDesc())
+        self.assertEqual([], [path for path in source.left_on('host-a')
+                              if 'live-image' in path])
+        written = int(source.command('sh', 'cat /data/written'))
+        # No memory is left over, and the next one goes well.
+        image = self.capture(source)
+        done = self.cloud.manage('libvirt', 'purge_memories', '--older-than',
+                                 '0', '--dry-run', check=False)
+        self.assertEqual(0, done.returncode, done.stdout)
+        clone = self.clone(image, 'host-b')
+        self.assertGreaterEqual(
+            int(clone.command('sh', 'cat /data/written')), written)
+
+    def test_at_boot(self):
+        """A host can't reach it; the memory is in nobody's cache there."""
+        image = self.capture(self.boot(host='host-a'))
+        option = 'host-b', 'glance', 'api_servers'
+        before = self.cloud.get(*option)
+        self.cloud.set(*option, 'http://10.97.0.1:9')
+        try:
+            clone = self.create(image, 'host-b')
+            fault = clone.wait('ERROR').fault['message']
+            print(fault)
+            self.assertEqual([], clone.left_on('host-b'))
+        finally:
+            self.cloud.set(*option, before)
+        self.assertEqual(1, self.boots(self.clone(image, 'host-b')))
 
 
 class TestNics(LiveImagesCase):

@@ -450,7 +450,7 @@ class TestFaults(SavingTest):
         before = self.normal(source)
         source.command(
             'sh', '(while :; do dd if=/dev/urandom of=/run/busy bs=1M '
-            'count=100 2>/dev/null; done) & echo begun')
+            'count=100; done) >/dev/null 2>&1 & echo begun')
         time.sleep(20)
         saved = self.capture(source, 'busy', timeout=2)
         print('busy:', saved, file=sys.stderr)

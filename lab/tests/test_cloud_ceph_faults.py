@@ -18,6 +18,7 @@ import unittest
 
 from lab import ceph
 from lab import machine
+from lab.host import Host
 from lab.tests import cloud_case
 from lab.tests import test_cloud_ceph
 from lab.tests import test_cloud_servers
@@ -100,6 +101,26 @@ class TestFaults(test_cloud_ceph.CephTestCase):
                 self.assertLess(time.monotonic() - begun, 30)
                 time.sleep(1)
             self.assertEqual('BUILD', made.get().status)
+        made.wait('ACTIVE')
+        self.assert_kept(made.testimony())
+        self.assert_whole(made)
+
+    def test_silence_in_mid_import(self):
+        """Half an image has come; it is whole in the end."""
+        neighbour, _before = self.server('neighbour')
+        # That is a few MiB.
+        with Host('host-a').link.slowed('10mbit'):
+            made = self.cloud.boot(
+                'imported', flavor=self.flavor, host='host-a',
+                script=test_cloud_servers.WRITE, wait=False)
+            self.addCleanup(made.delete)
+            self.wait_for(lambda: 'disk' in self.images(made), 180)
+            with self.ceph.control.paused(OSD):
+                until = time.monotonic() + SILENCE
+                while time.monotonic() < until:
+                    neighbour.api.get_server_console_output(neighbour.id)
+                    time.sleep(1)
+                self.assertEqual('BUILD', made.get().status)
         made.wait('ACTIVE')
         self.assert_kept(made.testimony())
         self.assert_whole(made)

@@ -24,6 +24,7 @@ from lab.tests import test_cloud_servers
 #: What host-a calls its pool over Ceph; that for disks is a directory.
 OVER_CEPH = 'lab-ceph'
 OSD = 'ceph-osd'
+SILENCE = 40  # seconds
 FULL = '0.95'
 
 
@@ -149,6 +150,25 @@ class TestKinds(KindsCase):
         back = server.testimony(after=there)
         self.assert_kept(back)
         self.assertNotIn('late', back.ranges)
+        self.assert_in_ceph(server)
+        self.assert_nothing_left(server, 'host-a')
+
+
+class TestKindsPatience(KindsCase):
+
+    more = {'storage_migration_bandwidth': 2}
+
+    def test_silence_that_ends(self):
+        """Of 40 s, which is less than a move waits for."""
+        server, before = self.server()
+        server.api.migrate_server(server.id, host='host-b')
+        self.wait_for(lambda: 'disk' in self.images(server))
+        with self.ceph.control.paused(OSD):
+            time.sleep(SILENCE)
+        found = server.wait('VERIFY_RESIZE', limit=300)
+        self.assertEqual('host-b', found.compute_host)
+        self.assert_kept(server.testimony(after=before))
+        server.confirm()
         self.assert_in_ceph(server)
         self.assert_nothing_left(server, 'host-a')
 

@@ -81,9 +81,13 @@ def ensure(progress) -> None:
 
     :raises: roots.Unavailable
     """
-    version = _version()
-    if are_built() and _STAMP.read_text() == version:
-        return
+    with roots.one_maker(FOLDER.name):
+        version = _version()
+        if not are_built() or _STAMP.read_text() != version:
+            _make(version, progress)
+
+
+def _make(version, progress):
     build = roots.ensure(RELEASE, progress, RELEASE + '-build', PACKAGES)
     with progress.step('modular daemons of libvirt %s' % version):
         _fetch(version, build / 'source.tar.xz')

@@ -16,6 +16,8 @@ With it come other versions of libvirt and QEMU. Made once by mmdebstrap of the
 packages that the machine's own apt reaches; the machine's Python is used.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import pathlib
@@ -57,7 +59,20 @@ def ensure(release: str, progress, name: str = '',
     :returns: the directory
     :raises: Unavailable
     """
-    name = name or release
+    with one_maker(name or release):
+        return _ensure(release, progress, name or release, wanted)
+
+
+@contextlib.contextmanager
+def one_maker(name):
+    """Let labs that begin at the same time make a thing once."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / (name + '.lock'), 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _ensure(release, progress, name, wanted):
     found = path(name)
     stamp = hashlib.sha256(repr(wanted).encode()).hexdigest()
     try:

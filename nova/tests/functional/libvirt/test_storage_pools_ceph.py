@@ -343,7 +343,7 @@ class BetweenKindsTestBase(CephTestBase):
                 'nova-disks-pool', 'over-ceph')).create(0)
         return connection
 
-    def qemu_img(self, command, watch, names, good=(0,)):
+    def qemu_img(self, command, watch, names, good=(0,), least=0):
         source, target = command[-2:]
         if command[1] == 'compare':
             return int(self.read(source) != self.read(target))

@@ -113,6 +113,10 @@ class LocalDisks:
     def _connection(self):
         return self._local.get_connection()
 
+    def get_connection(self):
+        """:returns: to libvirt, for what makes and reads disks"""
+        return self._connection()
+
     # The compute
 
     def init_host(self) -> None:

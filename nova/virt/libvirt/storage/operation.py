@@ -73,7 +73,14 @@ class LocalHost:
             self.get_connection, self.get_address, self.uri)
 
     def get_connection(self):
-        return self.host.get_connection()
+        """The connection to libvirt, in which its storage answers."""
+        connection = self.host.get_connection()
+        if storage_pool.has_lost_storage(connection):
+            LOG.warning('virtstoraged has ended, or was restarted; connecting '
+                        'to libvirt anew')
+            self.host.drop_connection(connection)
+            connection = self.host.get_connection()
+        return connection
 
     def get_guest_config(self, instance):
         """:returns: LibvirtConfigGuest of a guest, None if there is none"""

@@ -28,8 +28,8 @@ import contextlib
 import nova.conf
 from nova import exception
 from nova.i18n import _
-from nova.virt import images
 from nova.virt.libvirt import config as vconfig
+from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.live_image import definition
 from nova.virt.libvirt.storage.live_image import memory_file
 from nova.virt.libvirt.storage.live_image import vm_state
@@ -126,16 +126,17 @@ class LiveBoot:
         :raises: exception.LiveImageUnusable, OSError
         """
         with unusable(self._instance):
-            base = image.get_backing_file()
-            if base is None:
+            # Only what was made as an overlay is read as one.
+            made = vm_state.read(image.path) if (
+                image.driver_format == 'qcow2') else None
+            if made is None or made.backing is None:
                 raise memory_file.Unusable(_(
                     'the root disk would be no overlay; set use_cow_images'))
-            info = images.qemu_img_info(image.path, format='qcow2')
-            self._check_size(info.virtual_size)
+            image_cache.checked_base(made.backing.path)
+            self._check_size(made.capacity)
             vm_state.write(
                 image.path, self._stream, self.description.capacity,
-                vm_state.Backing(base, info.backing_file_format),
-                definition.SNAPSHOT)
+                made.backing, definition.SNAPSHOT)
 
     def define(self, own: str) -> str:
         """The definition of the guest.

@@ -65,8 +65,12 @@ LOG = logging.getLogger(__name__)
 #: For how long a guest is tried to be put right, in seconds. libvirt may be
 #: on its way up again.
 PATIENCE = 60
-# What libvirt 11.3 with QEMU 10.0 says: since the memory was saved the disks
-# are QEMU's no more until the guest goes on.
+# From this QEMU on the disks are its own no more since the memory was saved,
+# until the guest goes on; from this libvirt on, which was the next one tried,
+# a job can begin nevertheless.
+_MIN_QEMU_INACTIVE = (10, 0, 0)
+_MIN_LIBVIRT_INACTIVE = (12, 8, 0)
+# What libvirt says where it can't, such as 11.3 with QEMU 10.0.
 _INACTIVE = 'nactive'
 
 
@@ -106,6 +110,7 @@ class Capture:
         :raises: exception.LiveImageRefused, nothing was done to the guest;
             exception.LiveImageCaptureFailed, it runs on
         """
+        self._check_versions()
         guest = self._guest()
         domain = refusal.parse(guest.get_xml_desc(
             definition=guest.get_xml_desc(dump_inactive=True)))
@@ -134,6 +139,20 @@ class Capture:
     def __exit__(self, _type, _value, _traceback):
         if self._is_right:
             end(self._instance.uuid)
+
+    def _check_versions(self):
+        """Refuse what would fail when the guest stands still already."""
+        if self._host.has_min_version(
+                hv_ver=_MIN_QEMU_INACTIVE) and (
+                not self._host.has_min_version(lv_ver=_MIN_LIBVIRT_INACTIVE)):
+            raise exception.LiveImageRefused(
+                instance_uuid=self._instance.uuid, reason=_(
+                    'libvirt and QEMU of host %(host)s can not copy a disk '
+                    'right after the memory: QEMU %(qemu)s and newer takes '
+                    'libvirt %(libvirt)s') % {
+                        'host': CONF.host,
+                        'qemu': '.'.join(map(str, _MIN_QEMU_INACTIVE)),
+                        'libvirt': '.'.join(map(str, _MIN_LIBVIRT_INACTIVE))})
 
     def _check_room(self, domain):
         """Refuse what would fill a file system that others write to.

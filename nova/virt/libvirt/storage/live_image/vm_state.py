@@ -11,10 +11,10 @@
 #    under the License.
 """The state of a guest in a qcow2 file; knows neither Nova nor libvirt.
 
-Writes a new overlay that holds one internal snapshot, whose state of the
-virtual machine is a migration stream of QEMU's. The format is QEMU's
-docs/interop/qcow2.txt. In the overlay itself nothing is allocated: the disk
-at the moment of the snapshot is its backing file's.
+Reads what an overlay is, and writes a new one over it that holds one internal
+snapshot, whose state of the virtual machine is a migration stream of QEMU's.
+The format is QEMU's docs/interop/qcow2.txt. In the overlay itself nothing is
+allocated: the disk at the moment of the snapshot is its backing file's.
 """
 
 import errno
@@ -28,7 +28,10 @@ _ENTRIES = CLUSTER // 8
 _COVERED = _ENTRIES * CLUSTER
 # A refcount has 2 bytes.
 _REFCOUNTS = CLUSTER // 2
+_MAGIC = b'QFI\xfb'
 _HEADER = '>4sIQIIQIIQQIIQQQQII'
+# In version 2 it ends before the last six numbers.
+_HEADER_2 = struct.calcsize('>4sIQIIQIIQQIIQ')
 _BACKING_FORMAT = 0xE2792ACA
 #: Longer names of backing files QEMU doesn't read.
 LONGEST_BACKING = 1023
@@ -57,6 +60,16 @@ class Stream(ty.NamedTuple):
     path: str
     offset: int
     length: int
+
+
+class Overlay(ty.NamedTuple):
+    """What a qcow2 file is.
+
+    :ivar capacity: of the disk, in bytes
+    :ivar backing: its Backing; None if it has no backing file
+    """
+    capacity: int
+    backing: Backing | None
 
 
 def _clusters(count: int, size: int = 1) -> int:
@@ -96,6 +109,42 @@ class _Layout:
                 break
         self.table = self._take(self.table_clusters)
         self.first_block = self._take(self.blocks)
+
+
+def read(path: str) -> Overlay:
+    """Read what an overlay is.
+
+    For a file of which it is known that it was made as one: what somebody
+    else has written is neither recognized nor to be trusted.
+
+    :raises: OSError; ValueError if the header can't be read
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), 'rb') as f:
+        begin = f.read(CLUSTER)
+    try:
+        magic, version, name, name_length, _bits, capacity = (
+            struct.unpack_from('>4sIQIIQ', begin))
+        if magic != _MAGIC or version not in (2, 3):
+            raise ValueError('no qcow2 of version 2 or 3')
+        if not name:
+            return Overlay(capacity, None)
+        position = _HEADER_2 if version == 2 else (
+            struct.unpack_from('>I', begin, _HEADER_2 + 28)[0])
+        kind = None
+        while position < name and kind is None:
+            extension, length = struct.unpack_from('>II', begin, position)
+            position += 8
+            if extension == _BACKING_FORMAT:
+                kind = begin[position:position + length].decode()
+            elif not extension:
+                break
+            position += -(-length // 8) * 8
+        if kind is None:
+            raise ValueError('its backing file has no format')
+        return Overlay(capacity, Backing(
+            begin[name:name + name_length].decode(), kind))
+    except (struct.error, ValueError) as e:
+        raise ValueError('%s is no overlay: %s' % (path, e)) from e
 
 
 def write(target: str, stream: Stream, capacity: int, backing: Backing,
@@ -149,7 +198,7 @@ def _header(layout, capacity, path, backing_format):
         kind.ljust(-(-len(kind) // 8) * 8, b'\0')) + bytes(8)
     length = struct.calcsize(_HEADER)
     header = struct.pack(
-        _HEADER, b'QFI\xfb', 3,
+        _HEADER, _MAGIC, 3,
         length + len(extensions), len(path), CLUSTER.bit_length() - 1,
         capacity, 0, layout.disk_tables, layout.active_l1 * CLUSTER,
         layout.table * CLUSTER, layout.table_clusters,

@@ -48,6 +48,8 @@ RAW = fields.LibvirtDiskFormat.RAW
 QCOW2 = fields.LibvirtDiskFormat.QCOW2
 
 _SECTOR = 512  # bytes
+# Of a disk that is read, bytes that are progress; qemu-img reads more at once.
+_PROGRESS = 32 << 10
 
 
 class CephPoolThere(peers.PeerPool):
@@ -135,11 +137,13 @@ class IntoCeph(item.Disk):
                   'allocation': self.allocation, 'image': image.key},
                  instance=transfer.instance)
         path = _path(image)
+        # librbd's cache would try for ever what Ceph doesn't answer.
         convert.run(
-            ['qemu-img', 'convert', '-n', '--target-is-zero', '-t',
-             'writeback', *_rate(), '-f', self.record.format, '-O', RAW,
+            ['qemu-img', 'convert', '-n', '--target-is-zero', '-t', 'none',
+             *_rate(), '-f', self.record.format, '-O', RAW,
              self.source.path, path],
-            watch, {**names, 'operation': 'qemu-img convert'})
+            watch, {**names, 'operation': 'qemu-img convert'},
+            least=_PROGRESS)
         if convert.run(
                 ['qemu-img', 'compare', '-f', self.record.format, '-F', RAW,
                  self.source.path, path],

@@ -28,7 +28,7 @@ _LONGEST_ERROR = 500
 
 
 def run(command: list[str], watch: dict, names: dict,
-        good: tuple[int, ...] = (0,)) -> int:
+        good: tuple[int, ...] = (0,), least: int = 0) -> int:
     """Run a program until it ends, stalls, or somebody cancels the move.
 
     :param command: its name and arguments
@@ -36,6 +36,8 @@ def run(command: list[str], watch: dict, names: dict,
     :param names: of the exceptions: ``volume``, ``where``, ``length``
         (bytes), and ``operation``, what is done
     :param good: exit codes that are no error
+    :param least: bytes of files that are no progress yet. The threads of
+        librbd wake each other up by some, also while a Ceph keeps silent.
     :returns: its exit code
     :raises: exception.StorageTransferError,
         exception.StorageTransferStalled, exception.StorageTransferCancelled
@@ -55,7 +57,7 @@ def run(command: list[str], watch: dict, names: dict,
                     raise exception.StorageTransferCancelled(
                         transferred=0, side='source', reason='', **names)
                 done = _done(process.pid)
-                if done is None or done != before:
+                if None in (done, before) or done - before > least:
                     before, since = done, time.monotonic()
                 elif time.monotonic() - since > watch['stall_timeout']:
                     # Of a Ceph that is full each single write is waited for.

@@ -103,12 +103,13 @@ class Transfer:
             # Pushed first, so done last: until the volumes are gone the
             # records say where they are.
             stack.callback(self.restore)
-            self._pack_files(stack, directory)
-            self.choose_names(self.items)
-            self.save_building(self.items)
+            # What has been sent ahead is there already.
             created = [(item.pool.name, item.target) for item in self.items
                        if item.ahead]
             stack.callback(self.delete_created, created)
+            self._pack_files(stack, directory)
+            self.choose_names(self.items)
+            self.save_building(self.items)
             for item in self.items:
                 if item.source and not item.ahead:
                     self.create(item, item.length)

@@ -116,6 +116,25 @@ def list_pools(conn, host: str) -> list['StoragePool']:
                 for raw in conn.listAllStoragePools(0)]
 
 
+def has_lost_storage(conn) -> bool:
+    """Whether no storage call on a connection will be answered any more.
+
+    A modular daemon of libvirt connects to virtstoraged once for each of its
+    clients, at the client's first storage call, and keeps to that connection
+    when virtstoraged has ended and is back.
+
+    :param conn: to this host's libvirt
+    """
+    try:
+        # Takes no lock of any pool.
+        conn.getStoragePoolCapabilities()
+    except libvirt.libvirtError as error:
+        # Any other code is of a first call, which is tried again.
+        return (error.get_error_domain() == libvirt.VIR_FROM_RPC and
+                error.get_error_code() == libvirt.VIR_ERR_INTERNAL_ERROR)
+    return False
+
+
 class StoragePool:
     """A storage pool.
 

@@ -69,6 +69,23 @@ class OperationTestCase(test.NoDBTestCase):
         return cls(self.local, mock.sentinel.context, self.instance, {})
 
 
+class LocalHostTestCase(OperationTestCase):
+
+    def test_connection(self):
+        self.assertIs(self.local.host.get_connection.return_value,
+                      self.local.get_connection())
+        self.local.host.drop_connection.assert_not_called()
+
+    def test_connection_that_has_lost_virtstoraged(self):
+        lost = self.patch('nova.virt.libvirt.storage.pool.pool.'
+                          'has_lost_storage', return_value=True)
+        old, new = mock.Mock(), mock.Mock()
+        self.local.host.get_connection.side_effect = [old, new]
+        self.assertIs(new, self.local.get_connection())
+        lost.assert_called_once_with(old)
+        self.local.host.drop_connection.assert_called_once_with(old)
+
+
 @ddt.ddt
 class DiskOperationTestCase(OperationTestCase):
 

@@ -147,13 +147,12 @@ class LiveBootTestCase(test.NoDBTestCase):
 
     def _image(self, base='/base', size=1 << 30):
         disk = os.path.join(self.folder, 'disk')
-        open(disk, 'wb').close()
-        self.useFixture(fixtures.MockPatch(
-            'nova.virt.images.qemu_img_info', return_value=mock.Mock(
-                virtual_size=size, backing_file_format='raw')))
-        image = mock.Mock(path=disk)
-        image.get_backing_file.return_value = base
-        return image
+        self.checked_base = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.image_cache.checked_base')).mock
+        self.useFixture(fixtures.MockPatchObject(
+            vm_state, 'read', return_value=vm_state.Overlay(
+                size, base and vm_state.Backing(base, 'raw'))))
+        return mock.Mock(path=disk, driver_format='qcow2')
 
     def test_write_root(self):
         image = self._image()
@@ -163,6 +162,24 @@ class LiveBootTestCase(test.NoDBTestCase):
         self.assertEqual((image.path, 1 << 30, ('/base', 'raw'), 'live'),
                          (path, capacity, backing, name))
         self.assertEqual((self.path, 4), (stream.path, stream.length))
+        self.checked_base.assert_called_once_with('/base')
+
+    def test_write_root_over_a_base_that_is_none(self):
+        image = self._image()
+        self.checked_base.side_effect = exception.BaseImageMisplaced(
+            file='/base', cache='/c', host='h', mark='m')
+        with mock.patch.object(vm_state, 'write') as write:
+            self.assertRaises(exception.BaseImageMisplaced,
+                              self._boot().write_root, image)
+        write.assert_not_called()
+
+    def test_write_root_that_is_raw(self):
+        """It may hold whatever its user has written."""
+        image = self._image()
+        image.driver_format = 'raw'
+        self._assert_unusable('use_cow_images', self._boot().write_root,
+                              image)
+        vm_state.read.assert_not_called()
 
     def test_write_root_of_another_size(self):
         self._assert_unusable('root disk', self._boot().write_root,

@@ -68,10 +68,16 @@ class CaptureTestCase(test.NoDBTestCase):
         connection = self.host.get_connection.return_value
         connection.saveImageGetXMLDesc.return_value = test_definition.SAVED
         connection.getVersion.return_value = 7002000
+        self._versions((9, 0, 0), (7, 2, 0))
         self.interfaces = fake_guest.interfaces_of(self.guest)
 
     def _capture(self):
         return capture.Capture(self.host, self.instance, self.interfaces)
+
+    def _versions(self, libvirt, qemu):
+        self.host.has_min_version.side_effect = (
+            lambda lv_ver=(0,), hv_ver=(0,): libvirt >= lv_ver and (
+                qemu >= hv_ver))
 
     def _assert_right(self):
         self.assertEqual(power_state.RUNNING, self.guest.state)
@@ -231,6 +237,24 @@ class CaptureTestCase(test.NoDBTestCase):
                                   self._capture().__enter__)
         self.assertIn('libvirt 9.0 with QEMU 7.2', str(error))
         self._assert_right()
+
+    @ddt.data(((11, 3, 0), (10, 0, 13)), ((12, 7, 0), (11, 1, 0)))
+    @ddt.unpack
+    def test_versions_that_can_not_copy_at_that_moment(self, libvirt, qemu):
+        """Nothing is done to the guest, and nothing is left."""
+        self._versions(libvirt, qemu)
+        error = self.assertRaises(exception.LiveImageRefused,
+                                  self._capture().__enter__)
+        self.assertIn('QEMU 10.0.0 and newer takes libvirt 12.8.0', str(error))
+        self.assertEqual([], self.guest.steps)
+        self._assert_right()
+
+    @ddt.data(((11, 3, 0), (9, 2, 0)), ((12, 8, 0), (11, 1, 0)))
+    @ddt.unpack
+    def test_versions_that_can(self, libvirt, qemu):
+        self._versions(libvirt, qemu)
+        with self._capture():
+            self.assertEqual(self.WHOLE, self.guest.steps)
 
     def test_libvirt_is_away_for_a_while(self):
         self.guest.fails['memory'] = fakelibvirt.libvirtError('closed')

@@ -141,6 +141,40 @@ class VMStateTestCase(test.NoDBTestCase):
         os.symlink(self.base, self.target)
         self.assertRaises(OSError, self._write, 10, MIB)
 
+    @ddt.data('0.10', '1.1')
+    def test_read(self, compat):
+        """What qemu-img has made, and what is made of it here."""
+        self._img('create', '-f', 'raw', self.base, '3M')
+        self._img('create', '-f', 'qcow2', '-o', 'compat=' + compat, '-b',
+                  self.base, '-F', 'raw', self.target)
+        expected = vm_state.Overlay(
+            3 * MIB, vm_state.Backing(self.base, 'raw'))
+        self.assertEqual(expected, vm_state.read(self.target))
+        self._write(5, 3 * MIB)
+        self.assertEqual(expected, vm_state.read(self.target))
+
+    def test_read_without_a_backing_file(self):
+        self._img('create', '-f', 'qcow2', self.target, '3M')
+        self.assertEqual(vm_state.Overlay(3 * MIB, None),
+                         vm_state.read(self.target))
+
+    def test_read_without_the_format_of_the_backing_file(self):
+        self._write(5, 3 * MIB)
+        with open(self.target, 'r+b') as f:
+            content = f.read(vm_state.CLUSTER)
+            at = content.index(b'\xe2\x79\x2a\xca')
+            f.seek(at)
+            f.write(bytes(4))
+        self.assertRaisesRegex(ValueError, 'has no format', vm_state.read,
+                               self.target)
+
+    @ddt.data(b'', b'QFI\xfb', b'raw' * 100, b'QFI\xfb\0\0\0\x09' * 30)
+    def test_read_what_is_none(self, content):
+        with open(self.target, 'wb') as f:
+            f.write(content)
+        self.assertRaisesRegex(ValueError, 'no overlay', vm_state.read,
+                               self.target)
+
     def test_backing_name_that_qemu_does_not_read(self):
         self._write(10, MIB)
         self.assertRaises(

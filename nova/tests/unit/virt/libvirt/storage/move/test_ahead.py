@@ -267,6 +267,16 @@ class PassesTests:
         self.assert_untouched()
         self.assertEqual(3, self.done.count('worker ends'))
 
+    @ddt.data('guest_files.pack', 'copy.Transfer.choose_names',
+              'copy.Transfer.save_building')
+    def test_what_comes_between_the_passes_fails(self, what):
+        outgoing = self.begin()
+        self.stub_out('nova.virt.libvirt.storage.move.' + what,
+                      mock.Mock(side_effect=self.broken()))
+        self.assertRaises(exception.StorageTransferError, self.go_on,
+                          outgoing)
+        self.assert_untouched()
+
     def test_cancelled_in_the_second_pass(self):
         outgoing = self.begin()
         self.migration.status = cancel.CANCELLING

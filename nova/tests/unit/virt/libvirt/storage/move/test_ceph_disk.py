@@ -73,7 +73,7 @@ class ConvertedTestCase(test_ceph_images.CephTestCase):
                 return volumes[name]
         self.fail('nothing is at ' + path)
 
-    def run_program(self, command, watch, names, good=(0,)):
+    def run_program(self, command, watch, names, good=(0,), least=0):
         self.commands.append(command)
         source, target = map(self.at, command[-2:])
         if self.fails and command[1] == self.fails:
@@ -118,6 +118,13 @@ class IntoCephTestCase(ConvertedTestCase):
         self.assertEqual([], self.ours(self.source))
         self.assertEqual(COPIED, self.images())
         self.assertEqual([], self.load().leftovers)
+
+    def test_nothing_is_tried_for_ever(self):
+        """As librbd's cache would, with a guest off."""
+        self.move()
+        for command in self.commands:
+            if command[1] == 'convert':
+                self.assertEqual('none', command[command.index('-t') + 1])
 
     def test_swap_is_made_anew_there(self):
         self.move()

@@ -77,6 +77,16 @@ class ConvertTestCase(test.NoDBTestCase):
             self.assertRaises(exception.StorageTransferCancelled,
                               self.run_it, 'sleep', '600')
 
+    def test_next_to_nothing_is_no_progress(self):
+        """Whoever waits for a silent Ceph still wakes up now and then."""
+        self.watch['stall_timeout'] = 0.5
+        done = itertools.count()
+        self.stub_out('nova.virt.libvirt.storage.move.convert._done',
+                      lambda pid: next(done))
+        self.watch['cancelled'].side_effect = [False] * 900 + [True]
+        self.assertRaises(exception.StorageTransferStalled,
+                          self.run_it, 'sleep', '600', least=1000)
+
     def test_what_it_has_done(self):
         before = convert._done(os.getpid())
         with open(__file__) as f:

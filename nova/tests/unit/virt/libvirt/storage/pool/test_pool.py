@@ -147,6 +147,31 @@ class ListPoolsTestCase(PoolTestCase):
 
 
 @ddt.ddt
+class LostStorageTestCase(PoolTestCase):
+
+    def test_answers(self):
+        self.assertFalse(pool.has_lost_storage(mock.Mock()))
+
+    @ddt.data(
+        (fakelibvirt.VIR_FROM_RPC, fakelibvirt.VIR_ERR_INTERNAL_ERROR,
+         'internal error: client socket is closed', True),
+        # It is away, and virtqemud will try again.
+        (fakelibvirt.VIR_FROM_RPC, fakelibvirt.VIR_ERR_SYSTEM_ERROR,
+         "Failed to connect socket to '/run/libvirt/virtstoraged-sock': "
+         "Connection refused", False),
+        (18, fakelibvirt.VIR_ERR_INTERNAL_ERROR,
+         'internal error: something of the storage driver', False))
+    @ddt.unpack
+    def test_fails(self, domain, code, message, lost):
+        conn = mock.Mock()
+        conn.getStoragePoolCapabilities.side_effect = (
+            fakelibvirt.make_libvirtError(
+                fakelibvirt.libvirtError, message, error_code=code,
+                error_domain=domain))
+        self.assertEqual(lost, pool.has_lost_storage(conn))
+
+
+@ddt.ddt
 class TestEnsure(PoolTestCase):
 
     def test_made(self):

@@ -40,7 +40,7 @@ class NbdCase(MovesCase):
     @classmethod
     def _listen(cls, does):
         for host in (cls.a, cls.b):
-            conf = host.folder / 'etc/libvirt/libvirtd.conf'
+            conf = host.folder / 'etc/libvirt' / (host.front + '.conf')
             text, count = re.subn('(?m)^listen_tls = .*', 'listen_tls = %d' %
                                   does, conf.read_text())
             assert count, conf

@@ -11,11 +11,13 @@
 #    under the License.
 """libvirt's modular daemons answer as libvirtd does."""
 
+import contextlib
 import os
 import unittest
 from unittest import mock
 
 import lab
+from lab import guide
 from lab import modular
 from lab.tests import cloud_case
 from lab.tests import test_conformance
@@ -23,16 +25,20 @@ from lab.tests import test_conformance
 load_tests = cloud_case.only_in_full
 
 
+def skip_unless_built():
+    if not modular.are_built():
+        raise unittest.SkipTest(
+            'libvirt\'s modular daemons are not compiled; LAB_HOST_ROOT=%s '
+            'LAB_MODULAR=1 lab/lab prepare does it, in some minutes' %
+            modular.RELEASE)
+
+
 class TestConformance(test_conformance.ConformanceTest):
     """Through virtproxyd, where somebody has compiled them."""
 
     @classmethod
     def setUpClass(cls):
-        if not modular.are_built():
-            raise unittest.SkipTest(
-                'libvirt\'s modular daemons are not compiled; LAB_HOST_ROOT=%s '
-                'LAB_MODULAR=1 lab/lab prepare does it, in some minutes' %
-                modular.RELEASE)
+        skip_unless_built()
         cls.enterClassContext(mock.patch.dict(
             os.environ, LAB_HOST_ROOT=modular.RELEASE, LAB_MODULAR='1'))
         super().setUpClass()
@@ -45,3 +51,32 @@ class TestConformance(test_conformance.ConformanceTest):
                     set(), set(modular.DAEMONS[:-1]) - {
                         service.name for service in host.services()
                         if service.alive()})
+
+    def test_virtstoraged_is_restarted(self):
+        """Who was connected stays without it; nova-compute connects anew."""
+        import libvirt
+
+        def is_there():
+            with contextlib.closing(host.connect()) as new:
+                with contextlib.suppress(libvirt.libvirtError):
+                    return new.getStoragePoolCapabilities()
+
+        with lab.Hosts() as (host, _other):
+            with contextlib.closing(host.connect()) as connection:
+                connection.getStoragePoolCapabilities()
+                host.kill('virtstoraged')
+                host.restart('virtstoraged')
+                host.wait(is_there, 30, 'answering', 'virtstoraged')
+                with self.assertRaisesRegex(libvirt.libvirtError,
+                                            'client socket is closed'):
+                    connection.getStoragePoolCapabilities()
+                connection.getLibVersion()
+
+    def test_certificates_are_renewed(self):
+        """As the guide says; storage can be reached without virtqemud."""
+        with lab.Hosts() as (host, other):
+            other.certificates.issue(other)
+            guide.run(other, 'renew')
+            for driver in ('qemu', 'storage'):
+                host.run(['virsh', '-c', '%s+tls://%s/system' % (
+                    driver, other.name), 'pool-list'], timeout=30)

@@ -324,6 +324,29 @@ class TestRefusedOtherPool(RefusedTestBase):
         self.assert_on('compute1', server)
 
 
+class TestEvacuateToOtherPool(CephTestBase):
+
+    ceph_pools = {'compute1': 'nova', 'compute2': 'other'}
+
+    def test_evacuate(self):
+        """What is nowhere to be seen there is made anew."""
+        server = self.boot_with_all()
+        self.computes['compute1'].stop()
+        self.force_down('compute1', True)
+        self._evacuate_server(server, expected_host='compute2')
+        names = {'%s_%s' % (server['id'], name) for name in NAMES}
+        self.assertEqual(names, set(self.ceph.pools['other']))
+        self.assertEqual({('compute2', 'ready', None)}, {
+            (r.host, r.state, r.previous)
+            for r in self.records(server).values()})
+        self.restart_compute_service('compute1')
+        self.force_down('compute1', False)
+        self.assertEqual(names, set(self.ceph.pools['other']))
+        self.assert_no_guest('compute1', server)
+        self._delete_server(server)
+        self.assertEqual({}, self.ceph.pools['other'])
+
+
 class BetweenKindsTestBase(CephTestBase):
     """From a directory into Ceph, and back."""
 

@@ -19,16 +19,23 @@ client.nova can log in, and may do all in two Ceph pools, nova and images.
 import contextlib
 import os
 import tempfile
+import types
 
 from oslo_concurrency import processutils
 from oslo_utils import units
 from oslo_utils import uuidutils
 
+from nova import exception
 from nova.storage import rbd_utils
 from nova import test
 from nova.tests.fixtures import ceph
+from nova.virt.libvirt.storage.pool import ceph as ceph_pool
+from nova.virt.libvirt.storage.pool import ceph_bytes
 
 CONF = os.environ.get('NOVA_TEST_CEPH_CONF')
+# What ceph_bytes.digest() says of 5 MiB, with key 7: without data, and with
+# some at 1 MiB.
+EMPTY, DIGEST = 11279659504155660, 16355868300795793
 
 
 class Conformance:
@@ -96,6 +103,41 @@ class Conformance:
         self.assertTrue(exists)
         self.assertLessEqual(offset, 5 * units.Mi)
         self.assertEqual(len(content), offset + length)
+
+    def pool(self):
+        """What ceph_bytes takes for a StoragePool."""
+        pool = types.SimpleNamespace(name='pool', host='here')
+        found = ceph_pool.CephPool(None, pool, types.SimpleNamespace(
+            source=types.SimpleNamespace(name='nova')))
+        # Its pool's XML is none of this.
+        found.driver = self.driver
+        pool.ceph = lambda: found
+        return pool
+
+    def test_content(self):
+        """Two hosts with one image come to one digest."""
+        pool, name = self.pool(), self.name + '-content'
+        self.addCleanup(self._remove, name)
+        ceph_bytes.create(pool, name, 5 * units.Mi, 30)
+        e = self.assertRaises(exception.StorageVolumeExists,
+                              ceph_bytes.create, pool, name, 1, 30)
+        self.assertEqual(17, e.kwargs['code'])
+        self.assertEqual(name + '.1', ceph_bytes.free_name(pool, name, (), 30))
+        image = ceph_pool.CephImage(pool, pool.ceph(), name)
+        self.assertEqual((5 * units.Mi, 0), ceph_bytes.measure(image, 30))
+        self.assertEqual((5 * units.Mi, EMPTY),
+                         ceph_bytes.digest(image, 7, 30))
+        ceph_bytes.delete(pool, name, 30)
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(bytes(units.Mi) + b'data' + bytes(4 * units.Mi - 4))
+            file.flush()
+            self.driver.import_image(file.name, name)
+        self.assertEqual((5 * units.Mi, DIGEST),
+                         ceph_bytes.digest(image, 7, 30))
+        ceph_bytes.delete(pool, name, 30)
+        ceph_bytes.delete(pool, name, 30)
+        self.assertRaises(exception.StorageVolumeNotFound,
+                          ceph_bytes.measure, image, 30)
 
     def test_no_such_image(self):
         e = self.assertRaises(self.rbd.ImageNotFound,

@@ -400,9 +400,9 @@ class TestWire(FaultCase):
 
         with self.hurried(server):
             self.wait_for(look, 240, 'the end of the migration')
-        seen = [value for value in seen if value]
-        self.assertTrue(seen)
-        self.assertGreater(max(seen), min(seen), seen)
+        seen = [value for value in seen if value is not None]
+        # Nova looks every five seconds, and the disks take little more.
+        self.assertGreater(max(seen), min(seen[seen.index(max(seen)):]), seen)
         self.assert_well(server, before, 'host-b')
 
     def test_server_is_deleted_afterwards(self):

@@ -149,7 +149,8 @@ class DiskOperation:
         :raises: exception.StoragePoolError if one of them can't be started,
             exception.InvalidDiskMetadata
         """
-        health.ready_for(self._local.get_connection(), self.records)
+        if self.records.items():
+            health.ready_for(self._local.get_connection(), self.records)
 
     def image(self, name, mapping=None):
         """The Image of a disk as on record, or as this host would make it.

@@ -78,6 +78,9 @@ class Daemon:
     def getLibVersion(self):
         return self.version
 
+    def getStoragePoolCapabilities(self, flags=0):
+        return '<storagepoolCapabilities/>'
+
     def did(self, what, name):
         error = self.fail.get(what)
         if error:

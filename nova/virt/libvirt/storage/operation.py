@@ -149,8 +149,10 @@ class DiskOperation:
         :raises: exception.StoragePoolError if one of them can't be started,
             exception.InvalidDiskMetadata
         """
-        if self.records.items():
-            health.ready_for(self._local.get_connection(), self.records)
+        # Of storage nothing is asked for disks that are in no pool.
+        connection = (self._local.get_connection() if self.records.items()
+                      else None)
+        health.ready_for(connection, self.records)
 
     def image(self, name, mapping=None):
         """The Image of a disk as on record, or as this host would make it.

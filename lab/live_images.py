@@ -128,7 +128,7 @@ def delete(cloud, image) -> None:
 def goes_on(server) -> None:
     """Know of a server that it doesn't boot: its console says nothing."""
     server.wait('ACTIVE')
-    server._awake = True
+    server.stay_awake()
 
 
 def first_answer(server, host: str, *command, boots: bool,

@@ -155,11 +155,11 @@ class Server:
         if server.compute_host != host:
             raise ServerError('%s is still on %s%s' % (
                 self.id, server.compute_host, self._why()))
-        self.is_awake()
+        self.stay_awake()
         return server
 
-    def is_awake(self) -> None:
-        """Its guest goes on, whatever its console has not seen."""
+    def stay_awake(self) -> None:
+        """Know that its guest goes on, whatever its console has not seen."""
         self._awake = True
 
     def rescue(self, image='guest'):

@@ -22,7 +22,6 @@ import openstack.exceptions
 from ..cloud import database
 from ..cloud import server as lab_server
 from ..errors import LabError
-from ..host import Host
 
 MIB = 1 << 20
 FLAVOR, BIGGER = 'lab.small.disks', 'lab.medium.disks'
@@ -227,7 +226,7 @@ class Subject:
         told = ''
         if operation.startswith('live') and self.server is not None:
             # Its console is another one, and the guest goes on all the time.
-            self.server.is_awake()
+            self.server.stay_awake()
         for _try in range(4):
             if self.server is None or not self._exists():
                 if operation not in DESTROY:
@@ -302,11 +301,10 @@ class Subject:
                        '%s' % (self.name, there, told))
         moved = there in self.guests()
         if moved:
-            with _domain(here, server.id) as left:
-                if left is not None:
-                    if left.isActive():
-                        left.destroy()
-                    left.undefine()
+            with _if_there(), server.domain(here) as left:
+                if left.isActive():
+                    left.destroy()
+                left.undefine()
         self.cloud.manage('libvirt', 'settle_live_migration', server.id,
                           '--moved' if moved else '--not-moved')
         server.api.reset_server_state(server.id, 'active')
@@ -316,21 +314,17 @@ class Subject:
         """The hosts on which libvirt has a guest of it that runs."""
         found = []
         for host in OTHER:
-            with _domain(host, self.server.id) as domain:
-                if domain is not None and (
-                        domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING):
+            with _if_there(), self.server.domain(host) as domain:
+                if domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING:
                     found.append(host)
         return found
 
 
 @contextlib.contextmanager
-def _domain(host, uuid):
-    """A server's domain on a host; None without one."""
-    with contextlib.closing(Host(host).connect()) as connection:
-        try:
-            domain = connection.lookupByUUIDString(uuid)
-        except libvirt.libvirtError as error:
-            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
-                raise
-            domain = None
-        yield domain
+def _if_there():
+    """Do nothing where libvirt has no such domain."""
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+            raise

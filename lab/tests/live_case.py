@@ -106,7 +106,7 @@ class LiveCase(test_cloud_moves.MovesCase):
         found = server.wait('ACTIVE', 'PAUSED', 'SHUTOFF', 'ERROR',
                             limit=limit)
         # Its guest has not been off, whatever its new console has not seen.
-        server._awake = True
+        server.stay_awake()
         return found
 
     def recovered(self, server):

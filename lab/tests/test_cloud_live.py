@@ -61,7 +61,7 @@ class TestLive(LiveCase):
         self.assertEqual(['host-b'], self.runs_on(server))
         server.api.unpause_server(server.id)
         server.wait('ACTIVE')
-        server._awake = True
+        server.stay_awake()
         said = self.assert_here(server, 'host-b', said)
         self.assert_moves(server, said, ['host-a'])
 

@@ -84,6 +84,18 @@ class FaultCase(LiveCase):
         # What is left over goes with the next try at the latest.
         self.assert_moves(server, said)
 
+    def assert_told_to_settle(self, server):
+        told = (server.get().fault or {}).get('message') or self.fault(server)
+        self.assertIn('nova-manage libvirt settle_live_migration ' +
+                      server.id, told)
+
+    def settle(self, server, how):
+        done = self.cloud.manage('libvirt', 'settle_live_migration',
+                                 server.id, how, check=False)
+        self.assertEqual(0, done.returncode, done.stdout + done.stderr)
+        server.api.reset_server_state(server.id, 'active')
+        server.stay_awake()
+
 
 class TestKills(FaultCase):
 
@@ -115,13 +127,8 @@ class TestKills(FaultCase):
                 server.wait('ACTIVE', 'SHUTOFF', 'ERROR', limit=60)
             self.assertEqual(['host-b'], self.runs_on(server))
         self.assert_told_to_settle(server)
-        done = self.cloud.manage('libvirt', 'settle_live_migration',
-                                 server.id, '--moved', check=False)
-        self.assertEqual(0, done.returncode, done.stdout + done.stderr)
-        with contextlib.suppress(Exception):
-            server.api.reset_server_state(server.id, 'active')
+        self.settle(server, '--moved')
         self.assertEqual('host-b', server.host)
-        server._awake = True
         self.assert_well(server, before, 'host-b')
 
     def test_source_libvirtd(self):
@@ -214,20 +221,12 @@ class TestKills(FaultCase):
             server.wait('ACTIVE', 'ERROR', limit=60)
         self.assertEqual([], self.runs_on(server))
         self.assert_told_to_settle(server)
-        done = self.cloud.manage('libvirt', 'settle_live_migration',
-                                 server.id, '--not-moved', check=False)
-        self.assertEqual(0, done.returncode, done.stdout + done.stderr)
-        server.api.reset_server_state(server.id, 'active')
+        self.settle(server, '--not-moved')
         server.hard_reboot()
         said = server.testimony(after=before)
         self.assert_kept(said)
         server.command('keep-writing', 256)
         self.assert_moves(server, server.look())
-
-    def assert_told_to_settle(self, server):
-        told = (server.get().fault or {}).get('message') or self.fault(server)
-        self.assertIn('nova-manage libvirt settle_live_migration ' +
-                      server.id, told)
 
     def test_host_starts_its_guests_again(self):
         """resume_guests_state_on_host_boot boots no old copy."""
@@ -245,7 +244,7 @@ class TestKills(FaultCase):
         self.cloud.start_compute('host-a')
         time.sleep(15)
         self.assertEqual(['host-b'], self.runs_on(server))
-        server._awake = True
+        server.stay_awake()
         with server.domain('host-b'):
             pass
 
@@ -300,16 +299,7 @@ class TestAllIsSent(FaultCase):
             self.assertEqual((libvirt.VIR_DOMAIN_PAUSED,
                               libvirt.VIR_DOMAIN_PAUSED_MIGRATION),
                              self.state(server, 'host-a'))
-        told = (server.get().fault or {}).get('message') or self.fault(server)
-        self.assertIn('nova-manage libvirt settle_live_migration ' +
-                      server.id, told)
-
-    def settle(self, server, how):
-        done = self.cloud.manage('libvirt', 'settle_live_migration',
-                                 server.id, how, check=False)
-        self.assertEqual(0, done.returncode, done.stdout + done.stderr)
-        server.api.reset_server_state(server.id, 'active')
-        server._awake = True
+        self.assert_told_to_settle(server)
 
     def test_guest_is_on_the_destination(self):
         server, before = self.writing_server()

@@ -145,7 +145,7 @@ class TestMigrateDisks(LegacyCase):
         self.migrate_disks('--host', 'host-a', '--live', '--max', '1')
         self.migrate_disks('--live')
         for server, said in ((one, first), (two, second)):
-            server._awake = True
+            server.stay_awake()
             self.assert_here(server, 'host-b', said)
 
     def test_hard_reboot(self):

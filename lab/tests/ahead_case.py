@@ -11,6 +11,7 @@
 #    under the License.
 """Disks that are sent while the guest runs, and then what has changed."""
 
+import re
 import time
 
 from lab import config
@@ -34,6 +35,10 @@ class AheadTests:
         self.wait_middle(server, 40)
         self.assert_runs(server)
         return server, said
+
+    def checkpoints(self, server):
+        with server.domain('host-a') as domain:
+            return [one.getName() for one in domain.listAllCheckpoints()]
 
     def assert_runs(self, server):
         with server.domain('host-a') as domain:
@@ -74,9 +79,14 @@ class AheadTests:
                      'The server has been down for'):
             self.assertIn(text, log)
         self.assertNotIn('could not be: ', log)
+        # Of the disk that the guest writes to QEMU has said what.
+        read = re.findall(r'Copied the rest of volume \S+_disk: \d+ of (\d+) '
+                          r'bytes in \S+ s; (\d+) may have changed', log)
+        self.assertLess(int(read[-1][1]), int(read[-1][0]) / 2)
         server.revert()
         back = server.testimony(after=there)
         self.assert_kept(back)
+        self.assertEqual([], self.checkpoints(server))
         self.assert_nothing_left(server, 'host-b')
 
     def test_guest_writes(self):
@@ -89,8 +99,11 @@ class AheadTests:
         time.sleep(1)
         self.assert_nothing_open()
         self.assert_runs(server)
+        # What QEMU notes goes on, until somebody ends it.
+        self.assertEqual(1, len(self.checkpoints(server)))
         self.cloud.start_compute('host-a')
         said = self.assert_never_off(server, said)
+        self.assertEqual([], self.checkpoints(server))
         server.command('stop-writing')
         self.assert_goes(server, said)
 

@@ -176,7 +176,8 @@ class TestKindsPatience(KindsCase):
 class TestKindsFaults(KindsCase):
     """Something happens to Ceph in the middle."""
 
-    more = {'storage_migration_bandwidth': 2,
+    # Ceph takes its time to find that it is full.
+    more = {'storage_migration_bandwidth': 1,
             'storage_migration_stall_timeout': 15}
 
     def fails_in_the_middle(self, trouble):
@@ -198,7 +199,7 @@ class TestKindsFaults(KindsCase):
             server.confirm()
         finally:
             self.cloud.set('host-a', 'libvirt',
-                           'storage_migration_bandwidth', 2)
+                           'storage_migration_bandwidth', 1)
         # What was made at first is gone, too.
         self.assertEqual(
             len(test_cloud_ceph.DISKS), len(self.images(server)))

@@ -247,6 +247,7 @@ class TestSharedInstances(LegacyCase):
         self.assert_kept(after)
         self.assertEqual({'file'}, self.kinds(server))
         self.assertEqual({1}, set(self.names(server).values()))
+        self.set_options({'live_migration_bandwidth': 0})
         self.live(server, 'host-b')
         self.assert_here(server, 'host-b', said)
 

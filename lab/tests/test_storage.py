@@ -27,6 +27,8 @@ import tomllib
 import types
 import unittest
 
+import tenacity
+
 import lab
 from lab.cloud import cloud as lab_cloud
 from lab import config
@@ -375,8 +377,15 @@ class StorageTest(unittest.TestCase):
         self.addCleanup(pool.undefine)
         pool.build()
         pool.create()
-        self.addCleanup(pool.destroy)
+        self.addCleanup(self.stop, pool)
         return pool
+
+    @staticmethod
+    @tenacity.retry(wait=tenacity.wait_fixed(1), reraise=True,
+                    stop=tenacity.stop_after_delay(60))
+    def stop(pool):
+        """Stop a pool; a copy that was given up is in it for a moment."""
+        pool.destroy()
 
     def test_one_export_is_one_pool(self):
         """By whatever names and versions two hosts mount it."""

@@ -315,3 +315,20 @@ class StoragePoolsTestBase(base.ServersTestBase):
             for suffix in ('', '_resize', '_del'):
                 self.assertFalse(os.path.exists(
                     self.instance_path(host, server) + suffix))
+
+
+class Refusals:
+    """For hosts of which one refuses what would come to it."""
+
+    # An error on a host is none of the API.
+    CAST_AS_CALL = False
+
+    def refuse(self, server, *words):
+        """Check that a server stays where it is, and runs on.
+
+        :param words: that say why
+        """
+        self.api.post_server_action(
+            server['id'], {'migrate': {'host': 'compute2'}})
+        self.wait_for_refusal(server)
+        self.assert_told(server, *words)

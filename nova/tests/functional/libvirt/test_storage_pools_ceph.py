@@ -287,20 +287,7 @@ class TestCephIsAway(CephTestBase):
         self.assert_on('compute1', server)
 
 
-class RefusedTestBase(CephTestBase):
-    """A disk that can't come stays where it is, and runs on."""
-
-    # An error on a host is none of the API.
-    CAST_AS_CALL = False
-
-    def refuse(self, server, *words):
-        self.api.post_server_action(
-            server['id'], {'migrate': {'host': 'compute2'}})
-        self.wait_for_refusal(server)
-        self.assert_told(server, *words)
-
-
-class TestRefusedIntoCeph(RefusedTestBase):
+class TestRefusedIntoCeph(storage_pools.Refusals, CephTestBase):
 
     ceph_pools = {'compute1': None, 'compute2': 'nova'}
 
@@ -313,7 +300,7 @@ class TestRefusedIntoCeph(RefusedTestBase):
         self.assertEqual({}, self.images)
 
 
-class TestRefusedOtherPool(RefusedTestBase):
+class TestRefusedOtherPool(storage_pools.Refusals, CephTestBase):
 
     ceph_pools = {'compute1': 'nova', 'compute2': 'other'}
 

@@ -38,8 +38,11 @@ class GroupsTestBase(storage_pools.StoragePoolsTestBase):
         for name, play in (
                 ('fs.lvorigins', lambda vg: self._group().lvorigins(vg)),
                 ('fs.vginfo', lambda vg: self._group().vginfo(vg)),
-                ('fs.lvextend', lambda path, size: self._group().extend(
-                    os.path.basename(path), size)),
+                ('fs.lvextents', lambda path: self._group().extents(
+                    os.path.basename(path))),
+                ('fs.lvextend', lambda path, size, extents: (
+                    self._group().extend(
+                        os.path.basename(path), size, extents))),
                 ('storage.sync', lambda path: None)):
             self.useFixture(fixtures.MonkeyPatch('nova.privsep.' + name, play))
         for host in ('compute1', 'compute2'):
@@ -229,17 +232,10 @@ class TestIntoGroup(GroupsTestBase):
         self.assert_settled(server, 'compute1')
 
 
-class RefusedTestBase(GroupsTestBase):
-    """The server stays where it is, and runs on."""
-
-    # An error on a host is none of the API.
-    CAST_AS_CALL = False
+class RefusedTestBase(storage_pools.Refusals, GroupsTestBase):
 
     def refuse(self, server, *words):
-        self.api.post_server_action(
-            server['id'], {'migrate': {'host': 'compute2'}})
-        self.wait_for_refusal(server)
-        self.assert_told(server, *words)
+        super().refuse(server, *words)
         self.assertEqual({}, self.group('compute2').devices)
 
 

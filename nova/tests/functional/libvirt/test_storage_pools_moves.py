@@ -155,6 +155,20 @@ class TestMoves(MovesTestBase):
         self.assert_settled(server, 'compute2', 'compute1')
         self.assert_deleted(server)
 
+    def test_resize_of_the_ephemeral_disk(self):
+        """One that is the flavor's, as the server was booted with none."""
+        server = self.boot()
+        for ephemeral in (1, 2):
+            self._resize_server(
+                server, self.flavor(disk=3, ephemeral=ephemeral))
+            self._confirm_resize(server)
+        self._migrate_server(server)
+        self._confirm_resize(server)
+        self.assertEqual((2 << 30, 2 << 30), (
+            self.records(server)['disk.local'].size,
+            self.config_of('compute2', server, 'disk.local').capacity))
+        self.assert_deleted(server)
+
     def test_revert_of_a_resize_that_does_away_with_swap(self):
         server = self.boot_with_all()
         self._resize_server(server, self.flavor(disk=3, ephemeral=1))
@@ -244,6 +258,61 @@ class TestMoves(MovesTestBase):
         self.assert_nothing_left(server, 'compute1')
         self.assertEqual(VOLUMES, self.volumes('compute2', server))
         self.assert_deleted(server)
+
+
+class TestEvacuationOfSharedRoots(MovesTestBase):
+    """Root disks are in a pool that both hosts see, and no others."""
+
+    # An error on a host is none of the API.
+    CAST_AS_CALL = False
+
+    def setUp(self):
+        super().setUp()
+        shared = self.useFixture(fixtures.TempDir()).path
+        for host, connection in self.connections.items():
+            connection.storagePoolDefineXML(
+                '<pool type="dir"><name>shared</name><target><path>%s</path>'
+                '</target></pool>' % shared)
+            self.raw_pool(host, 'shared').create()
+            self.set_option(host, 'storage_pool_mapping', {'root': 'shared'})
+
+    def root(self, host, server):
+        volume = self.raw_pool(host, 'shared').storageVolLookupByName(
+            '%s_disk' % server['id'])
+        return volume._file()
+
+    def test_guest_does_not_start(self):
+        server = self.boot(ephemeral=1, swap=64)
+        self.root('compute1', server).write(storage_pools.GUEST, b'rooted')
+        self.computes['compute1'].stop()
+        self.force_down('compute1', True)
+        with mock.patch('nova.virt.libvirt.guest.Guest.launch',
+                        side_effect=exception.InternalError('no memory')):
+            self._evacuate_server(server, expected_state='ERROR',
+                                  expected_migration_status='failed')
+        # What is new is made anew, and what is there is the server's only one.
+        server = self._evacuate_server(
+            server, expected_host='compute2', expected_state='ACTIVE')
+        self.assertEqual(['disk'], self.volumes('compute2', server, 'shared'))
+        self.assertEqual(b'rooted', self.root('compute2', server).read(
+            storage_pools.GUEST, 6))
+        self.assertEqual(VOLUMES[1:], self.volumes('compute2', server))
+        self.assertEqual(
+            {('compute2', 'ready')}, {
+                (record.host, record.state)
+                for record in self.records(server).values()})
+        # Whose instances share storage deletes nothing when it is back, but
+        # what is noted as left.
+        self.restart_compute_service('compute1')
+        self.force_down('compute1', False)
+        self.stub_out('nova.virt.libvirt.storage.pool.mounts.is_local',
+                      lambda path: True)
+        with self.hosts.on('compute1'):
+            self.computes['compute1'].manager.driver._local_disks.sweep(
+                self.context)
+        self.assertEqual(['disk'], self.volumes('compute1', server, 'shared'))
+        self.assertEqual([], self.volumes('compute1', server))
+        self.assertEqual(VOLUMES[1:], self.volumes('compute2', server))
 
 
 class TestCutOff(MovesTestBase):

@@ -148,7 +148,7 @@ class WarmCopy:
         watch.progress(0)
         return self._send(self.length)
 
-    def rest(self, length, watch, bandwidth):
+    def rest(self, length, watch, bandwidth, changed=None):
         watch.on_end(libvirt_hosts.NO_PROCESS)
         return self._send(length)
 

@@ -45,6 +45,7 @@ from nova.virt.libvirt.storage.live_image import interfaces
 from nova.virt.libvirt.storage.live_image import memory_file
 from nova.virt.libvirt.storage.live_image import spawn
 from nova.virt.libvirt.storage.live_image import under_way
+from nova.virt.libvirt.storage.move import bitmaps
 from nova.virt.libvirt.storage.move import destination
 from nova.virt.libvirt.storage.move import readiness
 from nova.virt.libvirt.storage.move import source
@@ -58,6 +59,7 @@ from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.pool import sharing
 from nova.virt.libvirt.storage.pool import usage
 from nova.virt.libvirt.storage import reboot
+from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt.storage import report
@@ -135,7 +137,32 @@ class LocalDisks:
                         CONF.libvirt.images_type)
         self._local.intake.start()
         # Disks made there stay, whatever images_type says now.
-        self._has_pools = ownership.has_pools(self._connection())
+        self._has_pools = None
+        if self._has_pools:
+            bitmaps.recover(self._local.host)
+        else:
+            LOG.debug('This host has no storage pools that are known of')
+
+    @property
+    def _has_pools(self) -> bool:
+        """Whether this host has pools, as far as libvirt can be asked.
+
+        Its storage driver is a daemon of its own, that a host without storage
+        pools need not run.
+        """
+        if self._pools_found is None:
+            try:
+                self._pools_found = ownership.has_pools(self._connection())
+            except exception.StoragePoolError as e:
+                LOG.info('Storage pools, if there are any, are passed over: '
+                         '%s', e)
+                return False
+        return self._pools_found
+
+    @_has_pools.setter
+    def _has_pools(self, found: bool | None) -> None:
+        """:param found: None to have libvirt asked"""
+        self._pools_found = found
 
     def warn_of_legacy_disks(self, context, instances) -> None:
         """Log which instances have disks outside the pools of this host."""
@@ -231,7 +258,7 @@ class LocalDisks:
             return
         try:
             health.ready_for(
-                self._connection(),
+                self._local.get_connection,
                 metadata.InstanceDisks.load(context, instance))
         except exception.InvalidDiskMetadata as e:
             # The guest's own definition says where its disks are.
@@ -370,8 +397,7 @@ class LocalDisks:
                 self._connection(), instance, migration,
                 metadata.InstanceDisks.load(context, instance))
             # A pool may have been defined since this service was started.
-            self._has_pools = self._has_pools or ownership.has_pools(
-                self._connection())
+            self._has_pools = self._has_pools or None
         except exception.NovaException as e:
             # Nothing has happened to the instance yet.
             raise exception.InstanceFaultRollback(e)
@@ -484,11 +510,13 @@ class LocalDisks:
         """On the destination: remove what offer_live() has made."""
         live_offer.withdraw(self._connection(), data)
 
-    def plan_live(self, context, instance, block_device_info, data) -> None:
+    def plan_live(self, context, instance, block_device_info, data) -> bool:
         """On the source: have all disks on record, and plan their ways.
 
         :param data: the LibvirtLiveMigrateData; says of each disk what
             becomes of it, if they are pool disks
+        :returns: whether they are images of Ceph outside of the pools, which
+            stay where they are, whatever images_type the hosts have
         :raises: exception.MigrationPreCheckError,
             exception.InvalidDiskMetadata, exception.DiskNotFinished
         """
@@ -500,11 +528,12 @@ class LocalDisks:
             disks.take_over()
         if plan.is_pool_backed(disks.records):
             plan.Plan(self._local, context, disks.records, data).make()
-            return
+            return False
         plan.refuse_unknown(instance, self._local.get_guest_config(instance))
         if ('dst_takes_legacy' in data and data.dst_takes_legacy and
                 transition.is_due(disks.records)):
             self._plan_transition(context, disks.records, data)
+        return plan.is_on_ceph(disks.records)
 
     def _plan_transition(self, context, disks, data):
         """Let files become pool disks on the way, all of them or none."""
@@ -573,6 +602,14 @@ class LocalDisks:
         return sum(max(2, size / units.Gi)
                    for size in plan.bytes_to_copy(data))
 
+    def refuse_to_guess(self, context, instance) -> ty.NoReturn:
+        """On the source: leave a migration that was cut off to an operator.
+
+        :raises: exception.DisksMayBeElsewhere, or another exception if the
+            instance was deleted in the meantime
+        """
+        settle.refuse_to_guess(metadata.InstanceDisks.load(context, instance))
+
     def leave_live(self, context, instance, data) -> bool:
         """On the source: delete the pool disks that the guest has left.
 
@@ -591,6 +628,23 @@ class LocalDisks:
                           'they go before its next migration to it',
                           instance=instance)
         return True
+
+    def stayed_live(self, context, instance, data) -> None:
+        """On the source: note that the guest runs on here.
+
+        The destination, which does so too when it has deleted what it has
+        made, may have died. Until it is back this host may restart, and then
+        nobody could tell. An error is only logged.
+        """
+        if not plan.planned(data):
+            return
+        try:
+            settle.settle(context, self._local.host,
+                          metadata.InstanceDisks.load(context, instance))
+        except Exception as e:
+            LOG.warning('The live migration stays on record until the '
+                        'destination has cleaned up: %s', e,
+                        instance=instance)
 
     def abandon_live(self, context, instance, data) -> None:
         """On the destination: delete what was made for a live migration."""
@@ -628,8 +682,11 @@ class LocalDisks:
             return destination.give_back(
                 self._connection(), instance, records,
                 keep=source.kept(records))
-        return ownership.delete_volumes(
+        is_gone = ownership.delete_volumes(
             self._connection(), instance, keep=(), disks=records)
+        if not is_gone and instance.task_state == task_states.REBUILDING:
+            leftovers.note_undeleted(self._connection(), records)
+        return is_gone
 
     def unrescued(self, context, instance) -> None:
         """Delete the pool disks of a rescue, and take them off the record.

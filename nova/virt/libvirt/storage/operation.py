@@ -33,6 +33,7 @@ from nova.objects import fields
 from nova.virt.libvirt import blockinfo
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage.intake import intake
+from nova.virt.libvirt.storage.move import base_image
 from nova.virt.libvirt.storage.move import destination
 from nova.virt.libvirt.storage.move import handover
 from nova.virt.libvirt.storage.move import offer
@@ -124,6 +125,8 @@ class DiskOperation:
     :param local: the LocalHost
     :param block_device_info: with the mappings that hold the records
     :ivar records: the InstanceDisks
+    :ivar there: names of the disks that begin() has found: what of an
+        evacuated instance is on storage that hosts share
     """
 
     def __init__(self, local: LocalHost, context, instance,
@@ -132,6 +135,7 @@ class DiskOperation:
         self._context = context
         self._instance = instance
         self._block_device_info = block_device_info
+        self.there: list[str] = []
         self._suffix = ''
         self._transition: transition.Transition | None = None
         self._has_pool_disks = False
@@ -149,10 +153,7 @@ class DiskOperation:
         :raises: exception.StoragePoolError if one of them can't be started,
             exception.InvalidDiskMetadata
         """
-        # Of storage nothing is asked for disks that are in no pool.
-        connection = (self._local.get_connection() if self.records.items()
-                      else None)
-        health.ready_for(connection, self.records)
+        health.ready_for(self._local.get_connection, self.records)
 
     def image(self, name, mapping=None):
         """The Image of a disk as on record, or as this host would make it.
@@ -249,7 +250,7 @@ class DiskOperation:
         stale = undo.after_evacuation(self._instance, self.records)
         instance_dir = libvirt_utils.get_instance_path(self._instance)
         is_new = not os.path.exists(instance_dir)
-        lifecycle.begin(
+        self.there = lifecycle.begin(
             self.records, disk_info['mapping'], guest_config, self.image,
             self._configured(), self._block_device_info, suffix, stale)
         if is_new and os.path.isdir(instance_dir):
@@ -332,8 +333,18 @@ class DiskOperation:
         return None if self._has_pool_disks else host
 
     def _cache_base(self):
+        try:
+            return self._fetch_base(self._context)
+        except (exception.ImageNotFound, exception.ImageNotAuthorized):
+            context = base_image.context_to_fetch(
+                self._context, self._instance)
+            if context is None:
+                raise
+            return self._fetch_base(context)
+
+    def _fetch_base(self, context):
         return self.image('disk').ensure_image_cached(
-            self._context, self._instance.image_ref,
+            context, self._instance.image_ref,
             trusted_certs=self._instance.trusted_certs)
 
     # Into the pools of this host

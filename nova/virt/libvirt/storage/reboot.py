@@ -125,9 +125,10 @@ class Reboot(Return):
         self._migration = source.unfinished(
             self._context, self._instance, self.records)
         self._check_finished()
-        if self._migration is None and any(
-                record.host != CONF.host
-                for _name, record in self.records.items()):
+        if self._migration is None and (
+                source.is_running(self._instance) or any(
+                    record.host != CONF.host
+                    for _name, record in self.records.items())):
             # Its copy runs, or the records are another host's to finish.
             lifecycle.refuse_half_copied(self.records)
             leftovers.refuse_given_back(

@@ -102,6 +102,11 @@ class LegacyDisk:
         return self.pool.volume(self.volume).path
 
 
+def _ending(path):
+    """The instance's directory and the file's name, of a path of a file."""
+    return tuple((path or '').split(os.sep)[-2:])
+
+
 def is_due(disks: 'metadata.InstanceDisks') -> bool:
     """Whether an instance has files that can go to a pool.
 
@@ -460,14 +465,16 @@ class Transition:
         parser = etree.XMLParser(resolve_entities=False, no_network=True)
         tree = etree.parse(path, parser)
         volumes = self._volumes_on_record()
+        # It may have been rescued under another instances_path.
+        files = {_ending(old): record for old, record in volumes.items()}
         devices = {'/dev/%s/%s' % (CONF.libvirt.images_volume_group,
                                    record.volume): record
                    for record in volumes.values()}
         changed = False
         for disk in tree.iterfind('./devices/disk'):
             source = disk.find('source')
-            record = None if source is None else volumes.get(
-                source.get('file'), devices.get(source.get('dev')))
+            record = None if source is None else files.get(
+                _ending(source.get('file')), devices.get(source.get('dev')))
             if record is None:
                 continue
             disk.set('type', 'volume')

@@ -51,6 +51,13 @@ _INTERVAL = 0.1
 # Lines of its standard error that are passed on: a peer can cause any number.
 _MOST_LINES = 50
 
+# Bytes of memory that it may have, the stacks of its threads among them. Who
+# is connected may ask for much and take no answer, and QEMU keeps 16 answers
+# of 32 MiB for each connection: 4 GiB for eight. It ends when it has no more;
+# what a source sends takes some MiB, and 64 threads 512.
+_MOST_MEMORY = 1 << 30
+_MOST_STACK = 8 << 20
+
 # QEMU allocates memory for each request. glibc gives so much back to the
 # kernel at once and gets it anew, with a page fault for each page of it: a
 # third of all that a qemu-nbd does, TLS included.
@@ -72,6 +79,9 @@ _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 _MOST_FILE_RIGHTS = 16
 # To bind and to connect TCP sockets, since version 4.
 _NET_RIGHTS = 3
+# Not to reach abstract sockets, nor to signal processes, of others: since
+# version 6. Nova's own are of the same user.
+_SCOPES = 3
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -118,6 +128,8 @@ class Landlock:
         attributes = struct.pack('=Q', rights)
         if self.version >= 4:
             attributes += struct.pack('=Q', _NET_RIGHTS)
+        if self.version >= 6:
+            attributes += struct.pack('=Q', _SCOPES)
         self._rules = _call(_CREATE_RULESET, attributes,
                             ctypes.c_size_t(len(attributes)),
                             ctypes.c_uint32(0))
@@ -162,6 +174,12 @@ def confine(writable, readable):
     rules.enforce()
 
 
+def limit_stack():
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    if soft == resource.RLIM_INFINITY or soft > _MOST_STACK:
+        resource.setrlimit(resource.RLIMIT_STACK, (_MOST_STACK, hard))
+
+
 def become(request, parent, errors):
     """Be qemu-nbd: never returns."""
     try:
@@ -170,6 +188,8 @@ def become(request, parent, errors):
             os._exit(1)     # it was dead before
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (request['longest'],) * 2)
+        resource.setrlimit(resource.RLIMIT_DATA, (_MOST_MEMORY,) * 2)
+        limit_stack()
         null = os.open('/dev/null', os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)

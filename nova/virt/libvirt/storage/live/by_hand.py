@@ -15,13 +15,19 @@ Its source was away when libvirt ended it: there is no guest on the source, and
 whether there is one on the destination, only who looks there can say.
 """
 
+from oslo_log import log as logging
+
 from nova import context as nova_context
 from nova import exception
 from nova.i18n import _
+from nova.network import neutron
 from nova import objects
+from nova.objects import fields
 from nova.virt.libvirt.storage.live import settle
 from nova.virt.libvirt.storage.records import evacuation
 from nova.virt.libvirt.storage.records import metadata
+
+LOG = logging.getLogger(__name__)
 
 
 def end(context: 'nova_context.RequestContext', instance_uuid: str,
@@ -33,7 +39,8 @@ def end(context: 'nova_context.RequestContext', instance_uuid: str,
     :returns: the host that the instance is on then
     :raises: exception.InstanceMappingNotFound, exception.InstanceNotFound,
         exception.NoMigrationToSettle, exception.ComputeHostNotFound,
-        exception.InvalidDiskMetadata
+        exception.InvalidDiskMetadata, exception.PortBindingActivationFailed,
+        what Neutron's client raises if it can't be asked
     """
     mapping = objects.InstanceMapping.get_by_instance_uuid(
         context, instance_uuid)
@@ -45,7 +52,11 @@ def end(context: 'nova_context.RequestContext', instance_uuid: str,
         if instance.task_state is not None:
             raise exception.NoMigrationToSettle(
                 instance_uuid=instance_uuid,
-                reason=_('its task state is %s') % instance.task_state)
+                reason=_('its task state is %(state)s. Wait for the end of '
+                         'what is under way; if host %(host)s is down for '
+                         'good, reset the state of the server before') % {
+                             'state': instance.task_state,
+                             'host': instance.host})
         disks = metadata.InstanceDisks.load(cell, instance)
         moving = settle.going(disks)
         if not moving:
@@ -59,9 +70,32 @@ def end(context: 'nova_context.RequestContext', instance_uuid: str,
         host = moving[0][1].next.host
         node = objects.ComputeNode.get_first_node_by_host_for_old_compat(
             cell, host)
-        settle.promote(disks)
-        disks.save(cell)
+        # Cut off here, it can be called again: the records say still that
+        # there is something to settle.
+        source = instance.host
+        has_ports = bool(instance.get_network_info())
+        if has_ports:
+            # Nothing else of Nova's would bind them to where the guest is.
+            neutron.API().migrate_instance_start(
+                cell, instance, objects.Migration(
+                    source_compute=source, dest_compute=host,
+                    migration_type=fields.MigrationType.LIVE_MIGRATION))
         instance.host, instance.node = host, node.hypervisor_hostname
         instance.compute_id = node.id
         instance.save()
+        settle.promote(disks)
+        disks.save(cell)
+        if has_ports:
+            _forget_source(cell, instance, source)
         return host
+
+
+def _forget_source(context, instance, source):
+    """Take the bindings to the source off the ports; a failure is logged."""
+    try:
+        neutron.API().setup_networks_on_host(
+            context, instance, host=source, teardown=True)
+    except Exception as e:
+        LOG.warning('Ports may have bindings to host %(host)s yet, which are '
+                    'of no use: %(error)s', {'host': source, 'error': e},
+                    instance=instance)

@@ -70,6 +70,19 @@ def is_pool_backed(disks) -> bool:
     return any(record.is_in_pool for _name, record in disks.items())
 
 
+def is_on_ceph(disks) -> bool:
+    """Whether all of an instance's disks are those of images_type = rbd.
+
+    They are network disks to QEMU, which copies none, and the destination's as
+    soon as the guest is there. In a cloud that goes over to pools host by host
+    the two need not have the same images_type.
+
+    :param disks: its InstanceDisks
+    """
+    backends = {record.backend for _name, record in disks.items()}
+    return backends == {fields.LibvirtDiskBackend.RBD}
+
+
 class Plan:
     """What becomes of the disks of an instance that runs here.
 

@@ -120,17 +120,27 @@ class Receiver:
     def _delete_leftovers(self):
         """Delete what a migration that has failed has left here."""
         left = leftovers.on_host(self._disks, CONF.host)
-        if not left:
-            return
-        settle.clear_way(self._connection, self._disks)
-        self._disks.save(self._context)
+        if left:
+            settle.clear_way(self._connection, self._disks)
+            self._disks.save(self._context)
         directory = libvirt_utils.get_instance_path(self._instance)
         if (not self._data.is_shared_instance_path and
                 self._instance.host != CONF.host and
-                os.path.isdir(directory)):
+                os.path.isdir(directory) and (
+                    left or not self._has_disks(directory))):
+            # It would refuse this one.
             LOG.warning('Removing %s, which an earlier live migration has '
                         'left', directory, instance=self._instance)
             shutil.rmtree(directory)
+
+    @staticmethod
+    def _has_disks(directory):
+        """Whether an instance's directory has more than a guest leaves.
+
+        Of disks that both hosts see nothing is left that would be noted.
+        """
+        return any(name.startswith('disk') and name != 'disk.info'
+                   for name in os.listdir(directory))
 
     def _check_room(self):
         needed: dict = {}

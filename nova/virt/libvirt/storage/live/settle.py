@@ -33,7 +33,8 @@ killed: who goes on
         here, and only an operator can look on B
     libvirt on A, when all has been sent and the guest isn't undefined yet: the
         same; what is left is paused or off, because it has migrated
-    A as a whole: the same; what is left is off, and nothing says why
+    A as a whole: the same; what is left is off, and nothing says why. No
+        third host starts the instance either
     post-copy, when the link is lost: the same; the guest is on B
     A, before it has cleaned up: B has the guest and takes the records over;
         A's volumes are noted as left
@@ -43,12 +44,14 @@ killed: who goes on
 from oslo_log import log as logging
 
 from nova.compute import power_state
+from nova.compute import task_states
 import nova.conf
 from nova import exception
 from nova.objects import fields
 from nova.virt.libvirt.storage.records import evacuation
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import lifecycle
+from nova.virt.libvirt.storage.records import metadata
 
 try:
     import libvirt
@@ -113,7 +116,9 @@ def settle(context, host, disks) -> None:
                     'is seen on host %s', coming.host, instance=instance)
         guest = None
     if guest is None:
-        if record.host == CONF.host:
+        # Of an instance that is evacuated, the third host knows less yet.
+        if record.host == CONF.host or coming.host != CONF.host and (
+                instance.task_state == task_states.REBUILD_SPAWNING):
             raise _elsewhere(instance, moving)
         return
     if coming.host == CONF.host and record.host != CONF.host:
@@ -195,6 +200,19 @@ def _elsewhere(instance, moving):
             for _name, record in moving))
 
 
+def refuse_to_guess(disks):
+    """Leave it to an operator where a guest is.
+
+    :param disks: the instance's InstanceDisks
+    :raises: exception.DisksMayBeElsewhere; exception.InstanceNotFound if
+        there are no records, as it was deleted
+    """
+    moving = going(disks)
+    if not moving:
+        raise exception.InstanceNotFound(instance_id=disks.instance.uuid)
+    raise _elsewhere(disks.instance, moving)
+
+
 def _is_moving(guest):
     """Whether libvirt goes on with a migration, whoever has begun it."""
     return guest.get_job_info().type not in (
@@ -206,17 +224,22 @@ def check_stays(host, instance, load) -> None:
     """Refuse to end or resume a guest that may run on the other host.
 
     Once it is off, it is as one whose migration has failed: started again.
+    One that is off or not here at all may be called so. But its disks, which
+    the guest may have where both hosts see them, mustn't be deleted, and
+    nothing may take its place.
 
     :param host: the Host of this compute
     :param load: returns the instance's InstanceDisks; called in doubt alone
     :raises: exception.DisksMayBeElsewhere, exception.InvalidDiskMetadata
     """
+    is_to_go = lifecycle.is_destroying(instance)
     try:
         guest = host.get_guest(instance)
-        is_left = (guest.get_power_state(host) == power_state.PAUSED and
-                   _may_have_gone(host, guest))
+        may_be_off = is_to_go or (
+            guest.get_power_state(host) == power_state.PAUSED)
+        is_left = may_be_off and _may_have_gone(host, guest)
     except exception.InstanceNotFound:
-        return
+        is_left = is_to_go
     if is_left:
         moving = going(load())
         if moving and moving[0][1].host == CONF.host:
@@ -237,7 +260,8 @@ def abandon(context, connection, disks, planned=()) -> None:
     """On the destination: delete what was made for a migration that failed.
 
     By name: in a pool that both hosts see the running guest's disks have the
-    same prefix.
+    same prefix. The source may be at something else with the instance already:
+    what it has put on record while the volumes went stays.
 
     :param connection: this host's libvirt, which has no guest of it
     :param disks: the instance's InstanceDisks
@@ -253,8 +277,14 @@ def abandon(context, connection, disks, planned=()) -> None:
              disk.volume.startswith(uuid + '_')], disks.instance)
         return
     evacuation.forget_next(disks)
-    clear_way(connection, disks)
     disks.save(context)
+    before = set(leftovers.on_host(disks, CONF.host))
+    clear_way(connection, disks)
+    gone = before - set(leftovers.on_host(disks, CONF.host))
+    if gone:
+        disks = metadata.InstanceDisks.load(context, disks.instance)
+        leftovers.forget(disks, CONF.host, gone)
+        disks.save(context)
 
 
 def arrived(disks) -> bool:

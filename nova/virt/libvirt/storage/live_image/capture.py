@@ -221,9 +221,7 @@ class Capture:
         return pause
 
     def _read_disk(self, domain):
-        socket = under_way.export(self._instance.uuid)
-        # It is made by QEMU, and is QEMU's.
-        nova.privsep.path.chown(socket, uid=os.geteuid(), gid=os.getegid())
+        socket = under_way.take_export(self._instance.uuid)
         images.convert_image(
             'nbd+unix:///%s?socket=%s' % (
                 _root(domain), urlparse.quote(socket, safe='/')),

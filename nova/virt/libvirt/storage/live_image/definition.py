@@ -25,6 +25,7 @@ from lxml import etree
 from oslo_utils import uuidutils
 
 from nova.i18n import _
+from nova.virt.libvirt.storage.live_image import closed
 from nova.virt.libvirt.storage.live_image import memory_file
 from nova.virt.libvirt.storage.live_image import refusal
 
@@ -56,9 +57,11 @@ def make(description: memory_file.Description, own: str,
     :param description: of the memory that it is to go on from
     :param own: the XML that the driver would start the instance with
     :returns: XML, without interfaces and media
-    :raises: memory_file.Unusable if the two differ in what can't be replaced
+    :raises: memory_file.Unfit if the first is none that Nova has written;
+        memory_file.Unusable if the two differ in what can't be replaced
     """
     saved, wanted = refusal.parse(description.domain), refusal.parse(own)
+    closed.check(saved)
     _compare(description, saved, wanted, instance_uuid)
     saved.attrib.pop('id', None)
     for path in _REPLACED:
@@ -70,6 +73,7 @@ def make(description: memory_file.Description, own: str,
     for disk in saved.iterfind('devices/disk'):
         _replace_disk(disk, _counterpart(disk, wanted))
     _replace_consoles(saved, wanted)
+    _replace_randomness(saved, wanted)
     return etree.tostring(saved, encoding='unicode')
 
 
@@ -229,9 +233,20 @@ def _target_name(device):
 
 def _make_local(graphics):
     """The guest has this one though the instance asks for none."""
-    for name in ('port', 'passwd', 'listen', 'websocket'):
-        graphics.attrib.pop(name, None)
-    for listen in graphics.findall('listen'):
-        graphics.remove(listen)
+    kind = graphics.get('type')
+    graphics.clear()
+    graphics.set('type', kind)
     graphics.set('autoport', 'yes')
     graphics.set('listen', '127.0.0.1')
+
+
+def _replace_randomness(saved, wanted):
+    """The device is the guest's, and where its bytes come from the host's."""
+    ours = wanted.find('devices/rng/backend')
+    for backend in saved.findall('devices/rng/backend'):
+        if ours is None:
+            new = etree.Element('backend', model='random')
+            new.text = '/dev/urandom'
+        else:
+            new = copy.deepcopy(ours)
+        backend.getparent().replace(backend, new)

@@ -17,8 +17,10 @@ may have to be put right: the guest may stand still, or lack its interfaces.
 Hosts may share that directory: each capture says whose it is.
 """
 
+import errno
 import os
 import shutil
+import stat
 
 from oslo_utils import fileutils
 from oslo_utils import uuidutils
@@ -74,6 +76,25 @@ def make_export(instance_uuid: str, owner: int | None) -> str:
     os.mkdir(folder, 0o755)
     if owner is not None:
         nova.privsep.path.chown(folder, uid=owner)
+    return path
+
+
+def take_export(instance_uuid: str) -> str:
+    """Have that socket, which QEMU has made, be Nova's.
+
+    A QEMU that was broken into may have put a link there, to a file that is
+    to change hands or to the socket of another guest. So its directory is
+    taken from it first.
+
+    :returns: path of the socket
+    :raises: OSError if it is anything else than one that is there alone
+    """
+    path = export(instance_uuid)
+    nova.privsep.path.chown(os.path.dirname(path), uid=os.geteuid())
+    found = os.lstat(path)
+    if not stat.S_ISSOCK(found.st_mode) or found.st_nlink != 1:
+        raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK), path)
+    nova.privsep.path.chown(path, uid=os.geteuid(), gid=os.getegid())
     return path
 
 

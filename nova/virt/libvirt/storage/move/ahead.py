@@ -53,11 +53,14 @@ class Ahead:
     :ivar target: what it writes to
     :ivar exit: closes both
     :ivar is_read: whether the destination has read what was sent
+    :ivar changed: what may have changed since, in bytes of its file; None if
+        that isn't known
     """
     copy: pump.WarmCopy
     target: peers.Target
     exit: contextlib.ExitStack
     is_read: bool = False
+    changed: pump.Ranges | None = None
 
 
 class FirstPass:
@@ -104,6 +107,7 @@ class FirstPass:
 
     def close(self) -> None:
         """Give up what has been sent and was not followed by the rest."""
+        self._transfer.bitmaps.end()
         for item in self._transfer.items:
             ahead, item.ahead = item.ahead, None
             item.ahead_length = item.ahead_done = 0
@@ -169,6 +173,8 @@ class FirstPass:
                 transfer.create(item, self._room(item))
                 created.append((item.pool.name, item.target))
             stack.callback(self.close)
+            if CONF.libvirt.storage_migration_dirty_bitmaps:
+                transfer.bitmaps.begin(items)
             with transfer.reporting():
                 for item in items:
                     self._have_read(item, self._send(item))

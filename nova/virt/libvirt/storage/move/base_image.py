@@ -30,6 +30,7 @@ from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage import service_user
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -134,6 +135,34 @@ def _is_available(context, image_id):
     except (exception.ImageNotFound, exception.ImageNotAuthorized):
         return False
     return image.get('status') == 'active'
+
+
+def context_to_fetch(context, instance):
+    """On the destination: find who may fetch the base image from Glance.
+
+    What is in the image cache is every server's of that image. A source that
+    was broken into could have its own content there, if its word were enough
+    that Glance has lost the image. The request's context is the source's word
+    as well, so Nova's own user is asked.
+
+    :param context: the request's
+    :returns: a context; None if Glance has lost the image
+    """
+    if _is_available(context, instance.image_ref):
+        return context
+    own = service_user.admin_context()
+    if own.auth_token and _is_available(own, instance.image_ref):
+        return own
+    return None
+
+
+def is_refused(context, instance) -> bool:
+    """On the destination: whether a base image that came isn't taken."""
+    if context_to_fetch(context, instance) is None:
+        return False
+    LOG.warning('Glance has image %s: what has come of it along with the '
+                'disks is not taken', instance.image_ref, instance=instance)
+    return True
 
 
 def _cached_path(instance):

@@ -28,6 +28,7 @@ import nova.privsep.qemu
 from nova import thread_pool_factory
 from nova.virt import images
 from nova.virt.libvirt.storage.move import base_image as storage_base
+from nova.virt.libvirt.storage.move import bitmaps
 from nova.virt.libvirt.storage.move import cancel
 from nova.virt.libvirt.storage.move import guest_files as files
 from nova.virt.libvirt.storage.move import item as storage_item
@@ -59,6 +60,16 @@ def is_running(instance):
     return instance.uuid in _running
 
 
+@contextlib.contextmanager
+def running(instance):
+    """Let it be known within that an instance's disks are copied."""
+    _running.add(instance.uuid)
+    try:
+        yield
+    finally:
+        _running.discard(instance.uuid)
+
+
 class Transfer:
     """The copy of what a Departure has checked.
 
@@ -74,6 +85,7 @@ class Transfer:
         self.migration = departure.migration
         self.disks = departure.disks
         self.items = departure.items
+        self.bitmaps = bitmaps.Bitmaps(self.here.host, self.instance)
         self._lock = threading.Lock()
         self._taken = leftovers.names(self.disks)
         self._errors = []
@@ -89,13 +101,7 @@ class Transfer:
         :param directory: the instance's directory on this host
         :raises: StorageTransferError and others
         """
-        _running.add(self.instance.uuid)
-        try:
-            self._run(directory)
-        finally:
-            _running.discard(self.instance.uuid)
-
-    def _run(self, directory):
+        self._read_bitmaps()
         self._measure()
         # What could not be deleted after a first pass, too.
         self._taken |= leftovers.names(self.disks)
@@ -153,6 +159,13 @@ class Transfer:
             leftovers.forget(self.disks, CONF.host,
                              [(item.source.pool.name, item.source.name)])
 
+    def _read_bitmaps(self):
+        """Learn what the guest has written since the disks were sent ahead."""
+        for item in self.items:
+            if item.ahead is not None:
+                item.ahead.changed = self.bitmaps.changed(item)
+        self.bitmaps.end()
+
     def _measure(self):
         """Let the disks' files be what travels, and take their sizes.
 
@@ -182,6 +195,9 @@ class Transfer:
         with compute_utils.disk_ops_semaphore:
             nova.privsep.qemu.flatten_image(
                 path, fields.LibvirtDiskFormat.QCOW2)
+        if item.ahead is not None:
+            # Of that no bitmap tells.
+            item.ahead.changed = None
 
     def choose_names(self, items):
         """Choose names that nothing has: what is there is never touched."""
@@ -363,15 +379,19 @@ class Transfer:
         item.ahead = None
         with ahead.exit:
             item.result = ahead.copy.rest(
-                item.length, pump.Watch(**watch), self._bandwidth)
+                item.length, pump.Watch(**watch), self._bandwidth,
+                ahead.changed)
             ahead.target.length = item.length
             if ahead.is_read:
                 ahead.target.changed = item.result.changed
         item.done = item.length
         LOG.info('Copied the rest of volume %(volume)s: %(data)d of '
-                 '%(length)d bytes in %(seconds).1f s',
+                 '%(length)d bytes in %(seconds).1f s; %(read)d may have '
+                 'changed',
                  {'volume': item.source.name, 'data': item.result.data,
-                  'length': item.length, 'seconds': item.result.seconds},
+                  'length': item.length, 'seconds': item.result.seconds,
+                  'read': item.length if ahead.changed is None else
+                  sum(length for _start, length in ahead.changed)},
                  instance=self.instance)
 
     def _make_anew(self, item):

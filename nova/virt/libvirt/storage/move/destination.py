@@ -272,7 +272,7 @@ def _take_extra(context, disks, connection, local_uri, extra):
     :param extra: its class of item.EXTRAS
     """
     instance, record = disks.instance, disks.extras[extra.NAME]
-    if not extra.is_here(instance):
+    if not extra.is_here(context, instance):
         _verify(instance, record, local_uri)
         volume = storage_pool.StoragePool(
             connection, record.pool, CONF.host).volume(record.volume)

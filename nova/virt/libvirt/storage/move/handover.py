@@ -32,6 +32,7 @@ from nova.objects import fields
 import nova.privsep.storage
 from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage import image_cache
+from nova.virt.libvirt.storage.move import base_image
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.records import kinds
 
@@ -92,7 +93,8 @@ def look_again(context, connection, disks, arrivals) -> None:
     """
     try:
         for arrival in arrivals:
-            _compare(_volume(connection, arrival.before), arrival)
+            _compare(_volume(connection, arrival.before), arrival,
+                     disks.instance)
     except exception.NovaException:
         for arrival in arrivals:
             disks.set(arrival.name, arrival.before)
@@ -117,13 +119,19 @@ def _header(volume):
     return Header(volume.physical(), hashlib.sha256(start).digest())
 
 
-def _compare(volume, arrival):
+def _compare(volume, arrival, instance):
     is_qcow2 = arrival.before.format == fields.LibvirtDiskFormat.QCOW2
     if is_qcow2:
         # Even if this host has let it grow since, which alters its header.
         info = content.look_at_qcow2(volume.path, 0)
         if info.backing_file:
             image_cache.checked_base(info.backing_file)
+            # There are other users' images, too.
+            if not base_image.is_kept(
+                    instance, arrival.name, info.backing_file):
+                raise exception.UnsafeDiskContent(path=volume.path, reason=_(
+                    "it depends on %s, which is not the server's base image"
+                    ) % info.backing_file)
         has_grown = info.virtual_size > arrival.before.size
     else:
         has_grown = volume.physical() > arrival.header.length

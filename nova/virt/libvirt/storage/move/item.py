@@ -153,7 +153,7 @@ class GuestFiles(Item):
     mode = 0o600
 
     @staticmethod
-    def is_here(instance):
+    def is_here(context, instance):
         return False
 
     @staticmethod
@@ -172,9 +172,10 @@ class BaseImage(Item):
         self.target = target
 
     @staticmethod
-    def is_here(instance):
+    def is_here(context, instance):
         # An earlier call has put it there, or somebody was faster.
-        return base_image.is_cached(instance)
+        return base_image.is_cached(instance) or (
+            base_image.is_refused(context, instance))
 
     take = staticmethod(base_image.take)
 

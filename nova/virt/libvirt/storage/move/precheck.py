@@ -277,8 +277,9 @@ class Departure:
                 _check_streams(record, volume)
                 item = storage_item.Disk(name, there, record, volume)
                 if item.flattenable():
-                    item.growth = self._look_at_overlay(
-                        name, volume, record.size)
+                    item.growth = self._look_at_overlay(name, volume, record)
+                # By this the destination judges what it is sent.
+                record.size = record.size or item.length
             else:
                 item = storage_item.RemadeDisk(name, there, record)
             item.sparse = self.peer.is_sparse(pool_type)
@@ -297,14 +298,17 @@ class Departure:
                       'name': name, 'format': record.format,
                       'pool': there.name, 'host': there.host})
 
-    def _look_at_overlay(self, name, volume, size):
+    def _look_at_overlay(self, name, volume, record):
         """Check what the destination will check, and the base image.
 
         libvirt tells what it was when it looked last.
 
+        :param record: of the disk; gets its size where that isn't known, as
+            that of a root disk whose flavor has none
         :returns: bytes by which the volume grows when it is flattened
         """
-        info = content.look_at_qcow2(volume.path, size)
+        info = content.look_at_qcow2(volume.path, record.size)
+        record.size = record.size or info.virtual_size
         if not info.backing_file:
             return 0
         image_cache.checked_base(info.backing_file)

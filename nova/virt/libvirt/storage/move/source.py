@@ -60,6 +60,9 @@ from nova.virt.libvirt.storage.records import metadata
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
+# What a hard reboot asks.
+is_running = transfer.is_running
+
 
 def is_pool_backed(disks, block_device_info):
     """Whether an instance migrates by volumes.
@@ -129,6 +132,9 @@ class Outgoing:
         """
         with contextlib.ExitStack() as stack:
             self.departure.check(stack)
+            # From the first pass on: the guest may still run then.
+            stack.enter_context(
+                transfer.running(self.departure.instance))
             self._exit = stack.pop_all()
         if self.departure.peer is not None:
             self._transfer = transfer.Transfer(self.departure)

@@ -15,15 +15,23 @@ A volume group gives the blocks of a deleted volume to the next one as they
 are. So what Nova has made is written to its end before a guest sees it,
 whoever had the blocks before; and what an instance has written is overwritten
 when its disk is deleted, as [libvirt]/volume_clear says.
+
+A disk that grows gets no blocks but those that were overwritten before: the
+guest can be started however the operation ends, or this service.
 """
 
 from oslo_utils import units
 
 import nova.conf
 import nova.privsep.fs
+from nova.virt.libvirt.storage.pool import config as storage_config
 from nova.virt.libvirt.storage.pool import stream
 
 CONF = nova.conf.CONF
+
+# Behind the name of a volume that is about to grow. It is the instance's, so
+# what a service that was killed has left goes with the others.
+_ROOM = '.room'
 
 
 def clear_rest(volume, begin: int) -> None:
@@ -35,6 +43,28 @@ def clear_rest(volume, begin: int) -> None:
     """
     if volume.pool.kind().keeps_blocks:
         stream.write_zeroes(volume, begin, volume.physical())
+
+
+def cleared_extents(volume, length: int) -> list[str]:
+    """Overwrite what a volume of a volume group is to grow by.
+
+    :param volume: a StorageVolume
+    :param length: bytes that it gets
+    :returns: which extents those are, for LVM; nobody has them
+    :raises: exception.InsufficientStoragePoolSpace,
+        exception.StorageVolumeError, processutils.ProcessExecutionError
+    """
+    wanted = storage_config.LibvirtConfigStorageVolume()
+    wanted.name, wanted.capacity = volume.name + _ROOM, length
+    left = volume.pool.find(wanted.name)
+    if left is not None:
+        left.delete(is_clear=True)
+    room = volume.pool.create(wanted)
+    try:
+        stream.write_zeroes(room, 0, room.physical())
+        return nova.privsep.fs.lvextents(room.path)
+    finally:
+        room.delete(is_clear=True)
 
 
 def clear(volume) -> None:

@@ -27,7 +27,7 @@ LOG = logging.getLogger(__name__)
 _REASON_LENGTH = 240
 
 
-def ready_for(connection, disks) -> None:
+def ready_for(get_connection, disks) -> None:
     """Start the pools that an instance's disks are in, if they are off.
 
     Ceph is asked for the disks: what then waited for it, with the guest off,
@@ -35,7 +35,8 @@ def ready_for(connection, disks) -> None:
 
     To be called while the guest still runs.
 
-    :param connection: to this host's libvirt
+    :param get_connection: gives the connection to this host's libvirt; not
+        asked for disks that are in no pool
     :param disks: the instance's InstanceDisks
     :raises: exception.StoragePoolError if one of them can't be started,
         exception.StorageCephError if Ceph is away,
@@ -48,6 +49,9 @@ def ready_for(connection, disks) -> None:
         if (record is not None and record.pool and
                 record.host == CONF.host):
             volumes.setdefault(record.pool, []).append(record.volume)
+    if not volumes:
+        return
+    connection = get_connection()
     for name in sorted(volumes):
         pool = setup.pool_named(connection, name)
         _start(pool, sorted(volumes[name]))

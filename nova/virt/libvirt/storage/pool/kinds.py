@@ -81,9 +81,11 @@ LIVE_TYPES = tuple(name for name, kind in _KINDS.items()
                    if kind.is_directory or kind.is_ceph)
 
 # Of errors that have no code of their own, a part of the text: what
-# createXMLFrom says of a name that is taken, and what lvcreate does, also of a
-# volume that libvirt doesn't list because it is inactive or invalid.
-NAME_IS_TAKEN = ('already in use', 'already exists in volume group')
+# createXMLFrom says of a name that is taken, what createXML does of that of a
+# file which libvirt doesn't know, and what lvcreate does, also of a volume
+# that libvirt doesn't list because it is inactive or invalid.
+NAME_IS_TAKEN = ('already in use', 'volume target path',
+                 'already exists in volume group')
 # The last three are those of lvcreate and lvextend.
 POOL_IS_FULL = (os.strerror(errno.ENOSPC), 'Not enough free space',
                 'insufficient free space', 'Insufficient free space',

@@ -709,7 +709,9 @@ class StorageVolume:
             return
         snapshots.check(self)
         try:
-            nova.privsep.fs.lvextend(self.path, capacity)
+            nova.privsep.fs.lvextend(
+                self.path, capacity,
+                clearing.cleared_extents(self, capacity - before))
         except processutils.ProcessExecutionError as e:
             error = (exception.InsufficientStoragePoolSpace
                      if any(text in (e.stderr or '')
@@ -719,9 +721,8 @@ class StorageVolume:
                         host=self.pool.host, code=e.exit_code,
                         reason=(e.stderr or '').strip() or e) from e
         self.pool.refresh()
-        clearing.clear_rest(self.pool.volume(self.name), before)
 
-    def delete(self) -> None:
+    def delete(self, is_clear: bool = False) -> None:
         """Delete the volume, whatever its guest has written to it.
 
         Where a new volume would show what this one holds, it is overwritten
@@ -730,6 +731,7 @@ class StorageVolume:
         file is deleted without libvirt, which isn't asked what it takes it
         for: it would open what the header names. Already gone is fine.
 
+        :param is_clear: it holds nothing of anybody's
         :raises: exception.StorageVolumeError, exception.StoragePoolError;
             exception.StoragePoolNotMounted if its file can't be reached now,
             which libvirt would take for gone;
@@ -740,7 +742,8 @@ class StorageVolume:
         try:
             with contextlib.suppress(exception.StorageVolumeNotFound):
                 snapshots.check(self)
-                clearing.clear(self)
+                if not is_clear:
+                    clearing.clear(self)
                 with self._errors():
                     _delete(self.raw)
         except exception.StorageVolumeError as e:

@@ -83,6 +83,8 @@ _ADVICE_NBD_OTHER = _("see the log of nova-compute on that host, which has "
 _REASONS = {
     'small': _("what it goes to has fewer bytes than the volume"),
     'short': _("the volume ended before its length; it was truncated"),
+    'unmarked': _("blocks have changed of which it was said that they have "
+                  "not"),
     'long': _("the volume is longer than its length; it has grown"),
     'stuck': _("libvirt neither moved data nor reported an error"),
     'broken': _("libvirt says that it moved more than it was asked to"),
@@ -116,12 +118,15 @@ class WorkerProcess:
         the file gets the source's
     :param changed: without a destination, (offset, length) in bytes of what
         may differ from what the table says already
+    :param changes: file descriptor of a file which has such a list when
+        ask_again() says so, however long: a pipe may not take it
     """
 
     def __init__(self, job, watch, extension, warm=False, table=None,
-                 changed=None):
+                 changed=None, changes=None):
         self.job = job
-        self._table = table
+        self._files = [fd for fd in (table and table[0], changes)
+                       if fd is not None]
         self.watch = watch
         self.transferred = 0
         self._worker = None
@@ -134,6 +139,8 @@ class WorkerProcess:
             self._request['table'] = table
         if changed is not None:
             self._request['changed'] = list(changed)
+        if changes is not None:
+            self._request['changes'] = changes
         self._stdin_lock = threading.Lock()
         self._answer = None
         self._unread = b''
@@ -179,7 +186,7 @@ class WorkerProcess:
             [sys.executable, '-I', _WORKER], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd='/',
             start_new_session=True,
-            pass_fds=() if self._table is None else self._table[:1],
+            pass_fds=self._files,
             env={k: os.environ[k] for k in _ENVIRONMENT if k in os.environ})
         try:
             self.watch.on_start(self._worker.pid)
@@ -202,13 +209,14 @@ class WorkerProcess:
                     self._end(self._worker)
         return self._found(self._worker)
 
-    def ask_again(self, job, watch):
+    def ask_again(self, job, watch, changed=False):
         """Have the next do() be a second pass.
 
         :param job: the same Job, of another length perhaps
+        :param changed: whether the file changes has what may have changed
         """
         self.job, self.watch = job, watch
-        self._request = {'length': job.length}
+        self._request = {'length': job.length, 'changed': changed}
 
     def end(self):
         """End the worker, if there is one; as often as wanted."""

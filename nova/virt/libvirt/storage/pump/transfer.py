@@ -34,6 +34,7 @@ import time
 import typing as ty
 
 from oslo_log import log as logging
+from oslo_serialization import jsonutils
 
 from nova import exception
 from nova.i18n import _
@@ -248,8 +249,8 @@ class WarmCopy:
     doesn't any more, and sends what differs. Between them the connection to
     an export stays; libvirt is connected to anew. What the first pass read
     only costs bytes where it was torn or is old: the second one reads all of
-    it again, and takes for granted no more than that the destination has what
-    was sent to it.
+    it again, unless somebody else knows what may have changed, and takes for
+    granted no more than that the destination has what was sent to it.
 
     It is a context manager, which ends what is under way. When any pass has
     failed, begin anew with another destination.
@@ -276,6 +277,7 @@ class WarmCopy:
                         key=new_key() if key is None else key)
         self._known = known
         self._sent = 0
+        self._changes: int | None = None
         self._worker: process.WorkerProcess | None = None
 
     def __enter__(self) -> 'WarmCopy':
@@ -289,6 +291,9 @@ class WarmCopy:
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.end()
+        fd, self._changes = self._changes, None
+        if fd is not None:
+            os.close(fd)
 
     def first(self, watch: Watch = Watch(),
               bandwidth: Bandwidth | int = 0) -> Result:
@@ -301,28 +306,38 @@ class WarmCopy:
         if self._worker is not None:
             raise RuntimeError('a first pass runs once')
         known = self._known or Known(0, b'')
+        self._changes = os.memfd_create('changes')
         with _table_file(known.table) as file:
             self._worker = process.WorkerProcess(
                 self._job, watch, extension_path(), warm=True,
-                table=(file, known.length) if self._known else None)
+                table=(file, known.length) if self._known else None,
+                changes=self._changes)
             self._worker.start()
         result = self._do(self._worker, bandwidth, last=False)
         self._sent = result.data
         return result
 
     def rest(self, length: int, watch: Watch = Watch(),
-             bandwidth: Bandwidth | int = 0) -> Result:
+             bandwidth: Bandwidth | int = 0,
+             changed: Ranges | None = None) -> Result:
         """Send what differs from what the first pass has sent.
 
         :param length: bytes that the source has now. What an export has
             beyond them is left as it is; a volume ends there.
+        :param changed: (offset, length) in bytes, in order, of what may have
+            changed since the first pass began, and of all that it has not
+            read; by default anything may. No more is read of a source whose
+            file this process may open, but for a sample: it is an error if
+            that has changed, as then nothing is known.
         :returns: the content's checksum; data are the bytes sent in this pass
         :raises: as Job.run()
         """
         if self._worker is None:
             raise RuntimeError('there is no first pass that ended well')
         self._job = dataclasses.replace(self._job, length=length)
-        self._worker.ask_again(self._job, watch)
+        if changed is not None:
+            os.pwrite(self._changes, jsonutils.dump_as_bytes(list(changed)), 0)
+        self._worker.ask_again(self._job, watch, changed is not None)
         try:
             result = self._do(self._worker, bandwidth, last=True)
         finally:

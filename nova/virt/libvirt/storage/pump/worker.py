@@ -21,7 +21,9 @@ with lines of JSON on stdout, a pass with one result. "table" is a file
 descriptor and a number of bytes: it has the checksums of so much that stands
 at the destination already or, without a destination, takes the source's. With
 "changed", (offset, length) of what may differ from what it has, it is brought
-up to date, and no more than that is read where a file can be.
+up to date, and no more than that is read where a file can be. "changes" is a
+file descriptor, too: the second pass of a message with "changed" finds the
+same there, for the source.
 
     {"transferred": bytes}
     {"result": {"data", "holes", "checksum", "physical", "allocation",
@@ -29,6 +31,7 @@ up to date, and no more than that is read where a file can be.
     {"error": {"side", "operation", "reason", "code", ...}}
 """
 
+import bisect
 import ctypes
 import importlib.machinery
 import importlib.util
@@ -36,6 +39,7 @@ import json
 import os
 import platform
 import queue
+import random
 import stat
 import sys
 import threading
@@ -64,6 +68,10 @@ DEVICE_COST = 32 << 20
 # Of what has changed so many places are told apart: a pipe takes 64 KiB from
 # the parent without waiting for the reader.
 MOST_CHANGED = 1024
+
+# So many blocks are read in a second pass of which it is said that they have
+# not changed: who says so may be wrong.
+SAMPLE = 64
 
 # ioprio_set(2) by machine; no library has it.
 IOPRIO_SET = {'x86_64': 251, 'aarch64': 30, 'ppc64le': 273, 's390x': 282}
@@ -159,6 +167,25 @@ def joined(ranges, most=MOST_CHANGED):
             found.append((start, length))
         ranges, gap = found, gap * 2
     return ranges
+
+
+def covers(blocks, block):
+    """Whether one of the ranges has a block.
+
+    :param blocks: list of (first, count), in order
+    """
+    at = bisect.bisect_right(blocks, (block, float('inf'))) - 1
+    return at >= 0 and block < sum(blocks[at])
+
+
+def sample(blocks, total):
+    """Pick blocks at random that are in none of the ranges.
+
+    :param blocks: list of (first, count), in order
+    :param total: how many there are
+    """
+    return [block for block in random.sample(range(total), min(total, SAMPLE))
+            if not covers(blocks, block)]
 
 
 def messages():
@@ -388,13 +415,13 @@ class Job:
         self.cancelled = False
         self.bandwidth = request['bandwidth']
         self.direct = False     # whether libvirt isn't asked for the bytes
-        self.second: queue.Queue[int] = queue.Queue()
+        self.second: queue.Queue[tuple] = queue.Queue()
 
     def watch_parent(self):
         for message in self.parent:
             self.set_bandwidth(message['bandwidth'])
             if 'length' in message:
-                self.second.put(message['length'])
+                self.second.put((message['length'], message.get('changed')))
         with self.lock:
             self.cancelled = True
             copy = self.copy
@@ -450,8 +477,8 @@ class Job:
             before = found['data']
             say(result={**found, 'allocation': None, 'physical':
                         destination.sizes_written(length, before)[0]})
-            changed = None
-            length = self.wait_for_second(destination)
+            length, is_told = self.wait_for_second(destination)
+            changed = self.read_changes() if is_told else None
             set_io_priority(IOPRIO_NONE)
             table.grow(length)
             destination = destination.again(length, not request['sparse'])
@@ -480,12 +507,16 @@ class Job:
                     'direct': self.direct})
 
     def wait_for_second(self, destination):
-        """Return how long the source is in the second pass."""
+        """Return the second pass's length, and whether changes are told."""
         while True:
             try:
                 return self.second.get(timeout=KEEP_SECONDS)
             except queue.Empty:
                 destination.keep()
+
+    def read_changes(self):
+        with open(self.request['changes'], 'rb', closefd=False) as file:
+            return json.load(file)  # noqa: N324
 
     def run_pass(self, pump, source, destination, length, *, table,
                  is_first=False, changed=None):
@@ -494,8 +525,15 @@ class Job:
             return {'data': 0, 'holes': 0,
                     'checksum': pump.checksum([], self.request['key'])}
         known = table is not None and table.filled
-        self.run_copy(pump, source, destination, length, table=table,
-                      is_first=is_first, changed=changed)
+        unchanged = self.run_copy(
+            pump, source, destination, length, table=table, is_first=is_first,
+            changed=changed)
+        # To look for them takes as long as there are blocks.
+        told = table.changed if unchanged else []
+        wrong = [block for block in unchanged if covers(told, block)]
+        if wrong:
+            raise Failure('source', 'compare', 'unmarked',
+                          message='%d of %d' % (len(wrong), len(unchanged)))
         size = table.block_size if known else 0
         # Of what was unchanged nothing is known but that it is there.
         return {'data': self.copy.data, 'checksum': self.copy.checksum,
@@ -506,17 +544,22 @@ class Job:
 
     def run_copy(self, pump, source, destination, length, *, table,
                  is_first=False, changed=None):
+        """:returns: the blocks of a sample, which should not have changed"""
         request = self.request
         sparse, warm = request['sparse'], table is not None
         # Then something stands there, of which it tells.
         known = warm and table.filled
-        blocks = None
+        blocks, unchanged = None, []
         fd = source.file(length, direct=warm, may_grow=is_first)
         self.direct = fd is not None
         if self.direct and changed is not None:
             size = table.block_size
             blocks = [(start // size, -(-(start + n) // size) - start // size)
                       for start, n in changed]
+            if destination:
+                # Without the last one, which may be longer by now.
+                unchanged = sample(blocks, (length - 1) // size)
+                blocks += [(block, 1) for block in unchanged]
         # A volume that is verified may be the only copy soon.
         download = (source.download(length) if fd is None else
                     pump.File(fd, length, sync=destination is None,
@@ -547,6 +590,7 @@ class Job:
             # Nothing of this pass is told during the next one.
             ended.set()
             reporter.join()
+        return unchanged
 
 
 def main():

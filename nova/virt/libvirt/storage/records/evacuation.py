@@ -126,6 +126,10 @@ def after_evacuation(instance, disks):
                         {'name': name, 'copy': record.host,
                          'volume': previous.volume, 'pool': previous.pool,
                          'host': previous.host}, instance=instance)
+            if record.volume is not None and record.host != CONF.host:
+                # Nothing else knows of it any longer.
+                leftovers.note(
+                    disks, record.host, [(record.pool, record.volume)])
             disks.set(name, previous)
         elif (record.host != CONF.host and previous is not None and
                 previous.host == CONF.host):

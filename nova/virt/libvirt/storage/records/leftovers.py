@@ -62,6 +62,32 @@ def note_swap(connection, disks):
     note(disks, CONF.host, [(pool.name, name) for name in names])
 
 
+def note_undeleted(connection, disks):
+    """Note what a rebuild was to delete, and couldn't.
+
+    On Ceph it would be taken for the disk, as it is that of an instance which
+    was evacuated: the guest would go on with what the rebuild was to do away
+    with.
+
+    :param connection: this host's libvirt
+    :param disks: the instance's InstanceDisks, which are saved; broken ones
+        are done away with
+    """
+    instance = disks.instance
+    try:
+        left = [(volume.pool.name, volume.name) for volume in
+                ownership.get_volumes(connection, instance.uuid, disks=disks)]
+        try:
+            note(disks, CONF.host, left)
+        except exception.InvalidDiskMetadata:
+            disks.clear()
+            note(disks, CONF.host, left)
+        disks.save(instance._context)
+    except exception.NovaException as e:
+        LOG.error('What is left of the disks before the rebuild is not '
+                  'known: %s', e, instance=instance)
+
+
 def on_host(disks, host):
     """Return what is noted as left on a host, as list of (pool, volume)."""
     return [(pool, volume) for where, pool, volume in disks.leftovers

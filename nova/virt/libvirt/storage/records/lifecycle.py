@@ -158,7 +158,7 @@ def _is_outdated(record):
 
 
 def begin(disks, disk_mapping, guest_config, image_of, configured,
-          block_device_info, suffix='', stale=()) -> None:
+          block_device_info, suffix='', stale=()) -> list[str]:
     """Record the disks that are going to be made, as ``building``.
 
     A disk on record as ready, and there, stays what it is. One that was
@@ -168,7 +168,9 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
     :param suffix: ``.rescue`` if only the disks of a rescue are made
     :param stale: (pool, volume) of old copies on this host. One that has the
         name of another host's disk is not that disk.
+    :returns: the names of those that are there
     """
+    there, moved, replaced = [], False, []
     take_up(disks, disk_mapping, guest_config, configured, block_device_info)
     for name, mapping in local_disks(disk_mapping):
         if suffix and not name.endswith(suffix):
@@ -181,10 +183,12 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
             if record.state == READY and not is_old and image.exists():
                 if record.host != CONF.host:
                     # Evacuated, and on storage that both hosts see.
-                    record.host = CONF.host
+                    moved, record.host = True, CONF.host
                     disks.set(name, record)
+                there.append(name)
                 continue
             _discard(image, record)
+            replaced.append(record)
         image = image_of(name, {
             **{key: value for key, value in mapping.items()
                if key != 'metadata'},
@@ -200,7 +204,27 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
             fresh.previous = record.previous
             fresh.migration_id = record.migration_id
         disks.set(name, fresh)
+    if moved:
+        _note_replaced(disks, replaced)
     attach(disks, disk_mapping)
+    return there
+
+
+def _note_replaced(disks, replaced):
+    """Have other hosts delete the disks that were made anew here.
+
+    A host from which an instance was evacuated deletes none of its disks when
+    it is back, if the new host sees one of them.
+
+    :param replaced: the records that these disks had
+    """
+    if _task_state(disks.instance) != task_states.REBUILD_SPAWNING:
+        return
+    for record in replaced:
+        if record.host != CONF.host and (
+                record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
+            leftovers.note(
+                disks, record.host, [(record.pool, record.volume)])
 
 
 def _originals(disks):
@@ -247,20 +271,24 @@ def finished(disks, image_of, suffix='') -> None:
     """
     measure(disks, image_of)
     if not suffix:
-        _note_root_size(disks)
+        _note_sizes(disks)
     disks.mark(READY, [name for name, _record in disks.items()
                        if name.endswith('.rescue') == bool(suffix)])
 
 
-def _note_root_size(disks):
-    """The root disk has the flavor's size, before and after a resize."""
-    record = disks.get('disk')
-    if record is None or record.backend == fields.LibvirtDiskBackend.LVM:
-        return  # a logical volume isn't resized
-    size = size_of(disks.instance, 'disk', None)
-    if size and size != record.size:
-        record.size = size
-        disks.set('disk', record)
+def _note_sizes(disks):
+    """Some disks have the flavor's sizes, before and after a resize.
+
+    An ephemeral disk with a mapping has the size that the mapping says.
+    """
+    for name in ('disk', 'disk.local'):
+        record = disks.get(name)
+        if record is None or record.backend == fields.LibvirtDiskBackend.LVM:
+            continue  # a logical volume isn't resized
+        size = size_of(disks.instance, name, None)
+        if size and size != record.size:
+            record.size = size
+            disks.set(name, record)
 
 
 def measure(disks, image_of) -> None:
@@ -289,7 +317,7 @@ def destroyed(disks) -> None:
         own = [(name, record) for name, record in disks.items()
                if record.host == CONF.host]
     except exception.InvalidDiskMetadata as error:
-        if _task_state(disks.instance) in DESTROYING:
+        if is_destroying(disks.instance):
             disks.clear()
         else:
             LOG.warning('The records of destroyed disks are kept: %s', error,
@@ -304,7 +332,25 @@ def destroyed(disks) -> None:
         elif reverting and len(origins) == 1:
             _leave(disks, name, record, *origins)
         else:
+            if is_destroying(disks.instance):
+                _note_previous(disks, record.previous)
             disks.clear(name)
+
+
+def is_destroying(instance) -> bool:
+    """Whether what is done to an instance destroys all of its disks."""
+    return _task_state(instance) in DESTROYING
+
+
+def _note_previous(disks, previous):
+    """Have another host delete what it has kept for a revert.
+
+    Nothing else names it when the disk that has come from there is gone.
+    """
+    if (previous is not None and previous.host != CONF.host and
+            previous.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
+        leftovers.note(
+            disks, previous.host, [(previous.pool, previous.volume)])
 
 
 def _task_state(instance):
@@ -386,7 +432,7 @@ def went_back(disks) -> None:
         else:
             # Made on the other host: not here.
             _leave(disks, name, record, CONF.host)
-    _note_root_size(disks)
+    _note_sizes(disks)
 
 
 def _leave(disks, name, record, host):
@@ -493,6 +539,13 @@ def _in_disk_info(path):
     try:
         with open(os.path.join(os.path.dirname(path), 'disk.info'),
                   'rb') as f:
-            return jsonutils.load(f).get(path)
-    except (OSError, ValueError, AttributeError):
+            formats = jsonutils.load(f)
+        if path in formats:
+            return formats[path]
+        # instances_path may have been another one, or spelled otherwise, or
+        # be so on the host that has written this.
+        ending = os.sep + os.path.join(*path.split(os.sep)[-2:])
+        return next((image_format for place, image_format in formats.items()
+                     if place.endswith(ending)), None)
+    except (OSError, ValueError, AttributeError, TypeError):
         return None

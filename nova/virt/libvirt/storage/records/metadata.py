@@ -218,6 +218,21 @@ class LibvirtDiskMetadata(base.NovaObject):
             else:
                 yield from record.faults()
 
+    def volumes(self) -> ty.Iterator[str]:
+        """Names of the volumes that this is, was, or is going to be."""
+        for record in (self, self.previous, self.next):
+            if record is not None and record.is_in_pool:
+                yield record.volume
+
+
+def is_named_after(volume: str, instance_uuid: str) -> bool:
+    """Whether a volume's name says that it is an instance's.
+
+    A base image that came along with the instance has its UUID at the end.
+    """
+    return (volume.startswith('%s_' % instance_uuid) or
+            volume.endswith('.%s' % instance_uuid))
+
 
 def _unset(part):
     """What makes a part of a record unusable."""
@@ -509,6 +524,7 @@ class InstanceDisks:
                 name in self._mappings) else None
             if bdm is self._root:
                 record = self._as_root(record, unmapped)
+                self._shorten(record, bdm.uuid)
             text = None if record is None else dumps(record, bdm.uuid)
             if bdm.driver_info != text:
                 bdm.driver_info = text
@@ -530,6 +546,27 @@ class InstanceDisks:
         except exception.InvalidDiskMetadata:
             # What is broken is none of ours.
             return False
+
+    def _shorten(self, record, mapping):
+        """Leave out what is to be deleted yet, if there is too much of it.
+
+        A record that is too long nobody would read any more.
+
+        :param record: of the root's mapping, changed in place; may be None
+        """
+        dropped = []
+        while (record is not None and record.leftovers and
+               len(dumps(record, mapping)) > MAX_LENGTH):
+            dropped.append(record.leftovers[-1])
+            record.leftovers = record.leftovers[:-1]
+        for left in dropped:
+            place = (left.host, left.pool, left.volume)
+            LOG.error('Volume %(volume)s, which is left over in storage pool '
+                      '%(pool)s of host %(host)s, is not deleted before the '
+                      'instance is: its record has no room for more',
+                      {'volume': place[2], 'pool': place[1],
+                       'host': place[0]}, instance=self.instance)
+            self._leftovers.remove(place)
 
     def _as_root(self, record, unmapped):
         """Return the root's record with what is there for others."""
@@ -577,5 +614,22 @@ class InstanceDisks:
                 (self.instance, records, extras, leftovers),
                 old_keys.Classes(LibvirtDiskMetadata, LibvirtDiskExpected)):
             self._changed = True
+        self._check_names([
+            *(name for record in (*records.values(), *extras.values())
+              for name in record.volumes()),
+            *(name for _host, _pool, name in leftovers)])
         self._records, self._loaded = records, True
         self._extras, self._leftovers = extras, sorted(leftovers)
+
+    def _check_names(self, volumes):
+        """Refuse to use or to delete what is another instance's.
+
+        Another host has written the records, and may have been broken into.
+        """
+        for name in volumes:
+            if not is_named_after(name, self.instance.uuid):
+                raise exception.InvalidDiskMetadata(
+                    instance_uuid=self.instance.uuid,
+                    mapping=self._root.uuid if self._root else None,
+                    reason='volume %s is none of the instance' %
+                    textwrap.shorten(name, 100, placeholder=' ...'))

@@ -62,6 +62,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.api = api.LocalDisks(
             self.host, self.image_backend, mock.sentinel.job_tracker,
             'qemu:///system', lambda: '192.0.2.1')
+        self.recover = self.patch('move.bitmaps.recover')
         self.instance = objects.Instance(
             id=1, uuid=uuids.instance, image_ref=uuids.image,
             system_metadata={}, task_state=None, trusted_certs=None,
@@ -242,6 +243,25 @@ class LocalDisksTestCase(test.NoDBTestCase):
         # So may what an earlier service has let write to them.
         reap.assert_called_once_with()
 
+    def test_init_host_without_a_storage_driver(self):
+        """A host without pools need not have one."""
+        self.flags(images_type='qcow2', group='libvirt')
+        self.patch('intake.reaper.reap')
+        has_pools = self.patch(
+            'pool.ownership.has_pools',
+            side_effect=exception.StoragePoolError(
+                pool='p', host='here', code=38, reason='no virtstoraged'))
+        delete = self.patch('pool.ownership.delete_volumes')
+        self.api.init_host()
+        self.assertTrue(self.api.delete(self.instance))
+        delete.assert_not_called()
+        # It was not there yet when this service was started.
+        has_pools.side_effect = None
+        self.api.delete(self.instance)
+        self.api.delete(self.instance)
+        self.assertEqual(2, delete.call_count)
+        self.assertEqual(3, has_pools.call_count)
+
     def test_what_the_source_asks_for(self):
         handle = self.patch('intake.intake.Intake.handle')
         self.assertEqual(handle.return_value, self.api.take_in(
@@ -250,6 +270,14 @@ class LocalDisksTestCase(test.NoDBTestCase):
         handle.assert_called_once_with(
             mock.sentinel.context, self.instance, mock.sentinel.migration,
             {'do': 'greet'})
+
+    @ddt.data(True, False)
+    def test_what_moves_have_left_in_guests(self, has_pools):
+        self.patch('pool.setup.ensure_pools')
+        self.patch('pool.ownership.has_pools', return_value=has_pools)
+        self.api.init_host()
+        self.assertEqual([mock.call(self.host)] if has_pools else [],
+                         self.recover.mock_calls)
 
     def test_exports_that_ended_are_noticed(self):
         look = self.patch('intake.intake.Intake.look_after')
@@ -399,6 +427,16 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.api.delete(self.instance)
         delete.assert_called_once()
 
+    def test_offer_without_a_storage_driver(self):
+        """Of files, which need none."""
+        self.patch('move.destination.offer')
+        self.patch('records.metadata.InstanceDisks.load')
+        self.patch('pool.ownership.has_pools',
+                   side_effect=exception.StoragePoolError(
+                       pool='p', host='here', code=38, reason='none'))
+        self.api.offer(mock.sentinel.context, self.instance,
+                       mock.sentinel.migration)
+
     def test_offer_refused(self):
         # The instance stays as it is if there is no other host to try
         refusal = exception.MigrationPreCheckError(reason='no pool')
@@ -519,6 +557,8 @@ class LocalDisksTestCase(test.NoDBTestCase):
                 mock.sentinel.context, self.instance, given))
             self.api.abandon_live(
                 mock.sentinel.context, self.instance, given)
+            self.api.stayed_live(
+                mock.sentinel.context, self.instance, given)
         self.api.check_live(mock.sentinel.context, self.instance, data)
         self.api.send_live(mock.sentinel.context, self.instance, data)
         self.assertEqual({}, self.api.offer_live(
@@ -535,6 +575,21 @@ class LocalDisksTestCase(test.NoDBTestCase):
             disks=[objects.LibvirtLiveMigrateDiskInfo()])
         self.assertTrue(self.api.leave_live(
             mock.sentinel.context, self.instance, data))
+
+    def test_live_migration_has_failed_and_the_guest_runs_on(self):
+        # A destination that has died won't say so.
+        load = self.patch('records.metadata.InstanceDisks.load')
+        settle = self.patch('live.settle.settle')
+        data = objects.LibvirtLiveMigrateData(
+            disks=[objects.LibvirtLiveMigrateDiskInfo()])
+        self.api.stayed_live(mock.sentinel.context, self.instance, data)
+        settle.assert_called_once_with(
+            mock.sentinel.context, self.host, load.return_value)
+        # Whatever is wrong, the rest has to be rolled back.
+        settle.side_effect = exception.DisksMayBeElsewhere(
+            instance_uuid='i', host='a', dest='b', volumes='v')
+        self.api.stayed_live(mock.sentinel.context, self.instance, data)
+        self.assertIn('host b', self.stdlog.logger.output)
 
     def test_settles_before_anything_is_done(self):
         settle = self.patch('live.settle.settle',
@@ -599,7 +654,8 @@ class LocalDisksTestCase(test.NoDBTestCase):
 
         self.api._has_pools = True
         self.api.start_pools(mock.sentinel.context, self.instance)
-        ready_for.assert_called_once_with(self.conn, disks)
+        ready_for.assert_called_once_with(
+            self.api._local.get_connection, disks)
 
     def test_start_pools_with_a_broken_record(self):
         self.patch('records.metadata.InstanceDisks.load')

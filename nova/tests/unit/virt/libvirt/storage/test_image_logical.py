@@ -168,8 +168,10 @@ class LogicalDiskTestCase(base.PoolsTestCase):
     @mock.patch('nova.privsep.fs.lvextend', autospec=True)
     @mock.patch('nova.privsep.qemu.resize_image', autospec=True)
     def test_resize(self, mock_qemu_img, mock_extend):
-        mock_extend.side_effect = lambda path, size: self.group.extend(
-            os.path.basename(path), size)
+        mock_extend.side_effect = lambda path, size, extents: (
+            self.group.extend(os.path.basename(path), size, extents))
+        self.stub_out('nova.privsep.fs.lvextents', lambda path: (
+            self.group.extents(os.path.basename(path))))
         image = self._create()
         image.create_from_image(mock.sentinel.context, uuids.image, 64 * MIB)
         self.assertEqual(64 * MIB, image.get_disk_size(None))

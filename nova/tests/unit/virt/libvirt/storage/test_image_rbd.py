@@ -26,9 +26,12 @@ from nova.tests.fixtures import ceph
 from nova.tests.unit.virt.libvirt.storage.pool import base
 from nova.virt import images
 from nova.virt.libvirt import imagebackend
+from nova.virt.libvirt.storage import api
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import image_rbd
 from nova.virt.libvirt.storage.move import offer
+from nova.virt.libvirt.storage.records import leftovers
+from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
 
 CONF = nova.conf.CONF
@@ -159,6 +162,69 @@ class WhichTestCase(RbdDiskTestCase):
         ).metadata(MIB)
         self.assertEqual((name + '.1', 'building'),
                          (record.volume, record.state))
+
+
+class RebuildTestCase(RbdDiskTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.stub_out(
+            'nova.objects.BlockDeviceMappingList._save_driver_info',
+            lambda *args: None)
+        self.bdm = objects.BlockDeviceMapping(
+            id=1, uuid=uuids.bdm, instance_uuid=uuids.instance,
+            source_type='image', destination_type='local', boot_index=0,
+            guest_format=None, driver_info=None, no_device=False)
+        self.instance._context = mock.sentinel.context
+        disks = self.disks()
+        disks.set('disk', self.create().record)
+        disks.save(mock.sentinel.context)
+        self.api = api.LocalDisks.__new__(api.LocalDisks)
+        self.api._has_pools = True
+        self.api._local = mock.Mock(get_connection=lambda: self.conn)
+
+    def disks(self):
+        return metadata.InstanceDisks.from_bdms(self.instance, [self.bdm])
+
+    def rebuild(self):
+        """What the driver does first; :returns: the new disk's record"""
+        self.instance.task_state = 'rebuilding'
+        with mock.patch.object(lifecycle, 'of_instance',
+                               side_effect=lambda *args: self.disks()):
+            self.api.delete(self.instance)
+            self.api.forget(mock.sentinel.context, self.instance, {})
+        self.instance.task_state = 'rebuild_spawning'
+        return self.backends.by_name(self.instance, 'disk', disk_info_mapping={
+            'taken': leftovers.names(self.disks())}).metadata(MIB)
+
+    def test_rebuild(self):
+        record = self.rebuild()
+        self.assertEqual(('%s_disk' % uuids.instance, 'building'),
+                         (record.volume, record.state))
+
+    def test_old_disk_that_could_not_be_deleted(self):
+        """An operator has made a snapshot of it, say."""
+        self.disk.snapshots['backup'] = ceph.Snapshot(b'old', 48 * MIB)
+        record = self.rebuild()
+        self.assertEqual(('%s_disk.1' % uuids.instance, 'building'),
+                         (record.volume, record.state))
+        # It is tried again.
+        self.assertEqual([('here', 'ceph', '%s_disk' % uuids.instance)],
+                         self.disks().leftovers)
+        del self.disk.snapshots['backup']
+        disks = self.disks()
+        disks.set('disk', record)
+        leftovers.delete(self.conn, disks)
+        self.assertEqual([], disks.leftovers)
+        self.assertNotIn('%s_disk' % uuids.instance, self.images)
+
+    def test_broken_record(self):
+        """A rebuild is the way out of it."""
+        self.disk.snapshots['backup'] = ceph.Snapshot(b'old', 48 * MIB)
+        self.bdm.driver_info = '{'
+        self.assertRaises(exception.InvalidDiskMetadata,
+                          lambda: self.disks().items())
+        self.assertEqual('%s_disk.1' % uuids.instance, self.rebuild().volume)
 
 
 class XMLTestCase(RbdDiskTestCase):

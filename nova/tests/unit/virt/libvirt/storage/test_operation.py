@@ -185,6 +185,24 @@ class DiskOperationTestCase(OperationTestCase):
             mock.sentinel.context, uuids.image, trusted_certs=None)
         self.assertEqual(ensure.return_value, base)
 
+    @mock.patch('nova.virt.libvirt.storage.move.base_image.context_to_fetch',
+                side_effect=[mock.sentinel.own, None])
+    @mock.patch('nova.virt.libvirt.storage.move.destination.accept')
+    def test_base_image_that_the_user_does_not_see(self, mock_accept,
+                                                   mock_context):
+        """Glance has it, so that what the source sends is not taken."""
+        lost = exception.ImageNotFound(image_id=uuids.image)
+        self.records.set('disk', record())
+        ensure = (self.local.image_backend.by_name.return_value.
+                  ensure_image_cached)
+        ensure.side_effect = [lost, 'the base', lost]
+        self.of().accept()
+        cache_base = mock_accept.call_args.args[5]
+        self.assertEqual('the base', cache_base())
+        self.assertIs(mock.sentinel.own, ensure.call_args.args[0])
+        self.assertIs(lost, self.assertRaises(
+            exception.ImageNotFound, cache_base))
+
     @mock.patch('nova.virt.libvirt.storage.move.handover.look_again')
     @mock.patch('nova.virt.libvirt.storage.move.handover.look')
     @mock.patch('nova.virt.libvirt.storage.move.destination.accept')
@@ -333,6 +351,15 @@ class RebootTestCase(OperationTestCase):
         self.migration = mock.sentinel.migration
         self.check()
         self.pool.start.assert_called_once_with()
+
+    def test_check_finds_a_disk_that_is_being_copied_on_this_host(self):
+        self.records.set('disk', record(
+            state='building', migration_id=7, previous=record()))
+        # One that has ended is gone on with.
+        self.check()
+        self.patch('nova.virt.libvirt.storage.move.source.is_running',
+                   return_value=True)
+        self.assertRaises(exception.DiskBeingCopied, self.check)
 
     @ddt.data(True, False)
     def test_check_finds_a_disk_that_was_given_back(self, is_gone):

@@ -56,6 +56,9 @@ class ReportTestCase(test.NoDBTestCase):
         if isinstance(record, str):
             bdm.driver_info = record
         elif record is not None:
+            for volume in (record, record.next):
+                if volume is not None and volume.volume:
+                    volume.volume = '%s_%s' % (uuid, volume.volume)
             bdm.driver_info = metadata.dumps(record, bdm.uuid)
         self.instances.append(objects.Instance(
             uuid=uuid, host=host, deleted=False))
@@ -99,10 +102,10 @@ class TestReport(ReportTestCase):
         volume.next = self.record(
             'libvirt-storage', pool='q', volume='w', host='b',
             state='building')
-        self.add('one', 'a', volume)
+        uuid = self.add('one', 'a', volume)
         lines = report.disks(self.context)
-        self.assertEqual(['b q/w'], [line.next for line in lines])
-        self.assertIn('b q/w', report.as_tables(lines))
+        self.assertEqual(['b q/%s_w' % uuid], [line.next for line in lines])
+        self.assertIn('b q/%s_w' % uuid, report.as_tables(lines))
 
     def test_on_ceph_all_are_raw(self):
         """There libvirt reads no guest's first bytes."""
@@ -150,10 +153,10 @@ class TestReport(ReportTestCase):
     def test_output(self):
         uuid = self.add('two', 'a', self.volume())
         lines = report.disks(self.context)
-        self.assertEqual('v', jsonutils.loads(report.as_json(lines))[0][
-            'volume'])
+        self.assertEqual(uuid + '_v', jsonutils.loads(
+            report.as_json(lines))[0]['volume'])
         text = report.as_tables(lines)
-        for part in (uuid, 'libvirt-storage', ' p ', ' v '):
+        for part in (uuid, 'libvirt-storage', ' p ', '_v '):
             self.assertIn(part, text)
 
 

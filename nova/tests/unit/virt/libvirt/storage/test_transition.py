@@ -451,6 +451,20 @@ class TestTransition(TransitionTestCase):
                       uuids.instance, text)
         self.assertIn('<disk type="file"><source file="/other"/>', text)
 
+    def test_rescued_guest_by_another_instances_path(self):
+        """It was rescued before that was spelled otherwise."""
+        self.legacy('disk')
+        xml = os.path.join(self.instance_dir, 'unrescue.xml')
+        with open(xml, 'w') as f:
+            f.write("<domain><devices><disk type='file'><source "
+                    "file='/before/%s/disk'/></disk></devices></domain>" %
+                    os.path.basename(self.instance_dir))
+        moving = self.transition()
+        moving.run()
+        moving.finish()
+        with open(xml) as f:
+            self.assertIn('volume="%s_disk"' % uuids.instance, f.read())
+
     def test_last_name_is_never_removed(self):
         self.legacy('disk')
         moving = self.transition()

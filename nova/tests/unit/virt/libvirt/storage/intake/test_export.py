@@ -14,6 +14,7 @@
 import contextlib
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -389,6 +390,13 @@ class AttackTestCase(ExportTestBase):
         wait_for(lambda: not found.is_running())
         self.assert_untouched()
 
+    def test_answers_that_nobody_takes(self):
+        """Of each connection qemu-nbd would keep 512 MiB of them."""
+        pid = self.pid(self.export())
+        wait_for(lambda: resource.prlimit(
+            pid, resource.RLIMIT_DATA)[0] == 1 << 30 and resource.prlimit(
+                pid, resource.RLIMIT_STACK)[0] <= 8 << 20)
+
     def test_silent_connections(self):
         with fixtures.MonkeyPatch(
                 'nova.virt.libvirt.storage.intake.export.stall_timeout',
@@ -457,6 +465,37 @@ class AttackTestCase(ExportTestBase):
         # It doesn't become larger either.
         self.assertEqual((SIZE, b'it'), (os.path.getsize(self.path),
                                          self.content(length=2)))
+
+    def test_other_processes(self):
+        """Those of nova-compute are of the same user."""
+        if not guard.can_confine() or guard.landlock_version() < 6:
+            self.skipTest('this kernel does not keep signals in')
+        if not os.path.exists('/usr/bin/python3'):
+            self.skipTest('there is no Python that it may read')
+        other = subprocess.Popen(['sleep', '60'])
+        self.addCleanup(other.wait)
+        self.addCleanup(other.kill)
+        path = '\0nova-test-%d' % other.pid
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.intake.export.command',
+            lambda *args: ['/usr/bin/python3', '-c', """if True:
+                import os, socket
+                for act in (
+                        lambda: os.kill(%d, 9),
+                        lambda: socket.socket(socket.AF_UNIX).connect(%r)):
+                    try:
+                        act()
+                    except PermissionError as e:
+                        os.write(2, b'refused %%r\\n' %% str(e).encode())
+                """ % (other.pid, path)]))
+        listening = socket.socket(socket.AF_UNIX)
+        self.addCleanup(listening.close)
+        listening.bind(path)
+        listening.listen()
+        found = self.export()
+        wait_for(lambda: not found.is_running())
+        self.assertIsNone(other.poll())
+        self.assertEqual(2, self.stdlog.logger.output.count('refused'))
 
 
 class NbdkitTestBase(ExportTestBase):

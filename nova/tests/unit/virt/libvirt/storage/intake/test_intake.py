@@ -257,11 +257,25 @@ class IntakeTestCase(IntakeTestBase):
         self.assertIn(self.name, self.dest.pools[POOL])
 
     def test_leftovers_may_be_deleted(self):
-        self.dest.pools[POOL]['left'] = {'length': 5, 'allocation': 5}
-        self.note_left('dest', 'left')
+        left = '%s_disk.7' % self.instance.uuid
+        self.dest.pools[POOL][left] = {'length': 5, 'allocation': 5}
+        self.note_left('dest', left)
         self.migration.status = 'error'
-        self.assertEqual([], self.ask('delete', places=[[POOL, 'left']]))
+        self.assertEqual([], self.ask('delete', places=[[POOL, left]]))
         self.assertEqual({}, self.dest.pools[POOL])
+
+    def test_disk_of_another_server_that_is_on_record(self):
+        """The source writes the records."""
+        others = '%s_disk' % uuids.other
+        self.dest.pools[POOL][others] = {'length': 5, 'allocation': 5}
+        self.note_left('dest', others)
+        for what, arguments in (
+                ('delete', {'places': [[POOL, others]]}),
+                ('create', dict(self.place(), length=5, mode=0o644))):
+            e = self.assertRaises(exception.InvalidDiskMetadata,
+                                  self.ask, what, **arguments)
+            self.assertIn('none of the instance', str(e))
+        self.assertEqual([others], list(self.dest.pools[POOL]))
 
     def test_hand_over_closes_all(self):
         self.create()

@@ -15,6 +15,7 @@ import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import exception
+from nova.network import model as network_model
 from nova import objects
 from nova.tests.unit.virt.libvirt.storage.live import test_settle
 from nova.virt.libvirt.storage.live import by_hand
@@ -28,6 +29,9 @@ class ByHandTestCase(test_settle.LiveTestCase):
         self.copy()
         self.instance.task_state = None
         self.instance.host = 'source'
+        self.instance.info_cache = None
+        self.neutron = self.useFixture(
+            fixtures.MockPatch('nova.network.neutron.API')).mock.return_value
         mapping = objects.InstanceMapping(
             cell_mapping=objects.CellMapping(uuid=uuids.cell))
         for name, value in (
@@ -66,6 +70,61 @@ class ByHandTestCase(test_settle.LiveTestCase):
         self.guests = {}
         self.settle('source')
 
+    def _have_port(self):
+        self.instance.info_cache = objects.InstanceInfoCache(
+            network_info=network_model.NetworkInfo(
+                [network_model.VIF(id=uuids.port)]))
+
+    def test_ports_move(self):
+        # They are bound to the source until somebody says otherwise, and the
+        # guest on the destination has no network.
+        self._have_port()
+
+        def start(context, instance, migration):
+            self.assertEqual(('source', 'dest'), (
+                migration.source_compute, migration.dest_compute))
+            self.assert_disks('source', ('dest', 'building'))
+
+        self.neutron.migrate_instance_start.side_effect = start
+        self.neutron.setup_networks_on_host.side_effect = (
+            exception.PortBindingDeletionFailed(port_id='p', host='source'))
+        self.assertEqual('dest', self.end(True))
+        self.neutron.migrate_instance_start.assert_called_once()
+        self.neutron.setup_networks_on_host.assert_called_once_with(
+            self.context, self.instance, host='source', teardown=True)
+        self.assertIn('host source', self.stdlog.logger.output)
+
+    def test_ports_can_not_move(self):
+        self._have_port()
+        self.neutron.migrate_instance_start.side_effect = (
+            exception.PortBindingActivationFailed(port_id='p', host='dest'))
+        self.assertRaises(
+            exception.PortBindingActivationFailed, self.end, True)
+        self.assert_disks('source', ('dest', 'building'))
+        self.assertEqual('source', self.instance.host)
+
+    def test_ports_stay(self):
+        self._have_port()
+        self.end(False)
+        self.assertEqual([], self.neutron.mock_calls)
+
+    def test_cut_off(self):
+        # The instance and the disks are in two tables.
+        self.instance.save.side_effect = [
+            exception.CellTimeout(), mock.DEFAULT, mock.DEFAULT]
+        self.assertRaises(exception.CellTimeout, self.end, True)
+        self.assert_disks('source', ('dest', 'building'))
+        stored = [bdm.driver_info for bdm in self.bdms]
+        with mock.patch.object(
+                objects.BlockDeviceMappingList, 'save_driver_info',
+                side_effect=exception.CellTimeout()):
+            self.assertRaises(exception.CellTimeout, self.end, True)
+        for bdm, driver_info in zip(self.bdms, stored):
+            bdm.driver_info = driver_info
+        self.assertEqual('dest', self.end(True))
+        self.assert_disks('dest')
+        self.assertEqual('dest', self.instance.host)
+
     def test_nothing_to_settle(self):
         self.end(False)
         e = self.assertRaises(exception.NoMigrationToSettle, self.end, True)
@@ -74,7 +133,9 @@ class ByHandTestCase(test_settle.LiveTestCase):
     def test_another_operation_is_at_it(self):
         self.instance.task_state = 'migrating'
         e = self.assertRaises(exception.NoMigrationToSettle, self.end, True)
-        self.assertIn('migrating', str(e))
+        # A source that is down for good never ends that.
+        for word in ('migrating', 'host source', 'reset the state'):
+            self.assertIn(word, str(e))
         self.assert_disks('source', ('dest', 'building'))
 
     def test_destination_has_no_compute(self):

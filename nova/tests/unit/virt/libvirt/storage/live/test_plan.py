@@ -186,6 +186,17 @@ class TestPlan(PlanTestCase):
         self.assertEqual(dict.fromkeys(DEVICES, 'share'), self.ways())
         self.assertEqual([], self.host.uris)
 
+    def test_outside_of_the_pools_on_ceph(self):
+        self.assertFalse(plan.is_on_ceph(self.disks))
+        for name, record in self.disks.items():
+            record.backend, record.pool, record.volume = 'rbd', None, None
+            self.disks.set(name, record)
+        self.assertTrue(plan.is_on_ceph(self.disks))
+        record.backend = 'flat'
+        self.assertFalse(plan.is_on_ceph(self.disks))
+        self.disks.clear()
+        self.assertFalse(plan.is_on_ceph(self.disks))
+
     def test_guest_runs_with_another_image(self):
         self.on_ceph()
         self.devices['disk'].source_name = 'nova/other'

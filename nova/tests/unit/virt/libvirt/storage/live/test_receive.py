@@ -303,6 +303,27 @@ class TestCheck(ReceiveTestCase):
         self.assertEqual([], self.load().leftovers)
         self.assertFalse(os.path.exists(directory))
 
+    def _leave_directory(self, *names):
+        """Have the directory of a migration of which no disk was left."""
+        self.plan()
+        directory = os.path.join(
+            two_hosts.CONF.instances_path, uuids.instance)
+        os.mkdir(directory)
+        for name in names:
+            with open(os.path.join(directory, name), 'w'):
+                pass
+        self.receiver().check()
+        return directory
+
+    def test_directory_without_leftovers(self):
+        # As it is in pools that both hosts see: a volume is the same one.
+        directory = self._leave_directory('console.log', 'disk.info')
+        self.assertFalse(os.path.exists(directory))
+        self.assertIn('Removing', self.stdlog.logger.output)
+
+    def test_directory_with_disks_stays(self):
+        self.assertTrue(os.path.exists(self._leave_directory('disk.eph0')))
+
     def test_directory_that_both_see(self):
         self.plan()
         self.note_left('dest', self.volume_name('disk'))

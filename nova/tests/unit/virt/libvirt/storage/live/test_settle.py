@@ -43,6 +43,9 @@ class LiveTestCase(two_hosts.TwoHostsTestCase):
         self.off = self.paused = None
         self.stored = POOL
         self.host.get_guest = self.get_guest
+        self.stub_out(
+            'nova.virt.libvirt.storage.records.metadata.InstanceDisks.load',
+            lambda cls, context, instance: self.load())
 
     def get_guest(self, instance):
         if two_hosts.CONF.host not in self.guests:
@@ -235,10 +238,47 @@ class SettleTestCase(LiveTestCase):
         self.check_stays('dest')
         self.assert_disks('source', ('dest', 'building'))
 
+    @ddt.data(task_states.REBUILDING, task_states.SHELVING,
+              task_states.SHELVING_OFFLOADING)
+    def test_disks_of_a_guest_that_may_be_elsewhere_stay(self, task_state):
+        # Where both hosts see them they are the guest's, and so are the
+        # volumes of Cinder that a second one would get.
+        self.begin('ready')
+        self.instance.task_state = task_state
+        self.off = fakelibvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN
+        self.assertRaises(exception.DisksMayBeElsewhere, self.check_stays)
+        self.move_guest()
+        error = self.assertRaises(
+            exception.DisksMayBeElsewhere, self.check_stays)
+        self.assertIn('settle_live_migration', error.format_message())
+        self.assert_disks('source', ('dest', 'ready'))
+        # Elsewhere they may go.
+        self.check_stays('third')
+        # One that runs here is here.
+        self.guests, self.off = {
+            'source': fakelibvirt.VIR_DOMAIN_JOB_NONE}, None
+        self.check_stays()
+
+    def test_disks_of_a_guest_that_goes_nowhere_may_go(self):
+        self.instance.task_state = task_states.REBUILDING
+        self.guests = {}
+        self.check_stays()
+
     def test_no_guest_to_be_ended(self):
         self.begin()
         self.move_guest()
         self.check_stays()
+
+    def test_refuse_to_guess(self):
+        self.begin()
+        self.flags(host='source')
+        error = self.assertRaises(
+            exception.DisksMayBeElsewhere, settle.refuse_to_guess,
+            self.load())
+        self.assertIn('host dest', error.format_message())
+        self.bdms = []
+        self.assertRaises(exception.InstanceNotFound, settle.refuse_to_guess,
+                          self.load())
 
     def test_it_is_paused_for_the_switch(self):
         self.begin()
@@ -288,6 +328,20 @@ class SettleTestCase(LiveTestCase):
         self.begin()
         self.settle('dest')
         self.assert_disks('source', ('dest', 'building'))
+
+    def test_evacuation(self):
+        # The source has lost its power, maybe when the guest had gone: in a
+        # pool that they share, a third host would start its disks again.
+        self.begin('ready')
+        self.instance.task_state = task_states.REBUILD_SPAWNING
+        self.move_guest()
+        error = self.assertRaises(
+            exception.DisksMayBeElsewhere, self.settle, 'third')
+        self.assertIn('host dest', error.format_message())
+        self.assert_disks('source', ('dest', 'ready'))
+        # The destination knows what it has.
+        self.guests = {}
+        self.settle('dest')
 
     def test_third_host(self):
         self.begin()
@@ -379,6 +433,26 @@ class EndsTestCase(LiveTestCase):
         self.abandon()
         self.assert_disks('source')
         self.assertEqual(4, len(self.left('dest')))
+
+    def test_rollback_while_the_source_goes_on(self):
+        # It is told to delete, and isn't waited for: the server's next hard
+        # reboot, which may move its disks, can come first.
+        delete = two_hosts.Volume.delete
+
+        def delete_slowly(volume):
+            disks = self.load()
+            record = disks.get('disk')
+            record.pool = 'another'
+            disks.set('disk', record)
+            disks.save(self.context)
+            delete(volume)
+
+        self.stub_out(two_hosts.__name__ + '.Volume.delete', delete_slowly)
+        self.abandon()
+        self.assertEqual([], self.ours(self.dest))
+        self.assertEqual('another', self.load().get('disk').pool)
+        self.assert_disks('source')
+        self.assertEqual([], self.load().leftovers)
 
     def test_rollback_twice(self):
         self.abandon()

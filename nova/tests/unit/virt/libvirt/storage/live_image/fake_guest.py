@@ -11,6 +11,9 @@
 #    under the License.
 """A guest that is saved and goes on, without libvirt."""
 
+import os
+import stat
+
 from nova.compute import power_state
 from nova.tests.unit.virt.libvirt.storage.live_image import test_definition
 from nova.tests.unit.virt.libvirt.storage.live_image import test_memory_file
@@ -89,8 +92,8 @@ class Guest:
         assert self._path(xml, 'disks/disk[@backup="no"]/@name') == 'hda'
         self.scratch = self._path(xml, 'disks/disk/scratch/@file')
         self.socket = self._path(xml, 'server/@socket')
-        for path in (self.scratch, self.socket):
-            open(path, 'wb').close()
+        open(self.scratch, 'wb').close()
+        os.mknod(self.socket, stat.S_IFSOCK | 0o700)
         self.job = True
         self.step('disk')
 

@@ -101,6 +101,7 @@ class CaptureTestCase(test.NoDBTestCase):
             me, qemu = os.geteuid(), 64055
             self.assertEqual(
                 [(os.path.dirname(self.guest.socket), qemu),
+                 (os.path.dirname(self.guest.socket), me),
                  (self.guest.socket, me), (saved.memory.path, me)],
                 [(call.args[0], call.kwargs['uid'])
                  for call in self.chown.mock_calls])

@@ -11,6 +11,7 @@
 #    under the License.
 
 import os
+import stat
 
 import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
@@ -58,3 +59,52 @@ class UnderWayTestCase(test.NoDBTestCase):
         self.assertEqual([], under_way.instances())
         under_way.begin(uuids.instance)
         self.assertEqual([uuids.instance], under_way.instances())
+
+
+class ExportTestCase(test.NoDBTestCase):
+    """The place where QEMU, which may have been broken into, has to write."""
+
+    def setUp(self):
+        super().setUp()
+        self.folder = self.useFixture(fixtures.TempDir()).path
+        self.flags(snapshots_directory=self.folder, group='libvirt')
+        self.chowned = []
+        self.stub_out('nova.privsep.path.chown', self._chown)
+        under_way.begin(uuids.instance)
+        self.path = under_way.make_export(uuids.instance, 64055)
+        self.chowned.clear()
+
+    def _chown(self, path, uid, gid=-1):
+        self.chowned.append((path, uid))
+
+    @staticmethod
+    def _listen(path):
+        os.mknod(path, stat.S_IFSOCK | 0o700)
+
+    def test_socket(self):
+        self._listen(self.path)
+        self.assertEqual(self.path, under_way.take_export(uuids.instance))
+        me = os.geteuid()
+        # From then on nobody but nova puts anything else there.
+        self.assertEqual([(os.path.dirname(self.path), me), (self.path, me)],
+                         self.chowned)
+
+    def _refused(self):
+        self.chowned.clear()
+        self.assertRaises(OSError, under_way.take_export, uuids.instance)
+        self.assertNotIn(self.path, [path for path, _uid in self.chowned])
+        os.unlink(self.path)
+
+    def test_link_to_anything(self):
+        secret = os.path.join(self.folder, 'secret')
+        open(secret, 'w').close()
+        others = os.path.join(self.folder, 'others')
+        self._listen(others)
+        for target in (secret, others):
+            os.symlink(target, self.path)
+            self._refused()
+            os.link(target, self.path)
+            self._refused()
+
+    def test_nothing(self):
+        self.assertRaises(OSError, under_way.take_export, uuids.instance)

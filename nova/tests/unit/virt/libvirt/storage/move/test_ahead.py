@@ -80,8 +80,9 @@ class WarmCopy:
     def first(self, watch, bandwidth):
         return self._pass('first', self.length, watch)
 
-    def rest(self, length, watch, bandwidth):
+    def rest(self, length, watch, bandwidth, changed=None):
         self.test.assertTrue(self.is_open)
+        self.test.told.append((self.source.name, changed))
         return self._pass('rest', length, watch)
 
 
@@ -92,7 +93,11 @@ class AheadTestBase(test_transport.MoveTestBase):
         # The other host's RPC is a call, during which this is that host.
         self.flags(storage_migration_precopy=0,
                    storage_migration_parallel_disks=1, group='libvirt')
-        self.done, self.errors, self.known = [], {}, []
+        self.done, self.errors, self.known, self.told = [], {}, [], []
+        self.bitmaps = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.move.bitmaps.Bitmaps',
+            autospec=True)).mock.return_value
+        self.bitmaps.changed.return_value = None
         self.runs = True
         self.guest = mock.Mock()
         self.guest.is_active.side_effect = lambda: self.runs
@@ -200,6 +205,44 @@ class PassesTests:
         self.assertEqual(3, len(self.copies))
         self.arrived()
 
+    def test_what_qemu_has_noted(self):
+        noted = {'disk': [(0, 5)], 'disk.eph0': None, 'disk.config': []}
+        self.bitmaps.changed.side_effect = lambda item: noted[item.name]
+        outgoing = self.begin()
+        self.assertEqual(
+            [mock.call.begin(mock.ANY)], self.bitmaps.method_calls)
+        # One that could not be noted is read as a whole.
+        self.go_on(outgoing)
+        self.assertEqual(
+            {self.volume_name(name): noted[name] for name in test_move.COPIED},
+            dict(self.told))
+        self.assertTrue(self.bitmaps.end.called)
+        self.arrived()
+
+    def test_what_is_flattened_with_the_guest_off(self):
+        # Nothing of its base image is data, so it was sent ahead.
+        self.lay_over('disk.eph0', 'ephemeral_1')
+        self.bitmaps.changed.return_value = [(0, 5)]
+        self.go_on(self.begin())
+        self.assertEqual([self.volume_name('disk.eph0')], self.flattened)
+        self.assertEqual(
+            {self.volume_name(name): None if name == 'disk.eph0' else [(0, 5)]
+             for name in test_move.COPIED}, dict(self.told))
+        self.arrived()
+
+    def test_nothing_is_noted(self):
+        self.flags(storage_migration_dirty_bitmaps=False, group='libvirt')
+        self.go_on(self.begin())
+        self.bitmaps.begin.assert_not_called()
+        self.arrived()
+
+    def test_it_is_noted_before_anything_is_sent(self):
+        self.bitmaps.begin.side_effect = lambda items: self.done.append(
+            'noted %d' % len(items))
+        self.begin().__exit__(None, None, None)
+        self.assertEqual('noted 3', self.done[0])
+        self.bitmaps.end.assert_called_once_with()
+
     def test_some_are_worth_it(self):
         self.flags(storage_migration_precopy=1, group='libvirt')
         self.source.pools[POOL][self.volume_name('disk.eph0')].update(
@@ -231,6 +274,25 @@ class PassesTests:
         self.assertIsInstance(e.inner_exception,
                               exception.StorageTransferCancelled)
         self.assert_untouched()
+
+    def test_hard_reboot_in_the_first_pass(self):
+        """An operator has reset the server's state: the copy goes on."""
+        found = []
+
+        def look():
+            disks = self.load()
+            self.assertTrue(disks.get('disk').is_building)
+            found.append(test_move.migration.unfinished(
+                self.context, self.instance, disks))
+
+        self.migration.save.side_effect = look
+        outgoing = self.begin()
+        self.migration.save.side_effect = None
+        look()
+        self.assertEqual([None, None], found)
+        self.go_on(outgoing)
+        self.assertFalse(test_move.migration.is_running(self.instance))
+        self.arrived()
 
     @ddt.data(True, False)
     def test_deleted_in_the_first_pass(self, is_gone):

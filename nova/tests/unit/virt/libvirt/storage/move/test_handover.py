@@ -22,6 +22,7 @@ from nova import objects
 from nova import test
 from nova.tests import fixtures as nova_fixtures
 from nova.tests.unit.virt.libvirt.storage import test_content
+from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage.move import handover
 from nova.virt.libvirt.storage.records import metadata
 
@@ -47,7 +48,7 @@ class HandoverTestCase(test.NoDBTestCase):
                       lambda path, format: self.info)
         self.saved = mock.Mock()
         self.disks = metadata.InstanceDisks(
-            objects.Instance(uuid=uuids.instance), {},
+            objects.Instance(uuid=uuids.instance, image_ref=uuids.image), {},
             mock.Mock(driver_info=None))
         self.disks.save = self.saved
 
@@ -168,8 +169,21 @@ class HandoverTestCase(test.NoDBTestCase):
         self.info.backing_file = '/etc/shadow'
         self.refused(exception.BaseImageMisplaced)
 
-    def test_qcow2_over_the_image_cache(self):
+    def lay_over(self, image_id):
         self.info.backing_file = os.path.join(
-            self.directory, '_base', 'image')
+            self.directory, '_base', imagecache.get_cache_fname(image_id))
+
+    def test_qcow2_over_the_image_cache(self):
+        self.lay_over(uuids.image)
         self.come_as_qcow2()
         self.accepted()
+
+    def test_qcow2_was_laid_over_another_image(self):
+        """Which may be anybody's."""
+        self.lay_over(uuids.image)
+        self.come_as_qcow2()
+        # A header that has not grown is compared.
+        self.info.virtual_size = 2 * GIB
+        self.accepted()
+        self.lay_over(uuids.other)
+        self.refused(exception.UnsafeDiskContent)

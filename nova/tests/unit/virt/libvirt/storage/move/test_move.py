@@ -23,6 +23,7 @@ from oslo_utils.fixture import uuidsentinel as uuids
 import tenacity
 
 import nova.conf
+from nova import context
 from nova import exception
 from nova import objects
 from nova.objects import fields
@@ -1561,6 +1562,29 @@ class BaseImageTestCase(OutgoingTestCase):
                 CONF.instances_path, '_base', self.fname), new)))
         self.assertTrue(self.accept())
         self.only_swap_is_kept()
+
+    @ddt.data('user', 'nova', 'nobody')
+    def test_source_that_makes_up_that_glance_has_lost_it(self, who):
+        """Any server of that image would get the source's content."""
+        self.move()
+        own = context.RequestContext(
+            'nova', 'service', auth_token=who == 'nova' and 'token' or None)
+        self.stub_out('nova.virt.libvirt.storage.service_user.admin_context',
+                      lambda: own)
+
+        def get_info(ctxt, image_id):
+            if who == 'user' or ctxt is own:
+                return {'id': image_id, 'status': 'active'}
+            raise exception.ImageNotAuthorized(image_id=image_id)
+
+        self.stub_out('nova.virt.images.get_info', get_info)
+        with mock.patch('os.rename') as mock_rename:
+            self.accept()
+        self.assertEqual(who == 'nobody', mock_rename.called)
+        if who != 'nobody':
+            # Nothing of it stays.
+            arrival.leftovers.delete(self.dest, self.load())
+            self.assertEqual([], self.bases())
 
     @ddt.data(True, False)
     def test_accept_again(self, is_known):

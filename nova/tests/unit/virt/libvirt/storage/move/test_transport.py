@@ -14,6 +14,7 @@
 import contextlib
 
 import ddt
+from oslo_utils import units
 
 import nova.conf
 from nova import exception
@@ -142,6 +143,7 @@ class MoveTestBase(test_peers.ServicePeerBase, test_move.OutgoingTestCase):
             length, **kwargs)
 
 
+@ddt.ddt
 class MoveTestCase(MoveTestBase):
 
     def test_move(self):
@@ -155,6 +157,21 @@ class MoveTestCase(MoveTestBase):
             'open', 'connected', 'close')])
         for name in test_move.COPIED:
             self.assertIsNone(self.load().get(name).expected.address)
+
+    @ddt.data('raw', 'qcow2')
+    def test_disk_of_a_flavor_without_a_size(self, disk_format):
+        """What it may be sent, the destination judges by the record."""
+        length = 3 * units.Gi
+        record = self.disks.get('disk')
+        record.size, record.format = 0, disk_format
+        self.disks.set('disk', record)
+        self.disks.save(self.context)
+        self.source.pools[POOL][self.volume_name('disk')].update(
+            length=length)
+        self.move()
+        self.assertEqual(
+            length, self.dest.pools[POOL][self.volume_name('disk')]['length'])
+        self.assertEqual(length, self.load().get('disk').size)
 
     def come_wrong(self, transport):
         self.flags(storage_migration_transport=transport, group='libvirt')

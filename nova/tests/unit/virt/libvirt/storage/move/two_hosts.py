@@ -263,6 +263,8 @@ class TwoHostsTestCase(test.NoDBTestCase):
         self.useFixture(fixtures.MonkeyPatch(
             'nova.virt.libvirt.storage.move.undo._delete_anew.retry.wait',
             tenacity.wait_none()))
+        # Not every test ends the moves that it has begun.
+        self.stub_out('nova.virt.libvirt.storage.move.copy._running', set())
         # what a pool's file system has, if that isn't the default
         self.free = {}
         self.stub_out('nova.virt.libvirt.utils.get_fs_info', self.get_fs_info)

@@ -35,11 +35,12 @@ class ReadyForTestCase(base.PoolsTestCase):
 
     def setUp(self):
         super().setUp()
+        self.get_connection = mock.Mock(return_value=self.conn)
         self.raw = self.add_pool(DISKS, active=False)
         self.other = self.add_pool('other', active=False)
 
     def ready_for(self, *records):
-        health.ready_for(self.conn, mock.Mock(items=lambda: [
+        health.ready_for(self.get_connection, mock.Mock(items=lambda: [
             ('disk%d' % n, one) for n, one in enumerate(records)]))
 
     def test_starts_what_is_needed(self):
@@ -48,6 +49,11 @@ class ReadyForTestCase(base.PoolsTestCase):
         self.assertTrue(self.raw.isActive())
         self.assertFalse(self.other.isActive())
         self.ready_for(record(DISKS))
+
+    def test_nothing_is_asked_for_disks_outside_pools(self):
+        self.ready_for()
+        self.ready_for(record(None))
+        self.get_connection.assert_not_called()
 
     def test_disks_that_are_elsewhere(self):
         self.ready_for(record(DISKS, host='there'))

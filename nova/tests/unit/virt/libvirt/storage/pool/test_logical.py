@@ -377,38 +377,79 @@ class ResizeTestCase(OldBlocksTestCase):
         self.mock_extend = self.useFixture(fixtures.MockPatch(
             'nova.privsep.fs.lvextend', autospec=True,
             side_effect=self.extend)).mock
+        self.stub_out('nova.privsep.fs.lvextents', lambda path: (
+            self.group.extents(path.removeprefix('/dev/vg/'))))
+        # What another instance has left, and nobody has overwritten.
+        self.flags(group='libvirt', volume_clear='none')
+        others = self.pool.create(self.wanted(64 * units.Mi, name='others'))
+        self.volume = self.pool.create(self.wanted(10 * units.Mi))
+        self.fill(others)
+        others.delete()
 
-    def extend(self, path, size):
-        name = path.removeprefix('/dev/vg/')
-        device = self.group.devices[name]
-        before = device.length
-        self.group.extend(name, size)
-        for offset in range(before, device.length, units.Mi):
-            device.write(offset + 5000, b'secret')
+    def extend(self, path, size, extents=()):
+        self.group.extend(path.removeprefix('/dev/vg/'), size, extents)
 
     def test_grow(self):
-        volume = self.pool.create(self.wanted(10 * units.Mi))
-        volume.resize(21 * units.Mi)
+        self.volume.resize(21 * units.Mi)
         self.mock_extend.assert_called_once_with(
-            '/dev/vg/v', 21 * units.Mi)
-        self.assertEqual([24 * units.Mi] * 2,
-                         [volume.physical(), volume.info().capacity])
+            '/dev/vg/v', 21 * units.Mi, mock.ANY)
+        self.assertEqual(
+            [24 * units.Mi] * 2,
+            [self.volume.physical(), self.volume.info().capacity])
+        self.assertEqual([], self.secrets())
+        self.assertEqual({'v'}, set(self.group.devices))
+
+    def test_clearing_fails(self):
+        """The guest can be started then, and must see nothing of others."""
+        fault = libvirt_storage.system_error('no', 5)
+        with mock.patch.object(libvirt_storage.Stream, 'finish',
+                               side_effect=fault):
+            self.assertRaises(exception.StorageVolumeError,
+                              self.volume.resize, 21 * units.Mi)
+        self.assertEqual([], self.secrets())
+        self.assertEqual(12 * units.Mi, self.volume.physical())
+        self.assertEqual({'v'}, set(self.group.devices))
+        self.volume.resize(21 * units.Mi)
         self.assertEqual([], self.secrets())
 
+    def test_killed(self):
+        """A retry finishes, whichever step was the last one."""
+        class Killed(BaseException):
+            pass
+
+        with mock.patch.object(base.pool.StorageVolume, 'delete',
+                               side_effect=Killed):
+            self.assertRaises(Killed, self.volume.resize, 21 * units.Mi)
+        self.assertEqual({'v', 'v.room'}, set(self.group.devices))
+        self.assertEqual([], self.secrets())
+        self.mock_extend.side_effect = Killed
+        self.assertRaises(Killed, self.volume.resize, 21 * units.Mi)
+        self.assertEqual({'v'}, set(self.group.devices))
+        self.mock_extend.side_effect = self.extend
+        self.volume.resize(21 * units.Mi)
+        self.assertEqual(24 * units.Mi, self.volume.physical())
+        self.assertEqual([], self.secrets())
+        self.assertEqual({'v'}, set(self.group.devices))
+
+    def test_no_room(self):
+        self.group.capacity = 20 * units.Mi
+        self.assertRaises(exception.InsufficientStoragePoolSpace,
+                          self.volume.resize, 21 * units.Mi)
+        self.mock_extend.assert_not_called()
+        self.assertEqual({'v'}, set(self.group.devices))
+
     def test_large_enough(self):
-        volume = self.pool.create(self.wanted(10 * units.Mi))
-        volume.resize(12 * units.Mi)
+        self.volume.resize(12 * units.Mi)
         self.mock_extend.assert_not_called()
 
     def test_failure(self):
-        volume = self.pool.create(self.wanted(10 * units.Mi))
         for told, expected in (
                 ('  Insufficient free space: 900 extents needed, but only 7 '
                  'available', exception.InsufficientStoragePoolSpace),
                 ('  Command failed', exception.StorageVolumeError)):
             self.mock_extend.side_effect = (
                 processutils.ProcessExecutionError(stderr=told, exit_code=5))
-            e = self.assertRaises(expected, volume.resize, units.Gi)
+            e = self.assertRaises(expected, self.volume.resize, units.Gi)
             self.assertIs(expected, type(e))
             self.assertIn(told.strip(), str(e))
 

@@ -466,6 +466,9 @@ class TestPool(PoolTestCase):
          exception.StorageVolumeNotFound),
         (fakelibvirt.VIR_ERR_STORAGE_VOL_EXIST, 'x', 0,
          exception.StorageVolumeExists),
+        (fakelibvirt.VIR_ERR_OPERATION_INVALID, 'Requested operation is not '
+         "valid: volume target path '/p/v' already exists", 0,
+         exception.StorageVolumeExists),
         (fakelibvirt.VIR_ERR_SYSTEM_ERROR, 'x', errno.ENOSPC,
          exception.InsufficientStoragePoolSpace),
         (1, 'qemu-img: No space left on device', 0,

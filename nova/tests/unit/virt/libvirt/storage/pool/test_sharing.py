@@ -17,6 +17,8 @@ from oslo_utils.fixture import uuidsentinel as uuids
 from nova import exception
 from nova import objects
 from nova.tests.unit.virt.libvirt.storage.pool import base
+from nova.virt.libvirt.storage.move import state
+from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import sharing
 
 DISKS = 'nova-disks-pool'
@@ -111,3 +113,29 @@ class SharingTestCase(base.PoolsTestCase):
             pool for pool, _name in self.make(pool_names={DISKS})])
         self.assertFalse(self.pool('swaps').is_active())
         self.assertEqual([], self.make(pool_names=set()))
+
+
+class TakenNameTestCase(SharingTestCase):
+    """What another host has made libvirt knows of when it looks again."""
+
+    def test_new_volume(self):
+        self.share()
+        theirs = self.add_pool(DISKS, conn=self.other)
+        self.add_volume(theirs, 'disk')
+        pool = self.pool(DISKS)
+        create = storage_pool.StoragePool.create
+
+        def looked_at_meanwhile(*args):
+            try:
+                return create(*args)
+            finally:
+                # by who has to measure the pool, say
+                pool.refresh()
+
+        with mock.patch.object(storage_pool.StoragePool, 'create',
+                               looked_at_meanwhile):
+            self.assertRaises(exception.StorageVolumeError,
+                              state.create_volume, pool, 'disk', 5, (0, 0))
+        self.assertEqual(['disk'], theirs.listVolumes())
+        self.assertEqual(['disk'], self.here.listVolumes())
+        self.assertEqual(1, len(self.conn.file_system.files))

@@ -124,6 +124,49 @@ class WarmCopyTestCase(WritingTestCase, test_nbd.WorkerTestCase):
                          [tuple(part) for part in result.changed])
         self.check(source, result)
 
+    def test_what_may_have_changed(self):
+        content = bytearray(os.urandom(4 * MIB))
+        source = self.source(bytes(content))
+        copy = self.warm(source, self.serve(8 * MIB), 4 * MIB)
+        copy.first(self.watch())
+        content[70000:70005] = b'other'
+        source = self.source(bytes(content) + b'more')
+        # Some of it has not, and one place is told twice.
+        result = copy.rest(4 * MIB + 4, self.watch(), changed=[
+            (0, 1), (69000, 900), (69999, 7), (2 * MIB, MIB), (4 * MIB, 4)])
+        self.assertEqual([(65536, 65536), (4 * MIB, 65536)],
+                         [tuple(part) for part in result.changed])
+        self.check(source, result)
+
+    @ddt.data(0, MIB)
+    def test_more_has_changed_than_may_have(self, at):
+        source = self.source(os.urandom(2 * MIB))
+        copy = self.warm(source, self.serve(2 * MIB), 2 * MIB)
+        copy.first(self.watch())
+        with open(source.name, 'r+b') as f:
+            f.seek(at)
+            f.write(b'other')
+        e = self.assertRaises(
+            exception.StorageTransferError, copy.rest, 2 * MIB, self.watch(),
+            changed=[(65536, 65536), (MIB + 65536, 65536)])
+        self.assertEqual('unmarked', e.kind)
+        self.assertIn('1 of 29', str(e))
+        self.assertEqual(self.pids, self.ended)
+
+    def test_no_more_is_read_than_may_have_changed(self):
+        source = self.source(os.urandom(MIB), 64 << 30)
+        copy = self.warm(source, self.serve(64 << 30), 64 << 30)
+        copy.first(self.watch())
+        with open(source.name, 'r+b') as f:
+            f.write(b'a sample has it once in 16,000 times')
+            f.seek(32 << 30)
+            f.write(b'other')
+        result = copy.rest(64 << 30, self.watch(), changed=[
+            # more than a pipe takes at once
+            *((at, 1) for at in range(16 << 30, 17 << 30, 65536 * 2)),
+            (32 << 30, 1)])
+        self.assertEqual(65536, result.data)
+
     def test_all_is_rewritten(self):
         source = self.source(os.urandom(8 * MIB))
         copy = self.warm(source, self.serve(8 * MIB), 8 * MIB)

@@ -83,6 +83,19 @@ class AfterEvacuationTestCase(two_hosts.TwoHostsTestCase):
         self.assertEqual(('source', 'ready', None), (
             self.disks.get('disk').host, self.disks.get('disk').state,
             self.disks.get('disk').previous))
+        # The other host deletes its part when it is back.
+        self.assertEqual([(POOL, self.volume_name('disk'))],
+                         leftovers.on_host(self.disks, 'dest'))
+
+    @ddt.data('disk', 'disk.1')
+    def test_never_found_whole_and_made_anew_elsewhere(self, volume):
+        # The source has died while it copied.
+        self.moved(volume, state='building')
+        self.flags(host='third')
+        self.assertEqual([], self.after())
+        self.assertEqual('source', self.disks.get('disk').host)
+        self.assertEqual([('dest', POOL, self.volume_name(volume))],
+                         self.disks.leftovers)
 
     @ddt.data('disk', 'disk.1')
     def test_never_copied_whole_to_here(self, volume):

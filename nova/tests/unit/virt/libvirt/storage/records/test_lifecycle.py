@@ -137,6 +137,15 @@ class TestMadeBeforeRecords(RecordsTestCase):
         self.write('disk', HOSTILE, info=noted)
         self.assertEqual(expected, self.made(configured=configured))
 
+    def test_disk_info_by_another_instances_path(self):
+        """That of before, another spelling, or that of another host."""
+        self.write('disk', HOSTILE)
+        with open(os.path.join(self.dir, 'disk.info'), 'w') as f:
+            f.write(jsonutils.dumps({
+                '/before/%s/disk' % uuids.other: 'qcow2',
+                '/before/%s/disk' % uuids.instance: 'raw'}))
+        self.assertEqual(('flat', 'raw'), self.made(configured='qcow2'))
+
     def test_other_backends_of_the_guest(self):
         self.assertEqual(('lvm', 'raw'), self.made(guest=self.guest(
             'disk', 'block', 'raw',
@@ -263,7 +272,7 @@ class TestBegin(RecordsTestCase):
 
     def begin(self, disks, **kwargs):
         backend = imagebackend.Backend(True)
-        records.begin(
+        self.there = records.begin(
             disks, self.mapping, None, lambda name, mapping: backend.by_name(
                 self.instance, name,
                 'raw' if name.startswith('disk.config') else None,
@@ -279,6 +288,7 @@ class TestBegin(RecordsTestCase):
             [(name, r.backend, r.format) for name, r in disks.items()])
         self.assertEqual(['disk', 'disk.config', 'disk.swap'],
                          disks.building())
+        self.assertEqual([], self.there)
         self.assertEqual(1, len(self.saves))
         records.attach(disks, self.mapping)
         disks.mark('ready')
@@ -293,6 +303,7 @@ class TestBegin(RecordsTestCase):
             disks.get('disk').backend, disks.get('disk').format,
             disks.get('disk').state))
         self.assertEqual('building', disks.get('disk.swap').state)
+        self.assertEqual(['disk'], self.there)
 
     def test_ready_is_not_trusted_without_the_disk(self):
         disks = self.disks(self.record())
@@ -314,6 +325,31 @@ class TestBegin(RecordsTestCase):
         self.assertEqual(('here', 'ready'), (
             disks.get('disk').host, disks.get('disk').state))
         self.assertTrue(os.path.exists(path))
+
+    @ddt.data((True, task_states.REBUILD_SPAWNING, True),
+              # With all of its own, a host deletes them when it is back.
+              (False, task_states.REBUILD_SPAWNING, False),
+              (True, task_states.SPAWNING, False))
+    @ddt.unpack
+    def test_evacuated_with_a_part_of_its_disks(
+            self, is_shared, task_state, is_left):
+        self.instance.task_state = task_state
+        disks = self.disks(*[self.record(
+            backend='libvirt-storage', host='other', pool='p', volume=name)
+            for name in ('disk', 'disk.swap')])
+
+        def image_of(name, mapping):
+            image = mock.Mock()
+            image.exists.return_value = is_shared and name == 'disk'
+            image.metadata.return_value = self.record(
+                backend='libvirt-storage', state='building', pool='p',
+                volume=name)
+            return image
+
+        records.begin(disks, self.mapping, None, image_of, 'qcow2', {})
+        self.assertEqual('here', disks.get('disk.swap').host)
+        self.assertEqual([('other', 'p', 'disk.swap')] if is_left else [],
+                         [tuple(left) for left in disks.leftovers])
 
     @ddt.data(('here', 'ready'), ('other', 'building'))
     @ddt.unpack
@@ -419,6 +455,14 @@ class TestFinished(RecordsTestCase):
         disks = self.disks(self.record(size=units.Gi))
         self.finish(disks)
         self.assertEqual(7 * units.Gi, disks.get('disk').size)
+
+    def test_ephemeral_disk_of_the_flavor_is_resized(self):
+        disks = self.disks(self.record())
+        for name in ('disk.local', 'disk.eph0'):
+            disks.set(name, self.record(size=units.Gi))
+        self.finish(disks)
+        self.assertEqual((3 * units.Gi, units.Gi), (
+            disks.get('disk.local').size, disks.get('disk.eph0').size))
 
     @ddt.data({'backend': 'lvm'}, {'root_gb': 0})
     def test_not_resized(self, given):
@@ -619,6 +663,27 @@ class TestMoves(RecordsTestCase):
         disks = self.disks(self.record(previous=self.record(host='other')))
         records.destroyed(disks)
         self.assertIsNone(disks.get('disk'))
+
+    @ddt.data(
+        ('libvirt-storage', 'other', task_states.REBUILDING, True),
+        ('libvirt-storage', 'here', task_states.REBUILDING, False),
+        ('flat', 'other', task_states.REBUILDING, False),
+        ('libvirt-storage-rbd', 'other', task_states.REBUILDING, False),
+        # An evacuation has failed: it may be the last copy.
+        ('libvirt-storage', 'other', task_states.REBUILD_SPAWNING, False))
+    @ddt.unpack
+    def test_destroyed_here_and_kept_elsewhere(
+            self, backend, host, task_state, is_left):
+        """A resize has failed here, and the server is rebuilt."""
+        self.instance.task_state = task_state
+        disks = self.disks(self.record(
+            backend='libvirt-storage', pool='p', volume='v',
+            previous=self.record(backend=backend, host=host, **(
+                {} if backend == 'flat' else {'pool': 'q', 'volume': 'w'}))))
+        records.forget(self.context, disks)
+        self.assertIsNone(disks.get('disk'))
+        self.assertEqual([('other', 'q', 'w')] if is_left else [],
+                         [tuple(left) for left in disks.leftovers])
 
     @ddt.data((task_states.REBUILDING, 1), (task_states.SHELVING, 1),
               (task_states.RESIZE_REVERTING, 0), (None, 0))

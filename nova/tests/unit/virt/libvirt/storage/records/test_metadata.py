@@ -176,6 +176,35 @@ class TestBroken(RecordsTestCase):
         for length in range(1, len(text) - 1, 7):
             self.refused(text[:length])
 
+    @ddt.data('previous', 'next', 'unmapped', 'extras', 'leftovers', None)
+    def test_volume_of_another_instance(self, where):
+        """A host that was broken into may have written it."""
+        theirs = record(backend='libvirt-storage-rbd', format='raw',
+                        pool='nova-disks-pool',
+                        volume='%s_disk' % uuids.other)
+        given = volume('disk')
+        if where in ('previous', 'next'):
+            setattr(given, where, theirs)
+        elif where in ('unmapped', 'extras'):
+            setattr(given, where, {'disk.swap': theirs})
+        elif where == 'leftovers':
+            given.leftovers = [metadata.LibvirtLeftoverVolume(
+                host='host-b', pool=theirs.pool, volume=theirs.volume)]
+        else:
+            given = theirs
+        self.assertIn('%s_disk is none of the instance' % uuids.other,
+                      self.refused(jsonutils.dumps(self.primitive(given))))
+
+    def test_base_image_that_comes_along(self):
+        given = volume('disk')
+        given.extras = {'base': record(
+            backend='libvirt-storage', format='raw', state='building',
+            pool='nova-base-images-pool',
+            volume='0123abcd.%s' % uuids.instance)}
+        bdms = self.all_bdms()
+        bdms[0].driver_info = metadata.dumps(given, uuids.vda)
+        self.assertEqual({'base'}, set(self.disks(bdms).extras))
+
     def test_large(self):
         self.assertIn('1048576', self.refused(' ' * units.Mi))
 
@@ -339,6 +368,25 @@ class TestInstanceDisks(RecordsTestCase):
         disks.save(self.context)
         disks.save(self.context)
         self.assertEqual(1, len(self.saves))
+
+    def test_more_is_left_than_a_record_can_hold(self):
+        """Or nobody could read what is on record of the disks."""
+        disks = self.disks()
+        disks.set('disk', record())
+        disks.leftovers = [
+            ('a-host', 'a-pool', '%s_disk.eph%d' % (uuids.instance, number))
+            for number in range(300)]
+        disks.save(self.context)
+        found = self.reloaded()
+        self.assertIsNotNone(found.get('disk'))
+        self.assertEqual(disks.leftovers, found.leftovers)
+        self.assertLess(50, len(found.leftovers))
+        self.assertIn('is not deleted before the instance is',
+                      self.stdlog.logger.output)
+        # That is said once.
+        self.saves.clear()
+        disks.save(self.context)
+        self.assertEqual([], self.saves)
 
     def test_disks_without_a_mapping(self):
         disks = self.disks()

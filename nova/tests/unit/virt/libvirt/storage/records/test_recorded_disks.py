@@ -157,6 +157,22 @@ class TestRecordedDisks(test.TestCase):
         self.assertEqual(ready, self.guest_started_with)
         self.assertEqual(2, self.saves.call_count)
 
+    def test_spawn_over_what_is_there(self):
+        """Evacuated: if the guest can't start, its only disk isn't deleted."""
+        create_guest = self.driver._create_guest_with_network
+        self.spawn()
+        self.assertTrue(
+            create_guest.call_args.kwargs['cleanup_instance_disks'])
+        disks = self.on_record()
+        disks.clear('disk.swap')
+        disks.save(self.context)
+        self.backend.disks['disk'].exists.return_value = True
+        self.spawn()
+        self.assertEqual({'disk': 'ready', 'disk.swap': 'building'},
+                         self.at_work[-1])
+        self.assertFalse(
+            create_guest.call_args.kwargs['cleanup_instance_disks'])
+
     def test_rebuild_begins_all_disks_anew(self):
         # destroy() was given a copy of these mappings.
         self.put_on_record(disk='ready', disk_swap='ready')

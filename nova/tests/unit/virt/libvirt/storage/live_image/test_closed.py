@@ -1,0 +1,133 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""Definitions that somebody has written who is not Nova."""
+
+import ddt
+
+from nova import test
+from nova.tests.unit.virt.libvirt.storage.live_image import test_definition
+from nova.virt.libvirt.storage.live_image import definition
+from nova.virt.libvirt.storage.live_image import memory_file
+from nova.virt.libvirt.storage.live_image import refusal
+
+# What libvirt adds, or Nova does for some images, and is no harm.
+HARMLESS = '''
+  <controller type='usb' index='0' model='piix3-uhci'><alias name='usb'/></controller>
+  <controller type='virtio-serial' index='0'><address type='pci'/></controller>
+  <input type='tablet' bus='usb'><alias name='input0'/><address type='usb'/></input>
+  <audio id='1' type='none'/>
+  <sound model='ich6'/>
+  <memballoon model='virtio'><stats period='10'/><alias name='balloon0'/></memballoon>
+  <rng model='virtio'><rate bytes='9' period='1000'/>
+    <backend model='random'>/dev/hwrng</backend><alias name='rng0'/></rng>
+  <watchdog model='i6300esb' action='reset'><alias name='watchdog0'/></watchdog>
+  <redirdev bus='usb' type='spicevmc'/>
+'''  # noqa: E501
+
+
+@ddt.ddt
+class ClosedTestCase(test.NoDBTestCase):
+
+    def _make(self, saved, wanted=test_definition.WANTED):
+        return refusal.parse(definition.make(
+            test_definition.described(saved), wanted, test_definition.OWN))
+
+    @staticmethod
+    def _with(devices='', top=''):
+        return test_definition.SAVED.replace(
+            '</devices>', devices + '</devices>' + top)
+
+    def test_what_nova_gives(self):
+        made = self._make(self._with(HARMLESS))
+        self.assertEqual(
+            '10', made.find('devices/memballoon/stats').get('period'))
+
+    @ddt.data(
+        "<hostdev mode='subsystem' type='pci'/>",
+        "<filesystem type='mount'><source dir='/'/></filesystem>",
+        "<parallel type='file'><source path='/etc/shadow'/></parallel>",
+        "<smartcard mode='host'/>",
+        "<shmem name='theirs'/>",
+        "<pstore backend='acpi-erst'><path>/etc/shadow</path></pstore>",
+        "<crypto model='virtio'/>",
+        "<input type='evdev'><source dev='/dev/input/event0'/></input>",
+        "<input type='passthrough' bus='virtio'><source evdev='/dev/x'/>"
+        "</input>",
+        "<audio id='2' type='file' path='/etc/nova/nova.conf'/>",
+        "<audio id='2' type='oss'><input dev='/dev/dsp'/></audio>",
+        "<video><model type='virtio'><acceleration "
+        "rendernode='/dev/dri/renderD128'/></model></video>",
+        "<graphics type='egl-headless'><gl rendernode='/dev/dri/x'/>"
+        "</graphics>",
+        "<graphics type='sdl' display=':0' xauth='/root/.Xauthority'/>",
+        "<rng model='virtio'><backend model='egd' type='unix'>"
+        "<source mode='connect' path='/run/x'/></backend></rng>",
+        "<redirdev bus='usb' type='tcp'><source host='192.0.2.1'/></redirdev>",
+        "<watchdog model='i6300esb' action='dump'/>",
+        "<tpm model='tpm-tis'/>")
+    def test_device(self, device):
+        e = self.assertRaises(memory_file.Unfit, self._make,
+                              self._with(device))
+        self.assertIn('was not written by Nova', str(e))
+
+    @ddt.data(
+        "<qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/"
+        "1.0'><qemu:arg value='-drive'/></qemu:commandline>",
+        "<x:else xmlns:x='urn:else'/>",
+        "<bootloader>/tmp/x</bootloader>",
+        "<launchSecurity type='sev'/>",
+        "<on_crash>coredump-destroy</on_crash>",
+        "<memoryBacking><source type='file'/></memoryBacking>",
+        "<memoryBacking><else/></memoryBacking>",
+        "<numatune/>")
+    def test_else(self, element):
+        self.assertRaises(memory_file.Unfit, self._make,
+                          self._with(top=element))
+
+    @ddt.data(
+        "<loader readonly='yes' type='rom'>/etc/shadow</loader>",
+        "<dtb>/etc/shadow</dtb>",
+        "<acpi><table type='slic'>/etc/shadow</table></acpi>")
+    def test_os(self, element):
+        self.assertRaises(memory_file.Unfit, self._make,
+                          test_definition.SAVED.replace(
+                              "<smbios mode='sysinfo'/>", element))
+
+    @ddt.data(("device='disk'>", "device='disk' rawio='yes'>"),
+              ("<driver name='qemu' type='raw' cache='none'/>",
+               "<mirror type='file' file='/etc/shadow'/>"))
+    @ddt.unpack
+    def test_disk(self, before, after):
+        self.assertIn(before, test_definition.SAVED)
+        self.assertRaises(memory_file.Unfit, self._make,
+                          test_definition.SAVED.replace(before, after))
+
+    def test_randomness_is_this_hosts(self):
+        rng = ("<rng model='virtio'><backend model='random'>%s</backend>"
+               "</rng>")
+        theirs = self._with(rng % '/var/lib/nova/secret')
+        for ours in ('/dev/hwrng', None):
+            made = self._make(theirs, test_definition.WANTED.replace(
+                '</devices>', (rng % ours if ours else '') + '</devices>'))
+            self.assertEqual([ours or '/dev/urandom'],
+                             made.xpath('devices/rng/backend/text()'))
+
+    def test_display_that_the_instance_has_not(self):
+        theirs = test_definition.SAVED.replace(
+            "listen='192.0.2.7'>", "listen='192.0.2.7' socket='/run/x'>"
+            "<gl enable='yes' rendernode='/dev/dri/x'/>")
+        made = self._make(theirs, test_definition.WANTED.replace(
+            "<graphics type='vnc' autoport='yes' listen='192.0.2.9'/>", ''))
+        graphics = made.find('devices/graphics')
+        self.assertEqual({'type': 'vnc', 'autoport': 'yes',
+                          'listen': '127.0.0.1'}, dict(graphics.attrib))
+        self.assertEqual([], list(graphics))

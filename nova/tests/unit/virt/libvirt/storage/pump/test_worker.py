@@ -355,7 +355,8 @@ class LocalFileTestCase(test.NoDBTestCase):
                   .return_value.storageVolLookupByName.return_value)
         volume.infoFlags.return_value = [0, 0, physical]
         volume.info.return_value = [int(kind == 'block'), physical, physical]
-        with mock.patch.object(job, 'run_copy'), mock.patch.object(
+        with mock.patch.object(
+                job, 'run_copy', return_value=[]), mock.patch.object(
                 self.module, 'load_pump'), mock.patch.object(
                 self.module, 'say') as say:
             job.copy = mock.Mock(data=5)

@@ -335,7 +335,8 @@ class TestBegin(RecordsTestCase):
             self, is_shared, task_state, is_left):
         self.instance.task_state = task_state
         disks = self.disks(*[self.record(
-            backend='libvirt-storage', host='other', pool='p', volume=name)
+            backend='libvirt-storage', host='other', pool='p',
+            volume='%s_%s' % (uuids.instance, name))
             for name in ('disk', 'disk.swap')])
 
         def image_of(name, mapping):
@@ -343,13 +344,14 @@ class TestBegin(RecordsTestCase):
             image.exists.return_value = is_shared and name == 'disk'
             image.metadata.return_value = self.record(
                 backend='libvirt-storage', state='building', pool='p',
-                volume=name)
+                volume='%s_%s' % (uuids.instance, name))
             return image
 
         records.begin(disks, self.mapping, None, image_of, 'qcow2', {})
         self.assertEqual('here', disks.get('disk.swap').host)
-        self.assertEqual([('other', 'p', 'disk.swap')] if is_left else [],
-                         [tuple(left) for left in disks.leftovers])
+        self.assertEqual(
+            [('other', 'p', uuids.instance + '_disk.swap')] if is_left else [],
+            [tuple(left) for left in disks.leftovers])
 
     @ddt.data(('here', 'ready'), ('other', 'building'))
     @ddt.unpack
@@ -676,13 +678,15 @@ class TestMoves(RecordsTestCase):
             self, backend, host, task_state, is_left):
         """A resize has failed here, and the server is rebuilt."""
         self.instance.task_state = task_state
+        volume = uuids.instance + '_disk'
         disks = self.disks(self.record(
-            backend='libvirt-storage', pool='p', volume='v',
+            backend='libvirt-storage', pool='p', volume=volume,
             previous=self.record(backend=backend, host=host, **(
-                {} if backend == 'flat' else {'pool': 'q', 'volume': 'w'}))))
+                {} if backend == 'flat' else {'pool': 'q', 'volume': volume})
+            )))
         records.forget(self.context, disks)
         self.assertIsNone(disks.get('disk'))
-        self.assertEqual([('other', 'q', 'w')] if is_left else [],
+        self.assertEqual([('other', 'q', volume)] if is_left else [],
                          [tuple(left) for left in disks.leftovers])
 
     @ddt.data((task_states.REBUILDING, 1), (task_states.SHELVING, 1),

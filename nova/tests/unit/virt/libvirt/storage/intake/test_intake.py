@@ -217,7 +217,7 @@ class IntakeTestCase(IntakeTestBase):
         self.dest.types[POOL] = 'logical'
         e = self.assertRaises(exception.MigrationPreCheckError, self.ask,
                               'look', pool=POOL)
-        self.assertIn('no files', str(e))
+        self.assertIn('of type logical', str(e))
 
     def test_pool_that_is_not_mounted(self):
         self.dest.unmounted.add(POOL)

@@ -211,7 +211,7 @@ class ServicePeerTestCase(PeerContract, ServicePeerBase):
         self.dest.types[POOL] = 'logical'
         e = self.assertRaises(exception.MigrationPreCheckError,
                               self.peer.check, [POOL])
-        self.assertIn('no files', str(e))
+        self.assertIn('of type logical', str(e))
 
     def test_without_libnbd(self):
         self.missing.return_value = 'libnbd is not installed'

@@ -76,8 +76,9 @@ class Bitmaps:
         guest = self._host.get_guest(self._instance)
         if not guest.is_active():
             return
+        disks = _disks(guest)
         noted = {item: device for item in items
-                 if (device := _device_of(item, guest)) and
+                 if (device := _device_of(item, disks)) and
                  _can_note(item) and not _has_job(device, guest)}
         if not noted:
             return
@@ -85,7 +86,7 @@ class Bitmaps:
         self._sent = {item: item.length for item in noted}
         guest.create_checkpoint(_checkpoint(
             self._name, [device.target_dev for device in noted.values()],
-            [device.target_dev for device in _disks(guest)]))
+            [device.target_dev for device in disks]))
 
     def changed(self, item) -> pump.Ranges | None:
         """What of a disk may have changed since begin(); the guest is off.
@@ -184,9 +185,9 @@ def _disks(guest):
             if isinstance(device, guest_config.LibvirtConfigGuestDisk)]
 
 
-def _device_of(item, guest):
+def _device_of(item, disks):
     volume = item.source
-    for device in _disks(guest):
+    for device in disks:
         # libvirt takes no checkpoint of a config drive.
         if device.source_device == 'cdrom' or device.readonly:
             continue

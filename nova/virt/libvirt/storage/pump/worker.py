@@ -529,7 +529,7 @@ class Job:
             pump, source, destination, length, table=table, is_first=is_first,
             changed=changed)
         # To look for them takes as long as there are blocks.
-        told = table.changed if unchanged else []
+        told = table.changed if known else []
         wrong = [block for block in unchanged if covers(told, block)]
         if wrong:
             raise Failure('source', 'compare', 'unmarked',
@@ -538,9 +538,9 @@ class Job:
         # Of what was unchanged nothing is known but that it is there.
         return {'data': self.copy.data, 'checksum': self.copy.checksum,
                 'holes': length - self.copy.data,
-                'changed': joined([
-                    (first * size, count * size)
-                    for first, count in table.changed]) if known else None}
+                'changed': joined([(first * size, count * size)
+                                   for first, count in told])
+                if known else None}
 
     def run_copy(self, pump, source, destination, length, *, table,
                  is_first=False, changed=None):

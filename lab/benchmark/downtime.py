@@ -12,7 +12,6 @@
 
 """How long a server is down, and what a second move of it takes, over NBD."""
 
-import contextlib
 import functools
 import statistics
 import time
@@ -21,8 +20,6 @@ import libvirt
 
 from . import cases
 from . import servers
-from ..errors import LabError
-from ..host import Host
 
 LOADS = (servers.Load('downtime, 4 GiB of data', 4096, 0.35),
          servers.Load('downtime, 16 GiB of data', 16384, 0.2))
@@ -106,14 +103,8 @@ def _down(server, seen):
         while _is_active(domain):
             time.sleep(.02)
         since = time.monotonic()
-    with contextlib.closing(Host(servers.OTHER[host]).connect()) as there:
-        while server.id not in [
-                domain.UUIDString() for domain in there.listAllDomains(
-                    libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)]:
-            if time.monotonic() - since > 600:
-                raise LabError('%s is not started' % server.id)
-            time.sleep(.05)
-        start = time.monotonic() - since
+    servers.wait_started(server, servers.OTHER[host])
+    start = time.monotonic() - since
     server.wait('VERIFY_RESIZE')
     said = server.testimony(after=seen)
     return start, time.monotonic() - since, said

@@ -18,6 +18,8 @@ import statistics
 import time
 from xml.etree import ElementTree
 
+import libvirt
+
 from . import cases
 from .. import hosts
 from .. import lock
@@ -102,6 +104,22 @@ def boot_with(cloud, load):
         server.start()
         server.testimony(after=seen)
     return server
+
+
+def wait_started(server, host, limit=600):
+    """Wait until a host runs its guest, by libvirt's word.
+
+    :param limit: seconds
+    :raises: LabError
+    """
+    until = time.monotonic() + limit
+    with contextlib.closing(Host(host).connect()) as connection:
+        while server.id not in [
+                domain.UUIDString() for domain in connection.listAllDomains(
+                    libvirt.VIR_CONNECT_LIST_DOMAINS_RUNNING)]:
+            if time.monotonic() > until:
+                raise LabError('%s is not started' % server.id)
+            time.sleep(.05)
 
 
 def _seconds(cloud, load, runs, way, tell) -> float:

@@ -25,7 +25,8 @@ from lab.tests import test_cloud_servers
 OVER_CEPH = 'lab-ceph'
 OSD = 'ceph-osd'
 SILENCE = 40  # seconds
-FULL = '0.95'
+#: As Ceph sets them. An OSD takes no one of them for less than those before.
+RATIOS = {'nearfull': '0.85', 'backfillfull': '0.90', 'full': '0.95'}
 
 
 class KindsCase(test_cloud_ceph.CephTestCase):
@@ -211,11 +212,14 @@ class TestKindsFaults(KindsCase):
     def test_full(self):
         @contextlib.contextmanager
         def full():
-            self.ceph.run('ceph', 'osd', 'set-full-ratio', '0.0000001')
             try:
+                for name in RATIOS:
+                    self.ceph.run('ceph', 'osd', 'set-%s-ratio' % name,
+                                  '0.0000001')
                 yield
             finally:
-                self.ceph.run('ceph', 'osd', 'set-full-ratio', FULL)
+                for name, ratio in RATIOS.items():
+                    self.ceph.run('ceph', 'osd', 'set-%s-ratio' % name, ratio)
 
         self.fails_in_the_middle(full)
 

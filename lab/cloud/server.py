@@ -82,7 +82,9 @@ class Server:
             self.watch(server)
             if server.status in states and not server.task_state:
                 return server
-            if server.status == 'ERROR' and 'ERROR' not in states:
+            # One in ERROR that is rebooted is so until it runs.
+            if (server.status == 'ERROR' and not server.task_state and
+                    'ERROR' not in states):
                 raise ServerError('%s is in ERROR: %s' % (
                     self.id, (server.fault or {}).get('message')))
             if time.monotonic() > until:

@@ -204,7 +204,7 @@ def manage(layout, name) -> tuple:
     return (layout.nova / 'bin' / name, *layout.nova_files())
 
 
-def wait_ready(service: Service, machine, offset: int, seconds: float = 90,
+def wait_ready(service: Service, machine, offset: int, seconds: float = 180,
                given_up=lambda: False) -> None:
     """Wait until a daemon serves.
 

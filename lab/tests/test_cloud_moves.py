@@ -215,8 +215,10 @@ class MovesCase(CloudTestCase):
     def fault(self, server) -> str:
         """What an operator reads of the newest action that failed."""
         compute = self.cloud.conn.compute
-        failed = next(action for action in compute.server_actions(server.id)
-                      if action.message)
+        # Noted when the server's state is set already.
+        failed = self.wait_for(lambda: next(
+            (action for action in compute.server_actions(server.id)
+             if action.message), None), 30, 'an action that failed')
         answer = compute.get('/servers/%s/os-instance-actions/%s' % (
             server.id, failed.request_id), microversion='2.84')
         return '\n'.join(event['details'] or '' for event in

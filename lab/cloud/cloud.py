@@ -244,6 +244,23 @@ class Cloud:
         """Start a host's nova-compute; back when its RPC server listens."""
         self._start(services.nova_compute(self.layout, host))
 
+    @contextlib.contextmanager
+    def forced_down(self, host: str, revive=None):
+        """Have a host that is dead taken for one, and back at the end.
+
+        :param revive: starts the host again; by default its compute service.
+            It comes first: only what has cleaned up behind its servers is
+            taken for up.
+        """
+        compute = self.conn.compute
+        service, = compute.services(binary='nova-compute', host=host)
+        compute.update_service_forced_down(service.id, forced=True)
+        try:
+            yield
+        finally:
+            (revive or self.start_compute)(host)
+            compute.update_service_forced_down(service.id, forced=False)
+
     def restart(self, place, name) -> None:
         """Restart a daemon of the cloud.
 

@@ -238,19 +238,14 @@ class Soak:
             return []
         self.say(plan.Step(number, '-', 'dead host (%s)' % host.name))
         die(host)
-        compute = self.cloud.conn.compute
-        service, = compute.services(binary='nova-compute', host=host.name)
-        compute.update_service_forced_down(service.id, forced=True)
-        try:
+        with self.cloud.forced_down(
+                host.name, lambda _name: revive(self.cloud, host)):
             for subject, step in steps.items():
                 try:
                     subject.evacuate()
                     step.outcome = 'done'
                 except Exception as error:
                     step.outcome = 'failed: %s' % str(error)[:160]
-        finally:
-            revive(self.cloud, host)
-            compute.update_service_forced_down(service.id, forced=False)
         self._judge(steps)
         return list(steps.values())
 

@@ -109,10 +109,7 @@ class TestCeph(test_cloud_servers.Scenarios, CephTestCase):
         # ran is ACTIVE before, in between and after.
         server.stop()
         Machine('host-a').kill('nova-compute')
-        compute = self.cloud.conn.compute
-        (service,) = compute.services(binary='nova-compute', host='host-a')
-        compute.update_service_forced_down(service.id, forced=True)
-        try:
+        with self.cloud.forced_down('host-a'):
             server.api.evacuate_server(server.id, host='host-b')
             until = time.monotonic() + 180
             while (found := server.wait('SHUTOFF')).compute_host != 'host-b':
@@ -120,10 +117,6 @@ class TestCeph(test_cloud_servers.Scenarios, CephTestCase):
                 time.sleep(1)
             server.start()
             said = server.testimony(after=before)
-        finally:
-            # Only what has cleaned up behind its servers is taken for up.
-            self.cloud.start_compute('host-a')
-            compute.update_service_forced_down(service.id, forced=False)
         self.assertEqual(2, said.boot)
         self.assert_kept(said)
         until = time.monotonic() + 90

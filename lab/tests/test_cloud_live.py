@@ -225,11 +225,7 @@ class TestAfterwards(LiveCase):
         self.b.kill('nova-compute')
         with server.domain('host-b') as domain:
             domain.destroy()
-        compute = self.cloud.conn.compute
-        service = next(s for s in compute.services(
-            binary='nova-compute') if s.host == 'host-b')
-        compute.update_service_forced_down(service, forced=True)
-        try:
+        with self.cloud.forced_down('host-b'):
             server.api.evacuate_server(server.id, host='host-a')
             found = self.settled(server)
             self.assertEqual('host-a', found.compute_host)
@@ -237,10 +233,6 @@ class TestAfterwards(LiveCase):
                 server.start()
             server._awake = False
             self.assert_on_record(server, 'host-a')
-        finally:
-            # Only what has cleaned up behind its servers is taken for up.
-            self.cloud.start_compute('host-b')
-            compute.update_service_forced_down(service, forced=False)
         self.wait_for(lambda: not server.left_on('host-b'), 60,
                       'a clean host-b')
         said = server.testimony()

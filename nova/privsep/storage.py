@@ -16,6 +16,7 @@ libvirt makes the pool's directory and its volumes, as root if it likes, so
 that the compute service needs a privilege to work in it.
 """
 
+import errno
 import os
 import stat
 import struct
@@ -153,10 +154,18 @@ def read_start(path: str, length: int) -> bytes:
 def allocate(path: str, size: int) -> None:
     """Allocate blocks to a file, whose length stays.
 
+    Where there is no room for all of it, nothing is allocated: ext4 would give
+    what it has left, and keep that from all others.
+
     :param size: bytes from the file's begin
     :raises: processutils.ProcessExecutionError where there is no room, or
         the file system can't
     """
+    missing = size - os.stat(path).st_blocks * 512
+    there = os.statvfs(path)
+    if missing > there.f_bavail * there.f_frsize:
+        raise processutils.ProcessExecutionError(
+            cmd='fallocate', exit_code=1, stderr=os.strerror(errno.ENOSPC))
     processutils.execute('fallocate', '-n', '-l', size, path,
                          env_variables={'LC_ALL': 'C'})
 

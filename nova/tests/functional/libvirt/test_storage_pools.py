@@ -12,7 +12,10 @@
 """The life of an instance whose disks are in storage pools, on one host."""
 
 import os
+from unittest import mock
 
+from nova.tests.fixtures import libvirt_storage
+from nova.tests.functional.api import client
 from nova.tests.functional.libvirt import storage_pools
 
 BASE = storage_pools.BASE
@@ -105,6 +108,24 @@ class TestOnOneHost(storage_pools.StoragePoolsTestBase):
              for name, record in self.records(server).items()})
         self.assertEqual(b'of the guest', self.content(
             'compute1', server, 'disk.eph0', 12, storage_pools.GUEST))
+
+    def test_hard_reboot_that_is_refused(self):
+        """Its guest runs on, and the action says why."""
+        server = self.boot()
+        pool = self.connections['compute1'].storage['nova-disks-pool']
+        pool.destroy()
+        with mock.patch.object(pool, 'create', side_effect=(
+                libvirt_storage.error(38, 'cannot open directory'))):
+            # What is cast to a compute is a call in tests.
+            self.assertRaises(
+                client.OpenStackApiException, self.api.post_server_action,
+                server['id'], {'reboot': {'type': 'HARD'}})
+            event = self._wait_for_instance_action_event(
+                server, 'reboot', 'compute_reboot_instance', 'error')
+        self.assertIn('nova-disks-pool', event['details'])
+        self._wait_for_state_change(server, 'ACTIVE')
+        guest = self.connections['compute1'].lookupByUUIDString(server['id'])
+        self.assertTrue(guest.isActive())
 
     def test_reverted_resize_leaves_nothing(self):
         self.flags(allow_resize_to_same_host=True)

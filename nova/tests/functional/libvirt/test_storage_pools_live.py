@@ -11,7 +11,9 @@
 #    under the License.
 """An instance whose disks are in storage pools moves while it runs."""
 
+import contextlib
 import os
+from unittest import mock
 
 import fixtures
 
@@ -212,6 +214,27 @@ class TestLiveMigration(LiveTestBase):
         self.assert_moved(server, 'compute2', 'compute1')
         self.assertEqual([], self.leftovers(server))
 
+    def test_destination_is_killed_before_it_is_ready(self):
+        """Nothing has moved yet, and there is nothing to find out."""
+        server = self.boot_with_all()
+        driver = self.computes['compute2'].manager.driver
+        patches = mock.patch.multiple(
+            driver, plug_vifs=mock.Mock(side_effect=OSError('killed')),
+            rollback_live_migration_at_destination=mock.DEFAULT)
+        with patches:
+            self._live_migrate(server, 'failed', 'ACTIVE', host='compute2',
+                               wait_for_fault_key=False)
+        self.assertEqual(VOLUMES, self.volumes('compute2', server))
+        self.assertEqual(
+            {('compute1', 'ready', None)},
+            {(record.host, record.state, record.next)
+             for record in self.records(server).values()})
+        # Its next look for what is left over finds them.
+        self.assertEqual({'compute2'}, {
+            host for host, _pool, _volume in self.leftovers(server)})
+        self._live_migrate(server, host='compute2')
+        self.assert_moved(server, 'compute2', 'compute1')
+
     def _fail(self, domain):
         raise self.migrations.error(1, 'I/O error')
 
@@ -220,6 +243,31 @@ class TestLiveMigration(LiveTestBase):
             self.context, server['id'])
         return storage_pools.metadata.InstanceDisks.load(
             self.context, instance).leftovers
+
+    def test_rollback_comes_when_the_server_has_come_after_all(self):
+        """The source doesn't wait for it, nor does who tries again."""
+        server = self.boot_with_all()
+        driver = self.computes['compute2'].manager.driver
+        rollback, late = driver.rollback_live_migration_at_destination, []
+        driver.rollback_live_migration_at_destination = (
+            lambda *args, **kwargs: late.append((args, kwargs)))
+        self.migrations.during = self._fail
+        self.fail_to_migrate(server)
+        driver.rollback_live_migration_at_destination = rollback
+        ((args, kwargs),) = late
+
+        def roll_back(domain):
+            with self.hosts.on('compute2'):
+                rollback(*args, **kwargs)
+
+        # While QEMU copies into the volumes, and when it has.
+        self.migrations.during = roll_back
+        self._live_migrate(server, host='compute2')
+        roll_back(None)
+        self.assert_moved(server, 'compute2', 'compute1')
+        self.assertTrue(self.connections['compute2'].lookupByUUIDString(
+            server['id']).isActive())
+        self.assertEqual([], self.leftovers(server))
 
     def test_source_is_killed_before_it_cleans_up(self):
         server = self.boot_with_all()
@@ -234,6 +282,53 @@ class TestLiveMigration(LiveTestBase):
         self._live_migrate(server, host='compute1')
         self.assert_moved(server, 'compute1', 'compute2')
         self.assertEqual([], self.leftovers(server))
+
+    def _cut_off(self, server):
+        """Have both computes die in a migration; libvirt goes on with it.
+
+        :returns: the domain that it is about to move
+        """
+        drivers = [compute.manager.driver._local_disks
+                   for compute in self.computes.values()]
+        with contextlib.ExitStack() as stack:
+            for disks in drivers:
+                for name in ('stayed_live', 'abandon_live'):
+                    stack.enter_context(mock.patch.object(disks, name))
+            self.migrations.during = self._fail
+            self.fail_to_migrate(server)
+        domain = self.connections['compute1'].lookupByUUIDString(server['id'])
+        domain._job_type = fakelibvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        return domain
+
+    def test_hard_reboot_while_libvirt_is_at_it(self):
+        server = self.boot_with_all()
+        domain = self._cut_off(server)
+
+        def abort():
+            domain._job_type = fakelibvirt.VIR_DOMAIN_JOB_CANCELLED
+
+        domain.abortJob = abort
+        self._reboot_server(server, hard=True)
+        self.assert_ready('compute1', server, **ALL)
+        self.assertEqual({'compute2'}, {
+            host for host, _pool, _volume in self.leftovers(server)})
+
+    def test_hard_reboot_as_libvirt_has_moved_it(self):
+        """Whatever is asked to end the guest finds none."""
+        server = self.boot_with_all()
+        domain = self._cut_off(server)
+
+        def move():
+            domain._job_type = fakelibvirt.VIR_DOMAIN_JOB_COMPLETED
+            type(domain).destroy(domain)
+            domain.undefine()
+
+        domain.abortJob = domain.destroy = move
+        self.assertRaises(
+            client.OpenStackApiException, self.api.post_server_action,
+            server['id'], {'reboot': {'type': 'HARD'}})
+        self.assertIn('settle_live_migration', self.stdlog.logger.output)
+        self.assert_no_guest('compute1', server)
 
     def test_delete_afterwards(self):
         server = self.boot_with_all()

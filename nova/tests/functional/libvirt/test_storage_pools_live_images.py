@@ -46,7 +46,8 @@ class TestLiveImages(storage_pools.StoragePoolsTestBase):
         self.useFixture(fixtures.MockPatch('nova.privsep.path.chown'))
         self.useFixture(fixtures.MonkeyPatch(
             'nova.virt.libvirt.storage.live_image.capture.PATIENCE', 1))
-        for retried in (capture._let_go_on, capture._end_jobs):
+        for retried in (capture._let_go_on, capture._put_back,
+                        capture._end_jobs):
             self.useFixture(fixtures.MockPatchObject(retried.retry, 'sleep'))
         # Nova's own user, whose images say whose they are.
         self.useFixture(fixtures.MockPatchObject(

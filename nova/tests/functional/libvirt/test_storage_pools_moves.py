@@ -321,6 +321,21 @@ class TestCutOff(MovesTestBase):
     # An error on a host is none of the API.
     CAST_AS_CALL = False
 
+    def test_arrival_has_failed(self):
+        """Swap and config drive were to be made, and no guest was defined."""
+        server = self.boot_with_all()
+        with mock.patch.object(
+                self.computes['compute2'].driver, '_get_guest_xml',
+                side_effect=exception.InternalError('no XML')):
+            self.api.post_server_action(server['id'], {'migrate': {
+                'host': 'compute2'}})
+            server = self._wait_for_state_change(server, 'ERROR')
+        self.api.post_server_action(
+            server['id'], {'reboot': {'type': 'HARD'}})
+        server = self._wait_for_state_change(server, 'ACTIVE')
+        self.assert_ready('compute2', server, **ALL)
+        self.assert_written('compute2', server)
+
     def test_revert_is_cut_off_on_the_destination(self):
         server = self.boot_with_all()
         server = self._migrate_server(server)

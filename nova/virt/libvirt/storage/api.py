@@ -59,6 +59,7 @@ from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.pool import sharing
 from nova.virt.libvirt.storage.pool import usage
 from nova.virt.libvirt.storage import reboot
+from nova.virt.libvirt.storage.records import cells
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
@@ -91,6 +92,7 @@ def makes_pool_disks() -> bool:
 def supports_live_images() -> bool:
     """Whether guests of this host can be saved and go on with their memory."""
     return (CONF.libvirt.live_images and makes_pool_disks() and
+            CONF.use_cow_images and
             CONF.libvirt.virt_type in ('kvm', 'qemu'))
 
 
@@ -212,10 +214,11 @@ class LocalDisks:
         :returns: a DiskOperation: begin() before the first disk is made,
             finish() for the last one
         :raises: exception.InvalidDiskMetadata, exception.StoragePoolError,
-            exception.DisksMayBeElsewhere
+            exception.DisksMayBeElsewhere, exception.InstancePowerOffFailure
         """
         disks = operation.DiskOperation(
             self._local, context, instance, block_device_info)
+        settle.end_moving(self._local.host, disks.records)
         settle.settle(context, self._local.host, disks.records)
         disks.check()
         disks.start_pools()
@@ -225,7 +228,7 @@ class LocalDisks:
         """Check a guest that is to be powered off, suspended or unpaused.
 
         :raises: exception.DisksMayBeElsewhere,
-            exception.InvalidDiskMetadata
+            exception.InvalidDiskMetadata, exception.InstancePowerOffFailure
         """
         settle.check_stays(
             self._local.host, instance,
@@ -241,10 +244,11 @@ class LocalDisks:
         :raises: exception.InvalidDiskMetadata, exception.DiskNotFinished,
             exception.DiskBeingCopied, exception.DiskGivenBack,
             exception.DisksMayBeElsewhere, exception.StoragePoolInactive,
-            exception.StoragePoolError
+            exception.StoragePoolError, exception.InstancePowerOffFailure
         """
         disks = reboot.Reboot(
             self._local, context, instance, block_device_info)
+        settle.end_moving(self._local.host, disks.records)
         settle.settle(context, self._local.host, disks.records)
         disks.check()
         return disks
@@ -309,6 +313,19 @@ class LocalDisks:
         return None
 
     # Live images
+
+    def starts_live(self) -> bool:
+        """Whether new guests of this host can go on from a memory.
+
+        To be asked when the pools are there: in those over a volume group or
+        Ceph no root disk is an overlay, which alone can hold a memory.
+        """
+        try:
+            return supports_live_images() and setup.pool_of(
+                self._connection(), 'disk').kind().has_overlays
+        except exception.StoragePoolError as e:
+            LOG.warning('No server goes on from a memory on this host: %s', e)
+            return False
 
     def save_live(self, context, instance, image_api, nics: dict,
                   image_id: str, metadata: dict, uploading) -> None:
@@ -425,12 +442,14 @@ class LocalDisks:
         disks = operation.DiskOperation(
             self._local, context, instance, block_device_info)
         try:
+            settle.end_moving(self._local.host, disks.records)
             settle.settle(context, self._local.host, disks.records)
             disks.take_up_running()
             disks.move_to_pools(guest_is_off=False)
         except (exception.InvalidDiskMetadata, exception.DiskNotFinished,
                 exception.DiskBeingCopied, exception.DisksMayBeElsewhere,
-                exception.DiskTransitionFailed) as error:
+                exception.DiskTransitionFailed,
+                exception.InstancePowerOffFailure) as error:
             raise exception.InstanceFaultRollback(error)
         return source.prepare(
             state.ThisHost(self._local.host, self._local.uri,
@@ -646,9 +665,21 @@ class LocalDisks:
                         'destination has cleaned up: %s', e,
                         instance=instance)
 
+    def is_overtaken_live(self, context, instance, data) -> bool:
+        """On the destination: whether a rollback has come too late."""
+        if not plan.planned(data) or not settle.is_overtaken(
+                context, instance, data):
+            return False
+        LOG.warning('A live migration that has failed is not rolled back any '
+                    'more: the server has come since, or is coming again',
+                    instance=instance)
+        return True
+
     def abandon_live(self, context, instance, data) -> None:
         """On the destination: delete what was made for a live migration."""
-        if plan.planned(data):
+        # To end what is here takes its time.
+        if plan.planned(data) and not self.is_overtaken_live(
+                context, instance, data):
             settle.abandon(context, self._connection(),
                            metadata.InstanceDisks.load(context, instance),
                            plan.planned(data))
@@ -678,12 +709,24 @@ class LocalDisks:
         # Nobody has to write to what is deleted.
         self._local.intake.close(instance)
         records = lifecycle.of_instance(instance, block_device_info)
+        others: ty.Collection[tuple[str, str]] = ()
+        if cells.has_two(instance):
+            try:
+                others = cells.of_the_other(
+                    nova_context.get_admin_context(), self._connection(),
+                    records)
+            except exception.NovaException as e:
+                LOG.error('The disks stay on this host, as it is not known '
+                          'which of them another cell has: %s', e,
+                          instance=instance)
+                return False
         if instance.task_state == task_states.RESIZE_REVERTING:
+            keep = source.kept(records)
             return destination.give_back(
                 self._connection(), instance, records,
-                keep=source.kept(records))
+                keep={*keep, *others} if others else keep)
         is_gone = ownership.delete_volumes(
-            self._connection(), instance, keep=(), disks=records)
+            self._connection(), instance, keep=others, disks=records)
         if not is_gone and instance.task_state == task_states.REBUILDING:
             leftovers.note_undeleted(self._connection(), records)
         return is_gone
@@ -707,9 +750,15 @@ class LocalDisks:
 
     def sweep(self, context) -> None:
         """Delete what is certainly left over of instances that are gone."""
-        if not self._has_pools:
+        cut_off = under_way.left()
+        if not self._has_pools and not cut_off:
             return
         own = set(objects.InstanceList.get_uuids_by_host(context, CONF.host))
+        for uuid in cut_off:
+            if uuid not in own:
+                capture.end(uuid)
+        if not self._has_pools:
+            return
         try:
             orphans.sweep(context, self._connection(), own)
         except exception.StoragePoolError as e:

@@ -20,6 +20,7 @@ import struct
 
 from oslo_log import log as logging
 from oslo_utils.imageutils import format_inspector
+from oslo_utils import units
 
 import nova.conf
 from nova import exception
@@ -33,6 +34,10 @@ LOG = logging.getLogger(__name__)
 
 # Longer than what the inspector and we read of a header of qcow2.
 _HEADER_LENGTH = 4096
+
+# Bytes of QEMU's memory for what an image's dirty bitmaps say. Of a disk of
+# 1 TiB one takes 2 MiB.
+_MOST_NOTED = 256 * units.Mi
 
 # By which libvirt tells a ploop image.
 _PLOOP = b'WithouFreSpacExt'
@@ -64,6 +69,11 @@ def look_at_qcow2(path, size=0):
         _refuse(path, 'encryption', _('it is encrypted'))
     if data.get('corrupt'):
         _refuse(path, 'corrupt', _('it is marked as corrupt'))
+    noted = sum(info.virtual_size // bitmap['granularity']
+                for bitmap in data.get('bitmaps', ())) // 8
+    if noted > _MOST_NOTED:
+        _refuse(path, 'bitmaps', _('its dirty bitmaps take %d bytes of '
+                                   'memory') % noted)
     if size and info.virtual_size > size:
         _refuse(path, 'size', _('its virtual size is %(is)d bytes, and '
                                 'the record says %(wanted)d') % {

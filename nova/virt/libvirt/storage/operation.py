@@ -76,9 +76,14 @@ class LocalHost:
     def get_connection(self):
         """The connection to libvirt, in which its storage answers."""
         connection = self.host.get_connection()
+        ended = None
         if storage_pool.has_lost_storage(connection):
-            LOG.warning('virtstoraged has ended, or was restarted; connecting '
-                        'to libvirt anew')
+            ended = 'virtstoraged'
+        elif storage_pool.has_lost_secrets(connection):
+            ended = 'virtsecretd'
+        if ended:
+            LOG.warning('%s has ended, or was restarted; connecting to '
+                        'libvirt anew', ended)
             self.host.drop_connection(connection)
             connection = self.host.get_connection()
         return connection
@@ -137,6 +142,7 @@ class DiskOperation:
         self._block_device_info = block_device_info
         self.there: list[str] = []
         self._suffix = ''
+        self._is_unfinished = False
         self._transition: transition.Transition | None = None
         self._has_pool_disks = False
         self._arrivals: list[handover.Arrival] = []
@@ -275,16 +281,17 @@ class DiskOperation:
         # The guest is started next.
         self.look_again()
 
-    def make_unfinished(self, make_swap: ty.Callable,
-                        make_config_drive: ty.Callable) -> None:
-        """Make swap and config drive, if that was begun and never finished.
+    def make_unfinished(self, make_swap: ty.Callable) -> None:
+        """Make swap, if that was begun and never finished.
+
+        A config drive that was is made when the guest is defined: see
+        :meth:`creator`.
 
         :param make_swap: takes ``target`` (a path), ``swap_mb`` (MiB),
             ``context`` and ``is_block_dev``
         """
         images = lifecycle.discard_unfinished(self.records, self.image)
-        if not images:
-            return
+        self._is_unfinished = bool(images)
         swap = images.get('disk.swap')
         if swap is not None:
             swap_mb = self.records.get('disk.swap').size // units.Mi
@@ -294,7 +301,20 @@ class DiskOperation:
                     is_block_dev=swap.is_block_dev),
                 swap_mb * units.Mi, cache_name='swap_%s' % swap_mb,
                 context=self._context)
-        self.finish(make_config_drive)
+
+    def creator(self, create_guest: ty.Callable,
+                make_config_drive: ty.Callable) -> ty.Callable:
+        """What creates the guest, and finishes its disks before it starts.
+
+        :param create_guest: takes ``post_xml_callback``, which it calls when
+            the guest is defined: a config drive tells what devices it has
+        :param make_config_drive: see :meth:`finish`
+        :returns: to be called as create_guest
+        """
+        if not self._is_unfinished:
+            return create_guest
+        return functools.partial(create_guest, post_xml_callback=(
+            functools.partial(self.finish, make_config_drive)))
 
     # From and to other hosts
 

@@ -146,14 +146,14 @@ class Reboot(Return):
                 instance_uuid=self._instance.uuid, disks=', '.join(lost))
 
     def bring_in_order(self, disk_info: dict, guest_config,
-                       make_swap: ty.Callable,
-                       make_config_drive: ty.Callable) -> None:
+                       make_swap: ty.Callable) -> None:
         """Finish or undo what earlier operations have left; the guest is off.
+
+        It is to be created by :meth:`creator` then.
 
         :param disk_info: gets the records attached
         :param guest_config: the LibvirtConfigGuest that the guest ran with
         :param make_swap: see :meth:`DiskOperation.make_unfinished`
-        :param make_config_drive: see :meth:`DiskOperation.finish`
         :raises: exception.StorageTransferMismatch and others
         """
         if self._migration is not None:
@@ -164,7 +164,7 @@ class Reboot(Return):
             # They have come, and finish_migration has failed.
             self.accept()
         self.take_up(disk_info, guest_config, remade=lifecycle.REMADE)
-        self.make_unfinished(make_swap, make_config_drive)
+        self.make_unfinished(make_swap)
         # From here on the source's copies are no longer kept.
         self.look_again()
         source.settle(self._context, self._instance, self.records)

@@ -82,6 +82,8 @@ class Intake:
         self._unchanged = threading.Condition(self._lock)
         # by UUID of the instance, pool and volume
         self._exports: dict[tuple[str, str, str], export.Export] = {}
+        # ids of the migrations that these were opened for
+        self._migrations: dict[tuple[str, str, str], int] = {}
         # UUIDs of the instances whose disks are being taken over, and of
         # those whose disks are being changed by this service itself
         self._handed_over: set[str] = set()
@@ -144,7 +146,7 @@ class Intake:
         request.check_under_way()
         uuid = request.instance.uuid
         with self._lock:
-            # Each holds a thread that copies need, too.
+            # Each holds a thread that other servers' need, too.
             if self._reaching[uuid] >= _MOST_REACHING:
                 raise request.refused(_("earlier ports still wait for it"))
             self._reaching[uuid] += 1
@@ -152,7 +154,7 @@ class Intake:
             listening = listener.listen(self._get_address(), 1)
             port = listener.port_of(listening)
             thread_pool_factory.spawn_on(
-                thread_pool_factory.ExecutorType.STORAGE_MIGRATION,
+                thread_pool_factory.ExecutorType.STORAGE_PEER,
                 self._answer_one, listening, uuid)
         except Exception:
             with excutils.save_and_reraise_exception():
@@ -212,6 +214,7 @@ class Intake:
             'volume %s of migration %d from host %s' % (
                 place[2], request.migration.id,
                 request.migration.source_compute))
+        self._end_others(request)
         with self._lock:
             if place in self._exports:
                 raise request.refused(_("the volume is open already"))
@@ -219,6 +222,7 @@ class Intake:
                 raise request.refused(_("the disks are being taken over"))
             found = self._exports[place] = export.Export(
                 order, self._get_address())
+            self._migrations[place] = request.migration.id
         # Without the lock: a program may take its time.
         try:
             # The disk may have been taken over since.
@@ -234,6 +238,15 @@ class Intake:
                  instance=request.instance)
         return {'address': self._get_address(), 'port': found.port,
                 'username': keys.USERNAME, 'key': found.key}
+
+    def _end_others(self, request):
+        """End what was open under names that nothing comes by any more."""
+        uuid, coming = request.instance.uuid, request.coming()
+        with self._lock:
+            others = [place for place in self._exports
+                      if place[0] == uuid and place[1:] not in coming]
+        for place in others:
+            self._end(place)
 
     @staticmethod
     def _place(request):
@@ -421,16 +434,25 @@ class Intake:
             expected.checksum, expected.key)
 
     def look_after(self) -> None:
-        """Log and forget what has ended by itself; raises nothing."""
+        """Log and forget what has ended; raises nothing.
+
+        What outlives its migration is ended here: it was the source's to close
+        and to delete.
+        """
         with self._lock:
-            exports = list(self._exports.items())
-        for place, found in exports:
+            exports = [(place, found, self._migrations[place])
+                       for place, found in self._exports.items()]
+        for place, found, migration_id in exports:
             try:
-                if not found.is_running():
-                    self._end(place)
-            except (exception.NovaException, OSError) as e:
+                if not found.is_running() or checks.is_over(
+                        place[0], migration_id):
+                    self._end(place, found)
+            except Exception as e:
                 # It stays in the way of a hand-over.
-                LOG.error('%s', e)
+                LOG.error('Volume %(volume)s of storage pool %(pool)s may be '
+                          'open yet: %(error)s', {
+                              'volume': place[2], 'pool': place[1],
+                              'error': e})
 
     def _end(self, place, opened=None):
         """End what is open at a place, or nothing but what was opened."""
@@ -442,7 +464,7 @@ class Intake:
         found.end()
         with self._lock:
             if self._exports.get(place) is found:
-                del self._exports[place]
+                del self._exports[place], self._migrations[place]
         LOG.info('Volume %(volume)s of storage pool %(pool)s is closed',
                  {'volume': place[2], 'pool': place[1]})
 

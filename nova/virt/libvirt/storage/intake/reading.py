@@ -25,6 +25,7 @@ import typing as ty
 import zlib
 
 from oslo_log import log as logging
+from oslo_utils import excutils
 
 import nova.conf
 from nova import exception
@@ -73,9 +74,13 @@ class Reading:
             read; None: all has to be read
         """
         self._ended.clear()
-        thread_pool_factory.spawn_on(
-            thread_pool_factory.ExecutorType.STORAGE_MIGRATION, self._run,
-            changed)
+        try:
+            thread_pool_factory.spawn_on(
+                thread_pool_factory.ExecutorType.STORAGE_MIGRATION, self._run,
+                changed)
+        except Exception:
+            with excutils.save_and_reraise_exception():
+                self._ended.set()
 
     def _run(self, changed):
         try:

@@ -25,6 +25,7 @@ from oslo_utils import excutils
 from oslo_utils import units
 
 import nova.conf
+from nova import context as nova_context
 from nova import exception
 from nova.i18n import _
 from nova import objects
@@ -257,6 +258,10 @@ class Request:
             found.append(place)
         return found
 
+    def coming(self) -> set[tuple[str, str]]:
+        """The places of what is on its way here, as (pool, volume)."""
+        return {(record.pool, record.volume) for record in self._coming()}
+
     def _disks(self):
         return metadata.InstanceDisks.load(self.context, self.instance)
 
@@ -266,6 +271,17 @@ class Request:
         return [record for _name, record in
                 [*disks.items(), *disks.extras.items()]
                 if record.is_building and record.host == CONF.host]
+
+
+def is_over(instance_uuid: str, migration_id: int) -> bool:
+    """Whether no disk comes by a migration any more."""
+    context = nova_context.get_admin_context()
+    try:
+        objects.Instance.get_by_uuid(context, instance_uuid, expected_attrs=[])
+        return objects.Migration.get_by_id(
+            context, migration_id).status not in _UNDER_WAY
+    except (exception.InstanceNotFound, exception.MigrationNotFound):
+        return True
 
 
 def check(context, instance, migration, request: dict) -> Request:

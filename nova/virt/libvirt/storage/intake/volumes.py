@@ -34,6 +34,8 @@ CONF = nova.conf.CONF
 _MODES = (0o644, 0o600)
 # Names that a source may rule out for a new volume.
 _MOST_TAKEN = 100
+# Of one server in one pool, however many tries have left some.
+_MOST_VOLUMES = 100
 
 
 class Volumes:
@@ -103,8 +105,15 @@ class Volumes:
     def create(self) -> None:
         """Make the volume that is on record as coming, empty."""
         length, mode = self._request.length(), self._mode()
+        pool = self._pool()
+        there = sum(name.startswith(self._request.instance.uuid)
+                    for name in pool.file_names())
+        if there >= _MOST_VOLUMES:
+            # It may give each of them another name on record, and fill it.
+            raise self._request.refused(
+                _("it has %d volumes there already") % there)
         state.create_volume(
-            self._pool(), self._request.volume(), length,
+            pool, self._request.volume(), length,
             (os.geteuid(), os.getegid()), mode)
 
     def _mode(self):

@@ -63,16 +63,21 @@ def end(context: 'nova_context.RequestContext', instance_uuid: str,
             raise exception.NoMigrationToSettle(
                 instance_uuid=instance_uuid,
                 reason=_('it has no disk on its way to another host'))
+        # Cut off here, it can be called again: the records say still that
+        # there is something to settle, and from where it went.
+        source, host = moving[0][1].host, moving[0][1].next.host
         if not moved:
+            if instance.host == host:
+                raise exception.NoMigrationToSettle(
+                    instance_uuid=instance_uuid,
+                    reason=_('it is on host %(host)s already, as its guest '
+                             'has come there. Use --moved; if the guest is '
+                             'gone since, start it there') % {'host': host})
             evacuation.forget_next(disks)
             disks.save(cell)
             return instance.host
-        host = moving[0][1].next.host
         node = objects.ComputeNode.get_first_node_by_host_for_old_compat(
             cell, host)
-        # Cut off here, it can be called again: the records say still that
-        # there is something to settle.
-        source = instance.host
         has_ports = bool(instance.get_network_info())
         if has_ports:
             # Nothing else of Nova's would bind them to where the guest is.

@@ -171,10 +171,26 @@ class Receiver:
 
         :param cache_base: makes sure that the base image of an overlay is in
             this host's image cache, and returns its path
-        :raises: exception.StorageVolumeError and others
+        :raises: exception.MigrationPreCheckError,
+            exception.StorageVolumeError and others
         """
+        # The source has had it since it was checked.
+        for disk in self._data.disks:
+            self._check_disk(disk)
         self._choose_names()
         self._save_next()
+        try:
+            self._make(cache_base)
+        finally:
+            # It may have taken longer than the source waits.
+            given_up = self._delete_unwanted()
+        if given_up:
+            raise exception.MigrationError(reason=_(
+                'try again: host %(source)s has waited no longer for host '
+                '%(host)s to make room for the disks') % {
+                    'source': self._instance.host, 'host': CONF.host})
+
+    def _make(self, cache_base):
         base = None
         if any(disk.base for disk in self._data.disks):
             base = self._have_base(cache_base)
@@ -189,6 +205,29 @@ class Receiver:
                 volume = self._create(disk, base if disk.base else None)
                 if destination.preallocates():
                     nova.privsep.storage.allocate(volume.path, disk.size)
+
+    def _delete_unwanted(self):
+        """Delete what was made after all had been rolled back.
+
+        Nothing has it on record any more.
+
+        :returns: whether it was so
+        """
+        disks = metadata.InstanceDisks.load(self._context, self._instance)
+        wanted = {(record.pool, record.volume)
+                  for _name, known in disks.items()
+                  for record in (known, known.next)
+                  if record is not None and record.host == CONF.host}
+        unwanted = {(disk.pool, disk.volume) for disk in self._data.disks
+                    if disk.way in WAY.MADE} - wanted
+        if unwanted:
+            LOG.warning('The migration was given up before there was room for '
+                        'the disks: deleting %s', ', '.join(
+                            sorted(volume for _pool, volume in unwanted)),
+                        instance=self._instance)
+            leftovers.delete_volumes(
+                self._connection, CONF.host, unwanted, self._instance)
+        return bool(unwanted)
 
     def _choose_names(self):
         taken: dict[str, set[str]] = {}

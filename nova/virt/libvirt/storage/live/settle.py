@@ -29,6 +29,8 @@ killed: who goes on
         next migration to it
     A, while QEMU copies, and back in time: the same. libvirt has gone on; A
         ends that when it starts
+    A, and asked to end or start the guest while libvirt is at it: A ends
+        the migration before
     A, and back too late: nobody. Record and next stand, there is no guest
         here, and only an operator can look on B
     libvirt on A, when all has been sent and the guest isn't undefined yet: the
@@ -41,12 +43,16 @@ killed: who goes on
     B, before it has taken over: A did, or B when it next reads the records
 """
 
+import time
+
 from oslo_log import log as logging
 
 from nova.compute import power_state
 from nova.compute import task_states
 import nova.conf
 from nova import exception
+from nova.i18n import _
+from nova import objects
 from nova.objects import fields
 from nova.virt.libvirt.storage.records import evacuation
 from nova.virt.libvirt.storage.records import leftovers
@@ -61,8 +67,16 @@ except ImportError:
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
+# How often, and at which intervals in seconds, libvirt is asked whether it has
+# ended a migration.
+_LOOKS, _POLL = 60, 0.5
+
 LIBVIRT_STORAGE = fields.LibvirtDiskBackend.LIBVIRT_STORAGE
 MADE = fields.LibvirtLiveMigrateDiskWay.MADE
+
+# Statuses of a live migration for which its destination may have something.
+_UNDER_WAY = ('accepted', 'queued', 'preparing', 'running',
+              'running (post-copy)', 'post-migrating')
 
 
 def going(disks):
@@ -215,9 +229,53 @@ def refuse_to_guess(disks):
 
 def _is_moving(guest):
     """Whether libvirt goes on with a migration, whoever has begun it."""
-    return guest.get_job_info().type not in (
-        libvirt.VIR_DOMAIN_JOB_NONE, libvirt.VIR_DOMAIN_JOB_COMPLETED,
-        libvirt.VIR_DOMAIN_JOB_FAILED, libvirt.VIR_DOMAIN_JOB_CANCELLED)
+    return guest.get_job_info().type in (
+        libvirt.VIR_DOMAIN_JOB_BOUNDED, libvirt.VIR_DOMAIN_JOB_UNBOUNDED)
+
+
+def end_moving(host, disks) -> None:
+    """Have libvirt end a migration that no compute service is at any more.
+
+    To be called before the guest is ended for another reason: libvirt, which
+    has gone on by itself, may be done with it in between, and what is started
+    then is a second guest.
+
+    :param host: the Host of this compute
+    :param disks: the instance's InstanceDisks
+    :raises: exception.InstancePowerOffFailure if libvirt doesn't end it
+    """
+    moving = going(disks)
+    if not moving or moving[0][1].host != CONF.host:
+        return
+    guest = _moving_guest(host, disks.instance)
+    if guest is None:
+        return
+    LOG.warning('libvirt is at a live migration to host %s that Nova has '
+                'given up: ending it', moving[0][1].next.host,
+                instance=disks.instance)
+    try:
+        guest.abort_job()
+    except libvirt.libvirtError as e:
+        LOG.warning('The live migration can not be ended, or has ended: %s',
+                    e, instance=disks.instance)
+    for _look in range(_LOOKS):
+        if _moving_guest(host, disks.instance) is None:
+            return
+        time.sleep(_POLL)
+    raise exception.InstancePowerOffFailure(reason=_(
+        'try again when virsh domjobabort on host %(host)s has ended its '
+        'live migration to host %(dest)s') % {
+            'dest': moving[0][1].next.host, 'host': CONF.host})
+
+
+def _moving_guest(host, instance):
+    """The guest if libvirt is about to move it, and can still be stopped."""
+    try:
+        guest = host.get_guest(instance)
+    except exception.InstanceNotFound:
+        return None
+    is_moving = guest.is_active() and _is_moving(guest)
+    return guest if is_moving and not _may_have_gone(host, guest) else None
 
 
 def check_stays(host, instance, load) -> None:
@@ -226,20 +284,24 @@ def check_stays(host, instance, load) -> None:
     Once it is off, it is as one whose migration has failed: started again.
     One that is off or not here at all may be called so. But its disks, which
     the guest may have where both hosts see them, mustn't be deleted, and
-    nothing may take its place.
+    nothing may take its place. One that libvirt is about to move stays here.
 
     :param host: the Host of this compute
     :param load: returns the instance's InstanceDisks; called in doubt alone
-    :raises: exception.DisksMayBeElsewhere, exception.InvalidDiskMetadata
+    :raises: exception.DisksMayBeElsewhere, exception.InvalidDiskMetadata,
+        exception.InstancePowerOffFailure
     """
     is_to_go = lifecycle.is_destroying(instance)
+    was_moving = _moving_guest(host, instance) is not None
+    if was_moving:
+        end_moving(host, load())
     try:
         guest = host.get_guest(instance)
-        may_be_off = is_to_go or (
+        may_be_off = is_to_go or was_moving or (
             guest.get_power_state(host) == power_state.PAUSED)
         is_left = may_be_off and _may_have_gone(host, guest)
     except exception.InstanceNotFound:
-        is_left = is_to_go
+        is_left = is_to_go or was_moving
     if is_left:
         moving = going(load())
         if moving and moving[0][1].host == CONF.host:
@@ -254,6 +316,32 @@ def clear_way(connection, disks) -> None:
     """
     if disks.leftovers:
         leftovers.delete(connection, disks)
+
+
+def is_overtaken(context, instance, data) -> bool:
+    """On the destination: whether it is too late to roll a migration back.
+
+    The source doesn't wait for it, and whoever has asked for the migration
+    may have tried again: what is here then is not what has failed.
+
+    :param data: the LibvirtLiveMigrateData of the migration that has failed
+    """
+    context = context.elevated()
+    try:
+        if objects.Instance.get_by_uuid(
+                context, instance.uuid, expected_attrs=[]
+        ).host == CONF.host:
+            return True
+    except exception.InstanceNotFound:
+        return False
+    if 'migration' not in data:
+        return False
+    return any(
+        migration.id > data.migration.id and
+        migration.dest_compute == CONF.host
+        for migration in objects.MigrationList.get_by_filters(context, {
+            'instance_uuid': instance.uuid, 'status': list(_UNDER_WAY),
+            'migration_type': fields.MigrationType.LIVE_MIGRATION}))
 
 
 def abandon(context, connection, disks, planned=()) -> None:

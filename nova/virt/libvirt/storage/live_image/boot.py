@@ -28,6 +28,7 @@ import contextlib
 import nova.conf
 from nova import exception
 from nova.i18n import _
+from nova.virt import configdrive
 from nova.virt.libvirt import config as vconfig
 from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.live_image import definition
@@ -76,6 +77,17 @@ class LiveBoot:
                         'flavor') % {'what': what, 'saved': saved,
                                      'wanted': wanted})
             self._check_size(flavor.root_gb << 30)
+            self._check_config_drive()
+
+    def _check_config_drive(self):
+        """The guest can be given no drive, and none can be taken from it."""
+        saved = definition.has_config_drive(self.description)
+        if saved != bool(configdrive.required_by(self._instance)):
+            raise memory_file.Unfit(
+                _('create the server with a config drive, as the other one '
+                  'had') if saved else
+                _('create the server without a config drive, as the other '
+                  'one had none'))
 
     def _check_size(self, size):
         # 0: as large as the image.

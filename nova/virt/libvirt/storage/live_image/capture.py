@@ -139,6 +139,7 @@ class Capture:
     def __exit__(self, _type, _value, _traceback):
         if self._is_right:
             end(self._instance.uuid)
+        under_way.close(self._instance.uuid)
 
     def _check_versions(self):
         """Refuse what would fail when the guest stands still already."""
@@ -258,7 +259,7 @@ def put_right(host, instance, interfaces: guest_nics.Interfaces) -> bool:
     """
     try:
         _let_go_on(host, instance)
-        interfaces.put_back()
+        _put_back(interfaces)
         return True
     except exception.InstanceNotFound:
         return True
@@ -309,7 +310,8 @@ def end(instance_uuid: str) -> None:
 
 
 def _is_transient(error):
-    return not isinstance(error, exception.InstanceNotFound)
+    return isinstance(error, Exception) and not isinstance(
+        error, exception.InstanceNotFound)
 
 
 _with_patience = tenacity.retry(
@@ -324,6 +326,12 @@ def _let_go_on(host, instance):
             # Only who is active is saved; so its user has paused it since.
             instance.vm_state != vm_states.PAUSED):
         guest.resume()
+
+
+@_with_patience
+def _put_back(interfaces):
+    # Those that are there again are left alone.
+    interfaces.put_back()
 
 
 @_with_patience

@@ -76,6 +76,12 @@ _RULES = (
                  _('it has sound of its host')),
     refusal.Rule("devices/redirdev[not(@type='spicevmc')]",
                  _('it has a USB device of elsewhere')),
+    # libvirt writes KiB alone, and reads the size from the nodes if there are
+    # any: what is compared with the flavor has to be what it gives.
+    refusal.Rule("(memory | currentMemory | maxMemory | cpu/numa/cell)"
+                 "[@unit and @unit != 'KiB'] | "
+                 "cpu/numa[not(sum(cell/@memory) = ../../memory)]",
+                 _('its memory is counted otherwise than libvirt does')),
     refusal.Rule("*[starts-with(name(), 'on_') and contains(., 'coredump')] | "
                  "devices/watchdog[@action='dump']",
                  _('it leaves its memory on the host when it crashes')),

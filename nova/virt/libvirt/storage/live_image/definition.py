@@ -83,6 +83,12 @@ def machine_of(description: memory_file.Description) -> tuple[str, str]:
     return kind.get('arch'), kind.get('machine')
 
 
+def has_config_drive(description: memory_file.Description) -> bool:
+    """:returns: whether the guest had a drive for one"""
+    return refusal.parse(description.domain).find(
+        "devices/disk[@device='cdrom']") is not None
+
+
 def cpu_of(description: memory_file.Description) -> str | None:
     """:returns: XML of the CPU that the guest had"""
     cpu = refusal.parse(description.domain).find('cpu')

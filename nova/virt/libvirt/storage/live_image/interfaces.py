@@ -40,12 +40,14 @@ class Interfaces:
     :ivar detach: takes one out of the running guest, and out of the network;
         the driver's, which retries
     :ivar attach: plugs one and puts it into the guest
+    :ivar define: puts one into the guest's definition alone
     :ivar plug: plugs one that the guest has
     """
     get_guest: ty.Callable
     vifs: ty.Sequence
     detach: ty.Callable
     attach: ty.Callable
+    define: ty.Callable
     plug: ty.Callable
 
     def take_out(self) -> None:
@@ -67,14 +69,19 @@ class Interfaces:
         :raises: what went wrong with the last one, when all were tried
         """
         present = self._addresses()
+        defined = self._addresses(dump_inactive=True)
         error = None
         for vif in self.vifs:
             try:
-                if vif['address'] in present:
-                    # Out of the network, perhaps, and never out of the guest.
-                    self.plug(vif)
-                else:
+                if vif['address'] not in present:
                     self.attach(vif)
+                    continue
+                # Out of the network, perhaps, and never out of the guest.
+                self.plug(vif)
+                if vif['address'] not in defined:
+                    # It went there first, and the guest starts with that when
+                    # it is rebooted.
+                    self.define(vif)
             except Exception as e:
                 LOG.error('Interface %(mac)s could not be put back: '
                           '%(error)s', {'mac': vif['address'], 'error': e})
@@ -82,6 +89,8 @@ class Interfaces:
         if error is not None:
             raise error
 
-    def _addresses(self):
-        domain = refusal.parse(self.get_guest().get_xml_desc())
+    def _addresses(self, dump_inactive=False):
+        """Of the guest as it runs, or as it is defined."""
+        domain = refusal.parse(self.get_guest().get_xml_desc(
+            dump_inactive=dump_inactive))
         return set(domain.xpath('devices/interface/mac/@address'))

@@ -101,14 +101,23 @@ def disk_name(instance_uuid: str, disk) -> str | None:
     return head if tail.isdigit() and head else name
 
 
+def _is_on_ceph(instance_uuid, disk):
+    source = disk.find("source[@protocol='rbd']")
+    return source is not None and (
+        '/%s_' % instance_uuid in source.get('name', ''))
+
+
 def reasons(instance_uuid: str, domain) -> list[str]:
     """Why a guest can't be saved with its memory, in the order of RULES.
 
     :param domain: the definition that it runs with, an lxml element
     """
     found = [rule.reason for rule in RULES if domain.xpath(rule.xpath)]
-    root = False
+    root = on_ceph = False
     for disk in domain.iterfind('devices/disk'):
+        if _is_on_ceph(instance_uuid, disk):
+            on_ceph = True
+            continue
         name = disk_name(instance_uuid, disk)
         device = disk.get('device', 'disk')
         if device == 'disk' and name == ROOT_DISK:
@@ -124,7 +133,9 @@ def reasons(instance_uuid: str, domain) -> list[str]:
                 'it has disk %s besides the root disk: a volume of Cinder, an '
                 'ephemeral disk, swap or another medium') %
                 disk.find('target').get('dev'))
-    if not root:
+    if on_ceph:
+        found.append(_('a disk is on Ceph, and not a file in a storage pool'))
+    elif not root:
         found.append(_('its root disk is not in a storage pool; set '
                        '[libvirt]/images_type to libvirt-storage and hard '
                        'reboot it'))

@@ -20,6 +20,7 @@ from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage.live_image import boot
 from nova.virt.libvirt.storage.live_image import memory_file
 from nova.virt.libvirt.storage.live_image import store
+from nova.virt.libvirt.storage.pool import setup
 
 CONF = nova.conf.CONF
 
@@ -59,13 +60,29 @@ class Spawn:
         self._live.give_devices(guest, self._config)
 
 
+def _check_pool(host):
+    """Nothing but an overlay can hold a memory.
+
+    :raises: memory_file.Unusable, before anything is fetched or made;
+        exception.StoragePoolError
+    """
+    pool = setup.pool_of(host.get_connection(), 'disk')
+    if not pool.kind().has_overlays:
+        raise memory_file.Unusable(_(
+            'root disks are made in storage pool %s there, which holds no '
+            'overlays; it takes one of files') % pool.name)
+    if not CONF.use_cow_images:
+        raise memory_file.Unusable(_('use_cow_images is not set there'))
+
+
 def prepare(host, image_api, context, instance) -> Spawn | None:
     """Fetch the memory that an instance is to go on from, and check it.
 
     :param host: the Host
     :returns: None if its image has none, or it is built for another reason,
         such as being rebuilt or unshelved
-    :raises: exception.LiveImageUnusable; what the image API raises
+    :raises: exception.LiveImageUnusable, exception.StoragePoolError; what the
+        image API raises
     """
     memory_id = instance.system_metadata.get('image_' + store.MEMORY_ID)
     if not memory_id or instance.vm_state != vm_states.BUILDING:
@@ -77,6 +94,7 @@ def prepare(host, image_api, context, instance) -> Spawn | None:
         if CONF.libvirt.images_type != 'libvirt-storage':
             raise memory_file.Unusable(
                 _('[libvirt]/images_type is not libvirt-storage there'))
+        _check_pool(host)
         disk = image_api.get(context, instance.image_ref)
         if disk['properties'].get(store.MEMORY_ID) != memory_id:
             raise memory_file.Unfit(_('the image was changed meanwhile'))

@@ -22,6 +22,7 @@ user can change it.
 import os
 import time
 import typing as ty
+import uuid
 
 from oslo_concurrency import lockutils
 from oslo_log import log as logging
@@ -45,6 +46,10 @@ MEMORY_ID = 'img_live_memory_id'
 _DISK_ID = 'nova_live_disk_id'
 _DISK_HASH = 'nova_live_disk_hash'
 _PROJECT = 'nova_live_project_id'
+
+# What the name of a memory ends with, and how long Glance lets one be.
+_SUFFIX = ' (memory)'
+_LONGEST_NAME = 255
 
 
 def service_context() -> nova_context.RequestContext:
@@ -121,7 +126,7 @@ class Store:
         with memory_file.Reader(saved.description, saved.memory) as reader:
             memory_id = self.upload(
                 self._image_api.get(context, image_id),
-                '%s (memory)' % metadata['name'],
+                metadata['name'],
                 metadata['properties']['owner_id'], reader)
         try:
             self._image_api.update(
@@ -136,7 +141,7 @@ class Store:
         """Give a memory to Glance.
 
         :param disk: the image of the disk, as Glance has it when it is whole
-        :param name: of the new image
+        :param name: of the image of the disk
         :param project_id: whose server it is
         :param reader: of the memory
         :returns: id of the new image
@@ -145,7 +150,8 @@ class Store:
         """
         context = service_context()
         image = self._image_api.create(context, {
-            'name': name, 'visibility': 'private', 'disk_format': 'raw',
+            'name': name[:_LONGEST_NAME - len(_SUFFIX)] + _SUFFIX,
+            'visibility': 'private', 'disk_format': 'raw',
             'container_format': 'bare', 'properties': {
                 _DISK_ID: disk['id'], _PROJECT: project_id,
                 _DISK_HASH: _hash_of(disk)}})
@@ -296,7 +302,9 @@ class Store:
 def _check_id(memory_id):
     # A user has written it. The image API takes what has a slash for the URL
     # of another service, and would go there with the token of Nova's user.
-    if not uuidutils.is_uuid_like(memory_id):
+    # Written otherwise than Glance does, one memory would be many files here.
+    if not uuidutils.is_uuid_like(memory_id) or (
+            str(uuid.UUID(memory_id)) != memory_id):
         raise memory_file.Unfit(
             _('%.80r is no ID of an image') % memory_id)
 

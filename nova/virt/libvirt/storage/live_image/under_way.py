@@ -34,6 +34,9 @@ _PREFIX = 'live-image-'
 _HOST = 'host'
 _EXPORT = 'export'
 
+# UUIDs of the instances that this process is saving.
+_open: set[str] = set()
+
 
 def directory(instance_uuid: str) -> str:
     """Where the files of a capture are."""
@@ -57,7 +60,13 @@ def begin(instance_uuid: str) -> str:
     os.chmod(path, 0o701)
     with open(os.path.join(path, _HOST), 'w') as f:
         f.write(CONF.host)
+    _open.add(instance_uuid)
     return path
+
+
+def close(instance_uuid: str) -> None:
+    """Say that this process has done with a capture, ended or not."""
+    _open.discard(instance_uuid)
 
 
 def export(instance_uuid: str) -> str:
@@ -117,6 +126,11 @@ def instances() -> list[str]:
              if name.startswith(_PREFIX)]
     return sorted(name for name in found if uuidutils.is_uuid_like(name) and
                   _is_ours(directory(name)))
+
+
+def left() -> list[str]:
+    """UUIDs of those whose captures were begun here, and are nobody's now."""
+    return [uuid for uuid in instances() if uuid not in _open]
 
 
 def _is_said_whose(path):

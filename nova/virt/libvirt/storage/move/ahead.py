@@ -16,6 +16,7 @@ changes nothing for the guest: the disks are copied as if nothing had been
 tried, unless the destination can't be reached any more.
 """
 
+from concurrent import futures
 import contextlib
 import dataclasses
 import time
@@ -28,6 +29,7 @@ import nova.conf
 from nova import exception
 from nova.i18n import _
 from nova.objects import fields
+from nova import thread_pool_factory
 from nova.virt.libvirt.storage.move import peers
 from nova.virt.libvirt.storage.pump import transfer as pump
 from nova.virt.libvirt.storage.records import keeping
@@ -41,8 +43,9 @@ LOG = logging.getLogger(__name__)
 _TABLES_SHARE = 64
 _TABLES_LEAST = 16 * units.Mi
 
-# Seconds between two questions how far the destination has read.
-_INTERVAL = 0.5
+# Seconds between two questions how far the destination has read: at first, as
+# of a kept copy it reads little, and at most.
+_FIRST_INTERVAL, _INTERVAL = 0.05, 0.5
 
 
 @dataclasses.dataclass
@@ -202,8 +205,8 @@ class FirstPass:
         """
         room, key = self._room(item), pump.new_key()
         try:
-            table = item.pool.take_up(
-                item.target, (item.length, room), item.mode, key)
+            table = self._ask(item, lambda: item.pool.take_up(
+                item.target, (item.length, room), item.mode, key))
         except exception.InstanceNotFound:
             raise
         except exception.NovaException as e:
@@ -215,6 +218,21 @@ class FirstPass:
             return False
         self._known[item] = key, pump.Known(room, table)
         return True
+
+    def _ask(self, item, ask):
+        """Ask for what takes as long as a disk is read; may be cancelled."""
+        future = thread_pool_factory.spawn_on(
+            thread_pool_factory.ExecutorType.STORAGE_MIGRATION, ask)
+        while True:
+            try:
+                return future.result(timeout=_INTERVAL)
+            except futures.TimeoutError:
+                if future.done():
+                    raise
+                if future.cancel():
+                    # It has got no thread, and may not for long.
+                    return ask()
+            self._transfer.check_cancelled(item)
 
     def _forget_names(self):
         for item, target in self._targets:
@@ -285,6 +303,7 @@ class FirstPass:
         """Wait until the destination has read a disk."""
         stall_timeout = CONF.libvirt.storage_migration_stall_timeout
         before, since = -1, time.monotonic()
+        interval = _FIRST_INTERVAL
         while True:
             done, has_ended = item.pool.has_read(item.target)
             if has_ended:
@@ -297,7 +316,8 @@ class FirstPass:
                 raise exception.StorageIntakeError(
                     host=item.pool.host, reason=_(
                         "it has read nothing for %d seconds") % stall_timeout)
-            time.sleep(_INTERVAL)
+            time.sleep(interval)
+            interval = min(2 * interval, _INTERVAL)
 
 
 def _most(item):

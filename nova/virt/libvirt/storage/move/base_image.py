@@ -65,16 +65,32 @@ def find(context, instance, here, there):
     :param here: StoragePool over this host's image cache
     :param there: PeerPool over the destination's
     :returns: its StorageVolume, or None if the destination gets it otherwise
-    :raises: StorageVolumeNotFound if no host has it
+    :raises: StorageVolumeNotFound if no host has it; StoragePoolError if
+        libvirt can't look for it in storage_pool.COPY_TIMEOUT seconds
     """
     if _is_available(context, instance.image_ref):
         return None
     LOG.info('Image %s is no longer available in Glance',
              instance.image_ref, instance=instance)
     name = imagecache.get_cache_fname(instance.image_ref)
-    if there.has(name, refresh=True):
-        return None
-    return ownership.find(here, name) or here.volume(name)
+    try:
+        if there.has(name, refresh=True):
+            return None
+    except exception.StoragePoolError as e:
+        # Another image is being copied there, say. What it has stays.
+        LOG.info('Base image %(name)s is sent, whether or not host %(host)s '
+                 'has it: %(error)s',
+                 {'name': name, 'host': there.host, 'error': e},
+                 instance=instance)
+    try:
+        return here.volume(name)
+    except exception.StorageVolumeNotFound:
+        # Images get into the cache without libvirt being told.
+        LOG.info('Refreshing storage pool %(pool)s, so that libvirt learns of '
+                 'base image %(name)s; a copy under way is waited for',
+                 {'pool': here.name, 'name': name}, instance=instance)
+        here.refresh(timeout=storage_pool.COPY_TIMEOUT)
+        return here.volume(name)
 
 
 def can_be_had(context, instance, here):
@@ -82,8 +98,15 @@ def can_be_had(context, instance, here):
 
     :param here: StoragePool over this host's image cache
     """
-    return _is_available(context, instance.image_ref) or ownership.find(
-        here, imagecache.get_cache_fname(instance.image_ref)) is not None
+    if _is_available(context, instance.image_ref):
+        return True
+    name = imagecache.get_cache_fname(instance.image_ref)
+    try:
+        return ownership.find(here, name) is not None
+    except exception.StoragePoolError as e:
+        LOG.info("Base image %(name)s can't be sent now: %(error)s",
+                 {'name': name, 'error': e}, instance=instance)
+        return False
 
 
 def growth_of(info) -> int:

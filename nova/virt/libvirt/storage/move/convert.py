@@ -18,8 +18,11 @@ import subprocess
 import tempfile
 import time
 
+import nova.conf
 from nova import exception
 from nova.i18n import _
+
+CONF = nova.conf.CONF
 
 # Seconds between two looks at a process: cancelling takes as long.
 _INTERVAL = 0.2
@@ -40,7 +43,8 @@ def run(command: list[str], watch: dict, names: dict,
         librbd wake each other up by some, also while a Ceph keeps silent.
     :returns: its exit code
     :raises: exception.StorageTransferError,
-        exception.StorageTransferStalled, exception.StorageTransferCancelled
+        exception.StorageTransferCephStalled,
+        exception.StorageTransferCancelled
     """
     with tempfile.TemporaryFile() as errors:
         try:
@@ -61,9 +65,9 @@ def run(command: list[str], watch: dict, names: dict,
                     before, since = done, time.monotonic()
                 elif time.monotonic() - since > watch['stall_timeout']:
                     # Of a Ceph that is full each single write is waited for.
-                    raise exception.StorageTransferStalled(
+                    raise exception.StorageTransferCephStalled(
                         seconds=watch['stall_timeout'], transferred=0,
-                        side='destination', reason='', **names)
+                        host=CONF.host, side='destination', reason='', **names)
                 time.sleep(_INTERVAL)
         finally:
             if process.poll() is None:

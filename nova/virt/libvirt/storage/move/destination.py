@@ -325,7 +325,7 @@ def _reserve(connection, instance, record):
         return
     try:
         # Not the length of the file: of qcow2 it is another one.
-        processutils.execute('fallocate', '-n', '-l', record.size, path)
+        nova.privsep.storage.allocate(path, record.size)
     except (OSError, processutils.ProcessExecutionError) as e:
         LOG.warning('No space is reserved for volume %(volume)s in storage '
                     'pool %(pool)s, as preallocate_images says: %(error)s',

@@ -50,6 +50,9 @@ NVRAM_DIR = '/var/lib/libvirt/qemu/nvram'
 _MAX_CONSOLE = 100 * units.Ki
 # The variables of a guest on ARM take 64 MiB, those of others less than 4.
 _MAX_FILE = 128 * units.Mi
+# What a peer can have this host keep in memory, and in its instances_path.
+_MAX_PACK = 256 * units.Mi
+_MAX_FILES = 1000
 
 _CONSOLE = 'console.log'
 _NVRAM = 'nvram'
@@ -196,13 +199,22 @@ def unpack(instance, volume, directory):
     :param volume: the StorageVolume
     :param directory: the instance's directory on this host; the state of a
         TPM is left in it, for LibvirtDriver._finish_migration_vtpm()
-    :raises: UnsafeDiskContent if it holds what is none of these files
+    :raises: UnsafeDiskContent if it holds what is none of these files, or
+        more than they can be
     """
+    if volume.physical() > _MAX_PACK:
+        raise exception.UnsafeDiskContent(path=volume.path, reason=_(
+            "it has come along with the disks, and has more than %s bytes") %
+            _MAX_PACK)
     fileutils.ensure_tree(directory)
     path = os.path.join(directory, _PACK)
     upload.download_file(volume, path)
     with tarfile.open(path, mode='r:') as tar:
-        for member in tar:
+        for number, member in enumerate(tar):
+            if number == _MAX_FILES:
+                raise exception.UnsafeDiskContent(path=volume.path, reason=_(
+                    "it has come along with the disks, and has more than %s "
+                    "files") % _MAX_FILES)
             _extract(instance, tar, member, directory)
     os.unlink(path)
     restore_nvram(instance, directory)
@@ -212,7 +224,8 @@ def _extract(instance, tar, member, directory):
     tpm = r'%s/%s/([A-Za-z0-9_-][A-Za-z0-9._-]*/)*[A-Za-z0-9_-][\w.-]*' % (
         _TPM, re.escape(instance.uuid))
     nvram = r'%s/[\w-][\w.-]*' % _NVRAM
-    if (not member.isreg() or member.size > _MAX_FILE or
+    if (not member.isreg() or member.issparse() or
+            member.size > _MAX_FILE or
             not re.fullmatch('%s|%s|%s' % (tpm, nvram, re.escape(_CONSOLE)),
                              member.name, re.ASCII)):
         raise exception.UnsafeDiskContent(path=member.name, reason=_(

@@ -93,8 +93,7 @@ def look_again(context, connection, disks, arrivals) -> None:
     """
     try:
         for arrival in arrivals:
-            _compare(_volume(connection, arrival.before), arrival,
-                     disks.instance)
+            _compare(_volume(connection, arrival.before), arrival, disks)
     except exception.NovaException:
         for arrival in arrivals:
             disks.set(arrival.name, arrival.before)
@@ -119,22 +118,32 @@ def _header(volume):
     return Header(volume.physical(), hashlib.sha256(start).digest())
 
 
-def _compare(volume, arrival, instance):
+def _compare(volume, arrival, disks):
     is_qcow2 = arrival.before.format == fields.LibvirtDiskFormat.QCOW2
+    # This host may have let it grow since, and has that on record.
+    most = max(arrival.before.size or 0,
+               disks.get(arrival.name).size or 0)
     if is_qcow2:
-        # Even if this host has let it grow since, which alters its header.
-        info = content.look_at_qcow2(volume.path, 0)
+        # Even if it has grown, which alters its header.
+        info = content.look_at_qcow2(volume.path, most)
         if info.backing_file:
             image_cache.checked_base(info.backing_file)
             # There are other users' images, too.
             if not base_image.is_kept(
-                    instance, arrival.name, info.backing_file):
+                    disks.instance, arrival.name, info.backing_file):
                 raise exception.UnsafeDiskContent(path=volume.path, reason=_(
                     "it depends on %s, which is not the server's base image"
                     ) % info.backing_file)
         has_grown = info.virtual_size > arrival.before.size
     else:
-        has_grown = volume.physical() > arrival.header.length
+        length = volume.physical()
+        has_grown = length > arrival.header.length
+        # A logical volume is rounded up, and no stream makes it longer.
+        if has_grown and length > most and volume.pool.kind().is_directory:
+            raise exception.StorageTransferMismatch(
+                volume=volume.name, where=CONF.host,
+                reason=_("it has %(is)d bytes, and %(most)d are on record") % {
+                    'is': length, 'most': most})
     if not has_grown and _header(volume) != arrival.header:
         raise exception.StorageTransferMismatch(
             volume=volume.name, where=CONF.host,

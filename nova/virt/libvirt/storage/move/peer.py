@@ -131,7 +131,7 @@ def _connect(host, uri):
         raise TimeoutError(_('earlier attempts are still unanswered'))
     attempt = _Attempt(host, uri)
     thread_pool_factory.spawn_on(
-        thread_pool_factory.ExecutorType.STORAGE_MIGRATION, attempt.run)
+        thread_pool_factory.ExecutorType.STORAGE_PEER, attempt.run)
     return attempt.wait(_CONNECT_TIMEOUT)
 
 

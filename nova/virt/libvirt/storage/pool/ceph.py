@@ -64,7 +64,10 @@ class CephPool:
     :param conn: this host's libvirt, which keeps the secret
     :param pool: the StoragePool
     :param config: its LibvirtConfigStoragePool
+    :cvar has_asked_for_secrets: whether any has asked libvirt for its secret
     """
+
+    has_asked_for_secrets = False
 
     def __init__(self, conn, pool, config):
         self._conn = conn
@@ -122,6 +125,7 @@ class CephPool:
 
     @contextlib.contextmanager
     def _secret_errors(self):
+        CephPool.has_asked_for_secrets = True
         try:
             yield
         except libvirt.libvirtError as e:
@@ -220,13 +224,21 @@ class CephPool:
     # The images
 
     @functools.cached_property
+    def cluster(self) -> str:
+        """What no two clusters have in common.
+
+        :raises: exception.StorageCephError
+        """
+        with self.errors():
+            return self.driver.get_fsid()
+
+    @functools.cached_property
     def identity(self) -> str:
         """What no two Ceph pools have in common, whatever hosts call them.
 
         :raises: exception.StorageCephError
         """
-        with self.errors():
-            return '%s/%s' % (self.driver.get_fsid(), self.name)
+        return '%s/%s' % (self.cluster, self.name)
 
     def check(self, names: ty.Iterable[str] = ()) -> None:
         """Check that Ceph answers, for images too: it may be half away.

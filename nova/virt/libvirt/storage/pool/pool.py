@@ -125,9 +125,25 @@ def has_lost_storage(conn) -> bool:
 
     :param conn: to this host's libvirt
     """
+    # Takes no lock of any pool.
+    return _is_lost(conn.getStoragePoolCapabilities)
+
+
+def has_lost_secrets(conn) -> bool:
+    """Whether no key of Ceph will be had on a connection any more.
+
+    It is as with virtstoraged. A host without pools over Ceph is not asked,
+    and needs no virtsecretd.
+
+    :param conn: to this host's libvirt
+    """
+    return ceph_pool.CephPool.has_asked_for_secrets and _is_lost(
+        conn.numOfSecrets)
+
+
+def _is_lost(call):
     try:
-        # Takes no lock of any pool.
-        conn.getStoragePoolCapabilities()
+        call()
     except libvirt.libvirtError as error:
         # Any other code is of a first call, which is tried again.
         return (error.get_error_domain() == libvirt.VIR_FROM_RPC and

@@ -103,8 +103,8 @@ def measure(
     libvirt looks at the file system only when it makes or deletes a volume.
     Guests fill it in between, and operators let it grow.
 
-    :returns: what the pools of one file system have in common; total and free
-        bytes
+    :returns: what the pools of one file system, or Ceph cluster, have in
+        common; total and free bytes
     :raises: exception.StoragePoolInactive, exception.StoragePoolNotMounted,
         exception.StoragePoolError
     """
@@ -115,7 +115,8 @@ def measure(
     pool.check_mounted()
     images = pool.ceph()
     if images is not None:
-        return (images.identity, *images.sizes())
+        # Its size is that of the cluster, whichever of its pools that is.
+        return (images.cluster, *images.sizes())
     path = pool.directory()
     if path is None:
         return pool.name, info.capacity, info.available

@@ -15,6 +15,9 @@ libvirt looks at a pool's refresh, and then counts what it makes and deletes
 itself. Operators extend a volume group while it is in use.
 """
 
+import subprocess
+import time
+
 from oslo_log import log as logging
 
 from nova.virt.libvirt.storage import lvm
@@ -23,6 +26,12 @@ LOG = logging.getLogger(__name__)
 
 # Names of pools of this host for whose volume groups LVM doesn't answer.
 _unanswered: set[str] = set()
+
+#: Seconds for which LVM is left alone when it has kept silent: a command that
+#: waits for a disk stays until that answers.
+PAUSE = 600
+# By name of such a pool, when LVM is asked again.
+_silent: dict[str, float] = {}
 
 
 def measured(pool, info):
@@ -34,9 +43,13 @@ def measured(pool, info):
     :param info: its PoolInfo as libvirt has it
     :returns: the PoolInfo, with the sizes of now
     """
+    if time.monotonic() < _silent.get(pool.name, 0):
+        return info
     try:
         sizes = lvm.get_volume_group_info(pool.config().source.name)
     except Exception as e:
+        if isinstance(e, subprocess.TimeoutExpired):
+            _silent[pool.name] = time.monotonic() + PAUSE
         if pool.name not in _unanswered:
             _unanswered.add(pool.name)
             LOG.warning("Storage pool %(pool)s is as large as libvirt found "

@@ -333,7 +333,9 @@ def destroyed(disks) -> None:
             _leave(disks, name, record, *origins)
         else:
             if is_destroying(disks.instance):
-                _note_previous(disks, record.previous)
+                _note_kept(disks, record.previous)
+                if record.next is not None and record.next.is_building:
+                    _note_kept(disks, record.next)
             disks.clear(name)
 
 
@@ -342,15 +344,15 @@ def is_destroying(instance) -> bool:
     return _task_state(instance) in DESTROYING
 
 
-def _note_previous(disks, previous):
-    """Have another host delete what it has kept for a revert.
+def _note_kept(disks, other):
+    """Have another host delete what it has of a disk.
 
-    Nothing else names it when the disk that has come from there is gone.
+    It has kept that for a revert, or was to get the disk in a live migration,
+    and has died. Nothing else names it when the disk is gone.
     """
-    if (previous is not None and previous.host != CONF.host and
-            previous.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
-        leftovers.note(
-            disks, previous.host, [(previous.pool, previous.volume)])
+    if (other is not None and other.host != CONF.host and
+            other.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
+        leftovers.note(disks, other.host, [(other.pool, other.volume)])
 
 
 def _task_state(instance):

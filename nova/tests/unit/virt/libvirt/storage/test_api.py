@@ -29,6 +29,7 @@ from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import api
 from nova.virt.libvirt.storage.live_image import memory_file
+from nova.virt.libvirt.storage.pool import kinds
 from nova.virt.libvirt.storage.records import metadata
 
 STORAGE = 'nova.virt.libvirt.storage.'
@@ -98,7 +99,8 @@ class LocalDisksTestCase(test.NoDBTestCase):
 
     # Live images
 
-    NICS = {'vifs': [], 'detach': None, 'attach': None, 'plug': None}
+    NICS = {'vifs': [], 'detach': None, 'attach': None, 'define': None,
+            'plug': None}
 
     def _save_live(self):
         uploading = mock.Mock()
@@ -130,6 +132,33 @@ class LocalDisksTestCase(test.NoDBTestCase):
             self.flags(live_images=live, images_type=images_type,
                        virt_type=virt_type, group='libvirt')
             self.assertIs(expected, api.supports_live_images())
+        self.flags(live_images=True, images_type='libvirt-storage',
+                   virt_type='kvm', group='libvirt')
+        self.assertIs(True, api.supports_live_images())
+        # The root disk would be no overlay.
+        self.flags(use_cow_images=False)
+        self.assertIs(False, api.supports_live_images())
+
+    @ddt.data(('dir', True), ('logical', False), ('rbd', False))
+    @ddt.unpack
+    def test_starts_live(self, kind, expected):
+        """The scheduler sends none to where it can not be."""
+        pool_of = self.patch('pool.setup.pool_of')
+        pool_of.return_value.kind.return_value = kinds.of_type(kind)
+        self.assertIs(False, self.api.starts_live())
+        pool_of.assert_not_called()
+        self.flags(live_images=True, images_type='libvirt-storage',
+                   virt_type='kvm', group='libvirt')
+        self.assertIs(expected, self.api.starts_live())
+        pool_of.assert_called_once_with(self.conn, 'disk')
+
+    def test_starts_live_without_its_pool(self):
+        self.patch('pool.setup.pool_of').return_value.kind.side_effect = (
+            exception.StoragePoolNotFound(pool='p', host='here'))
+        self.flags(live_images=True, images_type='libvirt-storage',
+                   virt_type='kvm', group='libvirt')
+        self.assertIs(False, self.api.starts_live())
+        self.assertIn('no storage pool p', self.stdlog.logger.output)
 
     def test_save_live_is_off(self):
         error = self.assertRaises(
@@ -591,6 +620,27 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.api.stayed_live(mock.sentinel.context, self.instance, data)
         self.assertIn('host b', self.stdlog.logger.output)
 
+    def test_rollback_comes_too_late(self):
+        load = self.patch('records.metadata.InstanceDisks.load')
+        abandon = self.patch('live.settle.abandon')
+        is_overtaken = self.patch('live.settle.is_overtaken',
+                                  return_value=False)
+        data = objects.LibvirtLiveMigrateData(
+            disks=[objects.LibvirtLiveMigrateDiskInfo()])
+        self.api.abandon_live(mock.sentinel.context, self.instance, data)
+        abandon.assert_called_once_with(
+            mock.sentinel.context, self.conn, load.return_value, data.disks)
+        is_overtaken.return_value = True
+        self.api.abandon_live(mock.sentinel.context, self.instance, data)
+        abandon.assert_called_once()
+        self.assertTrue(self.api.is_overtaken_live(
+            mock.sentinel.context, self.instance, data))
+        is_overtaken.reset_mock()
+        self.assertFalse(self.api.is_overtaken_live(
+            mock.sentinel.context, self.instance,
+            objects.LibvirtLiveMigrateData()))
+        is_overtaken.assert_not_called()
+
     def test_settles_before_anything_is_done(self):
         settle = self.patch('live.settle.settle',
                             side_effect=exception.DisksMayBeElsewhere(
@@ -607,6 +657,33 @@ class LocalDisksTestCase(test.NoDBTestCase):
             exception.DisksMayBeElsewhere, self.api.plan_live,
             mock.sentinel.context, self.instance, {}, None)
         self.assertEqual(4, settle.call_count)
+
+    def test_ends_a_migration_before_the_guest_is_ended(self):
+        # libvirt could have moved it in between.
+        calls = mock.Mock()
+        calls.settle.side_effect = exception.DisksMayBeElsewhere(
+            instance_uuid='i', host='a', dest='b', volumes='v')
+        for name in ('settle', 'end_moving'):
+            self.stub_out('nova.virt.libvirt.storage.live.settle.' + name,
+                          getattr(calls, name))
+        for call in (self.api.open, self.api.check_reboot, self.api.depart):
+            self.assertRaises(
+                exception.NovaException, call,
+                mock.sentinel.context, self.instance, {})
+        self.assertEqual(
+            ['end_moving', 'settle'] * 3,
+            [name for name, _args, _kwargs in calls.mock_calls])
+        calls.end_moving.side_effect = exception.InstancePowerOffFailure(
+            reason='libvirt is at it')
+        self.assertRaises(
+            exception.InstanceFaultRollback, self.api.depart,
+            mock.sentinel.context, self.instance, {})
+        # A live migration waits for the other one.
+        calls.reset_mock()
+        self.assertRaises(
+            exception.DisksMayBeElsewhere, self.api.plan_live,
+            mock.sentinel.context, self.instance, {}, None)
+        calls.end_moving.assert_not_called()
 
     def test_delete_keeps_what_a_revert_needs(self):
         delete = self.patch('pool.ownership.delete_volumes')
@@ -631,6 +708,66 @@ class LocalDisksTestCase(test.NoDBTestCase):
         kept.assert_not_called()
         delete.assert_called_once_with(
             self.conn, self.instance, keep=(), disks=mock.ANY)
+
+    def _volume(self, name, pool='p'):
+        volume = mock.Mock()
+        volume.name = '%s_%s' % (uuids.instance, name)
+        volume.pool.name = pool
+        volume.pool.kind.return_value.is_ceph = False
+        return volume
+
+    @ddt.data((None, False), (None, True),
+              (task_states.RESIZE_REVERTING, False),
+              (task_states.RESIZE_REVERTING, True))
+    @ddt.unpack
+    def test_delete_in_one_of_two_cells(self, task_state, is_private):
+        # A pool that the hosts of both use has the other cell's disk, too:
+        # at a confirm the one that the server runs with.
+        self.api._has_pools = True
+        own, other = self._volume('disk'), self._volume('disk.1')
+        self.patch('pool.ownership.get_volumes',
+                   side_effect=lambda *args, **kwargs: iter([own, other]))
+        self.patch('records.keeping.is_private', return_value=is_private)
+        disks = metadata.InstanceDisks(
+            self.instance, {}, mock.Mock(driver_info=None))
+        disks.set('disk', metadata.LibvirtDiskMetadata(
+            backend='libvirt-storage', format='raw', size=1, state='ready',
+            host='here', pool='p', volume=own.name))
+        disks.save = mock.Mock()
+        if task_state:
+            self.patch('records.lifecycle.of_instance', return_value=disks)
+        else:
+            # What confirms says nothing of them.
+            self.patch('records.metadata.InstanceDisks.load',
+                       return_value=disks)
+        self.instance.task_state = task_state
+        self.instance.migration_context = objects.MigrationContext(
+            migration_id=7)
+        with mock.patch.object(
+                objects.Migration, 'get_by_id', return_value=objects.Migration(
+                    cross_cell_move=True)) as get:
+            self.assertTrue(self.api.delete(self.instance, None))
+        get.assert_called_once_with(mock.ANY, 7)
+        own.delete.assert_called_once_with()
+        self.assertEqual(is_private, other.delete.called)
+
+    def test_delete_in_one_of_two_cells_without_records(self):
+        self.api._has_pools = True
+        self.patch('pool.ownership.get_volumes', side_effect=(
+            exception.StoragePoolError(pool='p', host='here', code=38,
+                                       reason='no disk')))
+        delete = self.patch('pool.ownership.delete_volumes')
+        self.patch('records.metadata.InstanceDisks.load',
+                   return_value=metadata.InstanceDisks(
+                       self.instance, {}, mock.Mock(driver_info=None)))
+        self.instance.migration_context = objects.MigrationContext(
+            migration_id=7)
+        with mock.patch.object(objects.Migration, 'get_by_id',
+                               return_value=objects.Migration(
+                                   cross_cell_move=True)):
+            self.assertFalse(self.api.delete(self.instance, None))
+        delete.assert_not_called()
+        self.assertIn('no disk', self.stdlog.logger.output)
 
     def test_delete_looks_into_the_pools_on_record(self):
         self.api._has_pools = True
@@ -739,6 +876,16 @@ class LocalDisksTestCase(test.NoDBTestCase):
         mock_uuids.assert_called_once_with(mock.sentinel.context, 'here')
         sweep.assert_called_once_with(
             mock.sentinel.context, self.conn, {uuids.instance})
+
+    def test_sweep_of_captures(self):
+        """With the memory of a server that is deleted by now."""
+        self.patch('live_image.under_way.left',
+                   return_value=[uuids.gone, uuids.instance])
+        end = self.patch('live_image.capture.end')
+        with mock.patch.object(objects.InstanceList, 'get_uuids_by_host',
+                               return_value=[uuids.instance]):
+            self.api.sweep(mock.sentinel.context)
+        end.assert_called_once_with(uuids.gone)
 
     def test_sweep_where_the_pools_cant_be_listed(self):
         self.patch('orphans.sweep', side_effect=exception.StoragePoolError(

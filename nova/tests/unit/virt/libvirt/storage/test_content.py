@@ -100,6 +100,22 @@ class QCow2TestCase(test.NoDBTestCase):
         setattr(self.info, name, value)
         self.assertRaises(exception.UnsafeDiskContent, self.look, header())
 
+    def noted(self, number):
+        self.info.virtual_size = 1 << 40
+        self.info.format_specific['data']['bitmaps'] = [
+            {'name': 'a', 'flags': ['auto'], 'granularity': 65536}] * number
+
+    def test_bitmaps(self):
+        # 2 MiB each
+        self.noted(128)
+        self.look(header())
+
+    def test_bitmaps_that_take_all_memory(self):
+        # QEMU loads them when the guest is started, up to 65535.
+        self.noted(129)
+        self.assertIn('bitmaps', str(self.assertRaises(
+            exception.UnsafeDiskContent, self.look, header())))
+
     @ddt.data(0, 1 << 30, 1 << 31)
     def test_size(self, size):
         self.look(header(), size)

@@ -23,6 +23,7 @@ import nova.conf
 from nova import exception
 from nova import objects
 from nova.objects import fields
+import nova.privsep.storage
 from nova import test
 from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt as fakelibvirt
@@ -771,6 +772,35 @@ class LibvirtStorageTestCase(ImageTestCase):
         image.delete()
         self.assertEqual({}, self.disks.volumes_by_name)
         image.delete()
+
+
+class AllocateTestCase(test.NoDBTestCase):
+    """What fallocate(1) is asked for; ext4 gives all that it has."""
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(nova_fixtures.PrivsepFixture())
+        self.path = os.path.join(
+            self.useFixture(fixtures.TempDir()).path, 'disk')
+        with open(self.path, 'wb') as f:
+            os.posix_fallocate(f.fileno(), 0, 1 << 20)
+        self.execute = self.useFixture(fixtures.MockPatch(
+            'oslo_concurrency.processutils.execute')).mock
+        self.useFixture(fixtures.MockPatch(
+            'os.statvfs', return_value=mock.Mock(
+                f_bavail=256, f_frsize=4096)))
+
+    def test_room(self):
+        # 1 MiB is there, and 1 MiB is free
+        nova.privsep.storage.allocate(self.path, 2 << 20)
+        self.assertEqual(2 << 20, self.execute.call_args.args[3])
+
+    def test_no_room(self):
+        e = self.assertRaises(
+            processutils.ProcessExecutionError,
+            nova.privsep.storage.allocate, self.path, (2 << 20) + 4097)
+        self.assertIn('No space left', e.stderr)
+        self.execute.assert_not_called()
 
 
 @ddt.ddt

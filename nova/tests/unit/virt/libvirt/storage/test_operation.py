@@ -85,6 +85,15 @@ class LocalHostTestCase(OperationTestCase):
         lost.assert_called_once_with(old)
         self.local.host.drop_connection.assert_called_once_with(old)
 
+    def test_connection_that_has_lost_virtsecretd(self):
+        lost = self.patch('nova.virt.libvirt.storage.pool.pool.'
+                          'has_lost_secrets', return_value=True)
+        old, new = mock.Mock(), mock.Mock()
+        self.local.host.get_connection.side_effect = [old, new]
+        self.assertIs(new, self.local.get_connection())
+        lost.assert_called_once_with(old)
+        self.local.host.drop_connection.assert_called_once_with(old)
+
 
 @ddt.ddt
 class DiskOperationTestCase(OperationTestCase):
@@ -402,14 +411,15 @@ class RebootTestCase(OperationTestCase):
         self.patch('nova.virt.libvirt.storage.records.lifecycle.went_back',
                    new=calls.went_back)
         # Whole, once it is accepted.
-        calls.accept.side_effect = lambda *args: self.records.mark('ready')
+        calls.accept.side_effect = lambda *args: self.records.mark(
+            'ready', ['disk'])
         for name in ('look', 'look_again'):
             self.patch('nova.virt.libvirt.storage.move.handover.%s' % name,
                        new=getattr(calls, name))
-        disks = self.check()
+        self.reboot = self.check()
         with mock.patch.object(transition, 'Transition') as mock_transition:
             calls.attach_mock(mock_transition, 'transition')
-            disks.bring_in_order({'mapping': {}}, None, None, None)
+            self.reboot.bring_in_order({'mapping': {}}, None, None)
         return [call[0] for call in calls.mock_calls]
 
     def test_nothing_to_bring_in_order(self):
@@ -425,6 +435,27 @@ class RebootTestCase(OperationTestCase):
         self.assertEqual(['accept', 'look'], calls[:2])
         # As long as the source's copies are kept
         self.assertEqual(['look_again', 'settle'], calls[3:5])
+
+    def test_config_drive_that_was_never_finished(self):
+        # It tells what devices the guest has, which is to be defined first.
+        self.records.set('disk.config', record('disk.config',
+                                               state='building'))
+        create, make = mock.Mock(), mock.Mock()
+        self.patch('nova.virt.libvirt.storage.records.lifecycle._discard')
+        self.patch('nova.virt.libvirt.storage.records.lifecycle.measure')
+        self.bring_in_order()
+        self.reboot.creator(create, make)('xml', power_on=True)
+        make.assert_not_called()
+        create.assert_called_once_with(
+            'xml', power_on=True, post_xml_callback=mock.ANY)
+        create.call_args.kwargs['post_xml_callback']()
+        make.assert_called_once_with(record=self.records.get('disk.config'))
+        self.assertEqual('ready', self.records.get('disk.config').state)
+
+    def test_nothing_unfinished(self):
+        self.bring_in_order()
+        self.assertIs(mock.sentinel.create, self.reboot.creator(
+            mock.sentinel.create, mock.sentinel.make))
 
     def test_disks_that_were_copied_and_not_sent(self):
         # The compute manager has failed on the source after the copy.

@@ -38,6 +38,7 @@ from nova.virt.libvirt.storage.intake import intake
 from nova.virt.libvirt.storage.intake import kept
 from nova.virt.libvirt.storage.intake import keys
 from nova.virt.libvirt.storage.intake import reaper
+from nova.virt.libvirt.storage.intake import volumes
 from nova.virt.libvirt.storage.pump import transfer as pump
 from nova.virt.libvirt.storage.records import metadata
 
@@ -59,9 +60,9 @@ class IntakeTestBase(two_hosts.TwoHostsTestCase):
         self.instance.host = 'source'
         self.migration.status = 'migrating'
         self.migration.migration_type = 'migration'
-        self.useFixture(fixtures.MockPatch(
+        self.get_instance = self.useFixture(fixtures.MockPatch(
             'nova.objects.Instance.get_by_uuid', autospec=True,
-            side_effect=lambda context, uuid, **kwargs: self.instance))
+            side_effect=lambda context, uuid, **kwargs: self.instance)).mock
         self.useFixture(fixtures.MockPatch(
             'nova.objects.Migration.get_by_id_and_instance', autospec=True,
             side_effect=self._migration))
@@ -382,6 +383,65 @@ class IntakeTestCase(IntakeTestBase):
         self.intake.look_after()
         self.exports[0].end.assert_called_once_with()
         self.open()
+
+    def _outlives(self):
+        # A source that is broken into goes on writing, to a file that is
+        # deleted: nobody sees what fills the pool.
+        self.create()
+        self.open()
+        with mock.patch(
+                'nova.objects.Migration.get_by_id', side_effect=(
+                    lambda context, migration_id: self.migration)):
+            self.intake.look_after()
+            self.exports[0].end.assert_not_called()
+            yield
+            self.intake.look_after()
+        self.exports[0].end.assert_called_once_with()
+
+    def test_what_outlives_its_migration(self):
+        for _open in self._outlives():
+            self.migration.status = 'error'
+
+    def test_what_outlives_its_server(self):
+        for _open in self._outlives():
+            self.get_instance.side_effect = exception.InstanceNotFound(
+                instance_id=uuids.instance)
+
+    def test_what_may_not_have_outlived_its_migration(self):
+        self.create()
+        self.open()
+        with mock.patch('nova.objects.Migration.get_by_id',
+                        side_effect=TypeError('no database')):
+            self.intake.look_after()
+        self.exports[0].end.assert_not_called()
+        self.assertIn('no database', self.stdlog.logger.output)
+
+    def test_opened_under_one_name_after_the_other(self):
+        # Each is a process with its memory, and a port.
+        self.create()
+        self.open()
+        self.on_its_way('disk.eph0')
+        self.create(volume=self.volume_name('disk.eph0'))
+        self.open(volume=self.volume_name('disk.eph0'))
+        self.exports[0].end.assert_not_called()
+        self.name = self.volume_name('disk') + '.1'
+        self.on_its_way('disk', volume=self.name)
+        self.create()
+        self.open()
+        self.exports[0].end.assert_called_once_with()
+        self.exports[1].end.assert_not_called()
+
+    def test_more_volumes_than_a_server_can_have(self):
+        with mock.patch.object(volumes, '_MOST_VOLUMES', 3):
+            for number in range(3):
+                name = '%s.%d' % (self.name, number)
+                self.on_its_way('disk', volume=name)
+                self.create(volume=name)
+            self.on_its_way('disk', volume=self.name)
+            self.assertIn('3 volumes', self.refused(
+                'create', length=1000, mode=0o644, **self.place()))
+            self.dest.pools[POOL].popitem()
+            self.create()
 
     def test_report_of_the_host_with_what_does_not_close(self):
         self.on_its_way('disk.eph0')

@@ -103,6 +103,13 @@ class ReadingsTestCase(test.NoDBTestCase):
             operation='finish', reason='not on disk')
         self.assertRaises(exception.StorageTransferError, self.verify)
 
+    def test_no_thread(self):
+        # As at the end of the service. It is not being read then.
+        with mock.patch('nova.thread_pool_factory.spawn_on',
+                        side_effect=RuntimeError('shut down')):
+            self.assertRaises(RuntimeError, self.read)
+        self.assertEqual(TABLE, self.read().known().table)
+
     def test_what_was_taken_up(self):
         self.readings.put(PLACE, self.reading(packed=zlib.compress(TABLE)))
         self.assertEqual(pump.Known(ROOM, LATER),

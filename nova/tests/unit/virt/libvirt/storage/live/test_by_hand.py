@@ -125,6 +125,36 @@ class ByHandTestCase(test_settle.LiveTestCase):
         self.assert_disks('dest')
         self.assertEqual('dest', self.instance.host)
 
+    def test_cut_off_after_the_ports(self):
+        """What they have on the source goes the second time."""
+        self._have_port()
+        with mock.patch.object(
+                objects.BlockDeviceMappingList, 'save_driver_info',
+                side_effect=exception.CellTimeout()):
+            stored = [bdm.driver_info for bdm in self.bdms]
+            self.assertRaises(exception.CellTimeout, self.end, True)
+        for bdm, driver_info in zip(self.bdms, stored):
+            bdm.driver_info = driver_info
+        self.assertEqual('dest', self.instance.host)
+        self.end(True)
+        self.assertEqual(
+            [('source', 'dest')] * 2,
+            [(call.args[2].source_compute, call.args[2].dest_compute)
+             for call in self.neutron.migrate_instance_start.mock_calls])
+        self.neutron.setup_networks_on_host.assert_called_once_with(
+            self.context, self.instance, host='source', teardown=True)
+
+    def test_not_moved_though_it_has_come(self):
+        """The source has said so, and could not say so of the disks."""
+        self.instance.host = 'dest'
+        error = self.assertRaises(
+            exception.NoMigrationToSettle, self.end, False)
+        for word in ('host dest', '--moved'):
+            self.assertIn(word, str(error))
+        self.assert_disks('source', ('dest', 'building'))
+        self.assertEqual('dest', self.end(True))
+        self.assert_disks('dest')
+
     def test_nothing_to_settle(self):
         self.end(False)
         e = self.assertRaises(exception.NoMigrationToSettle, self.end, True)

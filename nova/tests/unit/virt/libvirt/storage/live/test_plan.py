@@ -307,6 +307,16 @@ class TestPlan(PlanTestCase):
                               imagecache.get_cache_fname(uuids.image)),
                           'length': 4096, 'allocation': 4096})
 
+    def test_image_is_lost_while_another_one_is_copied(self):
+        self.as_overlay('disk', imagecache.get_cache_fname(uuids.image))
+        self.image_error = exception.ImageNotFound(image_id=uuids.image)
+        self.lose_cache()
+        with mock.patch.object(two_hosts.Pool, 'find', side_effect=(
+                exception.StoragePoolError(
+                    pool='bases', host='source', code=1,
+                    reason='asynchronous jobs running'))):
+            self.assertIsNone(self.plan()['disk'].base)
+
     @ddt.data(exception.ImageNotFound, exception.ImageNotAuthorized)
     def test_image_that_the_destination_can_not_have(self, error):
         """Such as one that is private, for a request without a token."""

@@ -102,6 +102,60 @@ class TestReceive(ReceiveTestCase):
         self.assert_disks('source', ('dest', 'building'))
         self.assertEqual(1, len(self.saves))
 
+    def _give_up(self, *args):
+        """The source waits no longer, and has all rolled back."""
+        settle.abandon(self.context, self.dest, self.load())
+        return '/cache/' + BASE
+
+    def test_given_up_while_the_image_is_fetched(self):
+        self.as_overlay('disk', BASE)
+        self.plan()
+        error = self.assertRaises(
+            exception.MigrationError, self.receiver().receive, self._give_up)
+        self.assertIn('host source', str(error))
+        # Nothing would name them.
+        self.assertEqual([], self.ours(self.dest))
+        self.assert_disks('source')
+        self.assertEqual(test_plan.test_settle.NAMES, self.ours(self.source))
+
+    def test_given_up_and_an_error(self):
+        self.as_overlay('disk', BASE)
+        self.plan()
+        with mock.patch.object(
+                receive.Receiver, '_create_to_be_sent',
+                side_effect=exception.NovaException('no room')):
+            error = self.assertRaises(
+                exception.NovaException, self.receiver().receive,
+                self._give_up)
+        self.assertEqual('no room', str(error))
+        self.assertEqual([], self.ours(self.dest))
+
+    def test_given_up_and_the_server_has_come_since(self):
+        """The second migration may have got the same names."""
+        self.as_overlay('disk', BASE)
+        self.plan()
+
+        def come(*args):
+            disks = self.load()
+            settle.promote(disks)
+            disks.save(self.context)
+            return '/cache/' + BASE
+
+        self.receiver().receive(come)
+        self.assertEqual(test_plan.test_settle.NAMES, self.ours(self.dest))
+
+    def test_given_up_and_deleted(self):
+        self.as_overlay('disk', BASE)
+        self.plan()
+
+        def delete():
+            self.bdms = []
+            return '/cache/' + BASE
+
+        self.assertRaises(
+            exception.MigrationError, self.receiver().receive, delete)
+        self.assertEqual([], self.ours(self.dest))
+
     def test_names_that_are_taken(self):
         self.plan()
         self.dest.pools[POOL][self.volume_name('disk')] = {'length': 7}
@@ -273,6 +327,12 @@ class TestCheck(ReceiveTestCase):
         disk = {disk.name: disk for disk in self.data.disks}['disk.eph0']
         setattr(disk, field, value)
         self.refused(field, 'dest')
+        # Nor is what was found to be right before.
+        error = self.assertRaises(
+            exception.MigrationPreCheckError, self.receive)
+        self.assertIn(field, str(error))
+        self.assertEqual([], self.dest.log)
+        self.assert_disks('source')
 
     def test_file_does_not_go_into_ceph(self):
         """Whatever a source says that knows no Ceph pools."""

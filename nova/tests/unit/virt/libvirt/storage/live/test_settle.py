@@ -42,6 +42,11 @@ class LiveTestCase(two_hosts.TwoHostsTestCase):
         # why they are off or paused, if they are
         self.off = self.paused = None
         self.stored = POOL
+        self.abort = mock.Mock()
+        self.stub_out(
+            'nova.virt.libvirt.storage.live.settle.libvirt', fakelibvirt)
+        self.stub_out('nova.virt.libvirt.storage.live.settle.time.sleep',
+                      lambda seconds: None)
         self.host.get_guest = self.get_guest
         self.stub_out(
             'nova.virt.libvirt.storage.records.metadata.InstanceDisks.load',
@@ -59,6 +64,7 @@ class LiveTestCase(two_hosts.TwoHostsTestCase):
             fakelibvirt.VIR_DOMAIN_PAUSED_MIGRATION)
         guest.get_job_info.return_value = libvirt_guest.JobInfo(
             type=self.guests[two_hosts.CONF.host])
+        guest.abort_job = self.abort
         devices = []
         for name in NAMES:
             disk = guest_config.LibvirtConfigGuestDisk()
@@ -269,6 +275,81 @@ class SettleTestCase(LiveTestCase):
         self.move_guest()
         self.check_stays()
 
+    def _be_at_it(self, then):
+        """libvirt migrates the guest, and Nova knows nothing of that.
+
+        :param then: called when it is asked to end that
+        """
+        self.begin()
+        self.copy()
+        self.guests = {'source': fakelibvirt.VIR_DOMAIN_JOB_UNBOUNDED}
+        self.abort.side_effect = then
+
+    def _cancelled(self):
+        self.guests = {'source': fakelibvirt.VIR_DOMAIN_JOB_CANCELLED}
+
+    def _end_moving(self):
+        self.flags(host='source')
+        settle.end_moving(self.host, self.load())
+
+    def test_migration_is_ended_before_the_guest_is(self):
+        self._be_at_it(then=self._cancelled)
+        self._end_moving()
+        self.abort.assert_called_once_with()
+        self.settle('source')
+        self.assert_disks('source')
+        self.assertEqual(4, len(self.left('dest')))
+        # There is no other one.
+        self._end_moving()
+        self.abort.assert_called_once_with()
+
+    def test_migration_has_come_to_its_end_meanwhile(self):
+        # To "destroy" the guest succeeds: there is none. What would be
+        # started then is the second one.
+        def gone():
+            self.move_guest()
+            raise fakelibvirt.make_libvirtError(
+                fakelibvirt.libvirtError, 'no job is active',
+                error_code=fakelibvirt.VIR_ERR_OPERATION_INVALID)
+
+        self._be_at_it(then=gone)
+        self._end_moving()
+        self.assertRaises(
+            exception.DisksMayBeElsewhere, self.settle, 'source')
+        self.guests = {'source': fakelibvirt.VIR_DOMAIN_JOB_UNBOUNDED}
+        self.assertRaises(exception.DisksMayBeElsewhere, self.check_stays)
+        self.assert_disks('source', ('dest', 'building'))
+
+    def test_migration_that_can_not_be_ended(self):
+        self._be_at_it(then=None)
+        # It isn't on the other host yet, which is no place to look.
+        for act in (self._end_moving, self.check_stays):
+            error = self.assertRaises(exception.InstancePowerOffFailure, act)
+            for word in ('domjobabort', 'host source', 'host dest'):
+                self.assertIn(word, str(error))
+        self.assert_disks('source', ('dest', 'building'))
+
+    @ddt.data(fakelibvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
+              fakelibvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED)
+    def test_post_copy_is_not_ended(self, reason):
+        self._be_at_it(then=None)
+        self.paused = reason
+        self._end_moving()
+        self.assertRaises(exception.DisksMayBeElsewhere, self.check_stays)
+        self.abort.assert_not_called()
+
+    def test_guest_that_libvirt_moves_may_be_ended_here(self):
+        self._be_at_it(then=self._cancelled)
+        self.check_stays()
+        self.abort.assert_called_once_with()
+
+    def test_other_jobs_go_on(self):
+        # A backup, of a guest that goes nowhere.
+        self.guests = {'source': fakelibvirt.VIR_DOMAIN_JOB_UNBOUNDED}
+        self._end_moving()
+        self.check_stays()
+        self.abort.assert_not_called()
+
     def test_refuse_to_guess(self):
         self.begin()
         self.flags(host='source')
@@ -458,6 +539,48 @@ class EndsTestCase(LiveTestCase):
         self.abandon()
         self.abandon()
         self.assert_disks('source')
+
+    def _overtaken(self, host='source', **other):
+        """Whether a rollback of migration 7 on dest comes too late."""
+        self.flags(host='dest')
+        data = objects.LibvirtLiveMigrateData(migration=self.migration)
+        others = [objects.Migration(**{
+            'id': 8, 'dest_compute': 'dest', 'status': 'preparing', **other})
+        ] if other else []
+        with mock.patch.object(
+                objects.Instance, 'get_by_uuid',
+                return_value=objects.Instance(host=host)), mock.patch.object(
+                    objects.MigrationList, 'get_by_filters',
+                    return_value=others) as get:
+            found = settle.is_overtaken(self.context, self.instance, data)
+            del data.migration
+            self.assertEqual(
+                host == 'dest',
+                settle.is_overtaken(self.context, self.instance, data))
+        if get.called:
+            ((_context, filters),) = [call.args for call in get.mock_calls]
+            self.assertEqual(
+                (uuids.instance, 'live-migration'),
+                (filters['instance_uuid'], filters['migration_type']))
+            self.assertIn('running (post-copy)', filters['status'])
+        return found
+
+    def test_rollback_comes_too_late(self):
+        # What would be destroyed and deleted is another migration's.
+        self.assertFalse(self._overtaken())
+        self.assertTrue(self._overtaken(host='dest'))
+        self.assertTrue(self._overtaken(id=8))
+        # An older one that was cut off is none, nor is one to elsewhere.
+        self.assertFalse(self._overtaken(id=6))
+        self.assertFalse(self._overtaken(dest_compute='third'))
+
+    def test_rollback_of_a_deleted_instance_is_in_time(self):
+        with mock.patch.object(
+                objects.Instance, 'get_by_uuid',
+                side_effect=exception.InstanceNotFound(instance_id='i')):
+            self.assertFalse(settle.is_overtaken(
+                self.context, self.instance,
+                objects.LibvirtLiveMigrateData()))
 
     def _share(self):
         evacuation.forget_next(self.load())

@@ -46,6 +46,8 @@ class Guest:
         self.steps = []
         self.fails = {}
         self.macs = list(MACS)
+        # Of its definition, with which it starts the next time.
+        self.defined = list(MACS)
         self.state = power_state.RUNNING
         self.job = False
         self.slow = None
@@ -60,7 +62,8 @@ class Guest:
             "<interface type='bridge'><mac address='fa:16:3e:00:00:01'/>"
             "</interface>", ''.join(
                 "<interface type='bridge'><mac address='%s'/></interface>" %
-                mac for mac in self.macs))
+                mac for mac in (
+                    self.defined if dump_inactive else self.macs)))
         if self.has_come_live and not (dump_inactive or definition):
             return xml.replace("<disk type='volume'", "<disk type='file'")
         return xml
@@ -128,12 +131,18 @@ class Guest:
     # The driver's part.
 
     def detach(self, vif):
+        self.defined.remove(vif['address'])
         self.step('detach')
         self.macs.remove(vif['address'])
 
     def attach(self, vif):
         self.step('attach')
         self.macs.append(vif['address'])
+        self.defined.append(vif['address'])
+
+    def define(self, vif):
+        self.step('define')
+        self.defined.append(vif['address'])
 
     def plug(self, vif):
         self.step('plug')
@@ -142,4 +151,4 @@ class Guest:
 def interfaces_of(guest):
     return interfaces.Interfaces(
         lambda: guest, [{'address': mac} for mac in MACS], guest.detach,
-        guest.attach, guest.plug)
+        guest.attach, guest.define, guest.plug)

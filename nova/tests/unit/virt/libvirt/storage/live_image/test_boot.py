@@ -16,6 +16,7 @@ from unittest import mock
 
 import ddt
 import fixtures
+from lxml import etree
 
 from nova import exception
 from nova import objects
@@ -48,7 +49,8 @@ class LiveBootTestCase(test.NoDBTestCase):
         self.flags(host='here')
         self.flags(virt_type='qemu', group='libvirt')
         self.instance = objects.Instance(
-            uuid=test_definition.OWN, flavor=objects.Flavor(
+            uuid=test_definition.OWN, config_drive='True', launched_at=None,
+            system_metadata={}, image_ref='', flavor=objects.Flavor(
                 memory_mb=256, vcpus=1, root_gb=1))
         self.host = mock.Mock()
         self.host.get_connection.return_value.getVersion.return_value = (
@@ -106,6 +108,26 @@ class LiveBootTestCase(test.NoDBTestCase):
         # No other host is tried.
         self.assertRaises(exception.ImageUnacceptable,
                           self._boot().check_host)
+
+    def test_config_drive(self):
+        """Its user is told, and no other host is tried."""
+        self.instance.config_drive = ''
+        error = self.assertRaises(exception.LiveImageUnfit,
+                                  self._boot().check_host)
+        self.assertIn('create the server with a config drive', str(error))
+        self.flags(force_config_drive=True)
+        self._boot().check_host()
+
+    def test_no_config_drive(self):
+        domain = refusal.parse(test_definition.SAVED)
+        drive = domain.find("devices/disk[@device='cdrom']")
+        drive.getparent().remove(drive)
+        self._keep(domain=etree.tostring(domain, encoding='unicode'))
+        error = self.assertRaises(exception.LiveImageUnfit,
+                                  self._boot().check_host)
+        self.assertIn('create the server without a config drive', str(error))
+        self.instance.config_drive = ''
+        self._boot().check_host()
 
     def test_machine_that_the_host_has_not(self):
         self._has_machine('pc-i440fx-9.0')

@@ -52,7 +52,8 @@ class CaptureTestCase(test.NoDBTestCase):
         self.info = self.useFixture(fixtures.MockPatch(
             'nova.virt.images.qemu_img_info',
             return_value=mock.Mock(virtual_size=1 << 30))).mock
-        for retried in (capture._let_go_on, capture._end_jobs):
+        for retried in (capture._let_go_on, capture._put_back,
+                        capture._end_jobs):
             self.useFixture(fixtures.MockPatchObject(
                 retried.retry, 'sleep'))
             self.useFixture(fixtures.MockPatchObject(
@@ -280,10 +281,20 @@ class CaptureTestCase(test.NoDBTestCase):
         self.assertRaises(exception.LiveImageCaptureFailed,
                           self._capture().__enter__)
         self.assertEqual([self.instance.uuid], under_way.instances())
+        # Should it be deleted instead, its memory doesn't stay.
+        self.assertEqual([self.instance.uuid], under_way.left())
         self.assertEqual([], self.guest.macs)
 
         self.host.get_guest.side_effect = None
         capture.recover(self.host, self.instance, self.interfaces)
+        self._assert_right()
+
+    def test_interface_that_can_not_be_put_back_at_once(self):
+        """libvirt, or Open vSwitch, is on its way up again."""
+        self.guest.fails['attach'] = exception.InterfaceAttachFailed(
+            instance_uuid=self.instance.uuid)
+        with self._capture():
+            self.assertEqual(set(MACS), set(self.guest.macs))
         self._assert_right()
 
     def test_guest_is_deleted_meanwhile(self):

@@ -202,6 +202,31 @@ class DefinitionTestCase(test.NoDBTestCase):
             memory_file.Unusable, self._make, wanted=WANTED.replace(*change))
         self.assertIn(text, str(error))
 
+    @ddt.data(
+        ("<memory unit='KiB'>", "<memory unit='GiB'>"),
+        ("<memory unit='KiB'>", "<memory unit='b'>"),
+        ("<feature policy='require' name='vme'/>",
+         "<numa><cell id='0' cpus='0' memory='262144' unit='KiB'/>"
+         "<cell id='1' memory='268435456' unit='KiB'/></numa>"),
+        ("<feature policy='require' name='vme'/>",
+         "<numa><cell id='0' cpus='0' memory='262144' unit='GiB'/></numa>"))
+    @ddt.unpack
+    def test_forged_size_of_the_memory(self, *change):
+        """libvirt takes units, and the sum of the NUMA nodes, at their word.
+
+        So a forged definition gets more memory than the flavor has.
+        """
+        self.assertIn(change[0], SAVED)
+        error = self.assertRaises(memory_file.Unusable, self._make,
+                                  saved=SAVED.replace(*change))
+        self.assertIn('memory', str(error))
+
+    def test_memory_in_numa_nodes(self):
+        self._make(saved=SAVED.replace(
+            "<feature policy='require' name='vme'/>",
+            "<numa><cell id='0' memory='131072' unit='KiB'/>"
+            "<cell id='1' memory='131072' unit='KiB'/></numa>"))
+
     def test_description_of_another_size(self):
         error = self.assertRaises(
             memory_file.Unusable, self._make, memory_mb=128)

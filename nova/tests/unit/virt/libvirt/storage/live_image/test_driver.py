@@ -123,7 +123,9 @@ class DriverTestCase(test.NoDBTestCase):
     def test_interfaces(self):
         detach = self._patch('detach_interface')
         attach = self._patch('attach_interface')
-        plug = self._patch('vif_driver').plug
+        vif_driver = self._patch('vif_driver')
+        get_guest = self.useFixture(fixtures.MockPatchObject(
+            self.driver._host, 'get_guest')).mock
         vif = mock.sentinel.vif
         self.instance.get_network_info = lambda: [vif]
         found = self.driver._live_interfaces(self.context, self.instance)
@@ -134,7 +136,11 @@ class DriverTestCase(test.NoDBTestCase):
         attach.assert_called_once_with(
             self.context, self.instance, mock.ANY, vif)
         found['plug'](vif)
-        plug.assert_called_once_with(self.instance, vif)
+        vif_driver.plug.assert_called_once_with(self.instance, vif)
+        # The guest that runs has it already.
+        found['define'](vif)
+        get_guest.return_value.attach_device.assert_called_once_with(
+            vif_driver.get_config.return_value, persistent=True)
 
     def test_recovers_at_start(self):
         for name in ('_validate_pinning_configuration',

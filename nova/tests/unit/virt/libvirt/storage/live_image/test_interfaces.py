@@ -26,7 +26,7 @@ class InterfacesTestCase(test.NoDBTestCase):
         self.interfaces = fake_guest.interfaces_of(self.guest)
 
     def test_all_are_tried(self):
-        self.guest.macs = []
+        self.guest.macs, self.guest.defined = [], []
         self.guest.fails['attach'] = OSError('first')
         self.assertRaises(OSError, self.interfaces.put_back)
         self.assertEqual([MACS[1]], self.guest.macs)
@@ -42,8 +42,12 @@ class InterfacesTestCase(test.NoDBTestCase):
         self.assertRaises(exception.DeviceDetachFailed,
                           self.interfaces.take_out)
         self.interfaces.put_back()
-        self.assertEqual(['detach', 'plug', 'plug'], self.guest.steps)
         self.assertEqual(list(MACS), self.guest.macs)
+        # Nor is it missing when the guest reboots: the driver takes an
+        # interface out of the definition first.
+        self.assertEqual(set(MACS), set(self.guest.defined))
+        self.assertEqual(['detach', 'plug', 'define', 'plug'],
+                         self.guest.steps)
 
     def test_one_that_is_none_of_the_instance(self):
         self.guest.macs.append('52:54:00:00:00:01')

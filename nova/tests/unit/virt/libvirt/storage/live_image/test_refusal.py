@@ -12,6 +12,7 @@
 
 import ddt
 
+from nova.compute import utils as compute_utils
 from nova import exception
 from nova import test
 from nova.virt.libvirt.storage.live_image import refusal
@@ -21,6 +22,9 @@ ROOT = ("<disk type='volume' device='disk'><source pool='p' volume='%s_disk'/>"
         "<target dev='vda'/></disk>" % UUID)
 CDROM = ("<disk type='volume' device='cdrom'><source pool='p' "
          "volume='%s_disk.config'/><target dev='hda'/></disk>" % UUID)
+
+CEPH = ("<disk type='network' device='%%s'><source protocol='rbd' "
+        "name='nova/%s_%%s'/><target dev='%%s'/></disk>" % UUID)
 
 
 def domain(extra='', devices='', root=ROOT, genid='<genid/>', virt='kvm'):
@@ -32,6 +36,7 @@ def domain(extra='', devices='', root=ROOT, genid='<genid/>', virt='kvm'):
 #: What is changed, and a part of the text.
 REFUSED = (
     ({'virt': 'lxc'}, 'virt_type'),
+    ({'root': CEPH % ('disk', 'disk', 'vda')}, 'is on Ceph'),
     ({'genid': ''}, 'hard reboot it once'),
     ({'extra': "<os firmware='efi'/>"}, 'UEFI'),
     ({'extra': "<os><loader type='pflash'>x</loader></os>"}, 'UEFI'),
@@ -112,8 +117,23 @@ class RefusalTestCase(test.NoDBTestCase):
         error = self.assertRaises(
             exception.LiveImageRefused, refusal.check, UUID,
             domain(genid='', devices='<tpm/><filesystem/>'))
-        for text in ('hard reboot', 'TPM', 'share'):
-            self.assertIn(text, str(error))
+        # The event of the server's action shows the first 255 characters.
+        shown = compute_utils.exception_to_dict(error)['message']
+        for text in ('hard reboot', 'TPM', 'share of a file system'):
+            self.assertIn(text, shown)
+
+    def test_disks_on_ceph(self):
+        """As of images_type rbd, or in a pool over Ceph: say it once."""
+        found = refusal.reasons(UUID, domain(
+            root=CEPH % ('disk', 'disk', 'vda') +
+            CEPH % ('cdrom', 'disk.config', 'hda')))
+        self.assertEqual(1, len(found), found)
+
+    def test_volume_of_cinder_on_ceph(self):
+        found = refusal.reasons(UUID, domain(devices=(
+            CEPH % ('disk', 'x', 'vdb')).replace(UUID + '_', 'volume-')))
+        self.assertEqual(1, len(found), found)
+        self.assertIn('volume of Cinder', found[0])
 
     def test_entities_are_not_followed(self):
         found = refusal.parse(

@@ -23,6 +23,7 @@ from nova import test
 from nova.tests.unit.virt.libvirt.storage.live_image import test_definition
 from nova.virt.libvirt.storage.live_image import memory_file
 from nova.virt.libvirt.storage.live_image import spawn
+from nova.virt.libvirt.storage.pool import kinds
 
 
 @ddt.ddt
@@ -45,11 +46,14 @@ class SpawnTestCase(test.NoDBTestCase):
         ).mock.return_value
         self.live = self.useFixture(fixtures.MockPatch(
             'nova.virt.libvirt.storage.live_image.boot.LiveBoot')).mock
+        self.host = mock.Mock()
+        self.pool_of = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pool.setup.pool_of')).mock
+        self.pool_of.return_value.kind.return_value = kinds.of_type('dir')
 
     def _prepare(self):
         return spawn.prepare(
-            mock.sentinel.host, self.glance, mock.sentinel.context,
-            self.instance)
+            self.host, self.glance, mock.sentinel.context, self.instance)
 
     def test_prepare(self):
         found = self._prepare()
@@ -59,7 +63,7 @@ class SpawnTestCase(test.NoDBTestCase):
             [mock.call.check(self.disk, uuids.memory, 'project'),
              mock.call.fetch(uuids.memory)], self.store.mock_calls)
         self.live.assert_called_once_with(
-            mock.sentinel.host, self.instance, self.store.fetch.return_value)
+            self.host, self.instance, self.store.fetch.return_value)
         self.live.return_value.check_host.assert_called_once_with()
 
         config, guest = mock.Mock(), mock.Mock()
@@ -90,6 +94,24 @@ class SpawnTestCase(test.NoDBTestCase):
         self.flags(group='libvirt', **flags)
         error = self.assertRaises(exception.LiveImageUnusable, self._prepare)
         self.assertIn(next(iter(flags)), str(error))
+        self.store.fetch.assert_not_called()
+
+    @ddt.data('logical', 'rbd')
+    def test_root_disk_in_no_file(self, kind):
+        """Before the memory is fetched, and with the right advice."""
+        self.pool_of.return_value.name = 'fast'
+        self.pool_of.return_value.kind.return_value = kinds.of_type(kind)
+        error = self.assertRaises(exception.LiveImageUnusable, self._prepare)
+        self.assertIn('storage pool fast', str(error))
+        self.assertNotIn('use_cow_images', str(error))
+        self.pool_of.assert_called_once_with(
+            self.host.get_connection.return_value, 'disk')
+        self.store.fetch.assert_not_called()
+
+    def test_root_disk_that_is_a_copy(self):
+        self.flags(use_cow_images=False)
+        error = self.assertRaises(exception.LiveImageUnusable, self._prepare)
+        self.assertIn('use_cow_images', str(error))
         self.store.fetch.assert_not_called()
 
     @ddt.data({}, {'img_live_memory_id': uuids.other})

@@ -71,6 +71,13 @@ class StoreTestCase(test.NoDBTestCase):
         self.assertEqual(mock.sentinel.reader,
                          self.glance.update.mock_calls[0].kwargs['data'])
 
+    def test_long_name(self):
+        """Glance takes no longer one, and an image of Nova's may have it."""
+        self.store.upload(DISK, 'n' * 255, 'project', mock.sentinel.reader)
+        name = self.glance.create.mock_calls[0].args[1]['name']
+        self.assertEqual('n' * 246 + ' (memory)', name)
+        self.assertEqual(255, len(name))
+
     def test_nova_sees_its_own_images(self):
         """Without a token the image API asks who may see an image."""
         # As the client of Glance gives it: no attribute but those it has.
@@ -197,7 +204,10 @@ class StoreTestCase(test.NoDBTestCase):
         self.assertIn(uuids.memory, str(error))
 
     @ddt.data('https://attacker.example/v2/images/' + uuids.memory,
-              '../images/' + uuids.memory, 'memory', '', None)
+              '../images/' + uuids.memory, 'memory', '', None,
+          # MySQL finds these, and each would be a file of its own here.
+          uuids.memory.upper(), '{%s}' % uuids.memory,
+          uuids.memory.replace('-', ''))
     def test_no_id(self, memory_id):
         """Nova's token goes to Glance alone, whatever a user has written."""
         for call in (

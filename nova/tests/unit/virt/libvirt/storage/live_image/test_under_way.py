@@ -45,6 +45,15 @@ class UnderWayTestCase(test.NoDBTestCase):
         under_way.end(uuids.instance)
         self.assertEqual([], under_way.instances())
 
+    def test_left(self):
+        """Of this process, or of one that was killed."""
+        under_way.begin(uuids.instance)
+        self.assertEqual([], under_way.left())
+        under_way.close(uuids.instance)
+        self.assertEqual([uuids.instance], under_way.left())
+        under_way.end(uuids.instance)
+        self.assertEqual([], under_way.left())
+
     def test_killed_before_anything_was_done(self):
         os.makedirs(under_way.directory(uuids.instance))
         self.assertEqual([], under_way.instances())

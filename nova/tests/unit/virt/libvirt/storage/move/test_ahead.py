@@ -11,6 +11,8 @@
 #    under the License.
 """Disks that are sent while their guest writes to them."""
 
+from concurrent import futures
+import threading
 from unittest import mock
 
 import ddt
@@ -595,6 +597,18 @@ class ReadAheadTestCase(AheadTestBase):
         self.assertEqual([[[0, 10]], None, [[0, 10]]], self.changed())
         self.assertEqual(['disk.config'], self.accept())
 
+    def test_what_is_read_at_once_is_not_waited_for(self):
+        # Of a kept copy little has changed.
+        slept = []
+        self.stub_out('time.sleep', slept.append)
+        self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.move.peer_service.ServicePool.has_read',
+            side_effect=[(0, False), (5, True)] * 2 + [(5, False)] * 30 + [
+                (5, True)]))
+        self.begin()
+        self.assertEqual([.05, .05, .05, .1, .2, .4, .5], slept[:7])
+        self.assertEqual(.5, max(slept))
+
     def test_it_stalls(self):
         self.answers['has_read'] = {'done': 5, 'ended': False}
         clock = iter(range(0, 100000, 20))
@@ -743,6 +757,31 @@ class KeptTestCase(AheadTestBase):
             sorted((POOL, name) for name in self.dest.pools[POOL]
                    if name in (self.name, eph0)), sorted(self.left('dest')))
         self.assertIn((POOL, eph0), self.left('dest'))
+
+    def test_cancelled_while_the_copy_is_read(self):
+        # For a quarter of an hour, perhaps.
+        done = threading.Event()
+        self.addCleanup(done.set)
+
+        def take_up(*args):
+            self.migration.status = cancel.CANCELLING
+            self.assertTrue(done.wait(60))
+
+        with mock.patch('nova.virt.libvirt.storage.move.peer_service.'
+                        'ServicePool.take_up', side_effect=take_up):
+            e = self.assertRaises(exception.InstanceFaultRollback, self.begin)
+            self.assertIsInstance(e.inner_exception,
+                                  exception.StorageTransferCancelled)
+            self.assertFalse(done.is_set())
+        self.assertEqual(test_move.AT_SOURCE, self.places())
+
+    def test_kept_copy_while_many_disks_are_copied(self):
+        with mock.patch('nova.thread_pool_factory.spawn_on',
+                        side_effect=lambda executor, function, *args, **kw: (
+                            futures.Future())):
+            outgoing = self.begin()
+        self.assert_sent_into_it()
+        self.go_on(outgoing)
 
     def test_server_that_is_deleted(self):
         self.instance.task_state = task_states.DELETING

@@ -289,6 +289,32 @@ class ChangedTestCase(BitmapsTestCase):
         self.assertEqual([], self.left(item))
         self.assertEqual([], users_of(item.source.path))
 
+    def test_program_that_does_not_end(self):
+        self.useFixture(fixtures.MockPatch(
+            'nova.privsep.qemu._SECONDS_TO_RUN', .1))
+        e = self.assertRaises(processutils.ProcessExecutionError,
+                              nova.privsep.qemu._run, 'sleep', '600')
+        self.assertEqual(-9, e.exit_code)
+
+    def test_server_that_does_not_end(self):
+        # As long as it runs, its lock keeps QEMU from the image.
+        item = self.image()
+        self.begin(item)
+        map_ = nova.privsep.qemu._map
+
+        def stop(*image):
+            if '--image-opts' not in image:
+                return map_(*image)
+            subprocess.check_call(['pkill', '-STOP', '-f', '--', (
+                '--bitmap.*' + item.source.path)])
+            raise exception.InvalidDiskInfo(reason='')
+
+        self.useFixture(fixtures.MockPatch('nova.privsep.qemu._map', new=stop))
+        self.useFixture(fixtures.MockPatch(
+            'nova.privsep.qemu._SECONDS_TO_END', 1))
+        self.assertIsNone(self.bitmaps.changed(item))
+        self.assertEqual([], users_of(item.source.path))
+
     def test_more_than_can_be_told(self):
         # oslo.privsep ends for all when an answer has 100 MiB.
         item = self.image()

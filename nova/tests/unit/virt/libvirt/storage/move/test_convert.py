@@ -62,9 +62,13 @@ class ConvertTestCase(test.NoDBTestCase):
     def test_stalled(self):
         """It neither reads nor writes, for whatever reason."""
         self.watch['stall_timeout'] = 0.05
+        self.flags(host='here')
         e = self.assertRaises(exception.StorageTransferStalled, self.run_it,
                               'sleep', '600')
         self.assertIn('no progress', str(e))
+        # The other host has no part in this.
+        self.assertIn('Check that Ceph answers host here', str(e))
+        self.assertNotIn('network', str(e))
 
     def test_progress(self):
         """As long as it does, it may take its time."""

@@ -244,7 +244,11 @@ class UnpackTestCase(FilesTestCase):
         with tarfile.open(fileobj=content, mode='w') as tar:
             for member in members:
                 tar.addfile(member, io.BytesIO(b'x' * member.size))
-        volume = mock.Mock(content={'content': content.getvalue()})
+        self.unpack_tar(content.getvalue())
+
+    def unpack_tar(self, content):
+        volume = mock.Mock(content={'content': content})
+        volume.physical.return_value = len(content)
         with mock.patch.object(files, 'NVRAM_DIR', self.nvram_there):
             files.unpack(self.instance, volume, self.there)
 
@@ -276,6 +280,33 @@ class UnpackTestCase(FilesTestCase):
         with mock.patch.object(files, '_MAX_FILE', 4):
             self.assertRaises(exception.InvalidDiskInfo, self.unpack,
                               self.member('console.log', size=5))
+
+    def test_more_than_there_can_be(self):
+        # It would all be in memory on its way to the file.
+        with mock.patch.object(files, '_MAX_PACK', 4096):
+            self.assertIn('4096', str(self.assertRaises(
+                exception.InvalidDiskInfo, self.unpack,
+                self.member('console.log', size=5000))))
+        self.assertFalse(os.path.exists(self.there))
+
+    def test_files_that_are_longer_than_they_look(self):
+        # A sparse one takes up 512 bytes there, whatever it is here.
+        member = self.member('swtpm/%s/tpm2/x' % uuids.instance, size=0,
+                             type=tarfile.GNUTYPE_SPARSE)
+        header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+        # One piece of no bytes, and the length with the hole.
+        header[386:410] = b'%011o\0%011o\0' % (1 << 20, 0)
+        header[482:495] = b'\0%011o\0' % (1 << 20)
+        header[148:156] = b' ' * 8
+        header[148:156] = b'%06o\0 ' % sum(header)
+        self.assertRaises(exception.InvalidDiskInfo, self.unpack_tar,
+                          bytes(header) + bytes(10240))
+
+    def test_too_many_files(self):
+        with mock.patch.object(files, '_MAX_FILES', 3):
+            self.assertRaises(exception.InvalidDiskInfo, self.unpack, *(
+                self.member('swtpm/%s/tpm2/%d' % (uuids.instance, number))
+                for number in range(4)))
 
     def test_firmware_of_another_guest(self):
         self.unpack(self.member('nvram/instance-00000002_VARS.fd'),

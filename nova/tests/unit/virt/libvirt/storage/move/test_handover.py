@@ -87,6 +87,17 @@ class HandoverTestCase(test.NoDBTestCase):
         handover.look_again(
             mock.sentinel.context, None, self.disks, self.arrivals)
 
+    def grow(self, size):
+        """This host has let the disk grow, and has that on record."""
+        record = self.disks.get('disk')
+        record.size = size
+        self.disks.set('disk', record)
+        if record.format == 'qcow2':
+            self.info.virtual_size = size
+            self.write('disk', size.to_bytes(8, 'big'), 24)
+        else:
+            os.truncate(os.path.join(self.directory, 'disk'), size)
+
     def refused(self, expected=exception.StorageTransferMismatch):
         error = self.assertRaises(expected, self.look_again)
         # A hard reboot compares all of it, and copies it again.
@@ -131,8 +142,20 @@ class HandoverTestCase(test.NoDBTestCase):
         # A file system on the whole of the disk grows along.
         self.come('disk', b'x' * 100000)
         self.write('disk', b'y', 1024)
-        os.truncate(os.path.join(self.directory, 'disk'), 200000)
+        self.grow(200000)
         self.accepted()
+
+    def test_raw_has_grown_by_itself(self):
+        # The guest would have more than its flavor.
+        self.come('disk', b'x' * 100000)
+        os.truncate(os.path.join(self.directory, 'disk'), 100001)
+        self.assertIn('100001', self.refused())
+
+    def test_raw_has_grown_further_than_here(self):
+        self.come('disk', b'x' * 100000)
+        self.grow(200000)
+        os.truncate(os.path.join(self.directory, 'disk'), 200001)
+        self.refused()
 
     def test_raw_out_of_reach(self):
         with mock.patch('nova.privsep.storage.read_start',
@@ -151,21 +174,28 @@ class HandoverTestCase(test.NoDBTestCase):
 
     def test_qcow2_was_grown_here(self):
         self.come_as_qcow2()
-        self.info.virtual_size = 2 * GIB
-        self.write('disk', (2 * GIB).to_bytes(8, 'big'), 24)
+        self.grow(2 * GIB)
         self.accepted()
+
+    @ddt.data(GIB, 2 * GIB)
+    def test_qcow2_has_grown_further_than_here(self, size):
+        self.come_as_qcow2()
+        self.grow(size)
+        self.info.virtual_size = size + 1
+        self.write('disk', (size + 1).to_bytes(8, 'big'), 24)
+        self.assertIn(str(size + 1), self.refused(exception.UnsafeDiskContent))
 
     def test_qcow2_has_got_a_data_file(self):
         # Also where it has grown.
         self.come_as_qcow2()
-        self.info.virtual_size = 2 * GIB
+        self.grow(2 * GIB)
         self.write('disk', test_content.header(
             features=test_content.DATA_FILE))
         self.assertIn('data', self.refused(exception.UnsafeDiskContent))
 
     def test_qcow2_has_got_a_backing_file(self):
         self.come_as_qcow2()
-        self.info.virtual_size = 2 * GIB
+        self.grow(2 * GIB)
         self.info.backing_file = '/etc/shadow'
         self.refused(exception.BaseImageMisplaced)
 
@@ -183,7 +213,7 @@ class HandoverTestCase(test.NoDBTestCase):
         self.lay_over(uuids.image)
         self.come_as_qcow2()
         # A header that has not grown is compared.
-        self.info.virtual_size = 2 * GIB
+        self.grow(2 * GIB)
         self.accepted()
         self.lay_over(uuids.other)
         self.refused(exception.UnsafeDiskContent)

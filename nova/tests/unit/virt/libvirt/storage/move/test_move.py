@@ -951,20 +951,19 @@ class EndTestCase(OutgoingTestCase):
         self.flags(preallocate_images=preallocate)
         self.move()
         self.stub_out('os.access', lambda path, mode: True)
-        with mock.patch('oslo_concurrency.processutils.execute') as execute:
+        with mock.patch('nova.privsep.storage.allocate') as allocate:
             self.accept()
         self.assertEqual(
-            [mock.call('fallocate', '-n', '-l', length,
-                       '/disks/' + self.volume_name(name))
+            [mock.call('/disks/' + self.volume_name(name), length)
              for name, length in (('disk', 1000), ('disk.config', 100),
                                   ('disk.eph0', 600))]
-            if preallocate == 'space' else [], execute.mock_calls)
+            if preallocate == 'space' else [], allocate.mock_calls)
 
     def test_reservation_that_fails(self):
         self.flags(preallocate_images='space')
         self.move()
         self.stub_out('os.access', lambda path, mode: True)
-        with mock.patch('oslo_concurrency.processutils.execute',
+        with mock.patch('nova.privsep.storage.allocate',
                         side_effect=OSError('full')):
             self.accept()
         self.assertEqual('ready', self.places()['disk'][0])

@@ -10,12 +10,14 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+import threading
 from unittest import mock
 
 import ddt
 
 from nova import exception
 from nova import test
+from nova import thread_pool_factory
 from nova.virt.libvirt.storage.move import peer
 from nova.virt.libvirt.storage.pool import access
 
@@ -74,6 +76,23 @@ class TestRefusals(test.NoDBTestCase):
         self.assertIn('sasl_allowed_username_list', told[:200])
         for text in (URI, error):
             self.assertIn(text, told)
+
+    def test_while_many_disks_are_copied(self):
+        # For hours, perhaps; nothing is wrong with the peer.
+        done = threading.Event()
+        self.addCleanup(done.set)
+        with mock.patch.object(peer, '_CONNECT_TIMEOUT', 5), (
+                mock.patch.dict(
+                    thread_pool_factory.ExecutorsPoolSize._EXECUTOR_POOL_SIZE,
+                    {thread_pool_factory.ExecutorType.STORAGE_MIGRATION:
+                     lambda: 2})):
+            for _n in range(3):
+                thread_pool_factory.spawn_on(
+                    thread_pool_factory.ExecutorType.STORAGE_MIGRATION,
+                    done.wait, 60)
+            host = mock.Mock()
+            with peer.connected(host, URI) as found:
+                self.assertEqual(host.connect_to_peer.return_value, found)
 
     def test_certificate_of_the_server(self):
         self.assertNotIn('Kerberos', self.refusal(

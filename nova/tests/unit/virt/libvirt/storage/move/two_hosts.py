@@ -177,7 +177,7 @@ class Pool:
     def info(self):
         return PoolInfo(2, 0, 0, self.daemon.available, True)
 
-    def refresh(self):
+    def refresh(self, timeout=None):
         self.daemon.refreshes += 1
 
     def volume(self, name):

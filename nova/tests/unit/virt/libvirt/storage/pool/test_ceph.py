@@ -23,8 +23,10 @@ from nova import objects
 from nova.storage import rbd_utils
 from nova.tests.fixtures import ceph
 from nova.tests.unit.virt.libvirt.storage.pool import base
+from nova.virt.libvirt.storage.pool import ceph as ceph_pool
 from nova.virt.libvirt.storage.pool import health
 from nova.virt.libvirt.storage.pool import ownership
+from nova.virt.libvirt.storage.pool import pool
 from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.pool import sharing
 from nova.virt.libvirt.storage.pool import usage
@@ -109,6 +111,14 @@ class XMLTestCase(CephPoolTestCase):
         """For QEMU alone; Ceph's keyring is looked for."""
         self.secret._private = True
         self.assertNotIn('key', self.conf())
+
+    def test_asks_for_a_secret(self):
+        """Which virtsecretd may not answer any more, see pool.py."""
+        with mock.patch.object(ceph_pool.CephPool, 'has_asked_for_secrets',
+                               False):
+            self.assertFalse(pool.has_lost_secrets(mock.Mock()))
+            self.conf()
+            self.assertTrue(ceph_pool.CephPool.has_asked_for_secrets)
 
     def test_no_such_secret(self):
         self.conn._secrets.clear()
@@ -216,7 +226,7 @@ class ImagesTestCase(CephPoolTestCase):
 
     def test_measure(self):
         self.assertEqual(
-            ('%s/nova' % self.ceph.fsid, 1 << 40, 1 << 38),
+            (self.ceph.fsid, 1 << 40, 1 << 38),
             usage.measure(self.pool))
         self.assertEqual(0, self.raw.refreshes)
 
@@ -226,6 +236,18 @@ class ImagesTestCase(CephPoolTestCase):
                    storage_pool_mapping={'swap': 'again'})
         self.assertEqual(1 << 40, usage.LocalInfo('here').get(
             self.conn)['total'])
+
+    def test_two_ceph_pools_of_one_cluster_count_once(self):
+        """Both have the devices of the whole cluster."""
+        self.ceph.pools['swaps'] = {}
+        other = self.add_pool('swaps', kind='rbd')
+        other.config.source.name = 'swaps'
+        self.flags(group='libvirt', storage_disks_pool='ceph',
+                   storage_pool_mapping={'swap': 'swaps'})
+        self.assertEqual(
+            {'total': 1 << 40, 'free': 1 << 38,
+             'used': (1 << 40) - (1 << 38)},
+            usage.LocalInfo('here').get(self.conn))
 
 
 class AdoptTestCase(CephPoolTestCase):

@@ -11,6 +11,7 @@
 #    under the License.
 """Pools over volume groups."""
 
+import subprocess
 from unittest import mock
 
 import fixtures
@@ -141,6 +142,25 @@ class ExtendedTestCase(LogicalPoolTestCase):
                 mock_warning.assert_called_once()
             # It answers again, and may fail anew.
             self.assertEqual(140 * units.Gi, self.pool.info().available)
+
+    @mock.patch('time.monotonic', return_value=1000.0)
+    def test_silence(self, mock_time):
+        """A disk of the group doesn't answer, and so no command ends.
+
+        The report of the host goes on nevertheless, and such commands don't
+        pile up.
+        """
+        self.addCleanup(volume_group._silent.clear)
+        self.extend()
+        with mock.patch('nova.privsep.fs.vginfo',
+                        side_effect=subprocess.TimeoutExpired('vgs', 30)
+                        ) as mock_vginfo:
+            for _n in range(3):
+                self.assertEqual(100 * units.Gi, self.pool.info().available)
+            mock_vginfo.assert_called_once_with('vg')
+        self.assertEqual(100 * units.Gi, self.pool.info().available)
+        mock_time.return_value += volume_group.PAUSE
+        self.assertEqual(140 * units.Gi, self.pool.info().available)
 
 
 class VolumesTestCase(LogicalPoolTestCase):

@@ -25,6 +25,7 @@ from nova import test
 from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.virt.libvirt.storage.pool import access
+from nova.virt.libvirt.storage.pool import ceph as ceph_pool
 from nova.virt.libvirt.storage.pool import config
 from nova.virt.libvirt.storage.pool import pool
 from nova.virt.libvirt.storage.pool import setup
@@ -165,10 +166,15 @@ class LostStorageTestCase(PoolTestCase):
     def test_fails(self, domain, code, message, lost):
         conn = mock.Mock()
         conn.getStoragePoolCapabilities.side_effect = (
-            fakelibvirt.make_libvirtError(
+            conn.numOfSecrets.side_effect) = fakelibvirt.make_libvirtError(
                 fakelibvirt.libvirtError, message, error_code=code,
-                error_domain=domain))
+                error_domain=domain)
         self.assertEqual(lost, pool.has_lost_storage(conn))
+        # Without Ceph nobody needs a virtsecretd.
+        for asked in (False, True):
+            with mock.patch.object(
+                    ceph_pool.CephPool, 'has_asked_for_secrets', asked):
+                self.assertEqual(lost and asked, pool.has_lost_secrets(conn))
 
 
 @ddt.ddt

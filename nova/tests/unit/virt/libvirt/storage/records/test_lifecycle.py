@@ -689,6 +689,26 @@ class TestMoves(RecordsTestCase):
         self.assertEqual([('other', 'q', volume)] if is_left else [],
                          [tuple(left) for left in disks.leftovers])
 
+    @ddt.data((task_states.REBUILDING, 'building', True),
+              (task_states.SHELVING_OFFLOADING, 'building', True),
+              # One volume that both hosts see: it was destroyed.
+              (task_states.REBUILDING, 'ready', False),
+              # Left behind by the guest; the disk is there.
+              (None, 'building', False))
+    @ddt.unpack
+    def test_destroyed_here_and_begun_elsewhere(
+            self, task_state, state, is_left):
+        """The destination of a live migration has died, and made volumes."""
+        self.instance.task_state = task_state
+        volume = uuids.instance + '_disk'
+        disks = self.disks(self.record(
+            backend='libvirt-storage', pool='p', volume=volume,
+            next=self.record(backend='libvirt-storage', host='other',
+                             state=state, pool='q', volume=volume)))
+        records.forget(self.context, disks)
+        self.assertEqual([('other', 'q', volume)] if is_left else [],
+                         [tuple(left) for left in disks.leftovers])
+
     @ddt.data((task_states.REBUILDING, 1), (task_states.SHELVING, 1),
               (task_states.RESIZE_REVERTING, 0), (None, 0))
     @ddt.unpack

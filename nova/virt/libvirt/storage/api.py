@@ -214,7 +214,7 @@ class LocalDisks:
         :returns: a DiskOperation: begin() before the first disk is made,
             finish() for the last one
         :raises: exception.InvalidDiskMetadata, exception.StoragePoolError,
-            exception.DisksMayBeElsewhere, exception.InstancePowerOffFailure
+            exception.DisksMayBeElsewhere, exception.LiveMigrationNotEnded
         """
         disks = operation.DiskOperation(
             self._local, context, instance, block_device_info)
@@ -228,7 +228,7 @@ class LocalDisks:
         """Check a guest that is to be powered off, suspended or unpaused.
 
         :raises: exception.DisksMayBeElsewhere,
-            exception.InvalidDiskMetadata, exception.InstancePowerOffFailure
+            exception.InvalidDiskMetadata, exception.LiveMigrationNotEnded
         """
         settle.check_stays(
             self._local.host, instance,
@@ -244,7 +244,7 @@ class LocalDisks:
         :raises: exception.InvalidDiskMetadata, exception.DiskNotFinished,
             exception.DiskBeingCopied, exception.DiskGivenBack,
             exception.DisksMayBeElsewhere, exception.StoragePoolInactive,
-            exception.StoragePoolError, exception.InstancePowerOffFailure
+            exception.StoragePoolError, exception.LiveMigrationNotEnded
         """
         disks = reboot.Reboot(
             self._local, context, instance, block_device_info)
@@ -449,7 +449,7 @@ class LocalDisks:
         except (exception.InvalidDiskMetadata, exception.DiskNotFinished,
                 exception.DiskBeingCopied, exception.DisksMayBeElsewhere,
                 exception.DiskTransitionFailed,
-                exception.InstancePowerOffFailure) as error:
+                exception.LiveMigrationNotEnded) as error:
             raise exception.InstanceFaultRollback(error)
         return source.prepare(
             state.ThisHost(self._local.host, self._local.uri,

@@ -17,6 +17,7 @@ whether there is one on the destination, only who looks there can say.
 
 from oslo_log import log as logging
 
+from nova.compute import power_state
 from nova import context as nova_context
 from nova import exception
 from nova.i18n import _
@@ -87,6 +88,9 @@ def end(context: 'nova_context.RequestContext', instance_uuid: str,
                     migration_type=fields.MigrationType.LIVE_MIGRATION))
         instance.host, instance.node = host, node.hypervisor_hostname
         instance.compute_id = node.id
+        # A refused start may have noted that there is no guest on the source;
+        # the API takes no live migration then. The host looks for itself.
+        instance.power_state = power_state.RUNNING
         instance.save()
         settle.promote(disks)
         disks.save(cell)

@@ -51,7 +51,6 @@ from nova.compute import power_state
 from nova.compute import task_states
 import nova.conf
 from nova import exception
-from nova.i18n import _
 from nova import objects
 from nova.objects import fields
 from nova.virt.libvirt.storage.records import evacuation
@@ -242,7 +241,7 @@ def end_moving(host, disks) -> None:
 
     :param host: the Host of this compute
     :param disks: the instance's InstanceDisks
-    :raises: exception.InstancePowerOffFailure if libvirt doesn't end it
+    :raises: exception.LiveMigrationNotEnded if libvirt doesn't end it
     """
     moving = going(disks)
     if not moving or moving[0][1].host != CONF.host:
@@ -262,10 +261,9 @@ def end_moving(host, disks) -> None:
         if _moving_guest(host, disks.instance) is None:
             return
         time.sleep(_POLL)
-    raise exception.InstancePowerOffFailure(reason=_(
-        'try again when virsh domjobabort on host %(host)s has ended its '
-        'live migration to host %(dest)s') % {
-            'dest': moving[0][1].next.host, 'host': CONF.host})
+    raise exception.LiveMigrationNotEnded(
+        instance_uuid=disks.instance.uuid, host=CONF.host,
+        dest=moving[0][1].next.host)
 
 
 def _moving_guest(host, instance):
@@ -289,7 +287,7 @@ def check_stays(host, instance, load) -> None:
     :param host: the Host of this compute
     :param load: returns the instance's InstanceDisks; called in doubt alone
     :raises: exception.DisksMayBeElsewhere, exception.InvalidDiskMetadata,
-        exception.InstancePowerOffFailure
+        exception.LiveMigrationNotEnded
     """
     is_to_go = lifecycle.is_destroying(instance)
     was_moving = _moving_guest(host, instance) is not None

@@ -673,8 +673,8 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.assertEqual(
             ['end_moving', 'settle'] * 3,
             [name for name, _args, _kwargs in calls.mock_calls])
-        calls.end_moving.side_effect = exception.InstancePowerOffFailure(
-            reason='libvirt is at it')
+        calls.end_moving.side_effect = exception.LiveMigrationNotEnded(
+            instance_uuid=uuids.instance, host='here', dest='there')
         self.assertRaises(
             exception.InstanceFaultRollback, self.api.depart,
             mock.sentinel.context, self.instance, {})

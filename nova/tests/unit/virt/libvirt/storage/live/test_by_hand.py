@@ -14,6 +14,7 @@ from unittest import mock
 import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
 
+from nova.compute import power_state
 from nova import exception
 from nova.network import model as network_model
 from nova import objects
@@ -53,7 +54,10 @@ class ByHandTestCase(test_settle.LiveTestCase):
         return by_hand.end(self.context, uuids.instance, moved)
 
     def test_moved(self):
+        self.instance.power_state = power_state.NOSTATE
         self.assertEqual('dest', self.end(True))
+        # Else the API refuses to migrate it until it is looked at.
+        self.assertEqual(power_state.RUNNING, self.instance.power_state)
         self.assert_disks('dest')
         self.assertEqual(4, len(self.left('source')))
         self.assertEqual(('dest', 'node', 9), (

@@ -324,7 +324,7 @@ class SettleTestCase(LiveTestCase):
         self._be_at_it(then=None)
         # It isn't on the other host yet, which is no place to look.
         for act in (self._end_moving, self.check_stays):
-            error = self.assertRaises(exception.InstancePowerOffFailure, act)
+            error = self.assertRaises(exception.LiveMigrationNotEnded, act)
             for word in ('domjobabort', 'host source', 'host dest'):
                 self.assertIn(word, str(error))
         self.assert_disks('source', ('dest', 'building'))

@@ -107,7 +107,7 @@ def boot_with(cloud, load):
 
 
 def wait_started(server, host, limit=600):
-    """Wait until a host runs its guest, by libvirt's word.
+    """Wait until a host has started its guest, by libvirt's word.
 
     :param limit: seconds
     :raises: LabError
@@ -116,7 +116,7 @@ def wait_started(server, host, limit=600):
     with contextlib.closing(Host(host).connect()) as connection:
         while server.id not in [
                 domain.UUIDString() for domain in connection.listAllDomains(
-                    libvirt.VIR_CONNECT_LIST_DOMAINS_RUNNING)]:
+                    libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)]:
             if time.monotonic() > until:
                 raise LabError('%s is not started' % server.id)
             time.sleep(.05)

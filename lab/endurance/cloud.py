@@ -9,7 +9,7 @@
 #    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 #    License for the specific language governing permissions and limitations
 #    under the License.
-"""Level cloud: several servers at once, one fault a round."""
+"""Level cloud: several servers at once, a few faults a round."""
 
 import concurrent.futures
 import contextlib
@@ -41,6 +41,8 @@ SETTINGS = {('DEFAULT', 'use_cow_images'): ('true', 'false'),
             ('DEFAULT', 'preallocate_images'): ('none', 'space'),
             ('libvirt', 'storage_pool_mapping'): ('', 'swap:soak-swap')}
 MAPPED, MAPPED_PATH = 'soak-swap', '/var/lib/nova/soak-swap'
+#: Faults of a round, one after the other; operations on a server meanwhile.
+MOST = 4
 # Of a host that dies: its servers are made anew on the other one.
 EVACUATION = .06
 
@@ -58,7 +60,6 @@ class Fault:
     def __init__(self, cloud, name, host, after, stays):
         self.cloud, self.name, self.host = cloud, name, Host(host)
         self.after, self.stays = after, stays
-        self._error = None
 
     def __str__(self):
         if self.name == 'none':
@@ -66,28 +67,13 @@ class Fault:
         return '%s (%s) after %.1f s for %.1f s' % (
             self.name, self.host.name, self.after, self.stays)
 
-    @contextlib.contextmanager
-    def happening(self):
-        """It comes and goes in a thread of its own; undone at the end."""
-        worker = threading.Thread(target=self._work)
-        worker.start()
-        try:
-            yield
-        finally:
-            worker.join()
-        if self._error:
-            raise self._error
-
-    def _work(self):
-        try:
-            if self.name != 'none':
-                time.sleep(self.after)
-                with contextlib.ExitStack() as stack:
-                    self._begin(stack)
-                    time.sleep(self.stays)
-                self.host.wait_ready()
-        except Exception as error:
-            self._error = error
+    def come_and_go(self):
+        time.sleep(self.after)
+        if self.name != 'none':
+            with contextlib.ExitStack() as stack:
+                self._begin(stack)
+                time.sleep(self.stays)
+            self.host.wait_ready()
 
     def _begin(self, stack):
         host, verb = self.host, self.name.split(' ', 1)[0]
@@ -135,6 +121,31 @@ class Fault:
                 call(self.host.run, argv, check=False)
             else:
                 self.host.run(argv, check=False)
+
+
+@contextlib.contextmanager
+def happening(faults):
+    """They come and go in a thread of their own, and are over at the end.
+
+    :returns: the thread
+    """
+    errors = []
+
+    def work():
+        try:
+            for fault in faults:
+                fault.come_and_go()
+        except Exception as error:
+            errors.append(error)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        yield worker
+    finally:
+        worker.join()
+    if errors:
+        raise errors[0]
 
 
 def die(host):
@@ -198,40 +209,48 @@ class Soak:
             return list(pool.map(work, self.subjects))
 
     def once(self, number) -> list[plan.Step]:
-        """One operation on each server, one fault, and the oracle.
+        """Operations on each server, faults meanwhile, and the oracle.
 
         :raises: servers.Lost, with the attribute subject
         """
         if self.draw.chance(EVACUATION):
             return self._evacuation(number, Host(
                 'host-a' if self.draw.chance(.5) else 'host-b'))
-        fault = Fault(self.cloud, self.draw.one(FAULTS),
-                      'host-a' if self.draw.chance(.5) else 'host-b',
-                      self.draw.seconds(0, 12), self.draw.seconds(1, 10))
-        steps = {subject: plan.Step(
-            number, subject.name, self.draw.one(servers.OPERATIONS),
-            fault=str(fault)) for subject in self.subjects}
+        faults = [Fault(self.cloud, self.draw.one(FAULTS),
+                        'host-a' if self.draw.chance(.5) else 'host-b',
+                        self.draw.seconds(0, 12), self.draw.seconds(1, 10))
+                  for _one in range(self.draw.number(1, MOST))]
+        told = plan.SEVERAL.join(filter(None, map(str, faults)))
+        drawn = {subject: [self.draw.one(servers.OPERATIONS)
+                           for _one in range(MOST)]
+                 for subject in self.subjects}
+        steps = {subject: [] for subject in self.subjects}
 
-        def operate(subject):
-            step = steps[subject]
-            try:
-                getattr(subject, step.name)()
-                step.outcome = 'done'
-            except servers.Lost:
-                raise
-            except Exception as error:  # of the API, too: it is what we cause
-                step.outcome = 'failed: %s' % str(error)[:160]
+        def operate(subject, worker):
+            for name in drawn[subject]:
+                step = plan.Step(number, subject.name, name, fault=told)
+                steps[subject].append(step)
+                try:
+                    getattr(subject, name)()
+                    step.outcome = 'done'
+                except servers.Lost:
+                    raise
+                except Exception as error:  # the API's, too: what we cause
+                    step.outcome = 'failed: %s' % str(error)[:160]
+                    return
+                if not worker.is_alive():
+                    return
 
-        with fault.happening():
-            self._all(operate)
+        with happening(faults) as worker:
+            self._all(lambda subject: operate(subject, worker))
         self._judge(steps)
-        return list(steps.values())
+        return [step for done in steps.values() for step in done]
 
     def _evacuation(self, number, host):
         """A host dies, its servers are made anew, and it comes back."""
-        steps = {subject: plan.Step(
+        steps = {subject: [plan.Step(
             number, subject.name, 'evacuate', fault='dead host (%s)' %
-            host.name) for subject in self.subjects
+            host.name)] for subject in self.subjects
             if subject.server is not None and
             subject.server.host == host.name}
         if not steps:
@@ -240,24 +259,25 @@ class Soak:
         die(host)
         with self.cloud.forced_down(
                 host.name, lambda _name: revive(self.cloud, host)):
-            for subject, step in steps.items():
+            for subject, [step] in steps.items():
                 try:
                     subject.evacuate()
                     step.outcome = 'done'
                 except Exception as error:
                     step.outcome = 'failed: %s' % str(error)[:160]
         self._judge(steps)
-        return list(steps.values())
+        return [step for done in steps.values() for step in done]
 
     def _judge(self, steps):
         """:raises: servers.Lost, with the attributes subject and steps"""
         self._wait_services()
-        for step in steps.values():
+        told = [step for done in steps.values() for step in done]
+        for step in told:
             self.say(step)
 
         def judge(subject):
             try:
-                subject.recover(steps[subject].name)
+                subject.recover([step.name for step in steps[subject]])
                 oracle.check(subject)
             except (servers.Lost, LabError) as error:
                 lost = servers.Lost(str(error))
@@ -268,7 +288,7 @@ class Soak:
             with concurrent.futures.ThreadPoolExecutor(len(steps)) as pool:
                 list(pool.map(judge, steps))
         except servers.Lost as lost:
-            lost.steps = list(steps.values())
+            lost.steps = told
             raise
 
     def _wait_services(self, limit=120):

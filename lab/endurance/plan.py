@@ -20,6 +20,10 @@ import random
 import time
 
 
+#: Between the faults that a step has met.
+SEVERAL = '; '
+
+
 @dataclasses.dataclass
 class Step:
     """One operation on one server, or one move between two hosts.

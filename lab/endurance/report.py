@@ -43,11 +43,15 @@ class Result:
     complaint: str = ''
     subject: str = ''
 
+    def _faults(self) -> list[str]:
+        # Of a round in a cloud, all servers meet the same ones.
+        return [fault for _number, told in sorted({
+            (step.number, step.fault) for step in self.steps if step.fault})
+            for fault in told.split(plan.SEVERAL)]
+
     @property
     def faults(self) -> int:
-        # Of a round in a cloud, all servers meet the same one.
-        return len({(step.number, step.fault)
-                    for step in self.steps if step.fault})
+        return len(self._faults())
 
     def judge_memory(self) -> None:
         """Complain of a service that takes more and more, after its start."""
@@ -64,8 +68,7 @@ class Result:
     def kinds(self) -> dict[str, int]:
         """How many faults of each kind there were."""
         return dict(sorted(collections.Counter(
-            fault.partition(' after ')[0] for _number, fault in
-            {(step.number, step.fault) for step in self.steps if step.fault}
+            fault.partition(' after ')[0] for fault in self._faults()
         ).items()))
 
     def counts(self) -> dict[str, int]:

@@ -217,14 +217,15 @@ class Subject:
 
     # -- afterwards
 
-    def recover(self, operation):
+    def recover(self, operations):
         """Do what the operator's guide says until it runs.
 
-        :param operation: after which
+        :param operations: after which; those before the last went well
         :raises Lost: it does not come back
         """
-        told = ''
-        if operation.startswith('live') and self.server is not None:
+        told, operation = '', operations[-1]
+        if self.server is not None and any(
+                name.startswith('live') for name in operations):
             # Its console is another one, and the guest goes on all the time.
             self.server.stay_awake()
         for _try in range(4):

@@ -43,7 +43,7 @@ def measure(runs, progress, loads=LOADS):
     starts = {}
     # Memory doesn't hold 16 GiB on two hosts.
     yield from servers.measure(
-        runs, progress, loads, functools.partial(_downtime, starts), _over_nbd,
+        runs, progress, loads, functools.partial(_downtime, starts),
         memory=False)
     for load in loads:
         ours, stock = (statistics.median(starts[way, load][1:])
@@ -59,19 +59,12 @@ def again(runs, progress, load=AGAIN):
     :returns: an iterable of cases.Row
     """
     with servers.alone(servers.WAYS['series'], progress) as cloud:
-        _over_nbd(cloud, storage_migration_keep_copies=1)
+        servers.over_nbd(cloud, storage_migration_keep_copies=1)
         took = [_there_and_back(cloud, load, progress.say)
                 for _n in range(runs)]
     first, back = map(statistics.median, zip(*took))
     yield cases.less(load.case, 'seconds', back, 'the first time', first,
                      load.target)
-
-
-def _over_nbd(cloud, **more):
-    values = {'storage_migration_transport': 'nbd', **more}
-    for host in servers.OTHER:
-        cloud.set_many(host, {('libvirt', name): value
-                              for name, value in values.items()})
 
 
 def _downtime(starts, cloud, load, runs, way, tell) -> float:

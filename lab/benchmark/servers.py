@@ -64,13 +64,24 @@ def alone(options, progress):
             hosts.down(progress)
 
 
-def measure(runs, progress, loads=LOADS, seconds=None, prepare=None,
-            memory=True):
+def over_nbd(cloud, **more):
+    """Have the computes of a cloud move disks over NBD.
+
+    :param more: other options of [libvirt], and their values
+    """
+    values = {'storage_migration_transport': 'nbd', **more}
+    for host in OTHER:
+        cloud.set_many(host, {('libvirt', name): value
+                              for name, value in values.items()})
+
+
+def measure(runs, progress, loads=LOADS, seconds=None, memory=True):
     """Bring up a cloud of each kind in turn, migrate there and back.
+
+    The series does so over NBD.
 
     :param runs: of each load on each; the medians count
     :param seconds: measures one load; by default the whole migration
-    :param prepare: is called with the cloud of the series first
     :param memory: whether the hosts' disks lie in memory
     :returns: an iterable of cases.Row
     """
@@ -78,8 +89,8 @@ def measure(runs, progress, loads=LOADS, seconds=None, prepare=None,
     for way, options in WAYS.items():
         with alone(dataclasses.replace(options, memory=memory),
                    progress) as cloud:
-            if prepare is not None and way == 'series':
-                prepare(cloud)
+            if way == 'series':
+                over_nbd(cloud)
             for load in loads:
                 found[way, load] = (seconds or _seconds)(
                     cloud, load, runs, way, progress.say)

@@ -38,6 +38,7 @@ import lab
 from lab.benchmark import methods
 from lab.cloud import cloud
 from lab import config
+from lab import modular
 from lab import nova_user
 from lab import process
 from lab.tests import mover
@@ -521,13 +522,16 @@ class TestKills(MovesTest):
         self.dest('offer')
         self.source('move')
         self.dest.begin('accept')
+        # A local client doesn't speak to virtproxyd.
+        name = ('virtstoraged' if self.b.front == modular.FRONT else
+                'libvirtd')
         with self.held_verification():
-            self.b.kill('libvirtd')
+            self.b.kill(name)
         try:
             with self.assertRaises(StepFailed):
                 self.dest.answer()
         finally:
-            self.b.restart('libvirtd')
+            self.b.restart(name)
             self.b.wait_ready()
         self.take_and_revert()
         self.assert_back()
@@ -625,11 +629,21 @@ class TestWire(MovesTest):
                 self.source.answer()
             # 5 s without progress, then the clean-up gives the peer up.
             self.assertLess(time.monotonic() - start, 120)
+        # It goes through what has come meanwhile.
+        time.sleep(1)
+        self._start_front()
         # What could not be deleted is deleted by the destination's next offer.
         self.dest('offer')
         self.source('abandon')
         self.assert_back()
         self.assert_goes()
+
+    def _start_front(self):
+        """virtproxyd 11.3 has died of it; systemd would start it again."""
+        if self.b.front == modular.FRONT and (
+                not self.b.service('libvirtd').alive()):
+            self.b.restart('libvirtd')
+            self.b.wait_ready()
 
     def test_link_is_cut(self):
         self._lost(self.b.link.as_cut())

@@ -59,7 +59,13 @@ def _check_guests(subject):
 
 def _check_data(subject):
     try:
-        said = subject.server.look(limit=180)
+        try:
+            said = subject.server.look(limit=180)
+        except ServerError:
+            if not subject.has_lost_console():
+                raise
+            subject.server.hard_reboot()
+            said = subject.server.look(limit=180)
     except ServerError as error:
         raise Lost('%s does not speak: %s' % (subject.name, error)) from error
     for name, (seed, mib) in subject.expected.items():

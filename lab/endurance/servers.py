@@ -22,6 +22,7 @@ import openstack.exceptions
 from ..cloud import database
 from ..cloud import server as lab_server
 from ..errors import LabError
+from ..machine import Machine
 
 MIB = 1 << 20
 FLAVOR, BIGGER = 'lab.small.disks', 'lab.medium.disks'
@@ -59,6 +60,8 @@ class Subject:
         self.image = None
         self.expected: dict[str, tuple[str, int]] = {}
         self.gone: list[str] = []  # UUIDs of deleted ones
+        # By host and UUID, how often virtlogd has given its console up.
+        self._consoles: dict[tuple[str, str], int] = {}
 
     def _own_image(self):
         """An image that nobody else misses: it is deleted under the server.
@@ -310,6 +313,18 @@ class Subject:
                           '--moved' if moved else '--not-moved')
         server.api.reset_server_state(server.id, 'active')
         server.hard_reboot()
+
+    def has_lost_console(self) -> bool:
+        """Whether virtlogd has given its console up since the last question.
+
+        It does where the disk is full, until the guest is started again.
+        """
+        place = self.server.host, self.server.id
+        path = Machine(self.server.host).logs / 'virtlogd.log'
+        told = path.read_text().count(
+            self.server.id + '/console.log: No space left on device')
+        before, self._consoles[place] = self._consoles.get(place, 0), told
+        return told > before
 
     def guests(self) -> list[str]:
         """The hosts on which libvirt has a guest of it that runs."""

@@ -67,7 +67,9 @@ class Host:
 
     def get_connection(self):
         from nova import exception
-        if self._connection is None or not self._connection.isAlive():
+        from nova.virt.libvirt.storage.pool import pool
+        if self._connection is None or not self._connection.isAlive() or (
+                pool.has_lost_storage(self._connection)):
             try:
                 self._connection = self._libvirt.open('qemu:///system')
             except self._libvirt.libvirtError as error:

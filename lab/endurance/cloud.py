@@ -16,6 +16,8 @@ import contextlib
 import threading
 import time
 
+import openstack.exceptions
+
 from .. import config
 from ..errors import LabError
 from ..host import Host
@@ -275,10 +277,18 @@ class Soak:
         for step in told:
             self.say(step)
 
+        def look(subject):
+            subject.recover([step.name for step in steps[subject]])
+            oracle.check(subject)
+
         def judge(subject):
             try:
-                subject.recover([step.name for step in steps[subject]])
-                oracle.check(subject)
+                try:
+                    look(subject)
+                except openstack.exceptions.ConflictException:
+                    # Nova has called it an error since: of a live migration
+                    # it does so when the guest runs again.
+                    look(subject)
             except (servers.Lost, LabError) as error:
                 lost = servers.Lost(str(error))
                 lost.subject = subject.name

@@ -20,6 +20,7 @@ import gc
 import importlib.util
 import json
 import os
+import pathlib
 import re
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from lab import config
 from lab import nova_user
 from lab import storage
 
+HERE = pathlib.Path(__file__).resolve().parent
 ROOM = 'nova.tests.unit.virt.libvirt.storage.'
 SERVER = '127.0.0.1'  # of the exports, for the machine's own libvirt
 #: Below which path of the server the exports are, by the protocol's version.
@@ -240,12 +242,15 @@ class StorageTest(unittest.TestCase):
                 'w', suffix='.py', dir=config.STATE) as program:
             program.write(NOVA + INSIDE + script)
             program.flush()
-            return json.loads(self.vm.run(
-                'cd /tmp; OS_NOVA_DISABLE_EVENTLET_PATCHING=true '
-                'PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=%s %s -W ignore %s %s' %
-                (self.tree, sys.executable, program.name, ' '.join(
-                    ('qemu:///system', *arguments))),
-                timeout=timeout).splitlines()[-1])
+            return self.program_inside(
+                program.name, 'qemu:///system', *arguments, timeout=timeout)
+
+    def program_inside(self, path, *arguments, timeout):
+        return json.loads(self.vm.run(
+            'cd /tmp; OS_NOVA_DISABLE_EVENTLET_PATCHING=true '
+            'PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=%s %s -W ignore %s %s' %
+            (self.tree, sys.executable, path, ' '.join(arguments)),
+            timeout=timeout).splitlines()[-1])
 
     def test_volume_group(self):
         self.conform('test_conformance_lvm',
@@ -342,6 +347,37 @@ class StorageTest(unittest.TestCase):
                          found['content'])
         self.assertEqual('InsufficientStoragePoolSpace', found['full'][0])
         self.assertNotIn('u_disk', found['left'])
+
+    def test_disk_that_grows(self):
+        """By extents, which the guest sees to their ends; or not at all."""
+        with contextlib.closing(self.vm.connect()) as there:
+            name = self.group(there).name()
+        found = self.program_inside(HERE / 'grower.py', name, timeout=900)
+
+        def disk(size):
+            return {'disk': size}
+
+        # What is on record is what was asked for, and says nothing.
+        self.assertEqual([disk(20 * MIB), 20 * MIB, 20 * MIB, 18 * MIB],
+                         found['made'])
+        self.assertEqual([disk(32 * MIB), 32 * MIB, True], found['grown'])
+        for key, taken in (('full', ['rest']),
+                           ('full in the middle', ['rest'])):
+            error, volumes, seen, is_clean = found[key]
+            self.assertEqual('InsufficientStoragePoolSpace', error[0], error)
+            self.assertIn(name, error[1])
+            self.assertEqual(['disk', *taken], sorted(volumes), key)
+            self.assertEqual([32 * MIB] * 2 + [True],
+                             [volumes['disk'], seen, is_clean], key)
+        self.assertEqual(
+            [None, disk(64 * MIB), 64 * MIB, True, 64 * MIB],
+            found['next try'])
+        self.assertEqual([32 * MIB, 64 * MIB], found['known'])
+        self.assertEqual([64 * MIB, True], found['snapshot'])
+        self.assertEqual(
+            [{'disk': 64 * MIB, 'disk.rescue': 12 * MIB}, 12 * MIB, True],
+            found['rescue'])
+        self.assertEqual({}, found['left'])
 
     def test_volume_that_is_busy(self):
         with contextlib.closing(self.vm.connect()) as there:

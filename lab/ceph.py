@@ -213,12 +213,13 @@ class Ceph:
             pool.setAutostart(1)
 
     @staticmethod
-    def pool_xml(name: str = POOL) -> str:
+    def pool_xml(name: str = POOL, of_ceph: str = DISKS) -> str:
+        """A pool of libvirt's over one of Ceph's."""
         return (
             "<pool type='rbd'><name>%s</name><source><host name='%s' "
             "port='%d'/><name>%s</name><auth type='ceph' username='%s'>"
             "<secret uuid='%s'/></auth></source></pool>" % (
-                name, ADDRESS, PORT, DISKS, USER, SECRET))
+                name, ADDRESS, PORT, of_ceph, USER, SECRET))
 
     def images(self, pool: str = DISKS) -> list[str]:
         """Names of the images of a Ceph pool."""

@@ -45,7 +45,7 @@ class Compute(mover.Compute):
         from nova import objects
         return objects.Instance(
             self.context, id=1, uuid=uuid, image_ref=uuid,
-            vm_state=vm_states.ACTIVE,
+            vm_state=vm_states.ACTIVE, config_drive='True',
             flavor=objects.Flavor(memory_mb=memory_mb, vcpus=vcpus,
                                   root_gb=root_gb))
 
@@ -72,9 +72,13 @@ class Compute(mover.Compute):
                 time.sleep(.05)
             self._die('detached')
 
+        def define(vif):
+            get_guest()._domain.attachDeviceFlags(
+                interface(vif['address']), 2)
+
         return interfaces.Interfaces(
             get_guest, [{'address': mac} for mac in macs], detach, attach,
-            lambda vif: None)
+            define, lambda vif: None)
 
     def _die(self, step):
         if step == self._die_at:

@@ -157,7 +157,7 @@ class Compute:
         objects.Instance.save = lambda instance, **more: database.update(
             'offer', instance.migration_context.driver_info)
         objects.Instance.get_by_uuid = staticmethod(
-            lambda context, uuid: self.instance)
+            lambda context, uuid, **more: self.instance)
         objects.Migration.save = lambda migration: None
         objects.Service.get_by_host_and_binary = staticmethod(
             lambda *args: objects.Service())

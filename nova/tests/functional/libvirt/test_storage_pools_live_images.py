@@ -18,12 +18,12 @@ from lxml import etree
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import context as nova_context
+import nova.privsep.qemu
 from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.tests.fixtures import libvirt_live_images
 from nova.tests.functional.api import client
 from nova.tests.functional.libvirt import storage_pools
-from nova.virt import images
 from nova.virt.libvirt.storage.live_image import capture
 from nova.virt.libvirt.storage.live_image import store
 
@@ -36,12 +36,10 @@ class TestLiveImages(storage_pools.StoragePoolsTestBase):
     def setUp(self):
         super().setUp()
         self.guests = self.useFixture(libvirt_live_images.Guests())
-        convert = images.convert_image
+        run = nova.privsep.qemu.run_while_it_copies
         self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.images.convert_image',
-            lambda source, target, *formats, **more: (
-                self.guests.convert(source, target, *formats) or
-                convert(source, target, *formats, **more))))
+            'nova.privsep.qemu.run_while_it_copies',
+            lambda *command: self.guests.convert(*command) or run(*command)))
         # Nobody else owns what libvirt makes here.
         self.useFixture(fixtures.MockPatch('nova.privsep.path.chown'))
         self.useFixture(fixtures.MonkeyPatch(

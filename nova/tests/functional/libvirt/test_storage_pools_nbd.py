@@ -142,7 +142,7 @@ class WarmCopy:
     def __exit__(self, *error):
         pass
 
-    def first(self, watch, bandwidth):
+    def first(self, watch, bandwidth, changed=None):
         watch.on_start(libvirt_hosts.NO_PROCESS)
         self.pump.exports.connect(self.destination)
         watch.progress(0)

@@ -541,6 +541,7 @@ class LocalDisks:
         """
         disks = operation.DiskOperation(
             self._local, context, instance, block_device_info)
+        settle.wait_until_ended(self._local.host, instance)
         settle.settle(context, self._local.host, disks.records)
         disks.take_up_running()
         if 'dst_storage_pools' in data and data.dst_storage_pools:
@@ -658,6 +659,7 @@ class LocalDisks:
         if not plan.planned(data):
             return
         try:
+            settle.wait_until_ended(self._local.host, instance)
             settle.settle(context, self._local.host,
                           metadata.InstanceDisks.load(context, instance))
         except Exception as e:

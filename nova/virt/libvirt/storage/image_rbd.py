@@ -186,11 +186,11 @@ class LibvirtStorageRbd(imagebackend.Rbd, image.LibvirtStorage):
             super().rollback_to_snap(name)
 
     def _was_copied(self):
-        """Whether the guest has run with a copy in another kind of pool."""
+        """Whether the guest has run with a copy outside of this Ceph pool."""
         told = offer.load(self.instance)
         pool = told and told.pools.get(told.pool_for(
             kinds.of(self.disk_name)))
-        return pool is not None and pool.ceph is None
+        return pool is not None and pool.ceph != self.ceph.identity
 
     def discard(self):
         self.delete()

@@ -38,6 +38,9 @@ LOG = logging.getLogger(__name__)
 
 # Disks of which what was read is kept, 32 MiB at most of each.
 _MOST = 16
+# Seconds for the last of it when the disk is verified: to read it all takes
+# longer. The source doesn't wait for what is little.
+_PATIENCE = 10
 
 
 class Reading:
@@ -114,6 +117,19 @@ class Reading:
     @property
     def is_over(self) -> bool:
         return self._ended.is_set()
+
+    def is_that(self, length: int, key: int) -> bool:
+        """Whether it is of a disk as it was closed.
+
+        :param length: bytes
+        :param key: of the checksums
+        """
+        return self.closed is not None and (
+            (self.key, self.closed[0]) == (key, length))
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it is over, or for so long."""
+        self._ended.wait(seconds)
 
     def known(self) -> pump.Known | None:
         """What was read; None if that isn't known."""
@@ -206,11 +222,12 @@ class Readings:
             it is forgotten
         :raises: as pump.verify_known(), but StorageTransferMismatch
         """
-        found = self.get(place)
+        found, known = self.get(place), None
+        if found is not None and found.is_that(length, key):
+            found.wait(_PATIENCE)
+            known = found.known()
         self.forget(place)
-        known = found.known() if found is not None else None
-        if known is None or found.closed is None or (
-                (found.key, found.closed[0]) != (key, length)):
+        if known is None:
             return False
         try:
             pump.verify_known(

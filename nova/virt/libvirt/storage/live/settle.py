@@ -51,6 +51,7 @@ from nova.compute import power_state
 from nova.compute import task_states
 import nova.conf
 from nova import exception
+from nova.i18n import _
 from nova import objects
 from nova.objects import fields
 from nova.virt.libvirt.storage.records import evacuation
@@ -227,9 +228,41 @@ def refuse_to_guess(disks):
 
 
 def _is_moving(guest):
-    """Whether libvirt goes on with a migration, whoever has begun it."""
-    return guest.get_job_info().type in (
-        libvirt.VIR_DOMAIN_JOB_BOUNDED, libvirt.VIR_DOMAIN_JOB_UNBOUNDED)
+    """Whether libvirt goes on with a migration, whoever has begun it.
+
+    One that has failed or was cancelled may be cleared up yet: then its job is
+    gone.
+    """
+    return guest.get_job_info().type not in (
+        libvirt.VIR_DOMAIN_JOB_NONE, libvirt.VIR_DOMAIN_JOB_COMPLETED)
+
+
+def wait_until_ended(host, instance) -> None:
+    """Wait until libvirt has cleared up after a migration that didn't succeed.
+
+    A cancelled one can take many seconds to end. Who begins the next one
+    before that reads the job of the other, and takes it for cancelled.
+
+    :param host: the Host of this compute
+    :raises: exception.MigrationPreCheckError if it takes too long
+    """
+    for look in range(_LOOKS):
+        try:
+            guest = host.get_guest(instance)
+        except exception.InstanceNotFound:
+            return
+        if not guest.is_active() or guest.get_job_info().type not in (
+                libvirt.VIR_DOMAIN_JOB_FAILED,
+                libvirt.VIR_DOMAIN_JOB_CANCELLED):
+            return
+        if not look:
+            LOG.info('Waiting for libvirt, which is still ending a migration',
+                     instance=instance)
+        time.sleep(_POLL)
+    raise exception.MigrationPreCheckError(reason=_(
+        'try again later, or restart libvirt on host %(host)s: it is still '
+        'ending a migration of the server that has failed or was cancelled'
+    ) % {'host': CONF.host})
 
 
 def end_moving(host, disks) -> None:

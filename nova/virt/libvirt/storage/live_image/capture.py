@@ -40,11 +40,13 @@ from oslo_utils import units
 import tenacity
 
 from nova.compute import power_state
+from nova.compute import utils as compute_utils
 from nova.compute import vm_states
 import nova.conf
 from nova import exception
 from nova.i18n import _
 import nova.privsep.path
+import nova.privsep.qemu
 from nova.virt import images
 from nova.virt.libvirt.storage.live_image import interfaces as guest_nics
 from nova.virt.libvirt.storage.live_image import memory_file
@@ -223,10 +225,13 @@ class Capture:
 
     def _read_disk(self, domain):
         socket = under_way.take_export(self._instance.uuid)
-        images.convert_image(
-            'nbd+unix:///%s?socket=%s' % (
-                _root(domain), urlparse.quote(socket, safe='/')),
-            self._path('disk'), 'raw', 'qcow2')
+        with compute_utils.disk_ops_semaphore:
+            # A guest that hangs answers no reader.
+            nova.privsep.qemu.run_while_it_copies(
+                'qemu-img', 'convert', '-t', 'writeback', '-f', 'raw', '-O',
+                'qcow2', 'nbd+unix:///%s?socket=%s' % (
+                    _root(domain), urlparse.quote(socket, safe='/')),
+                self._path('disk'))
 
     def _describe(self, domain, pause):
         connection = self._host.get_connection()

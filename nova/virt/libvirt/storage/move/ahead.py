@@ -16,7 +16,6 @@ changes nothing for the guest: the disks are copied as if nothing had been
 tried, unless the destination can't be reached any more.
 """
 
-from concurrent import futures
 import contextlib
 import dataclasses
 import time
@@ -29,8 +28,8 @@ import nova.conf
 from nova import exception
 from nova.i18n import _
 from nova.objects import fields
-from nova import thread_pool_factory
 from nova.virt.libvirt.storage.move import peers
+from nova.virt.libvirt.storage.move import take_up
 from nova.virt.libvirt.storage.pump import transfer as pump
 from nova.virt.libvirt.storage.records import keeping
 from nova.virt.libvirt.storage.records import leftovers
@@ -43,9 +42,12 @@ LOG = logging.getLogger(__name__)
 _TABLES_SHARE = 64
 _TABLES_LEAST = 16 * units.Mi
 
-# Seconds between two questions how far the destination has read: at first, as
-# of a kept copy it reads little, and at most.
-_FIRST_INTERVAL, _INTERVAL = 0.05, 0.5
+# Seconds between two questions how far the destination has read: at first and
+# at most, and by what they grow, as that is lost when it has ended in between.
+_FIRST_INTERVAL, _INTERVAL, _GROWTH = 0.05, 0.5, 1.25
+
+# Bytes that the destination has read before a guest has shut down.
+_READ_SOON = 256 * units.Mi
 
 
 @dataclasses.dataclass
@@ -55,7 +57,8 @@ class Ahead:
     :ivar copy: the pump's WarmCopy
     :ivar target: what it writes to
     :ivar exit: closes both
-    :ivar is_read: whether the destination has read what was sent
+    :ivar is_read: whether the destination reads what was sent
+    :ivar to_read: bytes of that
     :ivar changed: what may have changed since, in bytes of its file; None if
         that isn't known
     """
@@ -63,6 +66,7 @@ class Ahead:
     target: peers.Target
     exit: contextlib.ExitStack
     is_read: bool = False
+    to_read: int = 0
     changed: pump.Ranges | None = None
 
 
@@ -80,8 +84,9 @@ class FirstPass:
         self._when = 'while the server runs'
         # names that were there before
         self._targets: list[tuple[ty.Any, str | None]] = []
+        self._take_ups = take_up.TakeUps(transfer, self._room)
         # by item, what the destination has kept of it
-        self._known: dict[ty.Any, tuple[int, pump.Known]] = {}
+        self._found: dict[ty.Any, take_up.Found] = {}
 
     def run(self) -> None:
         """Send the disks, one after the other: the guest is using them.
@@ -110,6 +115,7 @@ class FirstPass:
 
     def close(self) -> None:
         """Give up what has been sent and was not followed by the rest."""
+        self._take_ups.close()
         self._transfer.bitmaps.end()
         for item in self._transfer.items:
             ahead, item.ahead = item.ahead, None
@@ -167,19 +173,20 @@ class FirstPass:
             created += [(item.pool.name, item.target) for item in kept]
             transfer.choose_names(items)
             transfer.save_building(items)
-            for item in items:
-                item.ahead_length = item.length
-                if item in kept:
-                    if self._take_up(item):
-                        continue
-                    created.remove((item.pool.name, item.target))
-                transfer.create(item, self._room(item))
-                created.append((item.pool.name, item.target))
             stack.callback(self.close)
             if CONF.libvirt.storage_migration_dirty_bitmaps:
+                # Before any of it is read.
                 transfer.bitmaps.begin(items)
+            for item in items:
+                item.ahead_length = item.length
+                if item not in kept:
+                    self._create(item, created)
+            self._take_ups.begin(kept)
             with transfer.reporting():
                 for item in items:
+                    if item in kept and not self._take_up(item):
+                        created.remove((item.pool.name, item.target))
+                        self._create(item, created)
                     self._have_read(item, self._send(item))
                 self._wait_until_read(items)
             # Nobody may have spoken to it for long.
@@ -198,41 +205,21 @@ class FirstPass:
         item.target = volume
         return True
 
+    def _create(self, item, created):
+        self._transfer.create(item, self._room(item))
+        created.append((item.pool.name, item.target))
+
     def _take_up(self, item):
         """Learn what the destination has kept of a disk.
 
         :returns: whether that is known; else it is gone
         """
-        room, key = self._room(item), pump.new_key()
-        try:
-            table = self._ask(item, lambda: item.pool.take_up(
-                item.target, (item.length, room), item.mode, key))
-        except exception.InstanceNotFound:
-            raise
-        except exception.NovaException as e:
-            LOG.warning('All of volume %(volume)s is copied, as what the '
-                        'destination has kept of it is of no use: %(error)s',
-                        {'volume': item.source.name, 'error': e},
-                        instance=self._transfer.instance)
+        found = self._take_ups.wait(item)
+        if found is None:
             self._transfer.delete_at_peer(item)
             return False
-        self._known[item] = key, pump.Known(room, table)
+        self._found[item] = found
         return True
-
-    def _ask(self, item, ask):
-        """Ask for what takes as long as a disk is read; may be cancelled."""
-        future = thread_pool_factory.spawn_on(
-            thread_pool_factory.ExecutorType.STORAGE_MIGRATION, ask)
-        while True:
-            try:
-                return future.result(timeout=_INTERVAL)
-            except futures.TimeoutError:
-                if future.done():
-                    raise
-                if future.cancel():
-                    # It has got no thread, and may not for long.
-                    return ask()
-            self._transfer.check_cancelled(item)
 
     def _forget_names(self):
         for item, target in self._targets:
@@ -250,20 +237,20 @@ class FirstPass:
         with contextlib.ExitStack() as stack:
             target = stack.enter_context(
                 peer.target(item.pool.name, item.target))
-            key, known = self._known.get(item, (None, None))
+            found = self._found.get(item)
             copy = stack.enter_context(pump.WarmCopy(
-                transfer.volume(item), target.end, item.length, key,
-                sparse=peer.takes_holes(), known=known,
-                find_holes=item.finds_holes()))
+                transfer.volume(item), target.end, item.length,
+                found and found.key, sparse=peer.takes_holes(),
+                known=found and found.known, find_holes=item.finds_holes()))
             result = copy.first(
                 pump.Watch(**transfer.watch(item, target, progress)),
-                self._bandwidth)
+                self._bandwidth, found and found.differs)
             item.ahead = Ahead(copy, target, stack.pop_all())
         LOG.info('Copied volume %(volume)s %(when)s: %(data)d bytes of data '
                  'in %(seconds).1f s%(kept)s', {
                      'volume': item.source.name, 'data': result.data,
                      'when': self._when, 'seconds': result.seconds, 'kept':
-                     ', into a copy that was kept there' if known else ''},
+                     ', into a copy that was kept there' if found else ''},
                  instance=transfer.instance)
         return result
 
@@ -271,10 +258,17 @@ class FirstPass:
         """Have the destination read it now, and not when the server is off."""
         if not self._departure.peer.reads:
             return
+        if item in self._found and result.changed == []:
+            # It has read all of it to say what it has.
+            item.ahead.is_read = True
+            return
         try:
             item.pool.read(item.target, self._room(item), result.key,
                            result.changed)
             item.ahead.is_read = True
+            item.ahead.to_read = (
+                item.allocation if result.changed is None else
+                sum(length for _start, length in result.changed))
         except exception.NovaException as e:
             self._is_not_read(item, e)
 
@@ -289,9 +283,13 @@ class FirstPass:
                   'error': error}, instance=self._transfer.instance)
 
     def _wait_until_read(self, items):
+        """Wait for what the destination will not have read soon enough.
+
+        It waits for the rest of it itself, before it verifies.
+        """
         begun = time.monotonic()
         for item in items:
-            if item.ahead.is_read:
+            if item.ahead.is_read and item.ahead.to_read > _READ_SOON:
                 try:
                     self._follow(item)
                 except exception.NovaException as e:
@@ -303,10 +301,10 @@ class FirstPass:
         """Wait until the destination has read a disk."""
         stall_timeout = CONF.libvirt.storage_migration_stall_timeout
         before, since = -1, time.monotonic()
-        interval = _FIRST_INTERVAL
+        interval, soon = _FIRST_INTERVAL, self._room(item) - _READ_SOON
         while True:
             done, has_ended = item.pool.has_read(item.target)
-            if has_ended:
+            if has_ended or done >= soon:
                 return
             self._transfer.check_cancelled(item)
             now = time.monotonic()
@@ -317,7 +315,7 @@ class FirstPass:
                     host=item.pool.host, reason=_(
                         "it has read nothing for %d seconds") % stall_timeout)
             time.sleep(interval)
-            interval = min(2 * interval, _INTERVAL)
+            interval = min(_GROWTH * interval, _INTERVAL)
 
 
 def _most(item):

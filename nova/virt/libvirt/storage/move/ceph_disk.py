@@ -9,13 +9,14 @@
 #    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 #    License for the specific language governing permissions and limitations
 #    under the License.
-"""Disks that a move takes into a Ceph pool, or out of one.
+"""Disks that a move takes into a Ceph pool, out of one, or into another one.
 
 The source does it, with a connection of its own: it has a storage pool over
 the Ceph pool that the destination has, whatever each calls theirs. What goes
 into Ceph is converted to a raw image there, without the base image that it may
 have had. What leaves it becomes a file on this host for as long as it is on
-its way, since an image can be read as no volume of libvirt.
+its way, since an image can be read as no volume of libvirt. Between two Ceph
+pools, of one cluster or of two, QEMU reads the one and writes the other.
 """
 
 import contextlib
@@ -58,12 +59,15 @@ class CephPoolThere(peers.PeerPool):
     :param name: of the pool on the destination
     :param host: name of the destination
     :param pool: the StoragePool of this host
+    :param originals: names of the images that stay until the move is
+        confirmed. By its name, a copy is told from what stays where it is.
     """
 
-    def __init__(self, name, host, pool):
+    def __init__(self, name, host, pool, originals=()):
         self.name = name
         self.host = host
         self._pool = pool
+        self._originals = frozenset(originals)
 
     def check(self):
         self._pool.ceph().check()
@@ -80,7 +84,8 @@ class CephPoolThere(peers.PeerPool):
 
     def free_name(self, wanted, taken=()):
         return ceph_bytes.free_name(
-            self._pool, wanted, taken, ceph_images.timeout())
+            self._pool, wanted, self._originals.union(taken),
+            ceph_images.timeout())
 
     def is_shared(self, here, instance):
         return False
@@ -136,17 +141,16 @@ class IntoCeph(item.Disk):
                  {'volume': self.source.name, 'length': self.length,
                   'allocation': self.allocation, 'image': image.key},
                  instance=transfer.instance)
-        path = _path(image)
+        path, source = _path(image), self._source_path()
         # librbd's cache would try for ever what Ceph doesn't answer.
         convert.run(
             ['qemu-img', 'convert', '-n', '--target-is-zero', '-t', 'none',
-             *_rate(), '-f', self.record.format, '-O', RAW,
-             self.source.path, path],
+             *_rate(), '-f', self.record.format, '-O', RAW, source, path],
             watch, {**names, 'operation': 'qemu-img convert'},
             least=_PROGRESS)
         if convert.run(
                 ['qemu-img', 'compare', '-f', self.record.format, '-F', RAW,
-                 self.source.path, path],
+                 source, path],
                 watch, {**names, 'operation': 'qemu-img compare'}, (0, 1)):
             raise exception.StorageTransferMismatch(
                 volume=self.target, where=image.key,
@@ -164,6 +168,21 @@ class IntoCeph(item.Disk):
             checksum=checksum, key=key, physical=length, allocation=None,
             seconds=0)
         watch['progress'](self.length)
+
+    def _source_path(self):
+        return self.source.path
+
+
+class BetweenCephPools(IntoCeph):
+    """A disk that is an image of a Ceph pool, and becomes one of another."""
+
+    def measure(self):
+        length, self.allocation = ceph_bytes.measure(
+            self.source, ceph_images.timeout())
+        self.length = -(-length // _SECTOR) * _SECTOR
+
+    def _source_path(self):
+        return _path(self.source)
 
 
 class OutOfCeph(item.Disk):
@@ -230,8 +249,9 @@ def item_of(name, there, record, volume, connection):
     :param volume: StorageVolume or CephImage of this host
     :param connection: this host's libvirt
     """
-    if not record.is_on_ceph:
-        return IntoCeph(name, there, record, volume)
+    if isinstance(there, CephPoolThere):
+        kind = BetweenCephPools if record.is_on_ceph else IntoCeph
+        return kind(name, there, record, volume)
     found = OutOfCeph(name, there, record, volume)
     found.spool = state.file_pool(connection, record.pool)
     return found

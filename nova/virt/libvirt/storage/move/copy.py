@@ -342,6 +342,19 @@ class Transfer:
             progress(done)
             self._report()
 
+        return {
+            **self.watch_worker(item),
+            # Holes of a block device are written there as zeroes.
+            'stall_timeout': room.stall_timeout(
+                item.length, item.is_streamed and not item.sparse and
+                self.departure.peer.takes_holes()),
+            'progress': moved}
+
+    def watch_worker(self, item, is_given_up=lambda: False):
+        """Those of them that are about who reads an item.
+
+        :param is_given_up: whether nobody waits for it any more
+        """
         def started(pid):
             LOG.info('Process %(pid)d copies volume %(volume)s',
                      {'pid': pid, 'volume': item.source.name},
@@ -349,11 +362,7 @@ class Transfer:
             self.job_tracker.add_job(self.instance, pid)
 
         return {
-            # Holes of a block device are written there as zeroes.
-            'stall_timeout': room.stall_timeout(
-                item.length, item.is_streamed and not item.sparse and
-                self.departure.peer.takes_holes()),
-            'progress': moved, 'cancelled': self._cancelled,
+            'cancelled': lambda: is_given_up() or self._cancelled(),
             'on_start': started,
             'on_end': lambda pid: self.job_tracker.remove_job(
                 self.instance, pid)}

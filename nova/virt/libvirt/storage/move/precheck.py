@@ -80,6 +80,8 @@ class Departure:
         self._fetched = []
         # CephPoolThere by name, of those that disks are converted for
         self._over_ceph = {}
+        # Names of the disks that go from one Ceph pool into another
+        self._between_ceph = set()
 
     def check(self, stack):
         """Check all that can be known before the guest is powered off.
@@ -177,7 +179,8 @@ class Departure:
         """Name and record of the disks that aren't there already."""
         return [(name, record) for name, record in self.disks.items()
                 if not name.endswith('.rescue') and not (
-                    record.is_on_ceph and self._offered(name).ceph)]
+                    record.is_on_ceph and self._offered(name).ceph and
+                    name not in self._between_ceph)]
 
     def _offered(self, name):
         return self._offer.pools[self._pool_name_there(kinds.of(name))]
@@ -185,7 +188,8 @@ class Departure:
     def _look_at_ceph(self):
         """Check that both hosts have one Ceph pool for a disk, or none.
 
-        Or that the disk can be converted on its way into one, or out of one.
+        Or that the disk can be converted on its way into one, out of one, or
+        into another one.
         """
         for name, record in self.disks.items():
             if name.endswith('.rescue'):
@@ -212,7 +216,7 @@ class Departure:
                           'why': why})
 
     def _why_not_converted(self, name, record, here, pool_name):
-        """What keeps a disk from moving into a Ceph pool, or out of one.
+        """What keeps a disk from moving into a Ceph pool, or from one.
 
         :param here: which Ceph pool it is in, None if it is in none
         :param pool_name: of the destination's pool for it
@@ -221,8 +225,10 @@ class Departure:
         there = self._offer.pools[pool_name].ceph
         if self.same_host:
             return _("On one host no disk is converted")
-        if here is not None:
-            return there and _("No disk moves from one Ceph pool to another")
+        if there is None:
+            return None
+        if here == there:
+            return _("No disk moves within one Ceph pool")
         self._check_in_order(name, record)
         local = self.host.get_connection()
         pool = ceph_images.pool_over(local, there)
@@ -230,14 +236,18 @@ class Departure:
             return _("Host %(host)s has no active storage pool over %(ceph)s, "
                      "by which it could be converted") % {
                          'host': CONF.host, 'ceph': there}
-        if kinds.is_copied(name):
+        if here is None and kinds.is_copied(name):
             path = setup.pool_named(local, record.pool).volume(
                 record.volume).path
             if not os.access(path, os.R_OK):
                 return _("It can't be converted, as nova can't read "
                          "%s") % path
+        if here is not None:
+            self._between_ceph.add(name)
         self._over_ceph[pool_name] = ceph_disk.CephPoolThere(
-            pool_name, self.migration.dest_compute, pool)
+            pool_name, self.migration.dest_compute, pool, originals=[
+                known.volume for _name, known in self.disks.items()
+                if known.is_on_ceph])
         return None
 
     def _ceph_here(self, name, record):
@@ -381,22 +391,25 @@ class Departure:
         return (item.allocation if item.sparse else item.length) + growth
 
     def _check_room_here(self):
-        """Compare what flattening volumes takes with what their pools have."""
-        needed = {}
+        """Compare what flattening volumes takes with what there is."""
+        needed: dict[int | str, dict[str, int]] = {}
+        rooms = {}
         for item in self.items:
             if item.growth:
-                pool, total = needed.get(
-                    item.source.pool.name, (item.source.pool, 0))
-                needed[pool.name] = (pool, total + item.growth)
-        for pool, total in needed.values():
-            _device, _total, available = usage.measure(pool)
+                pool = item.source.pool
+                device, _total, rooms[device] = usage.measure(pool)
+                pools = needed.setdefault(device, {})
+                pools[pool.name] = pools.get(pool.name, 0) + item.growth
+        for device, pools in needed.items():
+            available, total = rooms[device], sum(pools.values())
             if total > available:
                 raise _refused(
                     _("make room first: storage pool %(pool)s of host "
                       "%(host)s has %(available)d bytes available and "
                       "%(total)d are needed to make volumes independent of "
                       "base images that host %(dest)s can't have") % {
-                          'pool': pool.name, 'host': CONF.host,
+                          'pool': ', '.join(sorted(pools)),
+                          'host': CONF.host,
                           'dest': self.migration.dest_compute,
                           'available': available, 'total': total})
 
@@ -415,7 +428,12 @@ def _check_streams(record, volume):
     """Refuse what libvirt takes for a directory, and so won't stream.
 
     Where Nova may read the file itself, libvirt doesn't have to.
+
+    :raises: exception.StoragePoolError if it can't learn how large a logical
+        volume has become
     """
+    if volume.pool.kind().is_volume_group:
+        volume.check_known_length()
     path = volume.path
     if (record.format == fields.LibvirtDiskFormat.RAW and
             not os.access(path, os.R_OK) and content.is_ploop(path)):

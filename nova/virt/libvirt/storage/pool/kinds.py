@@ -88,6 +88,8 @@ NAME_IS_TAKEN = ('already in use', 'volume target path',
                  'already exists in volume group')
 # The last three are those of lvcreate and lvextend.
 POOL_IS_FULL = (os.strerror(errno.ENOSPC), 'Not enough free space',
+                # lvextend's, of extents that somebody has taken meanwhile.
+                'No specified PVs have space',
                 'insufficient free space', 'Insufficient free space',
                 'nsufficient suitable')
 # lvremove's, of a volume that somebody has open.

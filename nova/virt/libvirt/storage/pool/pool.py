@@ -34,6 +34,7 @@ from nova.i18n import _
 import nova.privsep.fs
 import nova.privsep.storage
 from nova import utils
+from nova.virt.libvirt.storage import lvm
 from nova.virt.libvirt.storage.pool import access
 from nova.virt.libvirt.storage.pool import ceph as ceph_pool
 from nova.virt.libvirt.storage.pool import clearing
@@ -685,23 +686,48 @@ class StorageVolume:
         Whenever libvirt tells a volume's sizes or XML, it opens the backing
         file that it has found in the header at the last refresh, and fails if
         it can't. The guest writes the header of a raw disk: so for this host's
-        volumes the file system is asked, by the path alone.
+        volumes the file system is asked, by the path alone. And of a logical
+        volume that has grown libvirt learns at the next refresh.
 
         :returns: (length, allocation) in bytes
         """
         if self.pool.host == CONF.host:
             try:
-                return nova.privsep.storage.file_bytes(self.path)
-            except (OSError, ValueError) as e:
+                return self._local_bytes()
+            except (OSError, ValueError, exception.VolumeBDMPathNotFound,
+                    processutils.ProcessExecutionError) as e:
                 # Root may not look there. Or libvirt knows why it is gone.
                 LOG.debug('Volume %(volume)s of storage pool %(pool)s is '
                           'judged by libvirt: %(error)s',
                           {'volume': self.name, 'pool': self.pool.name,
                            'error': e})
         with self._errors():
-            length = self.raw.infoFlags(
-                libvirt.VIR_STORAGE_VOL_GET_PHYSICAL)[2]
-            return length, self.raw.info()[2]
+            return self._length_to_libvirt(), self.raw.info()[2]
+
+    def _local_bytes(self):
+        path = self.path
+        try:
+            return nova.privsep.storage.file_bytes(path)
+        except ValueError:
+            if not self.pool.kind().is_volume_group:
+                raise
+        length = lvm.get_volume_size(path)
+        return length, length
+
+    def _length_to_libvirt(self):
+        return self.raw.infoFlags(libvirt.VIR_STORAGE_VOL_GET_PHYSICAL)[2]
+
+    def check_known_length(self) -> None:
+        """Check that libvirt knows the volume's length, or have it look.
+
+        It streams no more of a volume than it knows of.
+
+        :raises: exception.StoragePoolError if it can't look now
+        """
+        with self._errors():
+            length = self._length_to_libvirt()
+        if length != self.physical():
+            self.pool.refresh()
 
     def resize(self, capacity: int, allocate: bool = False) -> None:
         """Give the volume another capacity.
@@ -736,7 +762,16 @@ class StorageVolume:
             raise error(pool=self.pool.name, volume=self.name,
                         host=self.pool.host, code=e.exit_code,
                         reason=(e.stderr or '').strip() or e) from e
-        self.pool.refresh()
+        try:
+            self.pool.refresh()
+        except exception.StoragePoolError as e:
+            # As long as a disk is copied into the pool. Guests and Nova ask
+            # the device, and check_known_length() has it done before a move.
+            LOG.warning('libvirt takes volume %(volume)s of storage pool '
+                        '%(pool)s to be as small as it was, until the pool is '
+                        'refreshed: %(error)s',
+                        {'volume': self.name, 'pool': self.pool.name,
+                         'error': e})
 
     def delete(self, is_clear: bool = False) -> None:
         """Delete the volume, whatever its guest has written to it.

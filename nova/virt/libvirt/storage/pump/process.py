@@ -120,10 +120,13 @@ class WorkerProcess:
         may differ from what the table says already
     :param changes: file descriptor of a file which has such a list when
         ask_again() says so, however long: a pipe may not take it
+    :param told: whether that has one for the first pass, too
+    :param in_use: without a destination, whether a guest may write to what is
+        read
     """
 
     def __init__(self, job, watch, extension, warm=False, table=None,
-                 changed=None, changes=None):
+                 changed=None, changes=None, told=False, in_use=False):
         self.job = job
         self._files = [fd for fd in (table and table[0], changes)
                        if fd is not None]
@@ -141,6 +144,10 @@ class WorkerProcess:
             self._request['changed'] = list(changed)
         if changes is not None:
             self._request['changes'] = changes
+        if told:
+            self._request['told'] = True
+        if in_use:
+            self._request['in_use'] = True
         self._stdin_lock = threading.Lock()
         self._answer = None
         self._unread = b''

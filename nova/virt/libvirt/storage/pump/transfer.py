@@ -54,6 +54,10 @@ _EXTENSION = 'nova.virt.libvirt.storage.pump._copy'
 # Of the checksums: a key is less.
 PRIME = (1 << 61) - 1
 
+# Bytes of a block's checksum in a table, of the least block, and of a table
+# that are compared at once.
+_VALUE, _LEAST_BLOCK, _COMPARED = 8, 65536, 8192
+
 # (offset, length) in bytes
 Ranges = ty.Sequence[tuple[int, int]]
 
@@ -170,7 +174,7 @@ class Job:
     def run(self, watch: Watch = Watch(),
             bandwidth: Bandwidth | int = 0,
             table: tuple[int, int] | None = None,
-            changed: Ranges | None = None) -> Result:
+            changed: Ranges | None = None, in_use: bool = False) -> Result:
         """Do it in a worker process, and wait for that.
 
         Nothing is removed on failure: the caller made the destination's
@@ -189,6 +193,8 @@ class Job:
         :param table: file descriptor that gets the checksums of the blocks
             of what is read without a destination, and for how many bytes
         :param changed: it has them already, and these may not be right
+        :param in_use: a guest may write to what is read without a destination,
+            and have it grow: its I/O comes first, and nothing is synced
         :raises: StorageTransferError, StorageTransferStalled,
             StorageTransferCancelled, StorageTransferMismatch,
             StoragePumpMissing
@@ -196,7 +202,8 @@ class Job:
         if isinstance(bandwidth, int):
             bandwidth = Bandwidth(bandwidth)
         worker = process.WorkerProcess(
-            self, watch, extension_path(), table=table, changed=changed)
+            self, watch, extension_path(), table=table, changed=changed,
+            in_use=in_use)
         start = time.monotonic()
         found = worker.run(bandwidth)
         result = Result(key=self.key, seconds=time.monotonic() - start,
@@ -240,6 +247,35 @@ class Known(ty.NamedTuple):
     """
     length: int
     table: bytes
+
+    def differs_from(self, table: bytes) -> list[tuple[int, int]]:
+        """Say where other content stands elsewhere.
+
+        :param table: what is known of that, for the same length and key
+        :returns: list of (offset, length) in bytes, in order
+        :raises: ValueError if it isn't of the same length
+        """
+        blocks = len(table) // _VALUE
+        if not blocks or len(table) != len(self.table):
+            raise ValueError('%d bytes are no table beside one of %d' % (
+                len(table), len(self.table)))
+        size = _LEAST_BLOCK
+        while -(-self.length // size) > blocks:
+            size *= 2
+        found: list[tuple[int, int]] = []
+        for at in range(0, len(table), _COMPARED):
+            here = table[at:at + _COMPARED]
+            there = self.table[at:at + _COMPARED]
+            # Most of it is equal.
+            for n in range(0, len(here), _VALUE) if here != there else ():
+                if here[n:n + _VALUE] == there[n:n + _VALUE]:
+                    continue
+                start = (at + n) // _VALUE * size
+                if found and sum(found[-1]) == start:
+                    found[-1] = (found[-1][0], found[-1][1] + size)
+                else:
+                    found.append((start, size))
+        return found
 
 
 class WarmCopy:
@@ -296,22 +332,29 @@ class WarmCopy:
             os.close(fd)
 
     def first(self, watch: Watch = Watch(),
-              bandwidth: Bandwidth | int = 0) -> Result:
+              bandwidth: Bandwidth | int = 0,
+              changed: Ranges | None = None) -> Result:
         """Send all of it. Reading it yields to other I/O of the disk.
 
+        :param changed: (offset, length) in bytes, in order, of what may differ
+            from what is known; by default anything may. What differs
+            elsewhere is for rest() to be told.
         :returns: what was sent; its checksum is no content's that ever was,
             if somebody wrote meanwhile
         :raises: as Job.run()
         """
         if self._worker is not None:
             raise RuntimeError('a first pass runs once')
+        if changed is not None and self._known is None:
+            raise ValueError('it is not known what the destination has')
         known = self._known or Known(0, b'')
         self._changes = os.memfd_create('changes')
+        self._tell(changed)
         with _table_file(known.table) as file:
             self._worker = process.WorkerProcess(
                 self._job, watch, extension_path(), warm=True,
                 table=(file, known.length) if self._known else None,
-                changes=self._changes)
+                changes=self._changes, told=changed is not None)
             self._worker.start()
         result = self._do(self._worker, bandwidth, last=False)
         self._sent = result.data
@@ -335,8 +378,7 @@ class WarmCopy:
         if self._worker is None:
             raise RuntimeError('there is no first pass that ended well')
         self._job = dataclasses.replace(self._job, length=length)
-        if changed is not None:
-            os.pwrite(self._changes, jsonutils.dump_as_bytes(list(changed)), 0)
+        self._tell(changed)
         self._worker.ask_again(self._job, watch, changed is not None)
         try:
             result = self._do(self._worker, bandwidth, last=True)
@@ -345,6 +387,12 @@ class WarmCopy:
         self._job.check_written(
             result, min(length, max(self._sent, result.data)), watch)
         return result
+
+    def _tell(self, changed):
+        if changed is None:
+            return
+        os.ftruncate(self._changes, 0)
+        os.pwrite(self._changes, jsonutils.dump_as_bytes(list(changed)), 0)
 
     def _do(self, worker, bandwidth, last):
         if isinstance(bandwidth, int):
@@ -390,19 +438,24 @@ def read(volume: Volume, length: int, *, key: int, **watch) -> Result:
     return Job(volume, None, length, key=key).run(_watch(watch))
 
 
-def read_table(volume: Volume, length: int, *, key: int, **watch) -> bytes:
+def read_table(volume: Volume, length: int, *, key: int,
+               room: int | None = None, in_use: bool = False,
+               **watch) -> bytes:
     """Read a volume for the checksums of its blocks.
 
     :param volume: of this host
     :param length: bytes, one at least
     :param key: for the checksums
+    :param room: bytes that the table is for, if these are more: what follows
+        counts as zeroes
+    :param in_use: a guest may write to the volume meanwhile, as in Job.run()
     :param watch: keywords of Watch
     :returns: what a WarmCopy may know, 8 bytes a block of at least 64 KiB
     :raises: as Job.run()
     """
     with _table_file() as file:
         Job(volume, None, length, key=key).run(
-            _watch(watch), table=(file, length))
+            _watch(watch), table=(file, room or length), in_use=in_use)
         return os.pread(file, os.fstat(file).st_size, 0)
 
 

@@ -23,7 +23,8 @@ at the destination already or, without a destination, takes the source's. With
 "changed", (offset, length) of what may differ from what it has, it is brought
 up to date, and no more than that is read where a file can be. "changes" is a
 file descriptor, too: the second pass of a message with "changed" finds the
-same there, for the source.
+same there, for the source, and so does the first one of a request with "told".
+"in_use" says of what is read that a guest may write to it meanwhile.
 
     {"transferred": bytes}
     {"result": {"data", "holes", "checksum", "physical", "allocation",
@@ -470,10 +471,13 @@ class Job:
             destination = Export(request['destination'], length)
         elif request['destination']:
             destination = End('destination', *request['destination'])
-        if request['warm']:
+        in_use = request.get('in_use', False)
+        if request['warm'] or in_use:
             set_io_priority(IOPRIO_IDLE)
-            found = self.run_pass(pump, source, destination, length,
-                                  table=table, is_first=True)
+        if request['warm']:
+            found = self.run_pass(
+                pump, source, destination, length, table=table, in_use=True,
+                changed=self.read_changes() if request.get('told') else None)
             before = found['data']
             say(result={**found, 'allocation': None, 'physical':
                         destination.sizes_written(length, before)[0]})
@@ -485,9 +489,9 @@ class Job:
             # libvirt may have been restarted meanwhile
             source = End('source', *request['source'])
         found = self.run_pass(pump, source, destination, length, table=table,
-                              changed=changed)
+                              in_use=in_use, changed=changed)
         physical, allocation = source.sizes()
-        if physical != length and not (
+        if physical != length and not in_use and not (
                 # What was copied to a block device may be shorter than that.
                 destination is None and physical > length and
                 source.is_device()):
@@ -516,17 +520,19 @@ class Job:
 
     def read_changes(self):
         with open(self.request['changes'], 'rb', closefd=False) as file:
+            # An earlier pass may have read it.
+            file.seek(0)
             return json.load(file)  # noqa: N324
 
     def run_pass(self, pump, source, destination, length, *, table,
-                 is_first=False, changed=None):
+                 in_use=False, changed=None):
         if not length:
             # A stream of length 0 would be one without a limit.
             return {'data': 0, 'holes': 0,
                     'checksum': pump.checksum([], self.request['key'])}
         known = table is not None and table.filled
         unchanged = self.run_copy(
-            pump, source, destination, length, table=table, is_first=is_first,
+            pump, source, destination, length, table=table, in_use=in_use,
             changed=changed)
         # To look for them takes as long as there are blocks.
         told = table.changed if known else []
@@ -543,27 +549,27 @@ class Job:
                 if known else None}
 
     def run_copy(self, pump, source, destination, length, *, table,
-                 is_first=False, changed=None):
+                 in_use=False, changed=None):
         """:returns: the blocks of a sample, which should not have changed"""
         request = self.request
         sparse, warm = request['sparse'], table is not None
         # Then something stands there, of which it tells.
         known = warm and table.filled
         blocks, unchanged = None, []
-        fd = source.file(length, direct=warm, may_grow=is_first)
+        fd = source.file(length, direct=warm, may_grow=in_use)
         self.direct = fd is not None
         if self.direct and changed is not None:
             size = table.block_size
             blocks = [(start // size, -(-(start + n) // size) - start // size)
                       for start, n in changed]
-            if destination:
+            if destination and not in_use:
                 # Without the last one, which may be longer by now.
                 unchanged = sample(blocks, (length - 1) // size)
                 blocks += [(block, 1) for block in unchanged]
         # A volume that is verified may be the only copy soon.
+        sync = destination is None and not in_use
         download = (source.download(length) if fd is None else
-                    pump.File(fd, length, sync=destination is None,
-                              direct=warm))
+                    pump.File(fd, length, sync=sync, direct=warm))
         upload, bridge = None, 0
         if destination:
             upload = (destination.update(pump) if known else

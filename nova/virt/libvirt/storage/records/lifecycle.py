@@ -231,12 +231,14 @@ def _originals(disks):
     """Names on Ceph of what disks were before they were copied from there.
 
     All hosts see them, and none of them is the disk of an evacuated instance.
+    Nor has a disk in another Ceph pool such a name, see came_into_ceph.
     """
-    if _task_state(disks.instance) != task_states.REBUILD_SPAWNING:
-        return set()
+    is_evacuated = (
+        _task_state(disks.instance) == task_states.REBUILD_SPAWNING)
     return {record.previous.volume for _name, record in disks.items()
-            if record.previous is not None and record.previous.is_on_ceph and
-            not record.is_on_ceph}
+            if record.previous is not None and record.previous.is_on_ceph and (
+                record.came_into_ceph or
+                is_evacuated and not record.is_on_ceph)}
 
 
 def _discard(image, record):

@@ -167,9 +167,14 @@ class LibvirtDiskMetadata(base.NovaObject):
 
     @property
     def came_into_ceph(self) -> bool:
-        """Whether that was made for a move, beside its original."""
-        return (self.is_on_ceph and self.previous is not None and
-                not self.previous.is_on_ceph)
+        """Whether that was made for a move, beside its original.
+
+        A disk that stays in its Ceph pool keeps its name, and no copy has that
+        of its original.
+        """
+        return (self.is_on_ceph and self.previous is not None and not (
+            self.previous.is_on_ceph and
+            self.previous.volume == self.volume))
 
     def holds_no_disk(self) -> bool:
         """Whether this is only the place of what has no mapping."""

@@ -609,9 +609,11 @@ class LocalDisksTestCase(test.NoDBTestCase):
         # A destination that has died won't say so.
         load = self.patch('records.metadata.InstanceDisks.load')
         settle = self.patch('live.settle.settle')
+        wait = self.patch('live.settle.wait_until_ended')
         data = objects.LibvirtLiveMigrateData(
             disks=[objects.LibvirtLiveMigrateDiskInfo()])
         self.api.stayed_live(mock.sentinel.context, self.instance, data)
+        wait.assert_called_once_with(self.host, self.instance)
         settle.assert_called_once_with(
             mock.sentinel.context, self.host, load.return_value)
         # Whatever is wrong, the rest has to be rolled back.
@@ -680,10 +682,18 @@ class LocalDisksTestCase(test.NoDBTestCase):
             mock.sentinel.context, self.instance, {})
         # A live migration waits for the other one.
         calls.reset_mock()
+        wait = self.patch('live.settle.wait_until_ended')
         self.assertRaises(
             exception.DisksMayBeElsewhere, self.api.plan_live,
             mock.sentinel.context, self.instance, {}, None)
         calls.end_moving.assert_not_called()
+        wait.assert_called_once_with(self.host, self.instance)
+        calls.reset_mock()
+        wait.side_effect = exception.MigrationPreCheckError(reason='wait')
+        self.assertRaises(
+            exception.MigrationPreCheckError, self.api.plan_live,
+            mock.sentinel.context, self.instance, {}, None)
+        calls.settle.assert_not_called()
 
     def test_delete_keeps_what_a_revert_needs(self):
         delete = self.patch('pool.ownership.delete_volumes')

@@ -343,7 +343,12 @@ class LaterTestCase(RbdDiskTestCase):
             backend=fields.LibvirtDiskBackend.LIBVIRT_STORAGE)
         made.create_snap('nova-resize')
         self.assertEqual({}, self.disk.snapshots)
+        # Out of another Ceph pool
         made.record.previous.backend = RBD
+        made.record.previous.volume = made.volume_name + '.1'
+        made.create_snap('nova-resize')
+        self.assertEqual({}, self.disk.snapshots)
+        made.record.previous.volume = made.volume_name
         made.create_snap('nova-resize')
         self.assertEqual({'nova-resize'}, set(self.disk.snapshots))
 
@@ -357,12 +362,14 @@ class LaterTestCase(RbdDiskTestCase):
     def test_revert_of_what_was_copied_out_of_ceph(self):
         """Nobody has written to it since."""
         made = self.create()
-        self.offered('cluster/nova')
+        self.offered('%s/nova' % self.ceph.fsid)
         self.assertRaises(exception.SnapshotNotFound,
                           made.rollback_to_snap, 'nova-resize')
-        self.offered(None)
-        made.rollback_to_snap('nova-resize')
-        self.assertEqual(b'image', self.disk.content)
+        # Into files, and into another Ceph pool
+        for there in (None, '%s/other' % self.ceph.fsid):
+            self.offered(there)
+            made.rollback_to_snap('nova-resize')
+            self.assertEqual(b'image', self.disk.content)
 
     def test_direct_snapshot(self):
         made = self.create()

@@ -79,6 +79,8 @@ class ReadingsTestCase(test.NoDBTestCase):
         if why != 'not closed':
             self.readings.close(PLACE, 1000, CHANGED)
         if why == 'still read':
+            self.stub_out('nova.virt.libvirt.storage.intake.reading._PATIENCE',
+                          .01)
             found._ended.clear()
         elif why == 'opened again':
             self.readings.reopen(PLACE)
@@ -94,6 +96,22 @@ class ReadingsTestCase(test.NoDBTestCase):
         self.assertEqual(why == 'not what was sent',
                          self.pump.verify_known.called)
         self.assertIsNone(self.readings.get(PLACE))
+
+    def test_last_of_it_is_waited_for(self):
+        goes_on = threading.Event()
+        self.addCleanup(goes_on.set)
+        self.pump.read_table.side_effect = lambda *args, **kwargs: (
+            goes_on.wait(60) and TABLE)
+        self.readings.begin(PLACE, self.reading(), None)
+        self.readings.close(PLACE, 1000, CHANGED)
+        wait = reading.Reading.wait
+
+        def waiting(found, seconds):
+            goes_on.set()
+            wait(found, 60)
+
+        with mock.patch.object(reading.Reading, 'wait', new=waiting):
+            self.assertTrue(self.verify())
 
     def test_error_of_the_disk(self):
         self.read()

@@ -45,12 +45,20 @@ class LiveTestCase(two_hosts.TwoHostsTestCase):
         self.abort = mock.Mock()
         self.stub_out(
             'nova.virt.libvirt.storage.live.settle.libvirt', fakelibvirt)
-        self.stub_out('nova.virt.libvirt.storage.live.settle.time.sleep',
-                      lambda seconds: None)
+        self.sleeps = 0
+        self.stub_out(
+            'nova.virt.libvirt.storage.live.settle.time.sleep', self.sleep)
         self.host.get_guest = self.get_guest
         self.stub_out(
             'nova.virt.libvirt.storage.records.metadata.InstanceDisks.load',
             lambda cls, context, instance: self.load())
+
+    def sleep(self, seconds):
+        self.sleeps += 1
+        if self.sleeps == 3 and self.guests.get('source') in (
+                fakelibvirt.VIR_DOMAIN_JOB_FAILED,
+                fakelibvirt.VIR_DOMAIN_JOB_CANCELLED):
+            self.guests['source'] = fakelibvirt.VIR_DOMAIN_JOB_NONE
 
     def get_guest(self, instance):
         if two_hosts.CONF.host not in self.guests:
@@ -115,9 +123,12 @@ class SettleTestCase(LiveTestCase):
         self.assertEqual([], self.saves)
 
     @ddt.data(fakelibvirt.VIR_DOMAIN_JOB_BOUNDED,
-              fakelibvirt.VIR_DOMAIN_JOB_UNBOUNDED)
+              fakelibvirt.VIR_DOMAIN_JOB_UNBOUNDED,
+              fakelibvirt.VIR_DOMAIN_JOB_FAILED,
+              fakelibvirt.VIR_DOMAIN_JOB_CANCELLED)
     def test_libvirt_is_still_at_it(self, job):
-        # With or without the compute service that has begun it.
+        # With or without the compute service that has begun it. One that is
+        # cancelled has no job once it has ended.
         self.begin()
         self.copy()
         self.guests = {'source': job}
@@ -126,9 +137,7 @@ class SettleTestCase(LiveTestCase):
         self.assertEqual([], self.left('dest'))
 
     @ddt.data(fakelibvirt.VIR_DOMAIN_JOB_NONE,
-              fakelibvirt.VIR_DOMAIN_JOB_COMPLETED,
-              fakelibvirt.VIR_DOMAIN_JOB_FAILED,
-              fakelibvirt.VIR_DOMAIN_JOB_CANCELLED)
+              fakelibvirt.VIR_DOMAIN_JOB_COMPLETED)
     def test_it_has_failed_and_nobody_rolled_back(self, job):
         self.begin()
         self.copy()
@@ -302,6 +311,27 @@ class SettleTestCase(LiveTestCase):
         # There is no other one.
         self._end_moving()
         self.abort.assert_called_once_with()
+
+    @ddt.data((fakelibvirt.VIR_DOMAIN_JOB_FAILED, 3),
+              (fakelibvirt.VIR_DOMAIN_JOB_CANCELLED, 3),
+              (fakelibvirt.VIR_DOMAIN_JOB_UNBOUNDED, 0),
+              (fakelibvirt.VIR_DOMAIN_JOB_NONE, 0), (None, 0))
+    @ddt.unpack
+    def test_wait_until_ended(self, job, sleeps):
+        # The next migration would be taken for the one that was cancelled.
+        self.flags(host='source')
+        self.guests = {} if job is None else {'source': job}
+        settle.wait_until_ended(self.host, self.instance)
+        self.assertEqual(sleeps, self.sleeps)
+
+    def test_wait_until_ended_in_vain(self):
+        self.flags(host='source')
+        self.guests = {'source': fakelibvirt.VIR_DOMAIN_JOB_CANCELLED}
+        self.sleeps = 3
+        error = self.assertRaises(
+            exception.MigrationPreCheckError, settle.wait_until_ended,
+            self.host, self.instance)
+        self.assertIn('host source', str(error))
 
     def test_migration_has_come_to_its_end_meanwhile(self):
         # To "destroy" the guest succeeds: there is none. What would be

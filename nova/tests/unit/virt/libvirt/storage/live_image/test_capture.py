@@ -16,6 +16,7 @@ from unittest import mock
 
 import ddt
 import fixtures
+from oslo_concurrency import processutils
 from oslo_utils import units
 
 from nova.compute import power_state
@@ -63,7 +64,7 @@ class CaptureTestCase(test.NoDBTestCase):
             uuid=test_definition.SOURCE, vm_state=vm_states.ACTIVE)
         self.guest = fake_guest.Guest()
         self.useFixture(fixtures.MockPatch(
-            'nova.virt.images.convert_image', self.guest.read))
+            'nova.privsep.qemu.run_while_it_copies', self.guest.read))
         self.host = mock.Mock()
         self.host.get_guest.return_value = self.guest
         connection = self.host.get_connection.return_value
@@ -181,11 +182,11 @@ class CaptureTestCase(test.NoDBTestCase):
         self._assert_right()
 
     def test_guest_finds_no_room_for_what_it_writes_over(self):
-        def full(_source, dest, *_formats):
+        def full(*_command):
             self.guest.state = power_state.PAUSED
-            raise exception.ImageUnacceptable(image_id='x', reason='full')
+            raise processutils.ProcessExecutionError(stderr='full')
         self.useFixture(fixtures.MockPatch(
-            'nova.virt.images.convert_image', full))
+            'nova.privsep.qemu.run_while_it_copies', full))
         self.assertRaises(exception.LiveImageCaptureFailed,
                           self._capture().__enter__)
         self.assertEqual(['abort', 'resume'], self.guest.steps[-2:])

@@ -25,6 +25,8 @@ from nova.tests.unit.virt.libvirt.storage.move import test_transport
 from nova.tests.unit.virt.libvirt.storage.move import two_hosts
 from nova.virt.libvirt.storage.move import cancel
 from nova.virt.libvirt.storage.move import destination
+from nova.virt.libvirt.storage.move import peer_service
+from nova.virt.libvirt.storage.move import take_up
 from nova.virt.libvirt.storage.pump import transfer as pump
 
 POOL = two_hosts.POOL
@@ -77,9 +79,10 @@ class WarmCopy:
             data=10, holes=length - 10, key=self.key,
             checksum=two_hosts.checksum_of(here['content']),
             physical=there['length'], allocation=None, seconds=1,
-            changed=[(0, 10)] if what == 'rest' else None)
+            changed=[(0, 10)] if what == 'rest' else self.test.sent)
 
-    def first(self, watch, bandwidth):
+    def first(self, watch, bandwidth, changed=None):
+        self.test.differs.append(changed)
         return self._pass('first', self.length, watch)
 
     def rest(self, length, watch, bandwidth, changed=None):
@@ -96,6 +99,7 @@ class AheadTestBase(test_transport.MoveTestBase):
         self.flags(storage_migration_precopy=0,
                    storage_migration_parallel_disks=1, group='libvirt')
         self.done, self.errors, self.known, self.told = [], {}, [], []
+        self.differs, self.sent = [], None
         self.bitmaps = self.useFixture(fixtures.MockPatch(
             'nova.virt.libvirt.storage.move.bitmaps.Bitmaps',
             autospec=True)).mock.return_value
@@ -539,6 +543,10 @@ class LibvirtAheadTestCase(PassesTests, AheadTestBase):
 class ReadAheadTestCase(AheadTestBase):
     """The destination reads what has come while the guest still runs."""
 
+    def setUp(self):
+        super().setUp()
+        self.stub_out('nova.virt.libvirt.storage.move.ahead._READ_SOON', -1)
+
     def changed(self):
         return [request.get('changed') for request in self.requests('close')]
 
@@ -606,8 +614,28 @@ class ReadAheadTestCase(AheadTestBase):
             side_effect=[(0, False), (5, True)] * 2 + [(5, False)] * 30 + [
                 (5, True)]))
         self.begin()
-        self.assertEqual([.05, .05, .05, .1, .2, .4, .5], slept[:7])
+        self.assertEqual([.05, .05, .05, .0625, .078125], slept[:5])
         self.assertEqual(.5, max(slept))
+
+    @ddt.data((256, ['disk.eph0']), (1000, []), (-1, [
+        'disk', 'disk.config', 'disk.eph0']))
+    @ddt.unpack
+    def test_what_is_read_soon_is_not_waited_for(self, soon, waited_for):
+        self.stub_out('nova.virt.libvirt.storage.move.ahead._READ_SOON',
+                      soon * MIB if soon > 0 else soon)
+        self.source.pools[POOL][self.volume_name('disk.eph0')].update(
+            length=1000 * MIB, allocation=1000 * MIB)
+        with mock.patch.object(
+                peer_service.ServicePool, 'has_read',
+                # Nor is the last of what is much.
+                return_value=(1000 * MIB - soon * MIB, soon < 0)) as asked:
+            outgoing = self.begin()
+        self.assertEqual(
+            waited_for, [call.args[0].split('_')[1]
+                         for call in asked.call_args_list])
+        self.go_on(outgoing)
+        self.assertEqual([[[0, 10]]] * 3, self.changed())
+        self.arrived()
 
     def test_it_stalls(self):
         self.answers['has_read'] = {'done': 5, 'ended': False}
@@ -664,6 +692,34 @@ class KeptTestCase(AheadTestBase):
             'nova.virt.libvirt.storage.pump.transfer.read_again',
             autospec=True, return_value=(
                 None, pump.Known(1000, b'87654321')))).mock
+        # The other host's RPC is a call, during which this is that host.
+        self.in_a_thread = take_up._spawn
+        self.spawn = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.move.take_up._spawn',
+            side_effect=self._do_now)).mock
+
+    def _do_now(self, function):
+        future = futures.Future()
+        try:
+            future.set_result(function())
+        except Exception as e:
+            future.set_exception(e)
+        return future
+
+    def _worth_reading(self, answer):
+        """Let the source read the disk, too."""
+        self.stub_out('nova.virt.libvirt.storage.move.take_up._WORTH_READING',
+                      1)
+
+        def read(volume, length, **kwargs):
+            if 'in_use' not in kwargs:
+                return b'12345678'
+            self.done.append('read here')
+            self.assertEqual((self.name, 1000, 1000, True), (
+                volume.name, length, kwargs['room'], kwargs['in_use']))
+            return answer(**kwargs)
+
+        self.read_table.side_effect = read
 
     def _prepare(self, path, length, room, mode):
         # Now it is on record as coming, and left no longer.
@@ -691,12 +747,115 @@ class KeptTestCase(AheadTestBase):
         self.assertEqual([], self.copies)
         self.arrived()
 
+    @ddt.data((b'12345678', []), (b'12345679', [(0, 65536)]))
+    @ddt.unpack
+    def test_what_differs_is_sent(self, table, differs):
+        self.bitmaps.begin.side_effect = lambda items: self.done.append(
+            'noted')
+        self._worth_reading(lambda **kwargs: table)
+        outgoing = self.begin()
+        self.assert_sent_into_it()
+        self.assertEqual(['noted', 'read here', 'first of disk'],
+                         self.done[:3])
+        self.assertEqual([differs, None, None], self.differs)
+        self.assertEqual(1, len({
+            call.kwargs['key'] for call in self.read_table.call_args_list
+            if call.args[0].name == self.name}))
+        self.go_on(outgoing)
+        self.arrived()
+
+    def test_both_hosts_read_at_once(self):
+        self.spawn.side_effect = self.in_a_thread
+        both = threading.Barrier(2)
+        self._worth_reading(lambda **kwargs: b'%d' % both.wait(60))
+        ask = peer_service.ServicePool.take_up
+
+        def read_there(*args):
+            both.wait(60)
+            return ask(*args)
+
+        with mock.patch.object(peer_service.ServicePool, 'take_up',
+                               new=read_there):
+            self.begin()
+        self.assertIn('read here', self.done)
+        self.assert_sent_into_it()
+
+    @ddt.data(b'', exception.StorageTransferStalled(
+        volume='v', where='w', length=1, transferred=0, seconds=60))
+    def test_what_differs_is_not_known(self, answer):
+        def read(**kwargs):
+            if answer:
+                raise answer
+            return answer
+
+        self._worth_reading(read)
+        outgoing = self.begin()
+        self.assert_sent_into_it()
+        self.assertIn('is read once more', self.stdlog.logger.output)
+        self.assertEqual([None] * 3, self.differs)
+        self.go_on(outgoing)
+        self.arrived()
+
+    def test_cancelled_while_the_disk_is_read(self):
+        def read(on_start, on_end, cancelled, **kwargs):
+            on_start(77)
+            on_end(77)
+            self.assertFalse(cancelled())
+            self.migration.status = cancel.CANCELLING
+            self.assertTrue(cancelled())
+            raise exception.StorageTransferCancelled(
+                volume='v', where='w', length=1, transferred=0)
+
+        self._worth_reading(read)
+        e = self.assertRaises(exception.InstanceFaultRollback, self.begin)
+        self.assertIsInstance(e.inner_exception,
+                              exception.StorageTransferCancelled)
+        self.assertEqual(test_move.AT_SOURCE, self.places())
+        self.assertIn((POOL, self.name), self.left('dest'))
+        self.assertNotIn('delete', self.asked())
+
+    def test_disk_is_read_for_a_copy_that_is_of_no_use(self):
+        self.spawn.side_effect = self.in_a_thread
+        given_up, begun = threading.Event(), threading.Event()
+
+        def read(cancelled, **kwargs):
+            begun.set()
+            while not cancelled():
+                self.assertFalse(given_up.wait(.01))
+            given_up.set()
+            raise exception.StorageTransferCancelled(
+                volume='v', where='w', length=1, transferred=0)
+
+        self._worth_reading(read)
+        with mock.patch.object(
+                peer_service.ServicePool, 'take_up',
+                side_effect=lambda *args: begun.wait(60) and self.fail_now()):
+            outgoing = self.begin()
+        self.assertTrue(given_up.wait(60))
+        self.assertEqual([(None, None)] * 3, self.known)
+        self.go_on(outgoing)
+        self.arrived()
+
+    def fail_now(self):
+        raise exception.StorageIntakeError(host='dest', reason='it is a pipe')
+
     def test_what_was_written_over_is_read_again(self):
         outgoing = self.begin()
         # It was all taken up and is read by the pieces that were sent.
         self.assertEqual([None] * 3, [
             request['changed'] for request in self.requests('read')])
         self.go_on(outgoing)
+        self.assertEqual([], self.accept())
+
+    def test_copy_to_which_nothing_is_sent_is_not_read_again(self):
+        self.sent = []
+        outgoing = self.begin()
+        # A disk of which nothing was kept has been read by nobody.
+        self.assertEqual(
+            [self.volume_name('disk.config'), self.volume_name('disk.eph0')],
+            [request['volume'] for request in self.requests('read')])
+        self.go_on(outgoing)
+        self.arrived()
         self.assertEqual([], self.accept())
 
     def test_small_disk(self):
@@ -760,6 +919,7 @@ class KeptTestCase(AheadTestBase):
 
     def test_cancelled_while_the_copy_is_read(self):
         # For a quarter of an hour, perhaps.
+        self.spawn.side_effect = self.in_a_thread
         done = threading.Event()
         self.addCleanup(done.set)
 
@@ -776,6 +936,8 @@ class KeptTestCase(AheadTestBase):
         self.assertEqual(test_move.AT_SOURCE, self.places())
 
     def test_kept_copy_while_many_disks_are_copied(self):
+        self.spawn.side_effect = self.in_a_thread
+        self._worth_reading(self.fail)
         with mock.patch('nova.thread_pool_factory.spawn_on',
                         side_effect=lambda executor, function, *args, **kw: (
                             futures.Future())):

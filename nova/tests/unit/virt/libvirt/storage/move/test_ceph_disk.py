@@ -255,6 +255,125 @@ class IntoCephTestCase(ConvertedTestCase):
             return outgoing.departure.items
 
 
+class BetweenCephPoolsTestCase(ConvertedTestCase):
+    """Both hosts call their pool the same, and it isn't."""
+
+    HERE = 'cluster/volumes'
+
+    def setUp(self):
+        super().setUp()
+        self.source.types[POOL], self.source.ceph[POOL] = 'rbd', self.HERE
+        for name, record in self.disks.items():
+            record.backend = 'libvirt-storage-rbd'
+            self.disks.set(name, record)
+        self.disks.save(self.context)
+        self.put_on_ceph()
+        self.before = self.ours(self.source)
+
+    def assert_stayed(self):
+        self.assertEqual(test_move.AT_SOURCE, self.places())
+        self.assertEqual({None}, {
+            record.previous for _name, record in self.load().items()})
+        self.assertEqual(self.before, self.ours(self.source))
+
+    def test_whole_move(self):
+        self.move()
+        self.assertEqual([], self.copies)
+        copied = ['disk.1', 'disk.config.1', 'disk.eph0.1']
+        self.assertEqual(copied, self.images())
+        for command in self.commands:
+            for path in command[-2:]:
+                self.assertIn(':rados_osd_op_timeout=', path)
+        for name in COPIED:
+            record = self.load().get(name)
+            self.assertEqual(
+                ('building', 'dest', POOL, True),
+                (record.state, record.host, record.pool,
+                 record.came_into_ceph))
+        self.accept()
+        for name in COPIED:
+            record = self.load().get(name)
+            self.assertEqual(('ready', True),
+                             (record.state, record.came_into_ceph))
+        self.assertEqual(self.before, self.ours(self.source))
+        source.confirm(self.context, self.source, self.instance)
+        self.assertEqual([], self.ours(self.source))
+        self.assertEqual(copied, self.images())
+        self.assertEqual([], self.load().leftovers)
+
+    def test_swap_is_made_anew_there(self):
+        self.move()
+        record = self.load().get('disk.swap')
+        self.assertEqual(
+            ('building', self.volume_name('disk.swap.1'), True),
+            (record.state, record.volume, record.came_into_ceph))
+        self.assertNotIn('disk.swap.1', self.images())
+
+    def test_way_back_has_the_first_names(self):
+        for name, record in self.disks.items():
+            taken = self.source.pools[POOL].pop(record.volume)
+            record.volume = self.volume_name(name + '.1')
+            self.source.pools[POOL][record.volume] = taken
+            self.disks.set(name, record)
+        self.disks.save(self.context)
+        self.move()
+        self.assertEqual(COPIED, self.images())
+
+    def test_revert(self):
+        self.move()
+        self.accept()
+        self.assertTrue(self.give_back())
+        self.assertEqual([], self.images())
+        self.assert_stayed()
+
+    def test_failure(self):
+        self.fails = 'compare'
+        self.assertRaises(exception.StorageTransferError, self.move)
+        self.assertEqual([], self.images())
+        self.assert_stayed()
+        self.nothing_of_a_move()
+        self.assertEqual([], self.dest.log)
+
+    def test_source_was_killed(self):
+        self.move()
+        source.abandon(self.context, self.host, self.instance,
+                       self.migration, self.load())
+        self.assertEqual([], self.images())
+        self.assert_stayed()
+
+    def refused_with(self, *parts):
+        text = self.refused()
+        for part in ('choose a host with the same Ceph pool', self.HERE,
+                     POOL, *parts):
+            self.assertIn(part, text)
+        self.assertEqual([], self.commands)
+
+    def test_no_pool_here(self):
+        self.source.ceph[OVER_CEPH] = 'other/nova'
+        self.refused_with(CEPH, 'no active storage pool over cluster/nova')
+
+    def test_one_pool_of_two_names(self):
+        """No copy is made of what both hosts see."""
+        self.source.ceph[POOL] = self.HERE = CEPH
+        self.source.types['renamed'], self.source.ceph['renamed'] = (
+            'rbd', CEPH)
+        self.source.pools['renamed'] = self.source.pools[POOL]
+        for name, record in self.disks.items():
+            record.pool = 'renamed'
+            self.disks.set(name, record)
+        self.disks.save(self.context)
+        self.saves.clear()
+        self.refused_with('renamed', 'No disk moves within')
+
+    def test_silent(self):
+        self.fails, self.stays_silent = 'convert', True
+        self.assertRaises(exception.StorageTransferError, self.move)
+        self.assert_stayed()
+        self.answers, self.fails = True, None
+        self.offered()
+        self.assertEqual([], self.images())
+
+
 class OutOfCephTestCase(ConvertedTestCase):
 
     def setUp(self):

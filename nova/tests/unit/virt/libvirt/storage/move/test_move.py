@@ -353,6 +353,23 @@ class CheckTestCase(OutgoingTestCase):
         with self.outgoing() as outgoing:
             outgoing.check()
 
+    def test_no_room_to_flatten_in_pools_of_one_file_system(self):
+        departure = self.outgoing().departure
+        for name in ('fast', 'slow'):
+            pool = mock.Mock()
+            pool.name = name
+            departure.items.append(
+                mock.Mock(growth=200, source=mock.Mock(pool=pool)))
+        with mock.patch('nova.virt.libvirt.storage.pool.usage.measure',
+                        return_value=(1, 1000, 399)):
+            e = self.assertRaises(exception.InstanceFaultRollback,
+                                  departure._check_room_here)
+        self.assertIn('fast, slow of host source has 399 bytes available and '
+                      '400', str(e))
+        with mock.patch('nova.virt.libvirt.storage.pool.usage.measure',
+                        side_effect=[(1, 1000, 200), (2, 1000, 200)]):
+            departure._check_room_here()
+
     def test_room_to_flatten_and_copy_in_one_pool(self):
         self.lay_over('disk', 'snapshot', 300)
         self.dest.pools = self.source.pools
@@ -585,6 +602,16 @@ class RunTestCase(OutgoingTestCase):
         self.move()
         self.assertEqual([True] * 3, [c[3]['find_holes']
                                       for c in self.copies])
+        # It may have grown, and no more of it is streamed than libvirt knows.
+        for name in ('disk', 'disk.eph0', 'disk.config'):
+            self.assertIn('look at ' + self.volume_name(name),
+                          self.source.log)
+
+    def test_from_a_volume_group_that_libvirt_can_not_look_at(self):
+        self.source.types[POOL] = 'logical'
+        self.source.fail['look at'] = exception.StoragePoolError(
+            pool=POOL, host='source', code=1, reason='asynchronous jobs')
+        self.assertIn('asynchronous jobs', self.refused())
 
     @ddt.data(('dir', 5), ('logical', 5 + (1 << 39) // (32 << 20)))
     @ddt.unpack

@@ -240,6 +240,19 @@ class OnCephTestCase(test_move.OutgoingTestCase):
         self.assertEqual({self.volume_name('disk')},
                          lifecycle._originals(self.disks))
 
+    @ddt.data('rebuild_spawning', 'resize_finish')
+    def test_names_of_originals_in_another_ceph_pool(self, task_state):
+        """What is made anew gets none of them: by its name it is known."""
+        self.instance.task_state = task_state
+        record = self.disks.get('disk')
+        record.previous = record.obj_clone()
+        self.disks.set('disk', record)
+        self.assertEqual(set(), lifecycle._originals(self.disks))
+        record.volume = self.volume_name('disk.1')
+        self.disks.set('disk', record)
+        self.assertEqual({self.volume_name('disk')},
+                         lifecycle._originals(self.disks))
+
     @ddt.data((0, 'dest'), (0, 'source'), (1, 'dest'))
     @ddt.unpack
     def test_confirm_when_the_swap_is_gone(self, swap, dest):

@@ -117,6 +117,9 @@ class Volume:
     def file_bytes(self):
         return self.content['length'], self.content['allocation']
 
+    def check_known_length(self):
+        self.pool.daemon.did('look at', self.name)
+
     def info(self):
         return VolumeInfo(self.content.get('type', 0), self.content['length'],
                           self.content['allocation'])

@@ -11,6 +11,7 @@
 #    under the License.
 """Pools over volume groups."""
 
+import os
 import subprocess
 from unittest import mock
 
@@ -462,10 +463,40 @@ class ResizeTestCase(OldBlocksTestCase):
         self.volume.resize(12 * units.Mi)
         self.mock_extend.assert_not_called()
 
+    def test_pool_can_not_be_refreshed(self):
+        """As long as a disk is copied into it, which may take hours."""
+        def device(path):
+            raise ValueError('%s is not a regular file' % path)
+
+        self.stub_out('nova.privsep.storage.file_bytes', device)
+        self.stub_out('nova.privsep.fs.blockdev_size', lambda path: (
+            '%d\n' % self.group.devices[os.path.basename(path)].length, ''))
+        busy = exception.StoragePoolError(
+            pool='vg-pool', host='here', code=1,
+            reason='pool has asynchronous jobs running')
+        with mock.patch.object(base.pool.StoragePool, 'refresh',
+                               side_effect=busy):
+            self.volume.resize(21 * units.Mi)
+            # It is that large now, whatever libvirt says.
+            self.volume.resize(21 * units.Mi)
+            self.mock_extend.assert_called_once()
+            self.assertEqual([24 * units.Mi] * 2, [*self.volume.file_bytes()])
+            self.assertRaises(exception.StoragePoolError,
+                              self.volume.check_known_length)
+        self.assertEqual(12 * units.Mi, self.volume.info().capacity)
+        self.volume.check_known_length()
+        self.assertEqual(24 * units.Mi, self.volume.info().capacity)
+        with mock.patch.object(base.pool.StoragePool, 'refresh',
+                               side_effect=AssertionError):
+            self.volume.check_known_length()
+
     def test_failure(self):
         for told, expected in (
                 ('  Insufficient free space: 900 extents needed, but only 7 '
                  'available', exception.InsufficientStoragePoolSpace),
+                ('  No free extents on physical volume "/dev/vda".\n  No '
+                 'specified PVs have space available.',
+                 exception.InsufficientStoragePoolSpace),
                 ('  Command failed', exception.StorageVolumeError)):
             self.mock_extend.side_effect = (
                 processutils.ProcessExecutionError(stderr=told, exit_code=5))

@@ -105,6 +105,45 @@ class KnownTestCase(test_nbd.WorkerTestCase):
                                side_effect=error):
             self._verify_in_vain(1)
 
+    def test_while_a_guest_uses_it(self):
+        # What it has appended is not read.
+        table = pump.read_table(self.volume, 4 * MIB, key=KEY, room=8 * MIB)
+        self.assertEqual(self.known.table + bytes(512), table)
+        self.content += b'more'
+        self.source(bytes(self.content))
+        self.assertRaises(
+            exception.StorageTransferError, pump.read_table, self.volume,
+            4 * MIB, key=KEY, room=8 * MIB)
+        self.assertEqual(table, pump.read_table(
+            self.volume, 4 * MIB, key=KEY, room=8 * MIB, in_use=True))
+
+    def test_nothing_is_synced_that_a_guest_uses(self):
+        with mock.patch.object(pump.process, 'WorkerProcess') as process:
+            process.return_value.run.return_value = {
+                'data': 0, 'holes': 5, 'checksum': 1, 'physical': 5,
+                'allocation': 0}
+            pump.read_table(self.volume, 5, key=KEY, in_use=True)
+        self.assertTrue(process.call_args.kwargs['in_use'])
+
+    @ddt.data((4 * MIB, [], []), (4 * MIB, [0], [(0, 65536)]),
+              (4 * MIB, [5, 6, 63], [(5 << 16, 2 << 16), (63 << 16, 65536)]),
+              # over the pieces that are compared, and with larger blocks
+              (200 * MIB, [1023, 1024], [(1023 << 16, 2 << 16)]),
+              (300 << 30, [1, (300 << 30 >> 17) - 1], [
+                  (1 << 17, 1 << 17), ((300 << 30) - (1 << 17), 1 << 17)]))
+    @ddt.unpack
+    def test_what_differs(self, length, blocks, differs):
+        size = 65536 if length < 256 << 30 else 131072
+        table = bytearray(os.urandom(8) * (length // size))
+        known = pump.Known(length, bytes(table))
+        for block in blocks:
+            table[block * 8 + 3] ^= 1
+        self.assertEqual(differs, known.differs_from(bytes(table)))
+
+    @ddt.data(b'', b'12345678')
+    def test_what_differs_from_no_table(self, table):
+        self.assertRaises(ValueError, self.known.differs_from, table)
+
     def test_request_waits_for_nobody(self):
         # Nova's thread would, in a write to a pipe that is full.
         self.assertLess(len(jsonutils.dumps(

@@ -200,6 +200,57 @@ class WarmCopyTestCase(WritingTestCase, test_nbd.WorkerTestCase):
         self.assertLess(result.data, 4 * MIB)
         self.check(source, result)
 
+    def _read_here(self, source, length, known):
+        """Read the source as its copy is being read elsewhere."""
+        return known.differs_from(pump.read_table(
+            source, length, key=77, room=known.length, in_use=True))
+
+    def test_no_more_is_read_than_differs(self):
+        kept = os.urandom(2 * MIB) + bytes(6 * MIB)
+        export, known = self.known(kept, 77)
+        content = bytearray(kept[:2 * MIB + 9])
+        content[70000:70005] = content[MIB:MIB + 5] = b'other'
+        source = self.source(bytes(content))
+        differs = self._read_here(source, len(content), known)
+        self.assertEqual([(65536, 65536), (MIB, 65536)], differs)
+        # Written since: the one comes along, the other comes at the end.
+        content[MIB + 9:MIB + 14] = content[9:14] = b'since'
+        content += b'more'
+        source = self.source(bytes(content))
+        copy = self.warm(source, export, 2 * MIB + 9, key=77, known=known)
+        first = copy.first(self.watch(), changed=differs)
+        self.assertEqual((2 << 16, [[65536, 65536], [MIB, 65536]]),
+                         (first.data, first.changed))
+        result = copy.rest(len(content), self.watch(), changed=[
+            (9, 5), (MIB + 9, 5), (2 * MIB + 9, 4)])
+        self.assertEqual([[0, 65536], [2 * MIB, 65536]], result.changed)
+        self.check(source, result)
+
+    @ddt.data(True, False)
+    def test_somebody_writes_while_the_copy_is_read(self, is_noted):
+        kept = os.urandom(8 * MIB)
+        export, known = self.known(kept, 77)
+        source = self.source(kept)
+        self.write(source, MIB)
+        differs = self._read_here(source, len(kept), known)
+        with open(source.name, 'rb') as f:
+            read = f.read()
+        self.write(source, MIB)
+        copy = self.warm(source, export, len(kept), key=77, known=known)
+        self.assertLess(copy.first(self.watch(), changed=differs).data,
+                        4 * MIB)
+        self.write(source, MIB)
+        with open(source.name, 'rb') as f:
+            content = f.read()
+        noted = [(at, 512) for at in range(0, len(kept), 512)
+                 if content[at:at + 512] != read[at:at + 512]]
+        self.check(source, copy.rest(
+            len(kept), self.watch(), changed=noted if is_noted else None))
+
+    def test_what_differs_from_nothing_that_is_known(self):
+        copy = self.warm(self.source(b'a'), self.serve(1), 1)
+        self.assertRaises(ValueError, copy.first, changed=[])
+
     def test_more_stands_there_than_is_sent(self):
         # A qcow2 image may grow until the second pass.
         kept = os.urandom(2 * MIB)

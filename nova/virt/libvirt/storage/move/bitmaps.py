@@ -41,8 +41,7 @@ except ImportError:
 
 LOG = logging.getLogger(__name__)
 
-# Of the names of checkpoints and bitmaps. Each move has one of its own: where
-# a bitmap is left it may travel to other files.
+# Each move has a name of its own: a bitmap that is left may travel along.
 _PREFIX = 'nova-move-'
 
 

@@ -246,23 +246,34 @@ def wait_until_ended(host, instance) -> None:
     :param host: the Host of this compute
     :raises: exception.MigrationPreCheckError if it takes too long
     """
-    for look in range(_LOOKS):
-        try:
-            guest = host.get_guest(instance)
-        except exception.InstanceNotFound:
-            return
-        if not guest.is_active() or guest.get_job_info().type not in (
-                libvirt.VIR_DOMAIN_JOB_FAILED,
-                libvirt.VIR_DOMAIN_JOB_CANCELLED):
-            return
-        if not look:
-            LOG.info('Waiting for libvirt, which is still ending a migration',
-                     instance=instance)
+    if not _is_ending(host, instance):
+        return
+    LOG.info('Waiting for libvirt, which is still ending a migration',
+             instance=instance)
+    if not _comes_true(lambda: not _is_ending(host, instance)):
+        raise exception.MigrationPreCheckError(reason=_(
+            'try again later, or restart libvirt on host %(host)s: it is '
+            'still ending a migration of the server that has failed or was '
+            'cancelled') % {'host': CONF.host})
+
+
+def _is_ending(host, instance):
+    """Whether libvirt clears up after a migration that didn't succeed."""
+    try:
+        guest = host.get_guest(instance)
+    except exception.InstanceNotFound:
+        return False
+    return guest.is_active() and guest.get_job_info().type in (
+        libvirt.VIR_DOMAIN_JOB_FAILED, libvirt.VIR_DOMAIN_JOB_CANCELLED)
+
+
+def _comes_true(condition):
+    """Wait for what libvirt does; returns whether that was long enough."""
+    for _look in range(_LOOKS):
+        if condition():
+            return True
         time.sleep(_POLL)
-    raise exception.MigrationPreCheckError(reason=_(
-        'try again later, or restart libvirt on host %(host)s: it is still '
-        'ending a migration of the server that has failed or was cancelled'
-    ) % {'host': CONF.host})
+    return False
 
 
 def end_moving(host, disks) -> None:
@@ -290,13 +301,11 @@ def end_moving(host, disks) -> None:
     except libvirt.libvirtError as e:
         LOG.warning('The live migration can not be ended, or has ended: %s',
                     e, instance=disks.instance)
-    for _look in range(_LOOKS):
-        if _moving_guest(host, disks.instance) is None:
-            return
-        time.sleep(_POLL)
-    raise exception.LiveMigrationNotEnded(
-        instance_uuid=disks.instance.uuid, host=CONF.host,
-        dest=moving[0][1].next.host)
+    if not _comes_true(
+            lambda: _moving_guest(host, disks.instance) is None):
+        raise exception.LiveMigrationNotEnded(
+            instance_uuid=disks.instance.uuid, host=CONF.host,
+            dest=moving[0][1].next.host)
 
 
 def _moving_guest(host, instance):

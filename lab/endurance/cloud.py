@@ -245,8 +245,7 @@ class Soak:
 
         with happening(faults) as worker:
             self._all(lambda subject: operate(subject, worker))
-        self._judge(steps)
-        return [step for done in steps.values() for step in done]
+        return self._judge(steps)
 
     def _evacuation(self, number, host):
         """A host dies, its servers are made anew, and it comes back."""
@@ -267,11 +266,15 @@ class Soak:
                     step.outcome = 'done'
                 except Exception as error:
                     step.outcome = 'failed: %s' % str(error)[:160]
-        self._judge(steps)
-        return [step for done in steps.values() for step in done]
+        return self._judge(steps)
 
     def _judge(self, steps):
-        """:raises: servers.Lost, with the attributes subject and steps"""
+        """Have the oracle look at each server.
+
+        :param steps: by servers.Subject, a list
+        :returns: all of them
+        :raises: servers.Lost, with the attributes subject and steps
+        """
         self._wait_services()
         told = [step for done in steps.values() for step in done]
         for step in told:
@@ -300,6 +303,7 @@ class Soak:
         except servers.Lost as lost:
             lost.steps = told
             raise
+        return told
 
     def _wait_services(self, limit=120):
         """Until both computes are up and enabled again."""

@@ -11,11 +11,13 @@
 #    under the License.
 """Servers whose disks are in a Ceph pool, on real Ceph."""
 
+import contextlib
 import time
 import unittest
 
 from lab import ceph
 from lab import config
+from lab.host import Host
 from lab.machine import Machine
 from lab.tests import cloud_case
 from lab.tests import test_cloud_servers
@@ -66,6 +68,81 @@ class CephTestCase(CloudTestCase):
         said = self.cloud.manage('libvirt', 'list_disks', check=False).stdout
         return sorted(line.split('|')[4].strip()
                       for line in said.splitlines() if server.id in line)
+
+
+class MovingCase(CephTestCase):
+    """Each host keeps disks elsewhere; a move takes them there.
+
+    Subclasses say where a server's disks have to be.
+    """
+
+    assert_kept = test_cloud_servers.Scenarios.assert_kept
+
+    def assert_on_a(self, server):
+        raise NotImplementedError
+
+    def assert_on_b(self, server):
+        raise NotImplementedError
+
+    def assert_can_revert(self, server):
+        """host-a has what a revert would bring back."""
+        raise NotImplementedError
+
+    @staticmethod
+    def define(host, xml):
+        with contextlib.closing(Host(host).connect()) as connection:
+            pool = connection.storagePoolDefineXML(xml)
+            pool.create()
+            pool.setAutostart(1)
+
+    @staticmethod
+    def undefine(host, name):
+        with contextlib.closing(Host(host).connect()) as connection:
+            pool = connection.storagePoolLookupByName(name)
+            pool.destroy()
+            pool.undefine()
+
+    def server(self, host='host-a'):
+        server = self.boot(flavor=self.flavor, host=host,
+                           script=test_cloud_servers.WRITE)
+        return server, server.testimony()
+
+    def check_there_and_back(self):
+        server, before = self.server()
+        self.assert_on_a(server)
+        server.migrate('host-b')
+        there = server.testimony(after=before)
+        self.assert_kept(there)
+        self.assertEqual({'vdc': True}, there.swap)
+        self.assert_can_revert(server)
+        server.confirm()
+        self.assert_on_b(server)
+        self.assert_nothing_left(server, 'host-a')
+        server.hard_reboot()
+        there = server.testimony(after=there)
+        server.migrate('host-a')
+        back = server.testimony(after=there)
+        self.assert_kept(back)
+        self.assertEqual(before.own['bytes'], back.own['bytes'])
+        server.confirm()
+        self.assert_on_a(server)
+        self.assert_nothing_left(server, 'host-b')
+
+    def check_resize_and_revert(self):
+        server, before = self.server()
+        server.resize('lab.medium.disks')
+        there = server.testimony(after=before)
+        self.assertEqual('host-b', server.host)
+        self.assertEqual(2 * before.own['bytes'], there.own['bytes'])
+        self.assert_kept(there)
+        server.command('fill', 'late', 4, 'gamma')
+        server.revert()
+        back = server.testimony(after=there)
+        self.assert_kept(back)
+        self.assertNotIn('late', back.ranges)
+        self.assertEqual(before.own['bytes'], back.own['bytes'])
+        self.assert_on_a(server)
+        self.assert_nothing_left(server, 'host-b')
 
 
 class TestCeph(test_cloud_servers.Scenarios, CephTestCase):

@@ -16,10 +16,8 @@ import time
 import unittest
 
 from lab import ceph
-from lab.host import Host
 from lab.tests import cloud_case
 from lab.tests import test_cloud_ceph
-from lab.tests import test_cloud_servers
 
 #: What host-a calls its pool over Ceph; that for disks is a directory.
 OVER_CEPH = 'lab-ceph'
@@ -29,19 +27,19 @@ SILENCE = 40  # seconds
 RATIOS = {'nearfull': '0.85', 'backfillfull': '0.90', 'full': '0.95'}
 
 
-class KindsCase(test_cloud_ceph.CephTestCase):
+class KindsCase(test_cloud_ceph.MovingCase):
     """host-a keeps disks in a directory, and reaches Ceph; host-b's are there.
 
     :cvar more: options of [libvirt] on host-a, beside Nova's defaults
     """
 
     more = {}
-    assert_kept = test_cloud_servers.Scenarios.assert_kept
 
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls._define(ceph.POOL, ceph.Ceph.pool_xml(OVER_CEPH))
+        cls.undefine('host-a', ceph.POOL)
+        cls.define('host-a', ceph.Ceph.pool_xml(OVER_CEPH))
         # It makes the directory.
         cls.cloud.set_many('host-a', {
             ('libvirt', 'storage_migration_bandwidth'): 0,
@@ -49,24 +47,13 @@ class KindsCase(test_cloud_ceph.CephTestCase):
 
     @classmethod
     def tearDownClass(cls):
-        cls._define(ceph.POOL)
-        cls._define(OVER_CEPH, ceph.Ceph.pool_xml())
+        cls.undefine('host-a', ceph.POOL)
+        cls.undefine('host-a', OVER_CEPH)
+        cls.define('host-a', ceph.Ceph.pool_xml())
         cls.cloud.set_many('host-a', {
             ('libvirt', 'storage_migration_bandwidth'): 0,
             ('libvirt', 'storage_migration_stall_timeout'): 60})
         super().tearDownClass()
-
-    @staticmethod
-    def _define(name, xml=None):
-        """Replace a pool of host-a by another one."""
-        with contextlib.closing(Host('host-a').connect()) as connection:
-            pool = connection.storagePoolLookupByName(name)
-            pool.destroy()
-            pool.undefine()
-            if xml:
-                pool = connection.storagePoolDefineXML(xml)
-                pool.create()
-                pool.setAutostart(1)
 
     def lies(self, server, host):
         over_ceph = OVER_CEPH if host == 'host-a' else ceph.POOL
@@ -74,26 +61,24 @@ class KindsCase(test_cloud_ceph.CephTestCase):
             test_cloud_ceph.CephTestCase, self).lies(server, host)
             if not path.startswith('volume %s/' % over_ceph)]
 
-    def server(self, host='host-a'):
-        server = self.boot(flavor=self.flavor, host=host,
-                           script=test_cloud_servers.WRITE)
-        return server, server.testimony()
-
     def volumes(self, server):
         return [path for path in self.lies(server, 'host-a')
                 if path.startswith('volume ')]
 
-    def assert_in_directory(self, server):
+    def assert_on_a(self, server):
         self.assertEqual([], self.images(server))
         self.assertEqual(
             ['volume %s/ID_%s' % (ceph.POOL, name)
              for name in test_cloud_ceph.DISKS], self.volumes(server))
         self.assertEqual({'libvirt-storage'}, set(self.records(server)))
 
-    def assert_in_ceph(self, server):
+    def assert_on_b(self, server):
         self.assert_whole(server)
         self.assertEqual([], self.volumes(server))
         self.assertEqual({'libvirt-storage-rbd'}, set(self.records(server)))
+
+    def assert_can_revert(self, server):
+        self.assertEqual(4, len(self.volumes(server)))
 
     def wait_for(self, condition, limit=90):
         until = time.monotonic() + limit
@@ -105,41 +90,10 @@ class KindsCase(test_cloud_ceph.CephTestCase):
 class TestKinds(KindsCase):
 
     def test_there_and_back(self):
-        server, before = self.server()
-        self.assert_in_directory(server)
-        server.migrate('host-b')
-        there = server.testimony(after=before)
-        self.assert_kept(there)
-        self.assertEqual({'vdc': True}, there.swap)
-        # The directory has what a revert would bring back.
-        self.assertEqual(4, len(self.volumes(server)))
-        server.confirm()
-        self.assert_in_ceph(server)
-        self.assert_nothing_left(server, 'host-a')
-        server.hard_reboot()
-        there = server.testimony(after=there)
-        server.migrate('host-a')
-        back = server.testimony(after=there)
-        self.assert_kept(back)
-        self.assertEqual(before.own['bytes'], back.own['bytes'])
-        server.confirm()
-        self.assert_in_directory(server)
-        self.assert_nothing_left(server, 'host-b')
+        self.check_there_and_back()
 
     def test_revert_into_directory(self):
-        server, before = self.server()
-        server.resize('lab.medium.disks')
-        there = server.testimony(after=before)
-        self.assertEqual('host-b', server.host)
-        self.assertEqual(2 * before.own['bytes'], there.own['bytes'])
-        server.command('fill', 'late', 4, 'gamma')
-        server.revert()
-        back = server.testimony(after=there)
-        self.assert_kept(back)
-        self.assertNotIn('late', back.ranges)
-        self.assertEqual(before.own['bytes'], back.own['bytes'])
-        self.assert_in_directory(server)
-        self.assert_nothing_left(server, 'host-b')
+        self.check_resize_and_revert()
 
     def test_revert_into_ceph(self):
         server, before = self.server('host-b')
@@ -151,7 +105,7 @@ class TestKinds(KindsCase):
         back = server.testimony(after=there)
         self.assert_kept(back)
         self.assertNotIn('late', back.ranges)
-        self.assert_in_ceph(server)
+        self.assert_on_b(server)
         self.assert_nothing_left(server, 'host-a')
 
 
@@ -170,7 +124,7 @@ class TestKindsPatience(KindsCase):
         self.assertEqual('host-b', found.compute_host)
         self.assert_kept(server.testimony(after=before))
         server.confirm()
-        self.assert_in_ceph(server)
+        self.assert_on_b(server)
         self.assert_nothing_left(server, 'host-a')
 
 

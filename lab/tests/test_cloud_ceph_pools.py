@@ -11,14 +11,11 @@
 #    under the License.
 """Servers that move from one Ceph pool into another, and back."""
 
-import contextlib
 import unittest
 
 from lab import ceph
-from lab.host import Host
 from lab.tests import cloud_case
 from lab.tests import test_cloud_ceph
-from lab.tests import test_cloud_servers
 
 #: The Ceph pool of host-a. That of host-b is ceph.DISKS.
 OTHER = 'volumes'
@@ -27,10 +24,8 @@ OVER_CEPH = 'lab-ceph'
 COPIES = [name + '.1' for name in test_cloud_ceph.DISKS]
 
 
-class TestBetweenCephPools(test_cloud_ceph.CephTestCase):
+class TestBetweenCephPools(test_cloud_ceph.MovingCase):
     """libvirt's pools have one name on both hosts, and hold no same disk."""
-
-    assert_kept = test_cloud_servers.Scenarios.assert_kept
 
     @classmethod
     def setUpClass(cls):
@@ -41,18 +36,18 @@ class TestBetweenCephPools(test_cloud_ceph.CephTestCase):
                          for name in (ceph.DISKS, ceph.IMAGES, OTHER))
         cls.ceph.run('ceph', 'auth', 'caps', 'client.' + ceph.USER,
                      'mon', 'profile rbd', 'osd', caps, 'mgr', caps)
-        cls._undefine('host-a', ceph.POOL)
-        cls._define('host-a', ceph.POOL, OTHER)
-        cls._define('host-a', OVER_CEPH, ceph.DISKS)
-        cls._define('host-b', OVER_CEPH, OTHER)
+        cls.undefine('host-a', ceph.POOL)
+        cls.define('host-a', ceph.Ceph.pool_xml(ceph.POOL, OTHER))
+        cls.define('host-a', ceph.Ceph.pool_xml(OVER_CEPH, ceph.DISKS))
+        cls.define('host-b', ceph.Ceph.pool_xml(OVER_CEPH, OTHER))
         cls._restart()
 
     @classmethod
     def tearDownClass(cls):
-        cls._undefine('host-b', OVER_CEPH)
-        cls._undefine('host-a', OVER_CEPH)
-        cls._undefine('host-a', ceph.POOL)
-        cls._define('host-a', ceph.POOL, ceph.DISKS)
+        cls.undefine('host-b', OVER_CEPH)
+        cls.undefine('host-a', OVER_CEPH)
+        cls.undefine('host-a', ceph.POOL)
+        cls.define('host-a', ceph.Ceph.pool_xml(ceph.POOL, ceph.DISKS))
         cls._restart()
         super().tearDownClass()
 
@@ -62,21 +57,6 @@ class TestBetweenCephPools(test_cloud_ceph.CephTestCase):
         for host in ('host-a', 'host-b'):
             cls.cloud.set_many(host, {
                 ('libvirt', 'storage_migration_bandwidth'): 0})
-
-    @staticmethod
-    def _define(host, name, of_ceph):
-        with contextlib.closing(Host(host).connect()) as connection:
-            pool = connection.storagePoolDefineXML(
-                ceph.Ceph.pool_xml(name, of_ceph))
-            pool.create()
-            pool.setAutostart(1)
-
-    @staticmethod
-    def _undefine(host, name):
-        with contextlib.closing(Host(host).connect()) as connection:
-            pool = connection.storagePoolLookupByName(name)
-            pool.destroy()
-            pool.undefine()
 
     def lies(self, server, host):
         """libvirt lists the images of the other pool, too."""
@@ -96,60 +76,30 @@ class TestBetweenCephPools(test_cloud_ceph.CephTestCase):
             self.assertEqual([], self.ceph.snapshots(image, pool))
         self.assertEqual({'libvirt-storage-rbd'}, set(self.records(server)))
 
-    def server(self, **more):
-        server = self.boot(flavor=self.flavor,
-                           script=test_cloud_servers.WRITE, **more)
-        return server, server.testimony()
+    def assert_on_a(self, server):
+        self.assert_in(server, OTHER, list(test_cloud_ceph.DISKS), ceph.DISKS)
+
+    def assert_on_b(self, server):
+        self.assert_in(server, ceph.DISKS, COPIES, OTHER)
+
+    def assert_can_revert(self, server):
+        self.assertEqual(list(test_cloud_ceph.DISKS), self.of(server, OTHER))
 
     def test_there_and_back(self):
-        server, before = self.server()
-        disks = list(test_cloud_ceph.DISKS)
-        self.assert_in(server, OTHER, disks, ceph.DISKS)
-        server.migrate('host-b')
-        there = server.testimony(after=before)
-        self.assert_kept(there)
-        self.assertEqual({'vdc': True}, there.swap)
-        # What a revert would bring back.
-        self.assertEqual(disks, self.of(server, OTHER))
-        server.confirm()
-        self.assert_in(server, ceph.DISKS, COPIES, OTHER)
-        self.assert_nothing_left(server, 'host-a')
-        server.hard_reboot()
-        there = server.testimony(after=there)
-        server.migrate('host-a')
-        back = server.testimony(after=there)
-        self.assert_kept(back)
-        self.assertEqual(before.own['bytes'], back.own['bytes'])
-        server.confirm()
-        self.assert_in(server, OTHER, disks, ceph.DISKS)
-        self.assert_nothing_left(server, 'host-b')
+        self.check_there_and_back()
 
     def test_resize_and_revert(self):
-        server, before = self.server()
-        server.resize('lab.medium.disks')
-        there = server.testimony(after=before)
-        self.assertEqual('host-b', server.host)
-        self.assertEqual(2 * before.own['bytes'], there.own['bytes'])
-        self.assert_kept(there)
-        server.command('fill', 'late', 4, 'gamma')
-        server.revert()
-        back = server.testimony(after=there)
-        self.assert_kept(back)
-        self.assertNotIn('late', back.ranges)
-        self.assertEqual(before.own['bytes'], back.own['bytes'])
-        self.assert_in(server, OTHER, list(test_cloud_ceph.DISKS),
-                       ceph.DISKS)
-        self.assert_nothing_left(server, 'host-b')
+        self.check_resize_and_revert()
 
     def test_no_way_to_the_other_pool(self):
         """Refused while the guest runs, with the names of both."""
         server, before = self.server()
-        self._undefine('host-a', OVER_CEPH)
+        self.undefine('host-a', OVER_CEPH)
         try:
             server.api.migrate_server(server.id, host='host-b')
             found = server.wait('ACTIVE')
         finally:
-            self._define('host-a', OVER_CEPH, ceph.DISKS)
+            self.define('host-a', ceph.Ceph.pool_xml(OVER_CEPH, ceph.DISKS))
         self.assertEqual('host-a', found.compute_host)
         self.assertEqual(before.boot_id, server.look().boot_id)
         log = self.service_log('host-a')

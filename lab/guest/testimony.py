@@ -130,7 +130,10 @@ def testimonies(console: str) -> list[Testimony]:
         elif current is not None:
             # Nova may print a line twice.
             seen.add(json.dumps(event))
-            current._take(event)
+            try:
+                current._take(event)
+            except ValueError:      # some of its base64 is lost
+                current = None
     return whole
 
 

@@ -82,6 +82,10 @@ class TestTestimony(unittest.TestCase):
             self.assertEqual([], testimony.testimonies(
                 CONSOLE.replace(line, '')), line)
 
+    def test_a_part_of_a_word_is_lost(self):
+        self.assertEqual([], testimony.testimonies(
+            CONSOLE.replace('aGk=', 'aGk')))
+
     def test_replies(self):
         reply = testimony.replies(CONSOLE)['c1']
         self.assertEqual((False, 'no\n'), (reply['ok'], reply['output']))

@@ -89,13 +89,6 @@ def makes_pool_disks() -> bool:
     return CONF.libvirt.images_type == 'libvirt-storage'
 
 
-def supports_live_images() -> bool:
-    """Whether guests of this host can be saved and go on with their memory."""
-    return (CONF.libvirt.live_images and makes_pool_disks() and
-            CONF.use_cow_images and
-            CONF.libvirt.virt_type in ('kvm', 'qemu'))
-
-
 class LocalDisks:
     """The local disks of a compute's instances, on record and in pools.
 
@@ -123,8 +116,11 @@ class LocalDisks:
 
     # The compute
 
-    def init_host(self) -> None:
-        """Make or adopt the storage pools that disks are kept in."""
+    def init_host(self) -> dict[str, bool]:
+        """Make or adopt the storage pools that disks are kept in.
+
+        :returns: capabilities of the driver that hang on the pools
+        """
         if makes_pool_disks():
             setup.ensure_pools(self._connection(), CONF.host)
             if not CONF.libvirt.live_migration_with_native_tls:
@@ -144,6 +140,7 @@ class LocalDisks:
             bitmaps.recover(self._local.host)
         else:
             LOG.debug('This host has no storage pools that are known of')
+        return {'supports_live_images': self._starts_live()}
 
     @property
     def _has_pools(self) -> bool:
@@ -302,6 +299,16 @@ class LocalDisks:
             instance, 'disk',
             disk_info_mapping={'metadata': image.record_of(disk)})
 
+    def size_and_base(self, instance, guest, disk_path):
+        """How large a guest's pool disk is, and what it is an overlay of.
+
+        :param guest: see :meth:`pool_disk`, as of disk_path
+        :returns: tuple (bytes, path or None); None if it is no pool disk
+        """
+        disk = self.pool_disk(instance, guest, disk_path)
+        return disk and (disk.get_disk_size(disk_path),
+                         disk.get_backing_file())
+
     def _disk_on_ceph(self, instance, volume):
         """The Image of a disk whose record says that it is that volume."""
         records = metadata.InstanceDisks.load(
@@ -314,56 +321,59 @@ class LocalDisks:
 
     # Live images
 
-    def starts_live(self) -> bool:
-        """Whether new guests of this host can go on from a memory.
+    def _starts_live(self):
+        """Whether guests can be saved, and new ones go on from a memory.
 
         To be asked when the pools are there: in those over a volume group or
         Ceph no root disk is an overlay, which alone can hold a memory.
         """
+        if not (CONF.libvirt.live_images and makes_pool_disks() and
+                CONF.use_cow_images and
+                CONF.libvirt.virt_type in ('kvm', 'qemu')):
+            return False
         try:
-            return supports_live_images() and setup.pool_of(
+            return setup.pool_of(
                 self._connection(), 'disk').kind().has_overlays
         except exception.StoragePoolError as e:
             LOG.warning('No server goes on from a memory on this host: %s', e)
             return False
 
-    def save_live(self, context, instance, image_api, nics: dict,
-                  image_id: str, metadata: dict, uploading) -> None:
+    def save_live(self, context, instance, driver, image_api, image_id: str,
+                  metadata: dict, update_task_state: ty.Callable) -> None:
         """Save a running guest with its memory, as two images.
 
-        :param nics: arguments of interfaces.Interfaces
+        :param driver: see :func:`interfaces.of`
         :param image_id: of the user's image, which is queued
         :param metadata: of that image
-        :param uploading: called when the guest runs again as before
+        :param update_task_state: as of ComputeDriver.live_snapshot()
         :raises: exception.LiveImageRefused,
             exception.LiveImageCaptureFailed; the guest runs on
         """
+        update_task_state(task_state=task_states.IMAGE_PENDING_UPLOAD)
         if not CONF.libvirt.live_images:
             raise exception.LiveImageRefused(
                 instance_uuid=instance.uuid,
                 reason=_('set [libvirt]/live_images on its host, and hard '
                          'reboot it'))
-        with capture.Capture(self._local.host, instance,
-                             self._interfaces(instance, nics)) as saved:
-            uploading()
+        with capture.Capture(self._local.host, instance, interfaces.of(
+                self._local.host, driver, context, instance)) as saved:
+            # The guest runs again as before.
+            update_task_state(
+                task_state=task_states.IMAGE_UPLOADING,
+                expected_state=task_states.IMAGE_PENDING_UPLOAD)
             try:
                 spawn.open_store(image_api).publish(
                     context, image_id, metadata, saved)
             except memory_file.Unusable as e:
                 raise exception.LiveImageRefused(
                     instance_uuid=instance.uuid, reason=e)
+        LOG.info('Saved with its memory', instance=instance)
 
-    def _interfaces(self, instance, nics):
-        return interfaces.Interfaces(
-            get_guest=functools.partial(
-                self._local.host.get_guest, instance), **nics)
-
-    def recover_live(self, instances, nics_of: ty.Callable) -> None:
+    def recover_live(self, context, instances, driver) -> None:
         """Put right what captures have left that were cut off.
 
         :param instances: all of this host
-        :param nics_of: gives the arguments of interfaces.Interfaces of an
-            instance
+        :param driver: see :func:`interfaces.of`
         """
         cut_off = set(under_way.instances())
         for instance in instances if cut_off else ():
@@ -372,8 +382,8 @@ class LocalDisks:
                 if self._is_leaving(instance):
                     continue
                 capture.recover(
-                    self._local.host, instance,
-                    self._interfaces(instance, nics_of(instance)))
+                    self._local.host, instance, interfaces.of(
+                        self._local.host, driver, context, instance))
         for uuid in cut_off:
             # Nobody has its guest here any more.
             capture.end(uuid)
@@ -457,17 +467,21 @@ class LocalDisks:
                            self._local.job_tracker),
             context, instance, block_device_info)
 
-    def arrive(self, context, instance,
-               block_device_info) -> operation.DiskOperation:
+    def arrive(self, context, instance, block_device_info, disk_info: dict,
+               moved_disks: str) -> operation.DiskOperation:
         """On the destination: take over the pool disks that have come.
 
-        :returns: a DiskOperation, see :meth:`open`
+        :param disk_info: the driver's, gets the records into its mapping
+        :param moved_disks: what migrate_disk_and_power_off has returned on
+            the source
+        :returns: a DiskOperation which has begun, see :meth:`open`
         :raises: exception.StorageTransferMismatch and others
         """
         disks = operation.DiskOperation(
             self._local, context, instance, block_device_info)
         disks.start_pools()
         disks.accept()
+        disks.begin(disk_info, moved_disks=moved_disks)
         return disks
 
     def take_back(self, context, instance, migration,
@@ -529,13 +543,15 @@ class LocalDisks:
         """On the destination: remove what offer_live() has made."""
         live_offer.withdraw(self._connection(), data)
 
-    def plan_live(self, context, instance, block_device_info, data) -> bool:
+    def plan_live(self, context, instance, block_device_info,
+                  data) -> bool | None:
         """On the source: have all disks on record, and plan their ways.
 
         :param data: the LibvirtLiveMigrateData; says of each disk what
             becomes of it, if they are pool disks
-        :returns: whether they are images of Ceph outside of the pools, which
-            stay where they are, whatever images_type the hosts have
+        :returns: whether all stay where they are, as pool disks that both
+            hosts see do, and images of Ceph outside of the pools, whatever
+            images_type the hosts have; None if the driver has to find out
         :raises: exception.MigrationPreCheckError,
             exception.InvalidDiskMetadata, exception.DiskNotFinished
         """
@@ -548,12 +564,15 @@ class LocalDisks:
             disks.take_over()
         if plan.is_pool_backed(disks.records):
             plan.Plan(self._local, context, disks.records, data).make()
-            return False
-        plan.refuse_unknown(instance, self._local.get_guest_config(instance))
-        if ('dst_takes_legacy' in data and data.dst_takes_legacy and
-                transition.is_due(disks.records)):
-            self._plan_transition(context, disks.records, data)
-        return plan.is_on_ceph(disks.records)
+        else:
+            plan.refuse_unknown(
+                instance, self._local.get_guest_config(instance))
+            if ('dst_takes_legacy' in data and data.dst_takes_legacy and
+                    transition.is_due(disks.records)):
+                self._plan_transition(context, disks.records, data)
+        if data.has_planned_disks:
+            return not data.copied_disks
+        return True if plan.is_on_ceph(disks.records) else None
 
     def _plan_transition(self, context, disks, data):
         """Let files become pool disks on the way, all of them or none."""
@@ -596,15 +615,23 @@ class LocalDisks:
             self._local, context,
             metadata.InstanceDisks.load(context, instance), data)
 
-    def send_live(self, context, instance, data) -> None:
+    def send_live(self, context, instance, data) -> bool:
         """On the source: what has to be done before QEMU copies the disks.
 
+        :returns: False if abort_live() has ended it
         :raises: exception.MigrationError and others; the guest runs on
         """
-        if plan.planned(data):
-            send.Sender(
-                self._local, metadata.InstanceDisks.load(context, instance),
-                data).send()
+        return not plan.planned(data) or send.Sender(
+            self._local, metadata.InstanceDisks.load(context, instance),
+            data).send()
+
+    @staticmethod
+    def abort_live(guest) -> bool:
+        """On the source: end what send_live() does.
+
+        :returns: False if it does nothing: libvirt has the migration then
+        """
+        return send.abort(guest)
 
     def copied_live(self, guest, data) -> tuple[list, list[str]] | None:
         """On the source: the devices of a guest that QEMU copies.

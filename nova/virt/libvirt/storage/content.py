@@ -81,6 +81,19 @@ def look_at_qcow2(path, size=0):
     return info
 
 
+def look_at_raw(path, length, size):
+    """Refuse a raw file of which a guest would see more than it has.
+
+    :param path: of the file on this host, or the name of an image of Ceph
+    :param length: bytes that it has
+    :param size: bytes that it may have at most, 0 for any
+    :raises: UnsafeDiskContent
+    """
+    if size and length > size:
+        _refuse(path, 'size', _('it has %(is)d bytes, and %(wanted)d are on '
+                                'record') % {'is': length, 'wanted': size})
+
+
 def _header_faults(header):
     inspector = format_inspector.get_inspector(
         fields.LibvirtDiskFormat.QCOW2)()

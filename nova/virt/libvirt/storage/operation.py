@@ -190,6 +190,12 @@ class DiskOperation:
         if self.records.has_mappings:
             lifecycle.attach(self.records, disk_info['mapping'])
 
+    def disk_info(self) -> dict:
+        """:returns: of blockinfo, in which image backends see the records"""
+        disk_info = self._disk_info()
+        self.attach(disk_info)
+        return disk_info
+
     def take_up(self, disk_info, guest_config=None,
                 remade=frozenset()) -> None:
         """Record the disks that lack a record; attach all to disk_info.

@@ -63,6 +63,10 @@ class Return(operation.DiskOperation):
         except exception.InstanceNotFound:
             pass
         if self.guest_runs:
+            # It could not be powered off, or this service was restarted while
+            # it sent disks ahead.
+            LOG.info('The guest has been running all the time',
+                     instance=self._instance)
             return
         if self.records.has_mappings:
             self._went_back()

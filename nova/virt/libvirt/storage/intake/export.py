@@ -244,7 +244,7 @@ class Export:
             # the interpreter's last words
             message = {'said': line.decode(errors='replace')}
         self._answers.append(message)
-        if 'said' in message:
+        if 'said' in message and keys.NEEDLESS_GROUP not in message['said']:
             LOG.warning('%(program)s for %(what)s, port %(port)d: %(said)s',
                         {'program': self._program, 'what': self.order.what,
                          'port': self.port, 'said': message['said']})

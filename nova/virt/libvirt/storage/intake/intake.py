@@ -184,9 +184,9 @@ class Intake:
         request.check_under_way()
         self._volumes(request).probe()
 
-    def _free_name(self, request):
+    def _names(self, request):
         request.check_under_way()
-        return self._volumes(request).free_name()
+        return self._volumes(request).names()
 
     # With the guest off
 
@@ -488,7 +488,7 @@ _REQUESTS = {
     'look': Intake._look,
     'has': Intake._has,
     'probe': Intake._probe,
-    'free_name': Intake._free_name,
+    'names': Intake._names,
     'create': Intake._create,
     'open': Intake._open,
     'connected': Intake._connected,

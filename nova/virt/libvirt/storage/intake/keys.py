@@ -32,6 +32,22 @@ LOG = logging.getLogger(__name__)
 FILE = 'keys.psk'
 USERNAME = 'nova'
 
+# QEMU makes a group for Diffie-Hellman of its own, each time, if its directory
+# has none: half a second of CPU time on average, for versions of TLS that are
+# not used here. This is ffdhe2048 of RFC 7919. QEMU 11 leaves that to GnuTLS,
+# and says so of the file.
+NEEDLESS_GROUP = 'external DH parameters file'
+_GROUP_FILE = 'dh-params.pem'
+_GROUP = """-----BEGIN DH PARAMETERS-----
+MIIBCAKCAQEA//////////+t+FRYortKmq/cViAnPTzx2LnFg84tNpWp4TZBFGQz
++8yTnc4kmz75fS/jY2MMddj2gbICrsRhetPfHtXV/WVhJDP1H18GbtCFY2VVPe0a
+87VXE15/V8k1mE8McODmi3fipona8+/och3xWKE2rec1MKzKT0g6eXq8CrGCsyT7
+YdEIqUuyyOP7uWrat2DX9GgdT0Kj3jlN9K5W7edjcrsZCwenyO4KbXCeAvzhzffi
+7MA0BM0oNC9hkXL+nOmFg/+OTxIy7vKBg8P+OxtMb61zO7X8vC7CIAXFjvGDfRaD
+ssbzSibBsu/6iGtCOGEoXJf//////////wIBAg==
+-----END DH PARAMETERS-----
+"""
+
 
 def root() -> pathlib.Path:
     """The directory that all of them are in."""
@@ -49,10 +65,14 @@ class KeyDirectory:
         root().mkdir(mode=0o700, exist_ok=True)
         self.path = tempfile.mkdtemp(prefix='key-', dir=root())
         self.key = secrets.token_hex(32)
+        self._write(FILE, '%s:%s\n' % (USERNAME, self.key))
+        self._write(_GROUP_FILE, _GROUP)
+
+    def _write(self, name, text):
         with os.fdopen(os.open(
-                os.path.join(self.path, FILE),
+                os.path.join(self.path, name),
                 os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'w') as f:
-            f.write('%s:%s\n' % (USERNAME, self.key))
+            f.write(text)
 
     def remove(self) -> None:
         """Let nobody connect with this key any more. Twice is fine."""

@@ -77,6 +77,7 @@ class Reading:
             read; None: all has to be read
         """
         self._ended.clear()
+        self.done = 0
         try:
             thread_pool_factory.spawn_on(
                 thread_pool_factory.ExecutorType.STORAGE_MIGRATION, self._run,

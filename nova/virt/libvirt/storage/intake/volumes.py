@@ -32,8 +32,6 @@ CONF = nova.conf.CONF
 
 # The mode of a new volume's file: a disk's, or of what nova alone may read.
 _MODES = (0o644, 0o600)
-# Names that a source may rule out for a new volume.
-_MOST_TAKEN = 100
 # Of one server in one pool, however many tries have left some.
 _MOST_VOLUMES = 100
 
@@ -90,17 +88,12 @@ class Volumes:
         name = self._request.check_name('name')
         sharing.take_probe(self._pool(), name, self._request.instance)
 
-    def free_name(self) -> str:
-        """A name for a new volume, which no file of the pool has."""
-        wanted = self._request.check_name('name')
-        taken = self._request.get('taken', list)
-        if len(taken) > _MOST_TAKEN:
-            raise self._request.refused(_("%d names") % len(taken))
-        if not all(isinstance(name, str) for name in taken):
-            raise self._request.refused(
-                _("%d names, not all of them text") % len(taken))
-        pool = self._pool()
-        return pool.free_name(wanted, {*taken, *pool.file_names()})
+    def names(self) -> list[str]:
+        """The names in the pool that are the server's."""
+        uuid = self._request.instance.uuid
+        ours = (uuid + '_', '%s.%s' % (self._request.base(), uuid))
+        return sorted(name for name in self._pool().file_names()
+                      if name.startswith(ours))
 
     def create(self) -> None:
         """Make the volume that is on record as coming, empty."""

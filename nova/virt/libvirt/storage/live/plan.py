@@ -38,6 +38,7 @@ from nova.virt.libvirt.storage.move import peer
 from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
+from nova.virt.libvirt.storage.pool import usage
 from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt import utils as libvirt_utils
@@ -316,15 +317,21 @@ class Plan:
         self._growth[directory] = growth + self._growth.get(directory, 0)
 
     def _check_room(self):
-        for directory, needed in self._growth.items():
-            available = libvirt_utils.get_fs_info(directory)['free']
-            if needed > available:
+        needed: dict[int, dict[str, int]] = {}
+        rooms = {}
+        for directory, growth in self._growth.items():
+            device, _total, rooms[device] = usage.file_system(directory)
+            needed.setdefault(device, {})[directory] = growth
+        for device, directories in needed.items():
+            available, total = rooms[device], sum(directories.values())
+            if total > available:
                 raise refused(_(
                     'make room first: %(directory)s on host %(host)s has '
                     '%(available)d bytes available and %(total)d are needed '
                     'to make disks independent of base images that the '
-                    "destination can't have"), directory=directory,
-                    host=CONF.host, available=available, total=needed)
+                    "destination can't have"),
+                    directory=', '.join(sorted(directories)),
+                    host=CONF.host, available=available, total=total)
 
 
 def path_of(local, disks, name) -> str:

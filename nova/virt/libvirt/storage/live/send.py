@@ -17,7 +17,7 @@ to the destination and read back there.
 """
 
 import filecmp
-import time
+import threading
 
 from oslo_log import log as logging
 from oslo_utils import fileutils
@@ -44,6 +44,24 @@ WAY = fields.LibvirtLiveMigrateDiskWay
 # Seconds between two looks at a job.
 _POLL = 0.5
 
+# What ends the work of a Sender, by the UUID of its instance. Nobody is told
+# that a migration is aborted whose Sender has just ended: hence the lock.
+_aborts: dict[str, threading.Event] = {}
+_lock = threading.Lock()
+
+
+def abort(guest) -> bool:
+    """End what is done for a guest before QEMU copies its disks.
+
+    :param guest: the Guest
+    :returns: False if nothing is done: libvirt has the migration, or nobody
+    """
+    with _lock:
+        event = _aborts.get(guest.uuid)
+        if event is not None:
+            event.set()
+    return event is not None
+
 
 class Sender:
     """An instance's disks on their way out of this host.
@@ -58,18 +76,38 @@ class Sender:
         self._instance = disks.instance
         self._disks = disks
         self._data = data
+        self._aborted = threading.Event()
 
-    def send(self) -> None:
+    def send(self) -> bool:
         """Make all ready for QEMU to copy the rest.
 
+        :returns: False if abort() has ended it
         :raises: exception.MigrationError, exception.StorageTransferError and
             others; the guest runs on
         """
+        with _lock:
+            _aborts[self._instance.uuid] = self._aborted
+        try:
+            self._send_all()
+        except Exception as e:
+            if not self._aborted.is_set():
+                raise
+            LOG.info('The migration was aborted before QEMU copied the disks: '
+                     '%s', e, instance=self._instance)
+        finally:
+            # Who aborts it later has to ask libvirt.
+            with _lock:
+                del _aborts[self._instance.uuid]
+        return not self._aborted.is_set()
+
+    def _send_all(self):
         guest = self._local.host.get_guest(self._instance)
         for disk in self._data.disks:
             if disk.way == WAY.MIRROR and disk.base is None and (
                     disk.format == fields.LibvirtDiskFormat.QCOW2):
                 self._make_independent(guest, disk)
+                if self._aborted.is_set():
+                    return
         sent = [disk for disk in self._data.disks if disk.way == WAY.SEND]
         if not sent:
             return
@@ -77,6 +115,8 @@ class Sender:
         with peer.connected(self._local.host, uri) as connection:
             for disk in sent:
                 self._send(disk, connection, uri)
+                if self._aborted.is_set():
+                    return
 
     def _backing_file(self, disk):
         path = plan.path_of(self._local, self._disks, disk.name)
@@ -94,7 +134,10 @@ class Sender:
         device = guest.get_block_device(disk.dev)
         device.rebase(None)
         while not device.is_job_complete():
-            time.sleep(_POLL)
+            if self._aborted.wait(_POLL):
+                # It keeps its base image, and what it has taken over.
+                device.abort_job()
+                return
         if self._backing_file(disk):
             raise exception.MigrationError(reason=_(
                 'disk %(name)s still depends on %(base)s') % {
@@ -118,7 +161,7 @@ class Sender:
         stall_timeout = CONF.libvirt.storage_migration_stall_timeout
         result = pump.copy(
             pump.Volume(self._local.uri, record.pool, record.volume), target,
-            disk.size, sparse=is_sparse,
+            disk.size, sparse=is_sparse, cancelled=self._aborted.is_set,
             bandwidth=CONF.libvirt.storage_migration_bandwidth * units.Mi,
             stall_timeout=stall_timeout)
         pump.verify(target, disk.size, result.checksum, key=result.key,

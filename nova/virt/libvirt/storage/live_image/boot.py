@@ -24,15 +24,18 @@ given one that boots.
 
 
 import contextlib
+import typing as ty
+
+from lxml import etree
 
 import nova.conf
 from nova import exception
 from nova.i18n import _
 from nova.virt import configdrive
-from nova.virt.libvirt import config as vconfig
 from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.live_image import definition
 from nova.virt.libvirt.storage.live_image import memory_file
+from nova.virt.libvirt.storage.live_image import refusal
 from nova.virt.libvirt.storage.live_image import vm_state
 
 try:
@@ -170,19 +173,26 @@ class LiveBoot:
         with unusable(self._instance):
             guest.go_on_from_snapshot(definition.snapshot(xml))
 
-    def give_devices(self, guest, config) -> None:
+    def give_devices(self, guest, own: str) -> None:
         """Give the paused guest its media and interfaces.
 
         :param guest: the Guest
-        :param config: the LibvirtConfigGuest that the driver would start the
-            instance with
+        :param own: the XML that the driver would start the instance with
         """
-        for device in config.devices:
-            if isinstance(device, vconfig.LibvirtConfigGuestDisk) and (
-                    device.source_device == 'cdrom'):
-                guest.change_media(device)
-            elif isinstance(device, vconfig.LibvirtConfigGuestInterface):
-                guest.attach_device(device, persistent=True, live=True)
+        for device in refusal.parse(own).iterfind('devices/*'):
+            if device.tag == 'disk' and device.get('device') == 'cdrom':
+                guest.change_media(_Device(device))
+            elif device.tag == 'interface':
+                guest.attach_device(
+                    _Device(device), persistent=True, live=True)
+
+
+class _Device(ty.NamedTuple):
+    """A device as the driver has written it, for the methods of Guest."""
+    element: etree._Element
+
+    def to_xml(self) -> str:
+        return etree.tostring(self.element, encoding='unicode')
 
 
 @contextlib.contextmanager

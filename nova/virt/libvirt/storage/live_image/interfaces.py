@@ -17,13 +17,16 @@ none may be there when it is saved.
 """
 
 import dataclasses
+import functools
 import typing as ty
 
 from oslo_log import log as logging
 
+import nova.conf
 from nova.i18n import _
 from nova.virt.libvirt.storage.live_image import refusal
 
+CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
 
@@ -94,3 +97,30 @@ class Interfaces:
         domain = refusal.parse(self.get_guest().get_xml_desc(
             dump_inactive=dump_inactive))
         return set(domain.xpath('devices/interface/mac/@address'))
+
+
+def of(host, driver, context, instance) -> Interfaces:
+    """The interfaces of an instance.
+
+    :param host: the Host
+    :param driver: the LibvirtDriver, of which detach_interface(),
+        attach_interface() and vif_driver are used
+    """
+    return Interfaces(
+        get_guest=functools.partial(host.get_guest, instance),
+        # The ports stay bound: Neutron isn't asked.
+        vifs=instance.get_network_info(),
+        detach=functools.partial(driver.detach_interface, context, instance),
+        attach=functools.partial(driver.attach_interface, context, instance,
+                                 instance.image_meta),
+        define=functools.partial(
+            _define, host, driver.vif_driver, instance),
+        plug=functools.partial(driver.vif_driver.plug, instance))
+
+
+def _define(host, vif_driver, instance, vif):
+    """Have an interface that a guest runs with in its definition, too."""
+    config = vif_driver.get_config(
+        instance, vif, instance.image_meta, instance.flavor,
+        CONF.libvirt.virt_type)
+    host.get_guest(instance).attach_device(config, persistent=True)

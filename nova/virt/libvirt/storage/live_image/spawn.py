@@ -36,28 +36,33 @@ class Spawn:
 
     def __init__(self, live: boot.LiveBoot):
         self._live = live
-        self.write_root = live.write_root
 
-    def define(self, config) -> str:
-        """:param config: the LibvirtConfigGuest that the driver has made
+    def define(self, own: str, root) -> str:
+        """Put the memory into the root disk.
 
+        :param own: the XML that the driver would start the instance with
+        :param root: the Image of the root disk, which was made just now
         :returns: the XML to define the guest with
-        :raises: exception.LiveImageUnusable
+        :raises: exception.LiveImageUnusable, OSError
         """
-        self._config = config
-        self._xml = self._live.define(config.to_xml())
+        self._live.write_root(root)
+        self._own = own
+        self._xml = self._live.define(own)
         return self._xml
 
-    def start(self, guest) -> None:
-        """Let the defined guest have the memory; it stays paused.
+    def launch(self, guest, make_config_drive, pause: bool) -> None:
+        """Let the defined guest go on.
 
+        :param make_config_drive: makes the last of its disks, before it is
+            given all that it has not had when it was saved
+        :param pause: whether it is to stay paused, as it comes
         :raises: exception.LiveImageUnusable
         """
         self._live.start(guest, self._xml)
-
-    def give_devices(self, guest) -> None:
-        """Give the paused guest its config drive and interfaces."""
-        self._live.give_devices(guest, self._config)
+        make_config_drive()
+        self._live.give_devices(guest, self._own)
+        if not pause:
+            guest.resume()
 
 
 def _check_pool(host):

@@ -51,6 +51,9 @@ _PROJECT = 'nova_live_project_id'
 _SUFFIX = ' (memory)'
 _LONGEST_NAME = 255
 
+# What the name of a file that is being fetched ends with.
+_PART = '.part'
+
 
 def service_context() -> nova_context.RequestContext:
     """A context in which Nova is itself, without any user.
@@ -257,10 +260,7 @@ class Store:
         """
         _check_id(memory_id)
         path = os.path.join(self._cache, memory_id)
-        # As base images are locked: hosts may share the cache.
-        with lockutils.lock(
-                memory_id, lock_file_prefix='nova-', external=True,
-                lock_path=os.path.join(CONF.instances_path, 'locks')):
+        with _locked(memory_id):
             if not os.path.exists(path):
                 self._download(memory_id, path)
             # It has been of use now.
@@ -269,7 +269,7 @@ class Store:
 
     def _download(self, memory_id, path):
         fileutils.ensure_tree(self._cache, mode=0o700)
-        part = path + '.part'
+        part = path + _PART
         try:
             # Glance's client compares the checksum.
             self._image_api.download(
@@ -288,15 +288,32 @@ class Store:
             return
         for name in names:
             path = os.path.join(self._cache, name)
-            try:
-                is_old = os.stat(path).st_mtime < limit
-            except FileNotFoundError:
-                # Its download has ended, or another host was faster.
+            if not _is_older(path, limit):
                 continue
-            if is_old:
-                LOG.info('Removing memory %s, which was of no use for a '
-                         'while', path)
-                fileutils.delete_if_exists(path)
+            with _locked(name.removesuffix(_PART)):
+                # It may have been of use since.
+                if _is_older(path, limit):
+                    LOG.info('Removing memory %s, which was of no use for a '
+                             'while', path)
+                    fileutils.delete_if_exists(path)
+
+
+def _locked(memory_id):
+    """Keep others from a memory in the cache, which hosts may share.
+
+    As base images are locked.
+    """
+    return lockutils.lock(
+        memory_id, lock_file_prefix='nova-', external=True,
+        lock_path=os.path.join(CONF.instances_path, 'locks'))
+
+
+def _is_older(path, limit):
+    try:
+        return os.stat(path).st_mtime < limit
+    except FileNotFoundError:
+        # Its download has ended, or another host was faster.
+        return False
 
 
 def _check_id(memory_id):

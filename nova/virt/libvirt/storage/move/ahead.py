@@ -49,6 +49,12 @@ _FIRST_INTERVAL, _INTERVAL, _GROWTH = 0.05, 0.5, 1.25
 # Bytes that the destination has read before a guest has shut down.
 _READ_SOON = 256 * units.Mi
 
+# A disk of so many bytes is read there while the last third of it comes, which
+# takes longer; what was read of it may still be on its way.
+_EARLY_LEAST = units.Gi
+_EARLY = 2 / 3
+_ON_ITS_WAY = 64 * units.Mi
+
 
 @dataclasses.dataclass
 class Ahead:
@@ -87,6 +93,8 @@ class FirstPass:
         self._take_ups = take_up.TakeUps(transfer, self._room)
         # by item, what the destination has kept of it
         self._found: dict[ty.Any, take_up.Found] = {}
+        # by item, how many bytes had come when the destination began to read
+        self._begun: dict[ty.Any, int] = {}
 
     def run(self) -> None:
         """Send the disks, one after the other: the guest is using them.
@@ -230,14 +238,21 @@ class FirstPass:
         return self._departure.peer.room_ahead(item.length, _most(item))
 
     def _send(self, item):
-        def progress(done):
-            item.ahead_done = done
-
         transfer, peer = self._transfer, self._departure.peer
+        found = self._found.get(item)
+        is_early = (peer.reads and not found and
+                    item.allocation >= _EARLY_LEAST)
+
+        def progress(done):
+            nonlocal is_early
+            item.ahead_done = done
+            if is_early and done >= _EARLY * item.length:
+                is_early = False
+                self._read_early(item, copy.key, done)
+
         with contextlib.ExitStack() as stack:
             target = stack.enter_context(
                 peer.target(item.pool.name, item.target))
-            found = self._found.get(item)
             copy = stack.enter_context(pump.WarmCopy(
                 transfer.volume(item), target.end, item.length,
                 found and found.key, sparse=peer.takes_holes(),
@@ -245,6 +260,8 @@ class FirstPass:
             result = copy.first(
                 pump.Watch(**transfer.watch(item, target, progress)),
                 self._bandwidth, found and found.differs)
+            # It stays open, also what was too little for that until now.
+            target.connected()
             item.ahead = Ahead(copy, target, stack.pop_all())
         LOG.info('Copied volume %(volume)s %(when)s: %(data)d bytes of data '
                  'in %(seconds).1f s%(kept)s', {
@@ -253,6 +270,17 @@ class FirstPass:
                      ', into a copy that was kept there' if found else ''},
                  instance=transfer.instance)
         return result
+
+    def _read_early(self, item, key, done):
+        """Have the destination read what has come, while more comes."""
+        try:
+            item.pool.read(item.target, self._room(item), key)
+        except exception.NovaException as e:
+            LOG.debug('Volume %(volume)s is read when all of it has come: '
+                      '%(error)s', {'volume': item.target, 'error': e},
+                      instance=self._transfer.instance)
+            return
+        self._begun[item] = max(0, done - _ON_ITS_WAY)
 
     def _have_read(self, item, result):
         """Have the destination read it now, and not when the server is off."""
@@ -263,14 +291,31 @@ class FirstPass:
             item.ahead.is_read = True
             return
         try:
-            item.pool.read(item.target, self._room(item), result.key,
-                           result.changed)
+            changed = self._changed(item, result)
+            item.pool.read(item.target, self._room(item), result.key, changed)
             item.ahead.is_read = True
             item.ahead.to_read = (
-                item.allocation if result.changed is None else
-                sum(length for _start, length in result.changed))
+                item.allocation if changed is None else
+                sum(length for _start, length in changed))
         except exception.NovaException as e:
             self._is_not_read(item, e)
+
+    def _changed(self, item, result):
+        """What was written since the destination has read a disk.
+
+        :returns: (offset, length) in bytes; None if it has read nothing
+        """
+        begun = self._begun.pop(item, None)
+        if begun is None:
+            return result.changed
+        try:
+            self._follow(item, is_all_wanted=True)
+        except exception.StorageIntakeError as e:
+            LOG.debug('All of volume %(volume)s is read anew: %(error)s',
+                      {'volume': item.target, 'error': e},
+                      instance=self._transfer.instance)
+            return None
+        return [(begun, item.length - begun)]
 
     def _is_not_read(self, item, error):
         if isinstance(error, (exception.InstanceNotFound,
@@ -297,14 +342,17 @@ class FirstPass:
         LOG.debug('The destination has read the disks in %.1f s',
                   time.monotonic() - begun, instance=self._transfer.instance)
 
-    def _follow(self, item):
-        """Wait until the destination has read a disk."""
+    def _follow(self, item, is_all_wanted=False):
+        """Wait until the destination has read a disk.
+
+        :param is_all_wanted: it may not go on with the last of it
+        """
         stall_timeout = CONF.libvirt.storage_migration_stall_timeout
         before, since = -1, time.monotonic()
         interval, soon = _FIRST_INTERVAL, self._room(item) - _READ_SOON
         while True:
             done, has_ended = item.pool.has_read(item.target)
-            if has_ended or done >= soon:
+            if has_ended or done >= soon and not is_all_wanted:
                 return
             self._transfer.check_cancelled(item)
             now = time.monotonic()

@@ -24,6 +24,8 @@ import os
 import threading
 
 from oslo_log import log as logging
+from oslo_utils import units
+from oslo_utils import uuidutils
 
 import nova.conf
 from nova import exception
@@ -49,6 +51,8 @@ RAW = fields.LibvirtDiskFormat.RAW
 QCOW2 = fields.LibvirtDiskFormat.QCOW2
 
 _SECTOR = 512  # bytes
+# What qemu-img has read at most, and not written yet: 8 times 2 MiB.
+_READ_AHEAD = 16 << 20
 # Of a disk that is read, bytes that are progress; qemu-img reads more at once.
 _PROGRESS = 32 << 10
 
@@ -92,6 +96,17 @@ class CephPoolThere(peers.PeerPool):
 
     def create(self, name, length, mode):
         ceph_bytes.create(self._pool, name, length, ceph_images.timeout())
+
+    def probe(self, instance):
+        """Make an image and delete it: this host may be let look alone.
+
+        :param instance: whose prefix the image gets
+        :raises: exception.StorageCephError
+        """
+        name = '%s_probe.%s' % (
+            instance.uuid, uuidutils.generate_uuid(dashed=False))
+        ceph_bytes.create(self._pool, name, 1 << 20, ceph_images.timeout())
+        ceph_bytes.delete(self._pool, name, ceph_images.timeout())
 
     def image(self, name):
         """The CephImage of that name."""
@@ -142,11 +157,17 @@ class IntoCeph(item.Disk):
                   'allocation': self.allocation, 'image': image.key},
                  instance=transfer.instance)
         path, source = _path(image), self._source_path()
+        rate = _rate(transfer)
+        # When all is read it only writes, of which its files don't tell.
+        patience = watch['stall_timeout'] + (
+            -(-_READ_AHEAD // rate) if rate else 0)
         # librbd's cache would try for ever what Ceph doesn't answer.
         convert.run(
-            ['qemu-img', 'convert', '-n', '--target-is-zero', '-t', 'none',
-             *_rate(), '-f', self.record.format, '-O', RAW, source, path],
-            watch, {**names, 'operation': 'qemu-img convert'},
+            ['qemu-img', 'convert', '-p', '-n', '--target-is-zero', '-t',
+             'none', *_limit(rate), '-f', self.record.format, '-O', RAW,
+             source, path],
+            {**watch, 'stall_timeout': patience},
+            {**names, 'operation': 'qemu-img convert'},
             least=_PROGRESS)
         if convert.run(
                 ['qemu-img', 'compare', '-f', self.record.format, '-F', RAW,
@@ -207,16 +228,17 @@ class OutOfCeph(item.Disk):
         image, length = self.source, self.length
         with self._file(transfer) as volume:
             convert.run(
-                ['qemu-img', 'convert', '-t', 'writeback', *_rate(), '-f',
-                 RAW, '-O', RAW, _path(image), volume.path],
+                ['qemu-img', 'convert', '-t', 'writeback',
+                 *_limit(_rate(transfer)), '-f', RAW, '-O', RAW,
+                 _path(image), volume.path],
                 transfer.watch(self, peers.Target(None), self.set_done),
                 {'volume': image.name, 'length': length, 'where': volume.path,
                  'operation': 'qemu-img convert'})
             try:
-                self.source = volume
+                self.source, self.is_streamed = volume, True
                 super().send(transfer)
             finally:
-                self.source = image
+                self.source, self.is_streamed = image, False
 
     @contextlib.contextmanager
     def _file(self, transfer):
@@ -284,6 +306,11 @@ def _path(image):
     return '%s:rados_osd_op_timeout=%d' % (image.path, ceph_images.timeout())
 
 
-def _rate():
-    rate = CONF.libvirt.storage_migration_bandwidth
-    return ['-r', '%dM' % rate] if rate else []
+def _rate(transfer):
+    """A disk's part of the bandwidth, in bytes a second; 0: no limit."""
+    return (CONF.libvirt.storage_migration_bandwidth * units.Mi //
+            transfer.parallel)
+
+
+def _limit(rate):
+    return ['-r', '%d' % rate] if rate else []

@@ -22,6 +22,7 @@ from oslo_log import log as logging
 import nova.conf
 from nova import exception
 from nova.i18n import _
+from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage.move import offer
 from nova.virt.libvirt.storage.pool import ceph as ceph_pool
 from nova.virt.libvirt.storage.pool import ceph_bytes
@@ -90,13 +91,20 @@ def verify(instance, record, pool) -> None:
     """Compare an image that has come with what the record says of it.
 
     :param pool: the StoragePool of this host that it is in
-    :raises: exception.StorageTransferMismatch, exception.StorageCephError
+    :raises: exception.StorageTransferMismatch, exception.StorageCephError;
+        exception.UnsafeDiskContent if it has more than is on record
     """
     expected = record.expected
     if expected is None:
         raise exception.StorageTransferMismatch(
             volume=record.volume, where=CONF.host,
             reason=_("nothing is known of its checksum"))
+    if pool.ceph() is None:
+        raise exception.StorageTransferMismatch(
+            volume=record.volume, where=CONF.host,
+            reason=_("it should be an image, and storage pool %s is over no "
+                     "Ceph pool") % pool.name)
+    content.look_at_raw(record.volume, expected.length, record.size)
     try:
         found = ceph_bytes.digest(
             image(pool, record.volume), expected.key, timeout())

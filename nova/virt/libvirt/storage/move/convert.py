@@ -11,9 +11,11 @@
 #    under the License.
 """qemu-img, run for a move between a Ceph pool and another.
 
-It ends when the move does.
+It ends when the move does, or this service.
 """
 
+import os
+import re
 import subprocess
 import tempfile
 import time
@@ -26,13 +28,21 @@ CONF = nova.conf.CONF
 
 # Seconds between two looks at a process: cancelling takes as long.
 _INTERVAL = 0.2
+# The kernel ends the program when the thread ends that has started it: left
+# alone it would go on to write, and nobody could delete what it has open.
+_ENDED_WITH_US = ('setpriv', '--pdeathsig', 'KILL', '--')
 # Of what a program says on its standard error.
 _LONGEST_ERROR = 500
+# What "qemu-img -p" writes again and again, and bytes in which one of it is.
+_PERCENT = re.compile(rb'\((\d+\.\d+)/100%\)')
+_LONGEST_PERCENT = 64
 
 
 def run(command: list[str], watch: dict, names: dict,
         good: tuple[int, ...] = (0,), least: int = 0) -> int:
     """Run a program until it ends, stalls, or somebody cancels the move.
+
+    Of one that is told to say how far it is, that is reported.
 
     :param command: its name and arguments
     :param watch: what copy.Transfer.watch() gives
@@ -46,28 +56,32 @@ def run(command: list[str], watch: dict, names: dict,
         exception.StorageTransferCephStalled,
         exception.StorageTransferCancelled
     """
-    with tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as said:
         try:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=errors, cwd='/')
+                [*_ENDED_WITH_US, *command], stdin=subprocess.DEVNULL,
+                stdout=said, stderr=errors, cwd='/')
         except OSError as e:
             raise _failed(names, e) from e
         watch['on_start'](process.pid)
         try:
-            before, since = None, time.monotonic()
+            before, since, part = None, time.monotonic(), 0.0
             while process.poll() is None:
                 if watch['cancelled']():
                     raise exception.StorageTransferCancelled(
                         transferred=0, side='source', reason='', **names)
-                done = _done(process.pid)
-                if None in (done, before) or done - before > least:
+                done, told = _done(process.pid), _part(said)
+                if None in (done, before) or done - before > least or (
+                        told > part):
                     before, since = done, time.monotonic()
                 elif time.monotonic() - since > watch['stall_timeout']:
                     # Of a Ceph that is full each single write is waited for.
                     raise exception.StorageTransferCephStalled(
                         seconds=watch['stall_timeout'], transferred=0,
                         host=CONF.host, side='destination', reason='', **names)
+                if told > part:
+                    part = told
+                    watch['progress'](int(names['length'] * part))
                 time.sleep(_INTERVAL)
         finally:
             if process.poll() is None:
@@ -77,8 +91,8 @@ def run(command: list[str], watch: dict, names: dict,
         if process.returncode in good:
             return process.returncode
         errors.seek(0)
-        said = errors.read(_LONGEST_ERROR).decode(errors='replace').strip()
-        raise _failed(names, said or _('it ended with %d') %
+        error = errors.read(_LONGEST_ERROR).decode(errors='replace').strip()
+        raise _failed(names, error or _('it ended with %d') %
                       process.returncode)
 
 
@@ -93,6 +107,15 @@ def _done(pid):
                        if line.startswith(('rchar:', 'wchar:')))
     except (OSError, ValueError):
         return None
+
+
+def _part(said):
+    """Which part of its work a program says that it has done; 0 at first."""
+    length = os.fstat(said.fileno()).st_size
+    end = os.pread(said.fileno(), _LONGEST_PERCENT,
+                   max(0, length - _LONGEST_PERCENT))
+    found = _PERCENT.findall(end)
+    return float(found[-1]) / 100 if found else 0.0
 
 
 def _failed(names, reason):

@@ -89,6 +89,8 @@ class Transfer:
         self._lock = threading.Lock()
         self._taken = leftovers.names(self.disks)
         self._errors = []
+        # How many disks are copied at the same time.
+        self.parallel = 1
         self._started = self._reported = 0.0
         self._before = 0
 
@@ -279,6 +281,10 @@ class Transfer:
     def _copy_all(self):
         """Copy several disks at a time; the first error ends the others."""
         waiting = [item for item in self.items if item.source]
+        # A small one takes its time, too: the others don't wait for it.
+        beside = [item for item in waiting
+                  if isinstance(item, storage_item.GuestFiles)]
+        waiting.sort(key=lambda item: item not in beside)
         errors = self._errors
 
         def work():
@@ -296,12 +302,12 @@ class Transfer:
         # of all disks together
         self._bandwidth = pump.Bandwidth(
             CONF.libvirt.storage_migration_bandwidth * units.Mi)
-        parallel = min(CONF.libvirt.storage_migration_parallel_disks,
-                       len(waiting))
+        self.parallel = min(CONF.libvirt.storage_migration_parallel_disks +
+                            len(beside), len(waiting))
         with self.reporting():
             futures = [thread_pool_factory.spawn_on(
                 thread_pool_factory.ExecutorType.STORAGE_MIGRATION, work)
-                for _n in range(parallel - 1)]
+                for _n in range(self.parallel - 1)]
             work()
             for future in futures:
                 # One that never got a thread has nothing left to do.
@@ -336,7 +342,8 @@ class Transfer:
 
         def moved(done):
             nonlocal is_connected
-            if not is_connected:
+            # One that is done already is closed next.
+            if not is_connected and 0 < done < item.length:
                 is_connected = True
                 target.connected()
             progress(done)

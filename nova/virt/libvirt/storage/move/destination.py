@@ -206,6 +206,9 @@ def accept(context, instance, disks, connection, local_uri, cache_base,
             nova.privsep.storage.sync(volume.path)
         if record.format == fields.LibvirtDiskFormat.QCOW2:
             images.append((volume, record.size))
+        elif pool.kind().is_directory:
+            # A logical volume is rounded up.
+            content.look_at_raw(volume.path, volume.physical(), record.size)
         _reserve(connection, instance, record)
         came.append(name)
     # Another header is no longer what was sent: if something else fails, or

@@ -146,6 +146,14 @@ class Disk(RemadeDisk):
     def flattenable(self):
         return self.record.format == fields.LibvirtDiskFormat.QCOW2
 
+    def new_record(self):
+        record = super().new_record()
+        if record.format == fields.LibvirtDiskFormat.RAW and record.size:
+            # One that is or was a logical volume is rounded up, and its guest
+            # sees that.
+            record.size = max(record.size, self.length)
+        return record
+
 
 class GuestFiles(Item):
     """The guest's files, packed into a volume for the way."""

@@ -17,6 +17,8 @@ is spoken to. What the other side does is intake/intake.py's.
 
 import base64
 import contextlib
+import functools
+import itertools
 import socket
 
 from oslo_log import log as logging
@@ -70,6 +72,7 @@ class ServicePeer(peers.Peer):
         self._rpc = rpcapi.ComputeAPI()
         self._is_silent = False
         self._has_aes = False
+        self._pools: dict[str, ServicePool] = {}
 
     def ask(self, what: str, **arguments):
         """Have the destination do something.
@@ -123,6 +126,8 @@ class ServicePeer(peers.Peer):
         self.takes_ahead = bool(answer.get('cuts'))
         self.reads = bool(answer.get('reads'))
         self.keeps = bool(answer.get('keeps'))
+        # What is known of them may be old.
+        self._pools.clear()
         super().check(pools)
         self._check_port()
 
@@ -142,7 +147,7 @@ class ServicePeer(peers.Peer):
                     'here': CONF.host, 'error': e})
 
     def pool(self, name):
-        return ServicePool(self, name)
+        return self._pools.setdefault(name, ServicePool(self, name))
 
     def takes_holes(self):
         return True
@@ -154,8 +159,8 @@ class ServicePeer(peers.Peer):
                          aes=self._has_aes, **place)
         export = pump.Export(found['address'], found['port'], '',
                              found['username'], found['key'])
-        target = peers.Target(
-            export, lambda: self.ask('connected', **place))
+        target = peers.Target(export, functools.cache(
+            lambda: self.ask('connected', **place)))
         try:
             yield target
         except Exception:
@@ -198,25 +203,35 @@ class ServicePool(peers.PeerPool):
         self.name = name
         self.host = of.host
         self._peer = of
+        # An answer takes some hundredths of a second, and servers are down.
+        self._type: str | None = None
+        self._names: set[str] | None = None
 
     def _ask(self, what, **arguments):
         return self._peer.ask(what, pool=self.name, **arguments)
 
     def check(self):
-        return self._ask('look')['type']
+        if self._type is None:
+            self._type = self._ask('look')['type']
+        return self._type
 
     def available(self, wanted):
         return self._ask('look')['free']
 
     def refresh(self):
-        # Names are looked up in the pool's directory.
-        pass
+        # The names there are looked up in the pool's directory.
+        self._names = None
 
     def has(self, name, refresh=False):
         return self._ask('has', name=name)
 
     def free_name(self, wanted, taken=()):
-        return self._ask('free_name', name=wanted, taken=sorted(taken))
+        if self._names is None:
+            self._names = set(self._ask('names'))
+        possible = itertools.chain(
+            [wanted], ('%s.%d' % (wanted, n) for n in itertools.count(1)))
+        return next(name for name in possible
+                    if name not in self._names and name not in taken)
 
     def is_shared(self, here, instance):
         return sharing.is_seen(

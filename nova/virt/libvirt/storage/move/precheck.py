@@ -19,6 +19,7 @@ the disks are in order. Whatever is wrong, the guest runs on.
 import os
 
 from oslo_log import log as logging
+from oslo_utils import units
 
 import nova.conf
 from nova import exception
@@ -35,6 +36,7 @@ from nova.virt.libvirt.storage.move import item as storage_item
 from nova.virt.libvirt.storage.move import offer as storage_offer
 from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.move import transport
+from nova.virt.libvirt.storage.pool import health
 from nova.virt.libvirt.storage.pool import kinds as pool_kinds
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
@@ -76,6 +78,8 @@ class Departure:
         self._offer = None
         self._shared = {}
         self._needs_image = False
+        # Names of pools there whose volumes take up their whole size
+        self._thick = set()
         # StoragePool and bytes of what the destination fetches itself
         self._fetched = []
         # CephPoolThere by name, of those that disks are converted for
@@ -191,6 +195,9 @@ class Departure:
         Or that the disk can be converted on its way into one, out of one, or
         into another one.
         """
+        if any(record.is_on_ceph for _name, record in self.disks.items()):
+            # Else a Ceph that is silent is waited for as long as it is.
+            health.ready_for(self.host.get_connection, self.disks)
         for name, record in self.disks.items():
             if name.endswith('.rescue'):
                 continue
@@ -244,10 +251,12 @@ class Departure:
                          "%s") % path
         if here is not None:
             self._between_ceph.add(name)
-        self._over_ceph[pool_name] = ceph_disk.CephPoolThere(
-            pool_name, self.migration.dest_compute, pool, originals=[
-                known.volume for _name, known in self.disks.items()
-                if known.is_on_ceph])
+        if pool_name not in self._over_ceph:
+            self._over_ceph[pool_name] = ceph_disk.CephPoolThere(
+                pool_name, self.migration.dest_compute, pool, originals=[
+                    known.volume for _name, known in self.disks.items()
+                    if known.is_on_ceph])
+            self._over_ceph[pool_name].probe(self.instance)
         return None
 
     def _ceph_here(self, name, record):
@@ -276,10 +285,16 @@ class Departure:
             here = storage_pool.StoragePool(local, record.pool, CONF.host)
             there = self._there(kinds.of(name))
             pool_type = there.check()
+            if not pool_kinds.of_type(pool_type).sparse:
+                self._thick.add(there.name)
             if kinds.is_copied(name) and (
                     record.is_on_ceph or there.name in self._over_ceph):
-                self.items.append(ceph_disk.item_of(
-                    name, there, record, here.volume(record.volume), local))
+                item = ceph_disk.item_of(
+                    name, there, record, here.volume(record.volume), local)
+                record.size = record.size or item.length
+                if there.name not in self._over_ceph:
+                    item.sparse = self.peer.is_sparse(pool_type)
+                self.items.append(item)
                 continue
             if kinds.is_copied(name):
                 self._check_format(name, record, there, pool_type)
@@ -385,10 +400,20 @@ class Departure:
         growth = item.growth
         if self.same_host or self.is_shared(item):
             growth *= 2  # the source's volume grows there, too
-        if self._offer.preallocates:
-            return item.reserved() + growth
+        if self._offer.preallocates or item.pool.name in self._thick:
+            # Once there, it grows to what the new flavor says.
+            return max(item.reserved(), self._new_size(item.name)) + growth
         # What isn't sparse there takes up its whole length.
         return (item.allocation if item.sparse else item.length) + growth
+
+    def _new_size(self, name):
+        """Return the bytes that the new flavor gives a disk, 0 if none."""
+        flavor = ('new_flavor' in self.instance and
+                  self.instance.new_flavor or None)
+        if flavor is None:
+            return 0
+        return {'disk': flavor.root_gb, 'disk.local': flavor.ephemeral_gb
+                }.get(name, 0) * units.Gi
 
     def _check_room_here(self):
         """Compare what flattening volumes takes with what there is."""

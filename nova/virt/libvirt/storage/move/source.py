@@ -32,6 +32,8 @@ by abandon() on the source, whenever that comes.
 """
 
 import contextlib
+import os
+import shutil
 import time
 
 from oslo_log import log as logging
@@ -56,6 +58,7 @@ from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
+from nova.virt.libvirt import utils as libvirt_utils
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -155,12 +158,16 @@ class Outgoing:
         except Exception as e:
             with excutils.save_and_reraise_exception() as ctxt:
                 self._exit.close()
-                if self._is_wanted():
+                if self.is_wanted():
                     ctxt.reraise = False
                     raise exception.InstanceFaultRollback(e)
         self._since = time.monotonic()
 
-    def _is_wanted(self):
+    def is_wanted(self) -> bool:
+        """Whether the instance runs on here if it can't be moved.
+
+        It does unless somebody deletes it.
+        """
         move = self.departure.move
         try:
             return objects.Instance.get_by_uuid(
@@ -168,6 +175,18 @@ class Outgoing:
             ).task_state == task_states.RESIZE_MIGRATING
         except exception.InstanceNotFound:
             return False
+
+    def set_directory_aside(self) -> str:
+        """Give the instance's directory the name that a revert expects.
+
+        :returns: its path then
+        """
+        directory = libvirt_utils.get_instance_path(self.departure.instance)
+        aside = directory + '_resize'
+        if os.path.exists(aside):
+            shutil.rmtree(aside)
+        os.rename(directory, aside)
+        return aside
 
     def run(self, directory):
         """Copy the disks; the guest is off.
@@ -241,9 +260,10 @@ def settle(context, instance, disks):
             instance.vm_state == vm_states.RESIZED):
         return
     for name, record in kept:
-        before, record.previous = record.previous, None
+        before = record.previous if record.has_original else None
+        record.previous = None
         disks.set(name, record)
-        if before.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE:
+        if before is not None:
             leftovers.note(disks, before.host, [(before.pool, before.volume)])
     evacuation.forget_move(disks)
     disks.save(context)

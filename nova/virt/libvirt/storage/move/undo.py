@@ -91,14 +91,20 @@ def delete_at_peer(peer, host, disks, migration, places):
         except exception.NovaException as e:
             LOG.error('%s', e, instance=instance)
     leftovers.forget(disks, dest, wanted)
-    places = [*left, *places]
     for place in places:
         LOG.error('Volume %(volume)s is left over in storage pool %(pool)s of '
                   'host %(host)s, which deletes it later; nova-manage libvirt '
                   'list_disks --orphans there says whether it is gone',
                   {'volume': place[1], 'pool': place[0], 'host': dest},
                   instance=instance)
-    leftovers.note(disks, dest, [*places, *sorted(staying)])
+    for place in left:
+        LOG.error('Image %(volume)s is left over in the Ceph pool of storage '
+                  'pool %(pool)s of host %(host)s, which deletes it when the '
+                  'server is moved to it again, or is deleted there; rbd ls '
+                  'says whether it is gone',
+                  {'volume': place[1], 'pool': place[0], 'host': dest},
+                  instance=instance)
+    leftovers.note(disks, dest, [*left, *places, *sorted(staying)])
 
 
 def _this_host(host, instance):

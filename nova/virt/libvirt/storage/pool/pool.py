@@ -64,6 +64,7 @@ COPY_TIMEOUT = 6 * 3600  # seconds
 START_TIMEOUT = 3  # seconds
 BUSY_TIMEOUT = 3  # seconds
 REFRESH_INTERVAL = 0.2  # seconds
+EXTEND_TRIES = 3
 
 
 class PoolInfo(ty.NamedTuple):
@@ -617,6 +618,11 @@ def _refresh(pool):
     pool.refresh(0)
 
 
+def _lvm_is_full(error):
+    return isinstance(error, processutils.ProcessExecutionError) and any(
+        text in (error.stderr or '') for text in kinds.POOL_IS_FULL)
+
+
 def _is_in_use(error):
     return _is_libvirt_error(error) and _says(error, kinds.VOLUME_IS_BUSY)
 
@@ -751,14 +757,10 @@ class StorageVolume:
             return
         snapshots.check(self)
         try:
-            nova.privsep.fs.lvextend(
-                self.path, capacity,
-                clearing.cleared_extents(self, capacity - before))
+            self._take_extents(capacity, capacity - before)
         except processutils.ProcessExecutionError as e:
             error = (exception.InsufficientStoragePoolSpace
-                     if any(text in (e.stderr or '')
-                            for text in kinds.POOL_IS_FULL)
-                     else exception.StorageVolumeError)
+                     if _lvm_is_full(e) else exception.StorageVolumeError)
             raise error(pool=self.pool.name, volume=self.name,
                         host=self.pool.host, code=e.exit_code,
                         reason=(e.stderr or '').strip() or e) from e
@@ -772,6 +774,15 @@ class StorageVolume:
                         'refreshed: %(error)s',
                         {'volume': self.name, 'pool': self.pool.name,
                          'error': e})
+
+    # Nobody has the extents when LVM is asked for them: a volume that is made
+    # in that moment may get some. If there are no others, libvirt says so.
+    @tenacity.retry(
+        retry=tenacity.retry_if_exception(lambda e: _lvm_is_full(e)),
+        reraise=True, stop=tenacity.stop_after_attempt(EXTEND_TRIES))
+    def _take_extents(self, capacity, length):
+        nova.privsep.fs.lvextend(
+            self.path, capacity, clearing.cleared_extents(self, length))
 
     def delete(self, is_clear: bool = False) -> None:
         """Delete the volume, whatever its guest has written to it.

@@ -121,12 +121,21 @@ def measure(
     if path is None:
         return pool.name, info.capacity, info.available
     try:
-        sizes = libvirt_utils.get_fs_info(path)
-        return os.stat(path).st_dev, sizes['total'], sizes['free']
+        return file_system(path)
     except OSError as e:
         LOG.debug('Storage pool %(pool)s is judged by libvirt alone: '
                   '%(error)s', {'pool': pool.name, 'error': e})
         return pool.name, info.capacity, info.available
+
+
+def file_system(path: str) -> tuple[int, int, int]:
+    """How large the file system of a directory is now.
+
+    :returns: what its directories have in common; total and free bytes
+    :raises: OSError
+    """
+    sizes = libvirt_utils.get_fs_info(path)
+    return os.stat(path).st_dev, sizes['total'], sizes['free']
 
 
 class LocalInfo:

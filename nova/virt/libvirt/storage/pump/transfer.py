@@ -316,6 +316,11 @@ class WarmCopy:
         self._changes: int | None = None
         self._worker: process.WorkerProcess | None = None
 
+    @property
+    def key(self) -> int:
+        """For the checksums of both passes."""
+        return self._job.key
+
     def __enter__(self) -> 'WarmCopy':
         return self
 

@@ -335,7 +335,8 @@ def destroyed(disks) -> None:
             _leave(disks, name, record, *origins)
         else:
             if is_destroying(disks.instance):
-                _note_kept(disks, record.previous)
+                if record.has_original:
+                    _note_kept(disks, record.previous)
                 if record.next is not None and record.next.is_building:
                     _note_kept(disks, record.next)
             disks.clear(name)
@@ -352,8 +353,7 @@ def _note_kept(disks, other):
     It has kept that for a revert, or was to get the disk in a live migration,
     and has died. Nothing else names it when the disk is gone.
     """
-    if (other is not None and other.host != CONF.host and
-            other.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
+    if other.host != CONF.host and other.is_in_pool:
         leftovers.note(disks, other.host, [(other.pool, other.volume)])
 
 

@@ -176,6 +176,15 @@ class LibvirtDiskMetadata(base.NovaObject):
             self.previous.is_on_ceph and
             self.previous.volume == self.volume))
 
+    @property
+    def has_original(self) -> bool:
+        """Whether its previous is a volume of its own.
+
+        That of an image which stays in its Ceph pool is the image itself.
+        """
+        return (self.previous is not None and self.previous.is_in_pool and (
+            not self.is_on_ceph or self.came_into_ceph))
+
     def holds_no_disk(self) -> bool:
         """Whether this is only the place of what has no mapping."""
         return self.backend is None

@@ -99,65 +99,72 @@ class LocalDisksTestCase(test.NoDBTestCase):
 
     # Live images
 
-    NICS = {'vifs': [], 'detach': None, 'attach': None, 'define': None,
-            'plug': None}
-
     def _save_live(self):
-        uploading = mock.Mock()
+        states = mock.Mock()
+        self.nics = self.patch('live_image.interfaces.of')
         self.api.save_live(
-            mock.sentinel.context, self.instance, mock.sentinel.image_api,
-            self.NICS, uuids.image, mock.sentinel.metadata, uploading)
-        uploading.assert_called_once_with()
+            mock.sentinel.context, self.instance, mock.sentinel.driver,
+            mock.sentinel.image_api, uuids.image, mock.sentinel.metadata,
+            states)
+        self.assertEqual(
+            [mock.call(task_state=task_states.IMAGE_PENDING_UPLOAD),
+             mock.call(task_state=task_states.IMAGE_UPLOADING,
+                       expected_state=task_states.IMAGE_PENDING_UPLOAD)],
+            states.mock_calls)
 
     def test_save_live(self):
         self.flags(live_images=True, group='libvirt')
         capture = self.patch('live_image.capture.Capture')
         store = self.patch('live_image.store.Store')
         self._save_live()
-        host, instance, nics = capture.mock_calls[0].args
-        self.assertEqual((self.host, self.instance), (host, instance))
-        self.assertEqual(self.host.get_guest.return_value, nics.get_guest())
-        self.host.get_guest.assert_called_once_with(self.instance)
+        capture.assert_called_once_with(
+            self.host, self.instance, self.nics.return_value)
+        self.nics.assert_called_once_with(
+            self.host, mock.sentinel.driver, mock.sentinel.context,
+            self.instance)
         store.return_value.publish.assert_called_once_with(
             mock.sentinel.context, uuids.image, mock.sentinel.metadata,
             capture.return_value.__enter__.return_value)
 
-    def test_supports_live_images(self):
-        for live, images_type, virt_type, expected in (
-                (True, 'libvirt-storage', 'kvm', True),
-                (True, 'libvirt-storage', 'qemu', True),
-                (True, 'libvirt-storage', 'lxc', False),
-                (True, 'qcow2', 'kvm', False),
-                (False, 'libvirt-storage', 'kvm', False)):
-            self.flags(live_images=live, images_type=images_type,
-                       virt_type=virt_type, group='libvirt')
-            self.assertIs(expected, api.supports_live_images())
-        self.flags(live_images=True, images_type='libvirt-storage',
-                   virt_type='kvm', group='libvirt')
-        self.assertIs(True, api.supports_live_images())
+    def _patch_pools(self):
+        self.patch('pool.setup.ensure_pools')
+        self.patch('pool.ownership.has_pools', return_value=False)
+        self.patch('intake.reaper.reap')
+        return self.patch('pool.setup.pool_of')
+
+    def _starts_live(self, live=True, images_type='libvirt-storage',
+                     virt_type='kvm'):
+        self.flags(live_images=live, images_type=images_type,
+                   virt_type=virt_type, group='libvirt')
+        return self.api.init_host()['supports_live_images']
+
+    def test_starts_live_as_configured(self):
+        pool_of = self._patch_pools()
+        pool_of.return_value.kind.return_value = kinds.of_type('dir')
+        self.assertIs(True, self._starts_live())
+        self.assertIs(True, self._starts_live(virt_type='qemu'))
+        pool_of.reset_mock()
+        self.assertIs(False, self._starts_live(virt_type='lxc'))
+        self.assertIs(False, self._starts_live(images_type='qcow2'))
+        self.assertIs(False, self._starts_live(live=False))
         # The root disk would be no overlay.
         self.flags(use_cow_images=False)
-        self.assertIs(False, api.supports_live_images())
+        self.assertIs(False, self._starts_live())
+        pool_of.assert_not_called()
 
     @ddt.data(('dir', True), ('logical', False), ('rbd', False))
     @ddt.unpack
     def test_starts_live(self, kind, expected):
         """The scheduler sends none to where it can not be."""
-        pool_of = self.patch('pool.setup.pool_of')
+        pool_of = self._patch_pools()
         pool_of.return_value.kind.return_value = kinds.of_type(kind)
-        self.assertIs(False, self.api.starts_live())
-        pool_of.assert_not_called()
-        self.flags(live_images=True, images_type='libvirt-storage',
-                   virt_type='kvm', group='libvirt')
-        self.assertIs(expected, self.api.starts_live())
+        self.assertIs(expected, self._starts_live())
         pool_of.assert_called_once_with(self.conn, 'disk')
 
     def test_starts_live_without_its_pool(self):
-        self.patch('pool.setup.pool_of').return_value.kind.side_effect = (
+        self._patch_pools().return_value.kind.side_effect = (
             exception.StoragePoolNotFound(pool='p', host='here'))
-        self.flags(live_images=True, images_type='libvirt-storage',
-                   virt_type='kvm', group='libvirt')
-        self.assertIs(False, self.api.starts_live())
+        self.assertIs(False, self._starts_live())
         self.assertIn('no storage pool p', self.stdlog.logger.output)
 
     def test_save_live_is_off(self):
@@ -188,7 +195,8 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.cut_off(side_effect=[
             True, exception.InternalError('no libvirt')])
         for _n in range(2):
-            self.api.recover_live([self.instance], mock.Mock())
+            self.api.recover_live(
+                mock.sentinel.context, [self.instance], mock.Mock())
         # The mark stays.
         recover.assert_not_called()
         end.assert_not_called()
@@ -200,8 +208,8 @@ class LocalDisksTestCase(test.NoDBTestCase):
         recover = self.patch('live_image.capture.recover')
         self.cut_off(side_effect=exception.InvalidDiskMetadata(
             instance_uuid=uuids.instance, mapping='m', reason='a test'))
-        self.api.recover_live([self.instance], mock.Mock(
-            return_value=self.NICS))
+        self.api.recover_live(
+            mock.sentinel.context, [self.instance], mock.Mock())
         recover.assert_not_called()
         self.assertIn('a test', self.stdlog.logger.output)
 
@@ -212,10 +220,14 @@ class LocalDisksTestCase(test.NoDBTestCase):
         end = self.patch('live_image.under_way.end')
         recover = self.patch('live_image.capture.recover')
         others = objects.Instance(uuid=uuids.other)
-        nics_of = mock.Mock(return_value=self.NICS)
-        self.api.recover_live([others, self.instance], nics_of)
-        nics_of.assert_called_once_with(self.instance)
-        recover.assert_called_once_with(self.host, self.instance, mock.ANY)
+        nics = self.patch('live_image.interfaces.of')
+        self.api.recover_live(mock.sentinel.context, [others, self.instance],
+                              mock.sentinel.driver)
+        nics.assert_called_once_with(
+            self.host, mock.sentinel.driver, mock.sentinel.context,
+            self.instance)
+        recover.assert_called_once_with(
+            self.host, self.instance, nics.return_value)
         self.is_open.assert_called_once_with(
             self.host, self.load.return_value)
         self.assertIs(self.instance, self.load.call_args.args[1])
@@ -226,11 +238,12 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.patch('live_image.under_way.instances', return_value=[
             uuids.gone])
         self.patch('live_image.under_way.end', side_effect=OSError('no'))
-        self.api.recover_live([self.instance], None)
+        self.api.recover_live(mock.sentinel.context, [self.instance], None)
 
     def test_nothing_to_recover(self):
         self.patch('live_image.under_way.instances', return_value=[])
-        self.api.recover_live(mock.sentinel.no_list, None)
+        self.api.recover_live(
+            mock.sentinel.context, mock.sentinel.no_list, None)
 
     def test_live_boot(self):
         prepare = self.patch('live_image.spawn.prepare')
@@ -530,8 +543,23 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.host.get_guest.side_effect = exception.InstanceNotFound(
             instance_id=uuids.instance)
         data = objects.LibvirtLiveMigrateData()
-        self.api.plan_live(mock.sentinel.context, self.instance, {}, data)
+        # Whether hosts share its disks, the driver finds out.
+        self.assertIsNone(self.api.plan_live(
+            mock.sentinel.context, self.instance, {}, data))
         self.assertFalse(data.has_planned_disks)
+
+    @ddt.data((('share',), True), (('share', 'mirror'), False))
+    @ddt.unpack
+    def test_live_migration_of_pool_disks(self, ways, expected):
+        for name in ('live.settle.settle', 'live.plan.Plan.make',
+                     'operation.DiskOperation.take_up_running'):
+            self.patch(name)
+        self.patch('live.plan.is_pool_backed', return_value=True)
+        self.assertIs(expected, self.api.plan_live(
+            mock.sentinel.context, self.instance, {},
+            objects.LibvirtLiveMigrateData(disks=[
+                objects.LibvirtLiveMigrateDiskInfo(way=way)
+                for way in ways])))
 
     def _patch_plan(self):
         self.patch('live.settle.settle')
@@ -589,7 +617,8 @@ class LocalDisksTestCase(test.NoDBTestCase):
             self.api.stayed_live(
                 mock.sentinel.context, self.instance, given)
         self.api.check_live(mock.sentinel.context, self.instance, data)
-        self.api.send_live(mock.sentinel.context, self.instance, data)
+        self.assertIs(True, self.api.send_live(
+            mock.sentinel.context, self.instance, data))
         self.assertEqual({}, self.api.offer_live(
             mock.sentinel.context, self.instance))
         self.assertIsNone(self.api.copied_live(mock.sentinel.guest, data))
@@ -814,7 +843,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.api.start_pools(mock.sentinel.context, self.instance)
         self.assertIn('a test', self.stdlog.logger.output)
 
-    @ddt.data(('open', ({},)), ('arrive', ({},)),
+    @ddt.data(('open', ({},)), ('arrive', ({}, {}, '[]')),
               ('take_back', (mock.sentinel.migration, {})),
               ('give_up', (mock.sentinel.migration, {})))
     @ddt.unpack

@@ -12,6 +12,7 @@
 """A real qemu-nbd, and clients that may and may not write to it."""
 
 import contextlib
+import decimal
 import os
 import random
 import resource
@@ -23,7 +24,9 @@ import threading
 import time
 from unittest import mock
 
+from cryptography.hazmat.primitives import serialization
 import fixtures
+from oslo_serialization import jsonutils
 
 import nova.conf
 from nova import exception
@@ -237,6 +240,33 @@ class ExportTestCase(ExportTestBase):
                                   export.cut, self.path, length)
             self.assertIn('has 700 bytes', str(e))
         self.assertEqual(700, os.path.getsize(self.path))
+
+
+class GroupTestCase(ExportTestBase):
+    """QEMU makes a group of its own if it is given none."""
+
+    def test_group_is_not_made_anew(self):
+        # RFC 7919, A.1, has how it is made from the base of natural logarithms
+        group = serialization.load_pem_parameters(
+            keys._GROUP.encode()).parameter_numbers()
+        with decimal.localcontext(decimal.Context(prec=700)):
+            e = int(decimal.Decimal(1).exp() * 2 ** 1918)
+        self.assertEqual(
+            (2, 2 ** 2048 - 2 ** 1984 + (e + 560316) * 2 ** 64 - 1),
+            (group.g, group.p))
+
+    def test_qemu_takes_that_group(self):
+        with mock.patch.object(keys, '_GROUP', 'none'):
+            self.export()
+        self.assert_logged('DH parameters')
+
+    def test_newer_qemu_needs_no_group(self):
+        found = self.export()
+        found._take(jsonutils.dump_as_bytes({
+            'said': "qemu-nbd: warning: Use of an external DH parameters file "
+            "'dh-params.pem' is deprecated and will be removed in a future "
+            "release"}))
+        self.assertNotIn('deprecated', self.stdlog.logger.output)
 
 
 class EndTestCase(ExportTestBase):

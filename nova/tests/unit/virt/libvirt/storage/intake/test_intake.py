@@ -153,8 +153,7 @@ class IntakeTestCase(IntakeTestBase):
         self.assertEqual([], self.exports)
 
     def test_a_disk_s_way(self):
-        self.assertEqual(self.name, self.ask(
-            'free_name', pool=POOL, name=self.name, taken=[]))
+        self.assertEqual([], self.ask('names', pool=POOL))
         self.create()
         self.assertEqual({'address': '127.0.0.1', 'port': 49216,
                           'username': 'nova', 'key': 'key'}, self.open())
@@ -193,12 +192,15 @@ class IntakeTestCase(IntakeTestBase):
             self.open(aes=True)
         self.assertTrue(self.exports[0].order.has_aes)
 
-    def test_name_of_a_file_that_libvirt_does_not_know(self):
-        with mock.patch.object(two_hosts.Pool, 'file_names',
-                               return_value={self.name}):
-            self.assertEqual(self.name + '.2', self.ask(
-                'free_name', pool=POOL, name=self.name,
-                taken=[self.name + '.1']))
+    def test_names_are_the_server_s(self):
+        """Also those of files that libvirt doesn't know."""
+        with mock.patch.object(two_hosts.Pool, 'file_names', return_value={
+                self.name, uuids.other + '_disk', uuids.instance, 'a'}):
+            self.assertEqual([self.name], self.ask('names', pool=POOL))
+            self.refused('names', pool='other')
+            self.migration.status = 'finished'
+            self.migration.save()
+            self.refused('names', pool=POOL)
 
     def test_base_image(self):
         fname = 'ab' * 20
@@ -208,11 +210,10 @@ class IntakeTestCase(IntakeTestBase):
             self.dest.pools[BASES][fname] = {'length': 5, 'allocation': 5}
             self.assertTrue(self.ask('has', pool=BASES, name=fname))
             self.refused('has', pool=BASES, name='other')
-            self.assertEqual(
-                '%s.%s' % (fname, uuids.instance), self.ask(
-                    'free_name', pool=BASES, taken=[],
-                    name='%s.%s' % (fname, uuids.instance)))
-            self.refused('free_name', pool=BASES, taken=[], name=fname)
+            self.assertEqual([], self.ask('names', pool=BASES))
+            coming = '%s.%s' % (fname, uuids.instance)
+            self.dest.pools[BASES][coming] = {'length': 5, 'allocation': 5}
+            self.assertEqual([coming], self.ask('names', pool=BASES))
 
     def test_pool_whose_volumes_are_no_files(self):
         self.dest.types[POOL] = 'logical'
@@ -524,7 +525,6 @@ class RefusalTestCase(IntakeTestBase):
             self.refused(what, pool=POOL, volume=name, length=1, mode=0o644,
                          connections=1, aes=True)
         self.refused('probe', pool=POOL, name=name)
-        self.refused('free_name', pool=POOL, name=name, taken=[])
         self.refused('delete', places=[[POOL, name]])
 
     def test_what_is_not_on_record_as_coming(self):
@@ -592,10 +592,6 @@ class RefusalTestCase(IntakeTestBase):
 
     def test_connected_without_open(self):
         self.refused('connected', **self.place())
-
-    @ddt.data([5], [['a']], [{}], [None], ['a'] * 101)
-    def test_names_that_are_none(self, taken):
-        self.refused('free_name', pool=POOL, name=self.name, taken=taken)
 
     def test_too_many_places(self):
         self.assertIn('201 places', self.refused(

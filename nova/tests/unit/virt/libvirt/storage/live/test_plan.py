@@ -44,6 +44,11 @@ class PlanTestCase(test_settle.LiveTestCase):
         self.stub_out(
             'nova.virt.libvirt.storage.live.file_systems.type_of',
             lambda path: self.file_system)
+        self.file_systems = {}
+        self.stub_out(
+            'nova.virt.libvirt.storage.pool.usage.file_system',
+            lambda path: (self.file_systems.get(path, path), 1 << 40,
+                          self.get_fs_info(path)['free']))
         self.sizes = {}
         self.devices = {}
         for name, dev in DEVICES.items():
@@ -342,6 +347,20 @@ class TestPlan(PlanTestCase):
                                             found[name].way))
         # It takes over what is in its base.
         self.assertLess(4096, found[name].allocation)
+
+    def test_no_room_in_directories_of_one_file_system(self):
+        path_of = plan.path_of
+        self.stub_out(
+            plan.__name__ + '.path_of', lambda local, disks, name: path_of(
+                local, disks, name).replace(
+                    '/disks', '/fast' if name == 'disk' else '/slow'))
+        self.as_overlay('disk', 'snapshot', 4096)
+        self.as_overlay('disk.eph0', 'ephemeral_1_default', 4096)
+        self.free.update({'/fast': 8191, '/slow': 8191})
+        self.file_systems.update({'/fast': 1, '/slow': 1})
+        self.refused('make room', '/fast, /slow', '8191', '8192')
+        self.file_systems.clear()  # each has one of its own
+        self.plan()
 
     def test_no_room_to_take_over_a_base(self):
         self.as_overlay('disk.eph0', 'ephemeral_1_default', 4096)

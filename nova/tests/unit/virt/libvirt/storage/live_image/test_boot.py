@@ -240,16 +240,15 @@ class LiveBootTestCase(test.NoDBTestCase):
         self.assertEqual(1, len(guest.mock_calls))
 
     def test_give_devices(self):
-        wanted = vconfig.LibvirtConfigGuest()
-        wanted.parse_str(test_definition.WANTED)
-        # Which isn't parsed.
-        wanted.devices[1].source_device = 'cdrom'
         guest = mock.Mock()
-        self._boot().give_devices(guest, wanted)
+        self._boot().give_devices(guest, test_definition.WANTED)
         cdrom, nic = guest.mock_calls
         self.assertEqual('change_media', cdrom[0])
-        self.assertEqual('hda', cdrom.args[0].target_dev)
+        wanted = refusal.parse(test_definition.WANTED)
+        self.assertEqual(
+            etree.tostring(wanted.find("devices/disk[@device='cdrom']"),
+                           encoding='unicode'), cdrom.args[0].to_xml())
         self.assertEqual(
             mock.call.attach_device(mock.ANY, persistent=True, live=True),
             nic)
-        self.assertEqual('fa:16:3e:00:00:02', nic.args[0].mac_addr)
+        self.assertIn('fa:16:3e:00:00:02', nic.args[0].to_xml())

@@ -11,13 +11,11 @@
 #    under the License.
 """Where the driver goes on from a memory in place of booting."""
 
-import functools
 from unittest import mock
 
 import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
 
-from nova.compute import task_states
 from nova import context
 from nova import objects
 from nova import test
@@ -51,7 +49,6 @@ class DriverTestCase(test.NoDBTestCase):
         self._patch('_create_image', return_value=(True, True))
         self._patch('_ensure_console_log_for_instance')
         self._patch('_allocate_mdevs', return_value=[])
-        self._patch('_get_guest_config')
         self._patch('plug_vifs')
         self._patch('_register_undefined_instance_details')
         self._patch('get_info', return_value=mock.Mock(state=1))
@@ -67,6 +64,7 @@ class DriverTestCase(test.NoDBTestCase):
 
     def test_live(self):
         live = self.calls.live
+        live.launch.side_effect = lambda _guest, finish, _pause: finish()
         self.disks.live_boot.return_value = live
         self._spawn()
         self.disks.live_boot.assert_called_once_with(
@@ -74,14 +72,10 @@ class DriverTestCase(test.NoDBTestCase):
         libvirt_guest.Guest.create.assert_called_once_with(
             live.define.return_value, self.driver._host)
         self.assertEqual(
-            [mock.call.live.write_root(
-                self.disks.open.return_value.image.return_value),
-             mock.call.live.define(
-                 self.driver._get_guest_config.return_value),
-             mock.call.live.start(self.calls.guest),
+            [mock.call.live.define(
+                'cold', self.disks.open.return_value.image.return_value),
+             mock.call.live.launch(self.calls.guest, mock.ANY, False),
              mock.call.config_drive(),
-             mock.call.live.give_devices(self.calls.guest),
-             mock.call.guest.resume(),
              mock.call.guest.sync_guest_time()], self.calls.mock_calls)
 
     def test_memory_that_can_not_be_had(self):
@@ -100,47 +94,15 @@ class DriverTestCase(test.NoDBTestCase):
 
     def test_snapshot(self):
         self.driver._image_api.get.return_value = {'name': 'warm'}
-        nics = self._patch('_live_interfaces')
-        states = mock.Mock()
         self.driver.live_snapshot(
-            self.context, self.instance, uuids.image, states)
-        found, instance, glance, interfaces, image_id, metadata, uploading = (
-            self.disks.save_live.mock_calls[0].args)
-        self.assertEqual(
-            (self.context, self.instance, self.driver._image_api,
-             nics.return_value, uuids.image),
-            (found, instance, glance, interfaces, image_id))
+            self.context, self.instance, uuids.image, mock.sentinel.states)
+        self.disks.save_live.assert_called_once_with(
+            self.context, self.instance, self.driver, self.driver._image_api,
+            uuids.image, mock.ANY, mock.sentinel.states)
+        metadata = self.disks.save_live.mock_calls[0].args[5]
         self.assertEqual(('warm', 'qcow2', self.instance.project_id), (
             metadata['name'], metadata['disk_format'],
             metadata['properties']['owner_id']))
-        uploading()
-        self.assertEqual(
-            [mock.call(task_state=task_states.IMAGE_PENDING_UPLOAD),
-             mock.call(task_state=task_states.IMAGE_UPLOADING,
-                       expected_state=task_states.IMAGE_PENDING_UPLOAD)],
-            states.mock_calls)
-
-    def test_interfaces(self):
-        detach = self._patch('detach_interface')
-        attach = self._patch('attach_interface')
-        vif_driver = self._patch('vif_driver')
-        get_guest = self.useFixture(fixtures.MockPatchObject(
-            self.driver._host, 'get_guest')).mock
-        vif = mock.sentinel.vif
-        self.instance.get_network_info = lambda: [vif]
-        found = self.driver._live_interfaces(self.context, self.instance)
-        self.assertEqual([vif], found['vifs'])
-        found['detach'](vif)
-        detach.assert_called_once_with(self.context, self.instance, vif)
-        found['attach'](vif)
-        attach.assert_called_once_with(
-            self.context, self.instance, mock.ANY, vif)
-        found['plug'](vif)
-        vif_driver.plug.assert_called_once_with(self.instance, vif)
-        # The guest that runs has it already.
-        found['define'](vif)
-        get_guest.return_value.attach_device.assert_called_once_with(
-            vif_driver.get_config.return_value, persistent=True)
 
     def test_recovers_at_start(self):
         for name in ('_validate_pinning_configuration',
@@ -150,6 +112,5 @@ class DriverTestCase(test.NoDBTestCase):
             self._patch(name)
         self.driver.process_instances_at_startup(
             self.context, [self.instance])
-        instances, nics_of = self.disks.recover_live.mock_calls[0].args
-        self.assertEqual([self.instance], instances)
-        self.assertIsInstance(nics_of, functools.partial)
+        self.disks.recover_live.assert_called_once_with(
+            self.context, [self.instance], self.driver)

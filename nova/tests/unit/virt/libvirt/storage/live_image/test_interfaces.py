@@ -10,10 +10,14 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+from unittest import mock
+
 from nova import exception
 from nova import test
 from nova.tests.unit.virt.libvirt.storage.live_image import fake_guest
+from nova.virt.libvirt import driver as libvirt_driver
 from nova.virt.libvirt.storage.live_image import interfaces
+from nova.virt.libvirt import vif
 
 MACS = fake_guest.MACS
 
@@ -54,3 +58,27 @@ class InterfacesTestCase(test.NoDBTestCase):
         error = self.assertRaises(interfaces.StillThere,
                                   self.interfaces.take_out)
         self.assertIn('52:54:00:00:00:01', str(error))
+
+    def test_of_an_instance(self):
+        """The driver's methods and signatures."""
+        driver = mock.create_autospec(
+            libvirt_driver.LibvirtDriver, instance=True,
+            vif_driver=mock.create_autospec(
+                vif.LibvirtGenericVIFDriver, instance=True))
+        host, instance, nic = mock.Mock(), mock.Mock(), mock.sentinel.nic
+        found = interfaces.of(host, driver, mock.sentinel.context, instance)
+        self.assertEqual(instance.get_network_info.return_value, found.vifs)
+        self.assertEqual(host.get_guest.return_value, found.get_guest())
+        host.get_guest.assert_called_once_with(instance)
+        found.detach(nic)
+        driver.detach_interface.assert_called_once_with(
+            mock.sentinel.context, instance, nic)
+        found.attach(nic)
+        driver.attach_interface.assert_called_once_with(
+            mock.sentinel.context, instance, instance.image_meta, nic)
+        found.plug(nic)
+        driver.vif_driver.plug.assert_called_once_with(instance, nic)
+        # The guest that runs has it already.
+        found.define(nic)
+        host.get_guest.return_value.attach_device.assert_called_once_with(
+            driver.vif_driver.get_config.return_value, persistent=True)

@@ -56,7 +56,7 @@ class SpawnTestCase(test.NoDBTestCase):
             self.host, self.glance, mock.sentinel.context, self.instance)
 
     def test_prepare(self):
-        found = self._prepare()
+        self._prepare()
         self.glance.get.assert_called_once_with(
             mock.sentinel.context, uuids.disk)
         self.assertEqual(
@@ -66,16 +66,24 @@ class SpawnTestCase(test.NoDBTestCase):
             self.host, self.instance, self.store.fetch.return_value)
         self.live.return_value.check_host.assert_called_once_with()
 
-        config, guest = mock.Mock(), mock.Mock()
-        xml = self.live.return_value.define.return_value
-        self.assertEqual(xml, found.define(config))
-        self.live.return_value.define.assert_called_once_with(
-            config.to_xml.return_value)
-        found.start(guest)
-        self.live.return_value.start.assert_called_once_with(guest, xml)
-        found.give_devices(guest)
-        self.live.return_value.give_devices.assert_called_once_with(
-            guest, config)
+    @ddt.data(True, False)
+    def test_launch(self, pause):
+        live = self.live.return_value
+        spawned = self._prepare()
+        calls = mock.Mock()
+        for name in ('write_root', 'define', 'start', 'give_devices'):
+            calls.attach_mock(getattr(live, name), name)
+        live.define.return_value = 'made'
+        self.assertEqual('made', spawned.define('own', mock.sentinel.root))
+        spawned.launch(calls.guest, calls.config_drive, pause)
+        self.assertEqual(
+            [mock.call.write_root(mock.sentinel.root),
+             mock.call.define('own'),
+             mock.call.start(calls.guest, 'made'),
+             mock.call.config_drive(),
+             mock.call.give_devices(calls.guest, 'own'),
+             *([] if pause else [mock.call.guest.resume()])],
+            calls.mock_calls)
 
     def test_image_without_memory(self):
         self.instance.system_metadata = {}

@@ -342,6 +342,31 @@ class StoreTestCase(test.NoDBTestCase):
         self.store.sweep()
         self.assertEqual([uuids.new], os.listdir(self.cache))
 
+    def test_sweep_of_what_is_of_use_just_then(self):
+        """A guest's boot has it in hand when the sweep gets to it."""
+        self.flags(remove_unused_original_minimum_age_seconds=100,
+                   group='image_cache')
+        self.glance.download.side_effect = self._download
+        path = self.store.fetch(uuids.old)
+        os.utime(path, times=(0, 0))
+        part = path + '.part'
+        with open(part, 'w'):
+            pass
+        os.utime(part, times=(0, 0))
+
+        def used(name, **kwargs):
+            # Whoever had the lock before has fetched it.
+            os.utime(path)
+            return mock.DEFAULT
+
+        with mock.patch('oslo_concurrency.lockutils.lock',
+                        side_effect=used) as lock:
+            self.store.sweep()
+        self.assertEqual([uuids.old], os.listdir(self.cache))
+        # One lock for a memory and for what is on its way to be it.
+        self.assertEqual({uuids.old}, {
+            call.args[0] for call in lock.call_args_list})
+
     def test_sweep_of_what_goes_at_the_same_time(self):
         """What is fetched gets its name, another host deletes something."""
         self.flags(remove_unused_original_minimum_age_seconds=100,

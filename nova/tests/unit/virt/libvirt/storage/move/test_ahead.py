@@ -17,6 +17,7 @@ from unittest import mock
 
 import ddt
 import fixtures
+from oslo_utils import units
 
 from nova.compute import task_states
 from nova import exception
@@ -62,8 +63,8 @@ class WarmCopy:
         self.test.done.append('%s of %s' % (what, self.name.split('_')[1]))
         for error in self.test.errors.pop(what, ()):
             raise error
-        watch.progress(0)
-        watch.progress(length)
+        for part in (0, *self.test.parts, 1):
+            watch.progress(int(part * length))
         if watch.cancelled():
             raise exception.StorageTransferCancelled(
                 volume='v', where='w', length=1, transferred=0)
@@ -99,7 +100,7 @@ class AheadTestBase(test_transport.MoveTestBase):
         self.flags(storage_migration_precopy=0,
                    storage_migration_parallel_disks=1, group='libvirt')
         self.done, self.errors, self.known, self.told = [], {}, [], []
-        self.differs, self.sent = [], None
+        self.differs, self.sent, self.parts = [], None, ()
         self.bitmaps = self.useFixture(fixtures.MockPatch(
             'nova.virt.libvirt.storage.move.bitmaps.Bitmaps',
             autospec=True)).mock.return_value
@@ -433,12 +434,11 @@ class AheadTestCase(PassesTests, AheadTestBase):
 
     def forget_instance(self):
         self.answers.update(look={'type': 'dir', 'free': 1 << 40},
-                            has=False, probe=(), free_name='name', create=(),
+                            has=False, probe=(), names=[], create=(),
                             close=(), delete=())
         self.answers['greet'] = {'obstacle': None, 'aes': True, 'cuts': True}
         self.answers['reach'] = ['127.0.0.1', 1]
         self.stub_out('socket.create_connection', mock.Mock())
-        self.answers['free_name'] = self.volume_name('disk')
 
     def test_destination_is_lost_between_the_passes(self):
         self.rpc.side_effect = self._lost_when_all_is_read
@@ -581,6 +581,48 @@ class ReadAheadTestCase(AheadTestBase):
         self.assertEqual([None] * 3, self.changed())
         self.read_table.assert_not_called()
         self.assertEqual(3, len(self.accept()))
+
+    def reads_of_a_large_one(self):
+        """What the destination was asked to read of it, there or not."""
+        self.source.pools[POOL][self.volume_name('disk.eph0')].update(
+            length=units.Gi, allocation=units.Gi)
+        self.parts = (.5, .75, .9)
+        self.go_on(self.begin())
+        self.assertEqual([[[0, 10]]] * 3, self.changed())
+        self.arrived()
+        self.assertEqual([], self.accept())
+        return [request['changed'] for request in self.requests('read')
+                if request['volume'] == self.volume_name('disk.eph0')]
+
+    @mock.patch.object(pump, 'read_again', autospec=True)
+    def test_large_one_is_read_while_the_last_of_it_comes(self, read_again):
+        known = pump.Known(units.Gi, b'later')
+        read_again.return_value = (mock.Mock(), known)
+        later = [704 * MIB, 320 * MIB]
+        self.assertEqual([None, [later]], self.reads_of_a_large_one())
+        self.assertEqual(
+            (pump.Known(units.Gi, b'12345678'), [tuple(later)]),
+            read_again.call_args.args[2:4])
+        self.assertEqual(known, self.verify_known.call_args.args[3])
+
+    def test_large_one_that_can_not_be_read_so_early(self):
+        take_in_disks, failed = self.rpc.side_effect, []
+
+        def ask(context, instance, migration, request):
+            if request['do'] == 'read' and not self.cut.called and (
+                    request['room'] == units.Gi and not failed):
+                failed.append(request)
+                raise exception.StorageIntakeError(host='dest', reason='no')
+            return take_in_disks(context, instance, migration, request)
+
+        self.rpc.side_effect = ask
+        self.assertEqual([None, None], self.reads_of_a_large_one())
+
+    def test_large_one_of_which_the_early_reading_fails(self):
+        self.read_table.side_effect = [
+            b'12345678', b'12345678', exception.NovaException('it is bad'),
+            b'12345678']
+        self.assertEqual([None, None], self.reads_of_a_large_one())
 
     def test_destination_was_restarted(self):
         self.go_on(self.begin())
@@ -900,7 +942,7 @@ class KeptTestCase(AheadTestBase):
         self.go_on(outgoing)
         self.assertEqual(self.name + '.1', self.load().get('disk').volume)
 
-    @ddt.data('free_name', 'create')
+    @ddt.data('names', 'create')
     def test_failure_before_it_is_taken_up(self, what):
         # Another one is kept as well, and that it is left is known then.
         eph0 = self.volume_name('disk.eph0')

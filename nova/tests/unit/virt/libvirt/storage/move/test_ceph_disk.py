@@ -14,6 +14,7 @@
 import os
 
 import ddt
+from oslo_utils import units
 
 import nova.conf
 from nova import exception
@@ -22,6 +23,7 @@ from nova.tests.unit.virt.libvirt.storage.move import test_move
 from nova.tests.unit.virt.libvirt.storage.move import two_hosts
 from nova.virt.libvirt.storage.move import offer
 from nova.virt.libvirt.storage.move import source
+from nova.virt.libvirt.storage.records import leftovers
 
 CONF = nova.conf.CONF
 
@@ -36,6 +38,7 @@ class ConvertedTestCase(test_ceph_images.CephTestCase):
     def setUp(self):
         super().setUp()
         self.commands, self.fails, self.exit_code = [], None, 0
+        self.patience = []
         self.readable, self.stays_silent = True, False
         self.stub_out(MODULE + 'convert.run', self.run_program)
         for name in ('create', 'free_name', 'measure'):
@@ -47,6 +50,13 @@ class ConvertedTestCase(test_ceph_images.CephTestCase):
             lambda host, instance: False)
         self.stub_out('nova.virt.libvirt.storage.pool.usage.measure',
                       lambda pool: (1, 1 << 40, self.source.available))
+
+    def settle(self):
+        """What a hard reboot on the destination ends with."""
+        self.instance.vm_state = 'error'
+        self.disks = self.load()
+        self.disks.mark('ready')    # Swap is made anew.
+        source.settle(self.context, self.instance, self.disks)
 
     # What librbd and qemu-img do
 
@@ -75,6 +85,7 @@ class ConvertedTestCase(test_ceph_images.CephTestCase):
 
     def run_program(self, command, watch, names, good=(0,), least=0):
         self.commands.append(command)
+        self.patience.append(watch['stall_timeout'])
         source, target = map(self.at, command[-2:])
         if self.fails and command[1] == self.fails:
             self.answers = not self.stays_silent
@@ -152,12 +163,22 @@ class IntoCephTestCase(ConvertedTestCase):
         self.assertEqual([], self.flattened)
 
     def test_ceph_is_waited_for_so_long(self):
-        self.flags(storage_migration_stall_timeout=33,
-                   storage_migration_bandwidth=5, group='libvirt')
+        self.flags(storage_migration_stall_timeout=33, group='libvirt')
         self.move()
         for command in self.commands:
             self.assertIn(':rados_osd_op_timeout=33', command[-1])
-        self.assertIn('5M', self.commands[0])
+        self.assertEqual({33}, set(self.patience))
+
+    def test_bandwidth_is_that_of_all_disks(self):
+        """And as long as the last of what was read is written, it waits."""
+        self.flags(storage_migration_bandwidth=4,
+                   storage_migration_parallel_disks=2,
+                   storage_migration_stall_timeout=33, group='libvirt')
+        self.move()
+        self.assertEqual(['%d' % (2 * units.Mi)] * 3, [
+            command[command.index('-r') + 1] for command in self.commands
+            if command[1] == 'convert'])
+        self.assertEqual([33 + 8, 33] * 3, self.patience)
 
     def test_name_is_taken(self):
         """What has it is never touched."""
@@ -231,6 +252,24 @@ class IntoCephTestCase(ConvertedTestCase):
         e = self.assertRaises(exception.InstanceFaultRollback,
                               outgoing.check)
         self.assertIn('On one host', str(e))
+
+    def test_nothing_may_be_made_there(self):
+        """Its user may look alone: found out while the guest runs."""
+        def may_not(pool, name, size, timeout):
+            raise exception.StorageCephError(
+                pool=pool.name, host='source', code=1,
+                reason='[errno 1] RBD permission error')
+
+        self.stub_out(MODULE + 'ceph_bytes.create', may_not)
+        text = self.refused()
+        for part in ('Check that Ceph answers host source', OVER_CEPH,
+                     'permission error'):
+            self.assertIn(part, text)
+
+    def test_what_was_made_to_find_out_is_gone(self):
+        self.checked_items()
+        self.assertEqual(1, len(self.tried))
+        self.assertEqual([], self.images())
 
     def test_no_room(self):
         told = offer.load(self.instance)
@@ -341,6 +380,17 @@ class BetweenCephPoolsTestCase(ConvertedTestCase):
         self.assertEqual([], self.images())
         self.assert_stayed()
 
+    def test_failed_there_and_rebooted(self):
+        """The originals are the source's to delete."""
+        self.move()
+        self.accept()
+        self.settle()
+        self.assertEqual({(POOL, self.volume_name(name))
+                          for name in self.before}, set(self.left('source')))
+        leftovers.delete(self.source, self.disks)
+        self.assertEqual([], self.ours(self.source))
+        self.assertEqual(3, len(self.images()))
+
     def refused_with(self, *parts):
         text = self.refused()
         for part in ('choose a host with the same Ceph pool', self.HERE,
@@ -414,6 +464,14 @@ class OutOfCephTestCase(ConvertedTestCase):
         self.assertEqual(test_move.AT_SOURCE, self.places())
         self.assertEqual([], self.load().leftovers)
 
+    def test_failed_there_and_rebooted(self):
+        self.move()
+        self.accept()
+        self.settle()
+        self.assertEqual({(POOL, self.volume_name(name))
+                          for name in test_move.AT_SOURCE},
+                         set(self.left('source')))
+
     def test_copy_fails(self):
         self.copy_error = exception.StorageTransferError(
             volume='v', side='destination', reason='r', operation='o',
@@ -433,3 +491,30 @@ class OutOfCephTestCase(ConvertedTestCase):
         self.assertEqual([], self.ours(self.dest))
         self.assertEqual(test_move.AT_SOURCE, self.places())
         self.assertEqual(4, len(self.ours(self.source)))
+
+    def test_size_that_is_not_on_record(self):
+        """By it the destination judges what it is sent."""
+        record = self.disks.get('disk')
+        record.size = 0
+        self.disks.set('disk', record)
+        self.disks.save(self.context)
+        self.move()
+        self.assertEqual(1000, self.load().get('disk').size)
+
+    def test_room_in_a_volume_group(self):
+        """There it takes up its whole length."""
+        self.take_volume_groups()
+        self.offered()
+        self.dest.available = 1699
+        self.assertIn('1699 bytes available', self.refused())
+
+    def test_patience_while_a_hole_is_overwritten(self):
+        """libvirt is silent for as long as it writes zeroes."""
+        self.flags(group='libvirt', storage_migration_stall_timeout=5)
+        self.source.pools[POOL][self.volume_name('disk')]['length'] = 1 << 39
+        self.dest.available = 4 << 40
+        self.take_volume_groups()
+        self.offered()
+        self.move()
+        self.assertEqual(5 + (1 << 39) // (32 << 20), max(
+            copy[3]['stall_timeout'] for copy in self.copies))

@@ -154,6 +154,22 @@ class ImagesTestCase(CephTestCase):
         del self.dest.pools[POOL][self.volume_name('disk')]
         self.assertRaises(exception.StorageTransferMismatch, self.accept)
 
+    def test_longer_than_its_record(self):
+        """The guest would see all of it."""
+        disks = self.load()
+        record = disks.get('disk')
+        record.size -= 1
+        disks.set('disk', record)
+        disks.save(self.context)
+        self.assertRaises(exception.UnsafeDiskContent, self.accept)
+        self.assertTrue(self.load().get('disk').is_building)
+
+    def test_pool_that_is_none_of_ceph(self):
+        """It was redefined, or the source makes something up."""
+        del self.dest.ceph[POOL]
+        e = self.assertRaises(exception.StorageTransferMismatch, self.accept)
+        self.assertIn('%s is over no Ceph pool' % POOL, str(e))
+
     def test_nothing_is_expected(self):
         disks = self.load()
         record = disks.get('disk')
@@ -188,6 +204,10 @@ class ImagesTestCase(CephTestCase):
                          {(POOL, self.volume_name('disk.swap'))})
         self.assertEqual(COPIED, self.images())
         self.assertEqual([], self.host.uris)
+        # Nova lists no images that are left.
+        said = self.stdlog.logger.output
+        self.assertNotIn('list_disks', said)
+        self.assertEqual(len(COPIED), said.count('rbd ls says'))
         # A Ceph that is silent is not waited for once more.
         self.assertEqual(1 if lacks == 'answers' else 0, len(self.tried))
         self.answers = True

@@ -12,13 +12,35 @@
 
 import itertools
 import os
+import subprocess
+import sys
+import time
 from unittest import mock
 
 from nova import exception
 from nova import test
 from nova.virt.libvirt.storage.move import convert
 
-NAMES = {'volume': 'v', 'where': 'w', 'length': 1, 'operation': 'convert'}
+NAMES = {'volume': 'v', 'where': 'w', 'length': 10, 'operation': 'convert'}
+
+
+# Runs a program in a thread, as nova-compute does.
+SERVICE = '''
+import threading
+from nova.virt.libvirt.storage.move import convert
+threading.Thread(target=convert.run, args=(["sleep", "60"], {
+    "on_start": lambda pid: print(pid, flush=True), "on_end": print,
+    "cancelled": lambda: False, "stall_timeout": 60}, {})).start()
+'''
+
+
+def _is_running(pid):
+    try:
+        with open('/proc/%d/stat' % pid) as f:
+            # One that nobody has waited for has ended, too.
+            return f.read().rpartition(')')[2].split()[0] != 'Z'
+    except OSError:
+        return False
 
 
 class ConvertTestCase(test.NoDBTestCase):
@@ -81,6 +103,18 @@ class ConvertTestCase(test.NoDBTestCase):
             self.assertRaises(exception.StorageTransferCancelled,
                               self.run_it, 'sleep', '600')
 
+    def test_progress_that_is_told(self):
+        """As qemu-img -p tells it, of the bytes that there are."""
+        self.watch['progress'] = mock.Mock()
+        self.watch['stall_timeout'] = 0.5
+        self.stub_out('nova.virt.libvirt.storage.move.convert._done',
+                      lambda pid: 0)
+        self.assertEqual(0, self.run_it(
+            'sh', '-c', 'for p in 00.00 25.00 50.00 75.00; do '
+            'printf "    ($p/100%%)\\r"; sleep .3; done'))
+        self.assertEqual([mock.call(part) for part in (2, 5, 7)],
+                         self.watch['progress'].mock_calls)
+
     def test_next_to_nothing_is_no_progress(self):
         """Whoever waits for a silent Ceph still wakes up now and then."""
         self.watch['stall_timeout'] = 0.5
@@ -99,8 +133,30 @@ class ConvertTestCase(test.NoDBTestCase):
         self.assertIsNone(convert._done(1 << 30))
 
     def test_no_such_program(self):
+        e = self.assertRaises(exception.StorageTransferError, self.run_it,
+                              '/nowhere/qemu-img')
+        self.assertIn('No such file', str(e))
+
+    def test_nothing_can_be_started(self):
+        self.stub_out('nova.virt.libvirt.storage.move.convert._ENDED_WITH_US',
+                      ('/nowhere/setpriv',))
         e = self.assertRaises(
             exception.StorageTransferError, convert.run,
-            ['/nowhere/qemu-img'], self.watch, NAMES)
+            ['true'], self.watch, NAMES)
         self.assertIn('No such file', str(e))
         self.watch['on_start'].assert_not_called()
+
+    def test_service_is_killed(self):
+        """What it has started must not go on alone."""
+        service = subprocess.Popen(
+            [sys.executable, '-c', SERVICE], stdout=subprocess.PIPE)
+        self.addCleanup(service.stdout.close)
+        self.addCleanup(service.wait)
+        self.addCleanup(service.kill)
+        pid = int(service.stdout.readline())
+        self.assertTrue(_is_running(pid))
+        service.kill()
+        until = time.monotonic() + 10
+        while _is_running(pid):
+            self.assertLess(time.monotonic(), until)
+            time.sleep(.01)

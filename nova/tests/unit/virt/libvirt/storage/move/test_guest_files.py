@@ -188,6 +188,19 @@ class MoveTestCase(FilesTestCase):
         self.assertFalse(arrival.is_due(self.instance, self.load()))
         self.assertTrue(files.has_tpm(self.instance))
 
+    def test_first_and_beside_the_disks(self):
+        # What is small takes its time, too.
+        self.flags(storage_migration_parallel_disks=1, group='libvirt')
+        outgoing = self.outgoing()
+        outgoing.check()
+        with mock.patch('nova.thread_pool_factory.spawn_on') as spawn:
+            outgoing.run(self.directory)
+        spawn.assert_called_once()
+        self.assertEqual(
+            [self.volume_name(name) for name in (
+                'files', 'disk', 'disk.config', 'disk.eph0')],
+            [copy[0].name for copy in self.copies])
+
     def test_copy_fails(self):
         self.copy_error = exception.InternalError('pump')
         self.assertRaises(exception.InternalError, self.move)

@@ -20,8 +20,10 @@ import fixtures
 import futurist
 import oslo_messaging as messaging
 from oslo_utils.fixture import uuidsentinel as uuids
+from oslo_utils import units
 import tenacity
 
+from nova.compute import task_states
 import nova.conf
 from nova import context
 from nova import exception
@@ -40,6 +42,7 @@ from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
+from nova.virt.libvirt import utils as libvirt_utils
 
 CONF = nova.conf.CONF
 
@@ -307,9 +310,20 @@ class CheckTestCase(OutgoingTestCase):
         self.assertEqual(0, self.dest.refreshes)
 
     def test_room_in_a_volume_group_is_the_whole_length(self):
+        # that of swap, too, though it is made anew: 1000 + 600 + 400 + 100
         self.take_volume_groups()
-        self.dest.available = 1699
-        self.assertIn('1699 bytes available and 1700', self.refused())
+        self.dest.available = 2099
+        self.assertIn('2099 bytes available and 2100', self.refused())
+
+    def test_room_in_a_volume_group_for_the_new_flavor(self):
+        """When the disks have come it would be too late."""
+        self.take_volume_groups()
+        self.instance.new_flavor = objects.Flavor(root_gb=1, ephemeral_gb=0)
+        self.dest.available = units.Gi + 1099
+        self.assertIn('and %d are needed' % (units.Gi + 1100), self.refused())
+        self.dest.available += 1
+        with self.outgoing() as outgoing:
+            outgoing.check()
 
     def test_volume_group_takes_no_qcow2(self):
         """As bytes it would go there, and could never grow."""
@@ -526,6 +540,32 @@ class RunTestCase(OutgoingTestCase):
         self.assertEqual((1700, 1700, 0), (self.migration.disk_total,
                                            self.migration.disk_processed,
                                            self.migration.disk_remaining))
+
+    def test_directory_is_set_aside(self):
+        self.flags(instances_path=self.directory)
+        path = libvirt_utils.get_instance_path(self.instance)
+        os.mkdir(path)
+        with open(os.path.join(path, 'console.log'), 'w'):
+            pass
+        # Of a migration that has failed.
+        os.makedirs(os.path.join(path + '_resize', 'old'))
+        self.assertEqual(
+            path + '_resize', self.outgoing().set_directory_aside())
+        self.assertEqual(['console.log'], os.listdir(path + '_resize'))
+        self.assertFalse(os.path.exists(path))
+
+    def test_is_wanted(self):
+        get = self.useFixture(fixtures.MockPatch(
+            'nova.objects.Instance.get_by_uuid')).mock
+        outgoing = self.outgoing()
+        for task_state, expected in (
+                (task_states.RESIZE_MIGRATING, True),
+                (task_states.DELETING, False)):
+            get.return_value.task_state = task_state
+            self.assertIs(expected, outgoing.is_wanted())
+        get.side_effect = exception.InstanceNotFound(
+            instance_id=self.instance.uuid)
+        self.assertIs(False, outgoing.is_wanted())
 
     def test_disk_that_has_grown_since_the_check(self):
         outgoing = self.outgoing()
@@ -972,6 +1012,52 @@ class EndTestCase(OutgoingTestCase):
         self.assertEqual('ready', self.places()['disk'][0])
         # There need be no base image.
         self.cache_base.assert_not_called()
+
+    def longer_than_its_record(self):
+        """What a source sends that doesn't keep to what is on record."""
+        self.move()
+        record = self.disks.get('disk.eph0')
+        record.size -= 1
+        self.disks.set('disk.eph0', record)
+        self.disks.save(self.context)
+
+    def test_accept_a_raw_file_that_is_longer_than_its_record(self):
+        """The guest would see all of it, more than its flavor gives."""
+        self.longer_than_its_record()
+        e = self.assertRaises(exception.UnsafeDiskContent, self.accept)
+        self.assertIn('600 bytes, and 599 are on record', str(e))
+        self.assertEqual(ON_THE_WAY['disk.eph0'], self.places()['disk.eph0'])
+
+    def test_accept_a_logical_volume_that_is_longer_than_its_record(self):
+        """It is rounded up to whole extents."""
+        self.take_volume_groups()
+        self.make_offer()
+        self.longer_than_its_record()
+        self.stub_out('nova.privsep.storage.sync', lambda path: None)
+        self.accept()
+        self.assertEqual('ready', self.places()['disk.eph0'][0])
+
+    def test_accept_a_raw_file_that_was_a_logical_volume(self):
+        """A source says so if a disk has more than its flavor gives."""
+        record = self.disks.get('disk.eph0')
+        record.size -= 1
+        self.disks.set('disk.eph0', record)
+        self.disks.save(self.context)
+        self.move()
+        self.assertEqual(600, self.load().get('disk.eph0').size)
+        self.accept()
+        self.assertEqual('ready', self.places()['disk.eph0'][0])
+        before = self.load().get('disk.eph0').previous
+        self.assertEqual(599, before.size)
+
+    def test_accept_a_raw_file_whose_size_is_not_on_record(self):
+        record = self.disks.get('disk.config')
+        record.size = 0
+        self.disks.set('disk.config', record)
+        self.disks.save(self.context)
+        self.move()
+        self.accept()
+        self.assertEqual('ready', self.places()['disk.config'][0])
 
     @ddt.data('none', 'space')
     def test_reservation(self, preallocate):

@@ -95,6 +95,22 @@ class OnCephTestCase(test_move.OutgoingTestCase):
         self.assertEqual(before, self.places())
         self.assertEqual([], self.saves)
 
+    def test_ceph_is_silent(self):
+        """It isn't waited for; the guest waits for its disk."""
+        self.offered()
+        asked = []
+
+        def check(names=()):
+            asked.extend(names)
+            raise exception.StorageCephError(
+                pool=POOL, host='source', reason='timed out', code=110)
+
+        self.stub_out('nova.tests.unit.virt.libvirt.storage.move.two_hosts.'
+                      'Pool.ceph', lambda pool: mock.Mock(
+                          identity='cluster/nova', check=check))
+        self.assertIn('Check that Ceph answers host source', self.refused())
+        self.assertIn(self.volume_name('disk'), asked)
+
     def test_firmware_travels(self):
         self.nvram = True
         self.offered()

@@ -77,6 +77,7 @@ class PeerContract:
     def test_names(self):
         self.assertEqual(self.name, self.pool.free_name(self.name))
         self.there[self.name] = {'length': 1, 'allocation': 1}
+        self.pool.refresh()
         self.assertEqual(self.name + '.2', self.pool.free_name(
             self.name, {self.name + '.1'}))
 
@@ -212,6 +213,19 @@ class ServicePeerTestCase(PeerContract, ServicePeerBase):
         e = self.assertRaises(exception.MigrationPreCheckError,
                               self.peer.check, [POOL])
         self.assertIn('of type logical', str(e))
+
+    def test_pool_is_asked_once(self):
+        for _n in range(2):
+            pool = self.peer.pool(POOL)
+            pool.check()
+            for name in ('disk', 'disk.eph0'):
+                pool.free_name(self.volume_name(name))
+        self.assertEqual(['look', 'names'], self.asked())
+        pool.refresh()
+        pool.free_name(self.name)
+        self.peer.check([POOL])
+        self.assertEqual(['names', 'greet', 'look', 'reach'],
+                         self.asked()[2:])
 
     def test_without_libnbd(self):
         self.missing.return_value = 'libnbd is not installed'

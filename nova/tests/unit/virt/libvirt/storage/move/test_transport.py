@@ -183,6 +183,17 @@ class MoveTestCase(MoveTestBase):
             self.context, self.instance, self.load(), self.dest, 'dest:///',
             self.cache_base)
 
+    def test_disk_that_is_done_at_once(self):
+        def copy(*args, progress, **kwargs):
+            return self.pump_copy(
+                *args, **kwargs,
+                progress=lambda done: [progress(0), progress(2 * done)])
+
+        self.stub_out('nova.virt.libvirt.storage.pump.transfer.copy', copy)
+        self.move()
+        self.assertNotIn('connected', self.asked())
+        self.assertEqual(3, self.asked().count('close'))
+
     def test_disk_that_has_come_wrong(self):
         self.assertRaises(exception.StorageTransferMismatch,
                           self.come_wrong, 'nbd')

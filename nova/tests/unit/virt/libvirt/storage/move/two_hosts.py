@@ -156,6 +156,9 @@ class Pool:
     def is_active(self):
         return self.name not in self.daemon.inactive
 
+    def start(self):
+        self.daemon.inactive.discard(self.name)
+
     def config(self):
         return mock.Mock(
             type=self.daemon.types[self.name],

@@ -459,6 +459,23 @@ class ResizeTestCase(OldBlocksTestCase):
         self.mock_extend.assert_not_called()
         self.assertEqual({'v'}, set(self.group.devices))
 
+    def test_extents_are_taken_meanwhile(self):
+        """By a volume that is made just then: there are others."""
+        told = ('  No free extents on physical volume "/dev/vda".\n  No '
+                'specified PVs have space available.')
+        taken = [processutils.ProcessExecutionError(stderr=told)] * 2
+
+        def extend(path, size, extents=()):
+            if taken:
+                raise taken.pop()
+            self.extend(path, size, extents)
+
+        self.mock_extend.side_effect = extend
+        self.volume.resize(21 * units.Mi)
+        self.assertEqual(24 * units.Mi, self.volume.physical())
+        self.assertEqual([], self.secrets())
+        self.assertEqual({'v'}, set(self.group.devices))
+
     def test_large_enough(self):
         self.volume.resize(12 * units.Mi)
         self.mock_extend.assert_not_called()

@@ -670,7 +670,7 @@ class TestMoves(RecordsTestCase):
         ('libvirt-storage', 'other', task_states.REBUILDING, True),
         ('libvirt-storage', 'here', task_states.REBUILDING, False),
         ('flat', 'other', task_states.REBUILDING, False),
-        ('libvirt-storage-rbd', 'other', task_states.REBUILDING, False),
+        ('libvirt-storage-rbd', 'other', task_states.REBUILDING, True),
         # An evacuation has failed: it may be the last copy.
         ('libvirt-storage', 'other', task_states.REBUILD_SPAWNING, False))
     @ddt.unpack
@@ -687,6 +687,21 @@ class TestMoves(RecordsTestCase):
         records.forget(self.context, disks)
         self.assertIsNone(disks.get('disk'))
         self.assertEqual([('other', 'q', volume)] if is_left else [],
+                         [tuple(left) for left in disks.leftovers])
+
+    @ddt.data(('_disk', False), ('_disk.1', True))
+    @ddt.unpack
+    def test_destroyed_on_ceph_and_kept_elsewhere(self, volume, is_left):
+        """The original in another Ceph pool, but not the image itself."""
+        self.instance.task_state = task_states.REBUILDING
+        original = uuids.instance + '_disk'
+        disks = self.disks(self.record(
+            backend='libvirt-storage-rbd', pool='p',
+            volume=uuids.instance + volume, previous=self.record(
+                backend='libvirt-storage-rbd', host='other', pool='p',
+                volume=original)))
+        records.forget(self.context, disks)
+        self.assertEqual([('other', 'p', original)] if is_left else [],
                          [tuple(left) for left in disks.leftovers])
 
     @ddt.data((task_states.REBUILDING, 'building', True),

@@ -21,7 +21,6 @@ from lab.tests import test_cloud_ceph
 
 #: What host-a calls its pool over Ceph; that for disks is a directory.
 OVER_CEPH = 'lab-ceph'
-OSD = 'ceph-osd'
 SILENCE = 40  # seconds
 #: As Ceph sets them. An OSD takes no one of them for less than those before.
 RATIOS = {'nearfull': '0.85', 'backfillfull': '0.90', 'full': '0.95'}
@@ -118,7 +117,7 @@ class TestKindsPatience(KindsCase):
         server, before = self.server()
         server.api.migrate_server(server.id, host='host-b')
         self.wait_for(lambda: 'disk' in self.images(server))
-        with self.ceph.control.paused(OSD):
+        with self.ceph.silent():
             time.sleep(SILENCE)
         found = server.wait('VERIFY_RESIZE', limit=300)
         self.assertEqual('host-b', found.compute_host)
@@ -161,7 +160,7 @@ class TestKindsFaults(KindsCase):
         self.assert_nothing_left(server, 'host-a')
 
     def test_silence(self):
-        self.fails_in_the_middle(lambda: self.ceph.control.paused(OSD))
+        self.fails_in_the_middle(self.ceph.silent)
 
     def test_full(self):
         @contextlib.contextmanager

@@ -203,7 +203,7 @@ class TestBetweenFaults(BetweenCase):
 
     def test_silence(self):
         server, before = self.begin()
-        with self.ceph.control.paused('ceph-osd'):
+        with self.ceph.silent():
             begun = time.monotonic()
             self.wait_for(lambda: not self.programs(), 60)
             self.assertLess(time.monotonic() - begun, 45)

@@ -16,6 +16,7 @@ import time
 import unittest
 
 from lab import ceph
+from lab.machine import Machine
 from lab.tests import cloud_case
 from lab.tests import test_cloud_ceph
 
@@ -161,6 +162,36 @@ class TestKindsFaults(KindsCase):
 
     def test_silence(self):
         self.fails_in_the_middle(self.ceph.silent)
+
+    def test_silence_on_the_way_out(self):
+        """What leaves Ceph is read from it, into a file of host-b."""
+        def programs():
+            return Machine('host-b').run(
+                ['pgrep', '-a', 'qemu-img'], check=False).stdout
+
+        server, before = self.server('host-b')
+        options = [('libvirt', key) for key in self.more]
+        self.cloud.set_many('host-b', {
+            key: self.more[key[1]] for key in options})
+        try:
+            server.api.migrate_server(server.id, host='host-a')
+            self.wait_for(programs)
+            with self.ceph.silent():
+                begun = time.monotonic()
+                self.wait_for(lambda: not programs())
+                self.assertLess(time.monotonic() - begun, 45)
+            # Its own disk is there: it can't start before Ceph answers.
+            self.assertEqual(
+                'host-b', server.wait('ACTIVE', limit=180).compute_host)
+            said = server.testimony(after=before)
+            self.assert_kept(said)
+        finally:
+            self.cloud.set_many('host-b', dict(zip(options, (0, 60))))
+        server.migrate('host-a')
+        self.assert_kept(server.testimony(after=said))
+        server.confirm()
+        self.assert_on_a(server)
+        self.assert_nothing_left(server, 'host-b')
 
     def test_full(self):
         @contextlib.contextmanager

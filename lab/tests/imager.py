@@ -16,7 +16,6 @@ no image service: interfaces are ethernet devices, images are files. Asked as
 mover.py is.
 """
 
-import functools
 import hashlib
 import os
 import signal
@@ -154,7 +153,6 @@ class Compute(mover.Compute):
         :param own: the XML that a driver would start it with
         :returns: for how long each step took, in seconds
         """
-        from nova.virt.libvirt import config
         from nova.virt.libvirt import guest as libvirt_guest
         from nova.virt.libvirt.storage import image
         from nova.virt.libvirt.storage.live_image import boot
@@ -183,15 +181,7 @@ class Compute(mover.Compute):
         done('define')
         live.start(guest, xml)
         done('go on')
-        config_ = config.LibvirtConfigGuest()
-        config_.parse_str(own)
-        # What isn't parsed is known here.
-        for device in config_.devices:
-            if isinstance(device, config.LibvirtConfigGuestInterface):
-                device.to_xml = functools.partial(interface, device.mac_addr)
-            elif getattr(device, 'target_dev', '') == 'hda':
-                device.source_device = 'cdrom'
-        live.give_devices(guest, config_)
+        live.give_devices(guest, own)
         done('devices')
         guest.resume()
         guest.sync_guest_time()

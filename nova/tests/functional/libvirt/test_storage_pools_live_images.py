@@ -196,8 +196,7 @@ class TestLiveImages(storage_pools.StoragePoolsTestBase):
         image_id = self.save(self.source())
         self.flags(live_images=False, group='libvirt')
         for host in ('compute1', 'compute2'):
-            driver = self.computes[host].manager.driver
-            driver._update_host_specific_capabilities()
+            self.restart_compute_service(host)
         self._run_periodics()
         server = self.create(image_id, 'compute2', expected_state='ERROR')
         self.assertIn('No valid host', server['fault']['message'])

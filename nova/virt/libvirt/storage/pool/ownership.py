@@ -224,6 +224,10 @@ def delete_named(pool, name: str, instance=None) -> bool:
     :returns: whether it is gone; it may have been before
     """
     try:
+        images = pool.ceph()
+        if images is not None:
+            # Whoever asks has more to do than to wait for it.
+            images.check([name])
         volume = pool.volume(name)
     except exception.StorageVolumeNotFound:
         return True

@@ -208,6 +208,19 @@ class ImagesTestCase(CephPoolTestCase):
         self.assertEqual({}, self.images)
         image.delete()
 
+    def test_delete_of_what_was_left_does_not_wait(self):
+        """What it is in the way of is refused, and comes again."""
+        self.add_image()
+        self.ceph.keeps_silent = True
+        with mock.patch.object(ceph_pool.CephImage, 'delete') as delete:
+            self.assertFalse(ownership.delete_named(self.pool, 'i'))
+        delete.assert_not_called()
+        # and not that it would wait for ever
+        self.assertIn('Check that Ceph answers', self.stdlog.logger.output)
+        self.ceph.keeps_silent = False
+        self.assertTrue(ownership.delete_named(self.pool, 'i'))
+        self.assertEqual({}, self.images)
+
     def test_delete_drops_the_snapshot_of_a_resize(self):
         self.add_image().snapshots['nova-resize'] = ceph.Snapshot(b'', 1)
         self.pool.volume('i').delete()

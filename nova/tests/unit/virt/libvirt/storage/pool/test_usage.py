@@ -265,13 +265,6 @@ class DriverTestCase(UsageTestCase):
                 {'mount_device': '/dev/vdb'}]})
         self.assertEqual([], infos)
 
-    def test_disk_info_of_network_disk_with_path_is_skipped(self):
-        conf = guest_config.LibvirtConfigGuestDisk()
-        conf.source_type, conf.source_path = 'network', '/x'
-        self.guest.add_device(conf)
-        self.assertEqual([], self.drvr._get_instance_disk_info_from_config(
-            self.guest, None))
-
     @mock.patch.object(objects.BlockDeviceMappingList,
                        'bdms_by_instance_uuid', return_value={})
     @mock.patch.object(objects.InstanceList, 'get_by_filters',

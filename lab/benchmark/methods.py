@@ -179,6 +179,9 @@ class Bench:
             host.run(['mkdir', '-p', '-m', '700', KEYS])
             host.path(KEYS + '/keys.psk').write_text('nova:%s\n' % self.key)
             host.path(KEYS + '/priority').write_text(SYSTEM_PRIORITY)
+            # Else QEMU makes one at each start; Nova gives it this one.
+            host.run(['certtool', '--get-dh-params', '--sec-param', 'medium',
+                      '--outfile', KEYS + '/dh-params.pem'])
         self.runner, self.peer = Runner(a), Runner(b)
 
     def remove(self) -> None:

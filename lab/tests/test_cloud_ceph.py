@@ -134,15 +134,24 @@ class MovingCase(CephTestCase):
         there = server.testimony(after=before)
         self.assertEqual('host-b', server.host)
         self.assertEqual(2 * before.own['bytes'], there.own['bytes'])
+        back = self.revert(server, there)
+        self.assertEqual(before.own['bytes'], back.own['bytes'])
+        self.assert_on_a(server)
+        self.assert_nothing_left(server, 'host-b')
+
+    def revert(self, server, there):
+        """Revert a move; what the guest has written since is gone.
+
+        :param there: its testimony since the move
+        :returns: that since the revert
+        """
         self.assert_kept(there)
         server.command('fill', 'late', 4, 'gamma')
         server.revert()
         back = server.testimony(after=there)
         self.assert_kept(back)
         self.assertNotIn('late', back.ranges)
-        self.assertEqual(before.own['bytes'], back.own['bytes'])
-        self.assert_on_a(server)
-        self.assert_nothing_left(server, 'host-b')
+        return back
 
 
 class TestCeph(test_cloud_servers.Scenarios, CephTestCase):

@@ -177,6 +177,7 @@ class TestKeptCopies(NbdTestBase):
         played = type('Played', (WarmCopy,), {'pump': self.pump, 'known': {}})
         self.known = played.known
         for name, value in (
+                ('move.ahead._KEPT_LEAST', 1),
                 ('pump.transfer.WarmCopy', played),
                 ('pump.transfer.read_table', self._read_table),
                 ('pool.mounts.is_local', lambda path: True)):

@@ -42,6 +42,10 @@ LOG = logging.getLogger(__name__)
 _TABLES_SHARE = 64
 _TABLES_LEAST = 16 * units.Mi
 
+# Less than so many bytes are sent anew in a fraction of the time that both
+# hosts take to compare them.
+_KEPT_LEAST = 8 * units.Mi
+
 # Seconds between two questions how far the destination has read: at first and
 # at most, and by what they grow, as that is lost when it has ended in between.
 _FIRST_INTERVAL, _INTERVAL, _GROWTH = 0.05, 0.5, 1.25
@@ -154,8 +158,11 @@ class FirstPass:
                 if item.allocation >= least * units.Mi or self._kept(item)]
 
     def _kept(self, item):
-        """The volume that the destination still has of a disk, or None."""
-        if not self._departure.peer.keeps:
+        """What the destination still has of a disk, if that is worth it.
+
+        :returns: the name of the volume, or None
+        """
+        if not self._departure.peer.keeps or item.allocation < _KEPT_LEAST:
             return None
         return keeping.copy_of(
             self._transfer.disks, self._transfer.migration.dest_compute,

@@ -716,6 +716,7 @@ class KeptTestCase(AheadTestBase):
     def setUp(self):
         super().setUp()
         self.flags(storage_migration_keep_copies=24, group='libvirt')
+        self.stub_out('nova.virt.libvirt.storage.move.ahead._KEPT_LEAST', 1)
         self.is_local = self.useFixture(fixtures.MockPatch(
             'nova.virt.libvirt.storage.pool.mounts.is_local',
             autospec=True, return_value=True)).mock
@@ -925,6 +926,10 @@ class KeptTestCase(AheadTestBase):
 
     def test_destination_does_not_know_it(self):
         self.answers['greet'] = {'obstacle': None, 'aes': True, 'cuts': True}
+        self._not_taken_up()
+
+    def test_too_little_to_be_compared(self):
+        self.stub_out('nova.virt.libvirt.storage.move.ahead._KEPT_LEAST', MIB)
         self._not_taken_up()
 
     def test_destination_that_others_see_into(self):

@@ -317,21 +317,14 @@ class Plan:
         self._growth[directory] = growth + self._growth.get(directory, 0)
 
     def _check_room(self):
-        needed: dict[int, dict[str, int]] = {}
-        rooms = {}
-        for directory, growth in self._growth.items():
-            device, _total, rooms[device] = usage.file_system(directory)
-            needed.setdefault(device, {})[directory] = growth
-        for device, directories in needed.items():
-            available, total = rooms[device], sum(directories.values())
-            if total > available:
-                raise refused(_(
-                    'make room first: %(directory)s on host %(host)s has '
-                    '%(available)d bytes available and %(total)d are needed '
-                    'to make disks independent of base images that the '
-                    "destination can't have"),
-                    directory=', '.join(sorted(directories)),
-                    host=CONF.host, available=available, total=total)
+        for directories, available, total in usage.overfull(
+                self._growth, usage.file_system):
+            raise refused(_(
+                'make room first: %(directory)s on host %(host)s has '
+                '%(available)d bytes available and %(total)d are needed to '
+                'make disks independent of base images that the destination '
+                "can't have"), directory=', '.join(directories),
+                host=CONF.host, available=available, total=total)
 
 
 def path_of(local, disks, name) -> str:

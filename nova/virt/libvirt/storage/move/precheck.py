@@ -417,26 +417,23 @@ class Departure:
 
     def _check_room_here(self):
         """Compare what flattening volumes takes with what there is."""
-        needed: dict[int | str, dict[str, int]] = {}
-        rooms = {}
+        growth: dict[str, int] = {}
+        pools = {}
         for item in self.items:
             if item.growth:
                 pool = item.source.pool
-                device, _total, rooms[device] = usage.measure(pool)
-                pools = needed.setdefault(device, {})
-                pools[pool.name] = pools.get(pool.name, 0) + item.growth
-        for device, pools in needed.items():
-            available, total = rooms[device], sum(pools.values())
-            if total > available:
-                raise _refused(
-                    _("make room first: storage pool %(pool)s of host "
-                      "%(host)s has %(available)d bytes available and "
-                      "%(total)d are needed to make volumes independent of "
-                      "base images that host %(dest)s can't have") % {
-                          'pool': ', '.join(sorted(pools)),
-                          'host': CONF.host,
-                          'dest': self.migration.dest_compute,
-                          'available': available, 'total': total})
+                pools[pool.name] = pool
+                growth[pool.name] = growth.get(pool.name, 0) + item.growth
+        for names, available, total in usage.overfull(
+                growth, lambda name: usage.measure(pools[name])):
+            raise _refused(
+                _("make room first: storage pool %(pool)s of host %(host)s "
+                  "has %(available)d bytes available and %(total)d are needed "
+                  "to make volumes independent of base images that host "
+                  "%(dest)s can't have") % {
+                      'pool': ', '.join(names), 'host': CONF.host,
+                      'dest': self.migration.dest_compute,
+                      'available': available, 'total': total})
 
     def _available(self, pool, wanted):
         """How many bytes a pool of the destination has room for.

@@ -778,7 +778,7 @@ class StorageVolume:
     # Nobody has the extents when LVM is asked for them: a volume that is made
     # in that moment may get some. If there are no others, libvirt says so.
     @tenacity.retry(
-        retry=tenacity.retry_if_exception(lambda e: _lvm_is_full(e)),
+        retry=tenacity.retry_if_exception(_lvm_is_full),
         reraise=True, stop=tenacity.stop_after_attempt(EXTEND_TRIES))
     def _take_extents(self, capacity, length):
         nova.privsep.fs.lvextend(

@@ -198,6 +198,26 @@ def get_local_info(conn, host: str) -> dict[str, int]:
     return _local_info(host).get(conn)
 
 
+def overfull(wanted: ty.Mapping[str, int], measured: ty.Callable) -> list[
+        tuple[list[str], int, int]]:
+    """Where there is less room than is wanted.
+
+    :param wanted: bytes by place: a pool's name, or a directory
+    :param measured: called with each; returns what :func:`measure` does
+    :returns: of each such file system the places in it, its free bytes, and
+        how many are wanted there
+    """
+    free: dict[int | str, int] = {}
+    places: dict[int | str, list[str]] = {}
+    for place in sorted(wanted):
+        device, _total, free[device] = measured(place)
+        places.setdefault(device, []).append(place)
+    sums = {device: sum(wanted[place] for place in found)
+            for device, found in places.items()}
+    return [(places[device], free[device], total)
+            for device, total in sums.items() if total > free[device]]
+
+
 def disk_devices(conn, host: str) -> set[int]:
     """The devices (st_dev) of the file systems that this host's pools are in.
 

@@ -238,6 +238,20 @@ class LocalInfoTestCase(base.PoolsTestCase):
         self.assertEqual({1, 3}, usage.disk_devices(self.conn, 'here'))
 
 
+class OverfullTestCase(test.NoDBTestCase):
+    def overfull(self, **wanted):
+        return usage.overfull(wanted, {
+            'a': ('one', 100, 10), 'b': ('one', 100, 10),
+            'c': ('two', 100, 10)}.get)
+
+    def test_one_file_system_has_room_once(self):
+        self.assertEqual([], self.overfull(a=5, b=5, c=10))
+        self.assertEqual([(['a', 'b'], 10, 11)],
+                         self.overfull(c=10, b=5, a=6))
+        self.assertEqual([(['b'], 10, 11), (['c'], 10, 12)],
+                         self.overfull(b=11, c=12))
+
+
 class DriverTestCase(UsageTestCase):
     """What the driver does with disks of type volume."""
 

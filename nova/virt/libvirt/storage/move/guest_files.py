@@ -17,6 +17,7 @@ storage API is all that there is of the peer. What the source has stays in its
 directory of the instance until confirm or revert.
 """
 
+import contextlib
 import io
 import os
 import re
@@ -111,8 +112,7 @@ def pack(host, instance, directory, same_host):
     libvirt_utils.save_vtpm_dir(instance.uuid, directory)
     nvram = _save_nvram(host, instance, directory)
     path = os.path.join(directory, _PACK)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
-              'wb') as f, tarfile.open(fileobj=f, mode='w') as tar:
+    with _new_file(path) as f, tarfile.open(fileobj=f, mode='w') as tar:
         top = os.path.join(directory, _TPM, instance.uuid)
         for folder, _folders, names in os.walk(top):
             for name in names:
@@ -130,6 +130,22 @@ def pack(host, instance, directory, same_host):
     LOG.info('Moving these files along with the disks: %s',
              ', '.join(names), instance=instance)
     return path
+
+
+@contextlib.contextmanager
+def _new_file(path):
+    """Write a file that only this user may read.
+
+    :raises: OSError with the path, which that of a write doesn't have
+    """
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
+                  'wb') as f:
+            yield f
+    except OSError as e:
+        if e.filename is not None:
+            raise
+        raise OSError(e.errno, e.strerror, path) from e
 
 
 def _add(tar, name, path):
@@ -235,6 +251,5 @@ def _extract(instance, tar, member, directory):
     if member.name == _CONSOLE and os.path.exists(target):
         return  # from an earlier try, and libvirt's by now
     fileutils.ensure_tree(os.path.dirname(target), mode=0o700)
-    with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
-              'wb') as f:
+    with _new_file(target) as f:
         shutil.copyfileobj(tar.extractfile(member), f)

@@ -983,12 +983,10 @@ class KeptTestCase(AheadTestBase):
         self.assertEqual(test_move.AT_SOURCE, self.places())
 
     def test_kept_copy_while_many_disks_are_copied(self):
-        self.spawn.side_effect = self.in_a_thread
+        # It gets no thread.
+        self.spawn.side_effect = lambda function: futures.Future()
         self._worth_reading(self.fail)
-        with mock.patch('nova.thread_pool_factory.spawn_on',
-                        side_effect=lambda executor, function, *args, **kw: (
-                            futures.Future())):
-            outgoing = self.begin()
+        outgoing = self.begin()
         self.assert_sent_into_it()
         self.go_on(outgoing)
 

@@ -10,6 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+import errno
 import io
 import os
 import shutil
@@ -210,6 +211,13 @@ class MoveTestCase(FilesTestCase):
         self.assertEqual(b'the state of a TPM', read(
             os.path.join(self.directory, TPM)))
 
+    def test_no_room_for_them(self):
+        """The error says where."""
+        path = os.path.join(self.directory, 'files.tar')
+        os.symlink('/dev/full', path)
+        e = self.assertRaises(OSError, self.move)
+        self.assertEqual((errno.ENOSPC, path), (e.errno, e.filename))
+
     def test_compute_is_killed_in_the_midst_of_copying(self):
         class Killed(BaseException):
             pass
@@ -325,6 +333,14 @@ class UnpackTestCase(FilesTestCase):
         self.unpack(self.member('nvram/instance-00000002_VARS.fd'),
                     self.member('nvram/%s' % self.nvram))
         self.assertEqual([self.nvram], os.listdir(self.nvram_there))
+
+    def test_no_room_for_it(self):
+        """The error says where."""
+        path = os.path.join(self.there, TPM)
+        os.makedirs(os.path.dirname(path))
+        os.symlink('/dev/full', path)
+        e = self.assertRaises(OSError, self.unpack, self.member(TPM))
+        self.assertEqual((errno.ENOSPC, path), (e.errno, e.filename))
 
     def test_console_log_that_is_there(self):
         write(os.path.join(self.there, 'console.log'), b'newer')

@@ -9,7 +9,7 @@
 #    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 #    License for the specific language governing permissions and limitations
 #    under the License.
-"""Level cloud: several servers at once, a few faults a round."""
+"""Level cloud: several servers at once, faults in each place meanwhile."""
 
 import concurrent.futures
 import contextlib
@@ -32,10 +32,14 @@ POOL = 'nova-disks-pool'
 FAULTS = {'kill nova-compute': 4, 'kill libvirtd': 3, 'pause libvirtd': 1,
           'pause nova-compute': 1, 'cut link': 2, 'slow link': 2,
           'fill pool': 2, 'stop pool': 2, 'reboot host': 1,
-          'clock of host': 1, 'pause nova-conductor': 1,
-          'restart nova-conductor': 1, 'switch use_cow_images': 1,
+          'clock of host': 1, 'switch use_cow_images': 1,
           'switch preallocate_images': 1, 'switch storage_pool_mapping': 1,
           'none': 2}
+#: The same for the machine with the control plane.
+CONTROL_FAULTS = {'kill nova-conductor': 1, 'pause nova-conductor': 1,
+                  'restart nova-conductor': 1, 'pause rabbitmq': 1,
+                  'pause glance': 1, 'kill glance': 1, 'pause nova-api': 1,
+                  'none': 3}
 OPTIONS = {'storage_migration_bandwidth': 4,
            'storage_migration_stall_timeout': 10}
 #: What a setting is switched between; the first is the lab's own.
@@ -43,8 +47,13 @@ SETTINGS = {('DEFAULT', 'use_cow_images'): ('true', 'false'),
             ('DEFAULT', 'preallocate_images'): ('none', 'space'),
             ('libvirt', 'storage_pool_mapping'): ('', 'swap:soak-swap')}
 MAPPED, MAPPED_PATH = 'soak-swap', '/var/lib/nova/soak-swap'
-#: Faults of a round, one after the other; operations on a server meanwhile.
-MOST = 4
+#: Faults of a round in one place, one after the other; the places have theirs
+#: at the same time.
+LEAST, MOST = 3, 8
+#: Operations drawn for a server: more than it comes to while faults last.
+OPERATIONS = 60
+# Seconds after one that has failed, so that refusals don't use them up.
+PAUSE = 2
 # Of a host that dies: its servers are made anew on the other one.
 EVACUATION = .06
 
@@ -53,101 +62,113 @@ class Fault:
     """One fault on one machine.
 
     :param cloud: the Cloud
-    :param name: of FAULTS
-    :param host: where
-    :param after: seconds from now
+    :param name: of FAULTS or CONTROL_FAULTS
+    :param place: name of the machine
+    :param after: seconds after the one before
     :param stays: seconds
     """
 
-    def __init__(self, cloud, name, host, after, stays):
-        self.cloud, self.name, self.host = cloud, name, Host(host)
+    def __init__(self, cloud, name, place, after, stays):
+        self.cloud, self.name = cloud, name
+        self.machine = (Host if place in config.HOSTS else Machine)(place)
         self.after, self.stays = after, stays
 
     def __str__(self):
         if self.name == 'none':
             return ''
         return '%s (%s) after %.1f s for %.1f s' % (
-            self.name, self.host.name, self.after, self.stays)
+            self.name, self.machine.name, self.after, self.stays)
 
-    def come_and_go(self):
+    def come_and_go(self, say):
+        """:param say: called without anything when it comes"""
         time.sleep(self.after)
-        if self.name != 'none':
-            with contextlib.ExitStack() as stack:
-                self._begin(stack)
-                time.sleep(self.stays)
-            self.host.wait_ready()
+        if self.name == 'none':
+            return
+        say()
+        with contextlib.ExitStack() as stack:
+            self._begin(stack)
+            time.sleep(self.stays)
+        if isinstance(self.machine, Host):
+            self.machine.wait_ready()
 
     def _begin(self, stack):
-        host, verb = self.host, self.name.split(' ', 1)[0]
-        what = self.name.split(' ', 1)[1]
-        control = Machine(config.CONTROL)
-        if self.name == 'reboot host':
-            die(host)
-            stack.callback(revive, self.cloud, host)
+        place = self.machine
+        verb, what = self.name.split(' ', 1)
+        if verb == 'reboot':
+            die(place)
+            stack.callback(revive, self.cloud, place)
         elif verb == 'clock':
             # What a clock that is wrong does to certificates.
-            stack.callback(host.certificate, 'good')
-            host.certificate('not-yet-valid')
-        elif self.name == 'kill nova-compute':
-            host.kill(what)
-            stack.callback(self.cloud.start_compute, host.name)
-        elif self.name == 'kill libvirtd':
-            host.kill(what)
-            stack.callback(host.restart, what)
+            stack.callback(place.certificate, 'good')
+            place.certificate('not-yet-valid')
+        elif verb == 'kill':
+            place.kill(what)
+            if what == 'nova-compute':
+                stack.callback(self.cloud.start_compute, place.name)
+            elif what == 'libvirtd':
+                stack.callback(place.restart, what)
+            else:
+                stack.callback(self.cloud.restart, place.name, what)
         elif verb == 'pause':
-            place = control if 'conductor' in what else host
             stack.enter_context(place.paused(what))
         elif verb == 'restart':
-            self.cloud.restart(config.CONTROL, what)
+            self.cloud.restart(place.name, what)
         elif verb == 'cut':
-            stack.enter_context(host.link.as_cut())
+            stack.enter_context(place.link.as_cut())
         elif verb == 'slow':
-            stack.enter_context(host.link.slowed('20mbit'))
+            stack.enter_context(place.link.slowed('20mbit'))
         elif verb == 'fill':
-            host.fill(POOL)
-            stack.callback(host.free, POOL)
+            stack.callback(place.free, POOL)
+            place.fill(POOL)
         elif verb == 'stop':
-            self._stop_pool(stack)
+            virsh = ['virsh', '-c', 'qemu:///system']
+            stack.callback(place.run, [*virsh, 'pool-start', POOL],
+                           check=False)
+            place.run([*virsh, 'pool-destroy', POOL], check=False)
         elif verb == 'switch':
             (section, key), values = next(
                 pair for pair in SETTINGS.items() if pair[0][1] == what)
-            now = self.cloud.get(host.name, section, key) or values[0]
-            self.cloud.set(host.name, section, key,
+            now = self.cloud.get(place.name, section, key) or values[0]
+            self.cloud.set(place.name, section, key,
                            values[1 - values.index(now)])
 
-    def _stop_pool(self, stack):
-        for call, virsh in ((None, 'pool-destroy'),
-                            (stack.callback, 'pool-start')):
-            argv = ['virsh', '-c', 'qemu:///system', virsh, POOL]
-            if call:
-                call(self.host.run, argv, check=False)
-            else:
-                self.host.run(argv, check=False)
 
+class Happening:
+    """Faults that come and go, in each place one after the other.
 
-@contextlib.contextmanager
-def happening(faults):
-    """They come and go in a thread of their own, and are over at the end.
+    A context, which ends when all of them are over.
 
-    :returns: the thread
+    :param faults: a list of Faults for each place
+    :param say: called with each Fault that comes
     """
-    errors = []
 
-    def work():
-        try:
-            for fault in faults:
-                fault.come_and_go()
-        except Exception as error:
-            errors.append(error)
+    def __init__(self, faults, say):
+        self._errors = []
+        self._workers = [threading.Thread(target=self._work, args=(one, say))
+                         for one in faults]
 
-    worker = threading.Thread(target=work)
-    worker.start()
-    try:
-        yield worker
-    finally:
-        worker.join()
-    if errors:
-        raise errors[0]
+    def _work(self, faults, say):
+        for fault in faults:
+            try:
+                fault.come_and_go(lambda: say(fault))
+            except Exception as error:
+                self._errors.append(servers.Lost('after %s: %s' % (
+                    fault, error)))
+                return
+
+    def lasts(self) -> bool:
+        return any(worker.is_alive() for worker in self._workers)
+
+    def __enter__(self):
+        for worker in self._workers:
+            worker.start()
+        return self
+
+    def __exit__(self, *_error):
+        for worker in self._workers:
+            worker.join()
+        if self._errors:
+            raise self._errors[0]
 
 
 def die(host):
@@ -218,34 +239,62 @@ class Soak:
         if self.draw.chance(EVACUATION):
             return self._evacuation(number, Host(
                 'host-a' if self.draw.chance(.5) else 'host-b'))
-        faults = [Fault(self.cloud, self.draw.one(FAULTS),
-                        'host-a' if self.draw.chance(.5) else 'host-b',
-                        self.draw.seconds(0, 12), self.draw.seconds(1, 10))
-                  for _one in range(self.draw.number(1, MOST))]
-        told = plan.SEVERAL.join(filter(None, map(str, faults)))
+        faults = [[
+            Fault(self.cloud, self.draw.one(weights), place,
+                  self.draw.seconds(0, 6), self.draw.seconds(1, 8))
+            for _one in range(self.draw.number(LEAST, MOST))]
+            for place, weights in (*((name, FAULTS) for name in config.HOSTS),
+                                   (config.CONTROL, CONTROL_FAULTS))]
         drawn = {subject: [self.draw.one(servers.OPERATIONS)
-                           for _one in range(MOST)]
+                           for _one in range(OPERATIONS)]
                  for subject in self.subjects}
-        steps = {subject: [] for subject in self.subjects}
+        told = []
 
-        def operate(subject, worker):
-            for name in drawn[subject]:
-                step = plan.Step(number, subject.name, name, fault=told)
-                steps[subject].append(step)
+        def comes(fault):
+            told.append(plan.Step(number, '-', plan.FAULT, fault=str(fault)))
+            self.say(told[-1])
+
+        since = {}
+        with Happening(faults, comes) as happening:
+            for subject, names in zip(drawn, self._all(
+                    lambda subject: self._operate(
+                        number, subject, drawn[subject], happening, told))):
+                since[subject] = names
+        self._judge(since, told)
+        return told
+
+    def _operate(self, number, subject, names, happening, told):
+        """Go from operation to operation as long as faults come.
+
+        :param names: of the operations
+        :param happening: Happening
+        :param told: a list to which the steps are added
+        :returns: names of those since it was last known to run
+        """
+        since = []
+        for name in names:
+            step = plan.Step(number, subject.name, name)
+            since.append(name)
+            try:
+                getattr(subject, name)()
+                step.outcome = 'done'
+                since = [name]
+            except Exception as error:  # the API's, too: what we cause
+                step.outcome = 'failed: %s' % str(error)[:160]
+            told.append(step)
+            self.say(step)
+            if not happening.lasts():
+                return since
+            if step.outcome != 'done':
+                time.sleep(PAUSE)
                 try:
-                    getattr(subject, name)()
-                    step.outcome = 'done'
+                    subject.recover(since)
+                    since = since[-1:]
                 except servers.Lost:
-                    raise
-                except Exception as error:  # the API's, too: what we cause
-                    step.outcome = 'failed: %s' % str(error)[:160]
-                    return
-                if not worker.is_alive():
-                    return
-
-        with happening(faults) as worker:
-            self._all(lambda subject: operate(subject, worker))
-        return self._judge(steps)
+                    return since  # judged when the faults are over
+                except Exception:
+                    continue  # the next operation may go, or be refused
+        return since
 
     def _evacuation(self, number, host):
         """A host dies, its servers are made anew, and it comes back."""
@@ -256,6 +305,7 @@ class Soak:
             subject.server.host == host.name}
         if not steps:
             return []
+        told = [step for [step] in steps.values()]
         self.say(plan.Step(number, '-', 'dead host (%s)' % host.name))
         die(host)
         with self.cloud.forced_down(
@@ -266,22 +316,20 @@ class Soak:
                     step.outcome = 'done'
                 except Exception as error:
                     step.outcome = 'failed: %s' % str(error)[:160]
-        return self._judge(steps)
+                self.say(step)
+        self._judge({subject: ['evacuate'] for subject in steps}, told)
+        return told
 
-    def _judge(self, steps):
+    def _judge(self, since, told):
         """Have the oracle look at each server.
 
-        :param steps: by servers.Subject, a list
-        :returns: all of them
+        :param since: by servers.Subject, names of the operations since it was
+            last known to run
+        :param told: the steps
         :raises: servers.Lost, with the attributes subject and steps
         """
-        self._wait_services()
-        told = [step for done in steps.values() for step in done]
-        for step in told:
-            self.say(step)
-
         def look(subject):
-            subject.recover([step.name for step in steps[subject]])
+            subject.recover(since[subject])
             oracle.check(subject)
 
         def judge(subject):
@@ -298,12 +346,12 @@ class Soak:
                 raise lost from error
 
         try:
-            with concurrent.futures.ThreadPoolExecutor(len(steps)) as pool:
-                list(pool.map(judge, steps))
+            self._wait_services()
+            with concurrent.futures.ThreadPoolExecutor(len(since)) as pool:
+                list(pool.map(judge, since))
         except servers.Lost as lost:
             lost.steps = told
             raise
-        return told
 
     def _wait_services(self, limit=120):
         """Until both computes are up and enabled again."""
@@ -350,6 +398,11 @@ def run(cloud, seed: int, limit: plan.Limit, count: int,
         while not limit.reached(rounds):
             rounds += 1
             result.steps += soak.once(rounds)
+            result.moves = sum(
+                step.name in servers.MOVES and step.outcome == 'done'
+                for step in result.steps)
+            say('%4d          %d faults so far, %d moves went through' % (
+                rounds, result.faults, result.moves))
             for name, kib in oracle.memory().items():
                 result.memory.setdefault(name, []).append(kib)
         soak.end()

@@ -22,6 +22,8 @@ import time
 
 #: Between the faults that a step has met.
 SEVERAL = '; '
+#: Name of a step that is a fault for all.
+FAULT = 'fault'
 
 
 @dataclasses.dataclass
@@ -47,7 +49,8 @@ class Step:
         if self.detail:
             text += ' ' + self.detail
         if self.fault:
-            text += ', meanwhile: ' + self.fault
+            text += (': ' if self.name == FAULT else ', meanwhile: '
+                     ) + self.fault
         return text + (' -> ' + self.outcome if self.outcome else '')
 
 

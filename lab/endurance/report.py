@@ -31,7 +31,8 @@ class Result:
 
     :ivar level: "cloud" or "hosts"
     :ivar memory: KiB of resident memory of each service, round by round
-    :ivar moves: copies that have gone through, at level hosts
+    :ivar moves: copies (hosts) or moves of servers (cloud) that have gone
+        through
     :ivar complaint: what the oracle found; '' if nothing
     """
     level: str
@@ -73,11 +74,13 @@ class Result:
 
     def counts(self) -> dict[str, int]:
         return dict(sorted(collections.Counter(
-            step.name for step in self.steps).items()))
+            step.name for step in self.steps
+            if step.name != plan.FAULT).items()))
 
     def outcomes(self) -> dict[str, int]:
         return dict(sorted(collections.Counter(
-            step.outcome.split(':')[0] for step in self.steps).items()))
+            step.outcome.split(':')[0] for step in self.steps
+            if step.name != plan.FAULT).items()))
 
 
 def write(results: list[Result], path: pathlib.Path = PATH) -> None:
@@ -108,7 +111,7 @@ def sum_lines(told: list[dict]) -> list[str]:
     kinds = collections.Counter()
     for one in told:
         kinds.update(one['kinds'])
-    lines_ = ['%d runs, %d faults, %d copies went through, %d complaints' % (
+    lines_ = ['%d runs, %d faults, %d moves went through, %d complaints' % (
         len(told), sum(one['faults'] for one in told),
         sum(one['moves'] for one in told),
         sum(bool(one['complaint']) for one in told))]
@@ -130,7 +133,7 @@ def lines(result: Result) -> list[str]:
     told.append('  faults: ' + ', '.join(
         '%s %d' % pair for pair in result.kinds().items()))
     if result.moves:
-        told.append('  %d copies went through' % result.moves)
+        told.append('  %d moves went through' % result.moves)
     for name, samples in sorted(result.memory.items()):
         told.append('  %s: %d MiB at first, %d MiB at last' % (
             name, samples[0] // 1024, samples[-1] // 1024))

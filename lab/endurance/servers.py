@@ -33,10 +33,16 @@ OPERATIONS = {'hard_reboot': 3, 'stop_start': 2, 'migrate_confirm': 6,
               'boot_anew': 1, 'write': 3, 'cancel': 1, 'live_migrate': 6,
               'live_abort': 2,
               'migrate_while_deactivated': 1, 'migrate_without_image': 1}
+#: Those that end on another host, or have been there.
+MOVES = ('migrate_confirm', 'migrate_revert', 'resize_confirm',
+         'resize_revert', 'live_migrate', 'migrate_while_deactivated',
+         'migrate_without_image')
 #: After these a disk that can't be had is no loss: it was given up.
 DESTROY = ('rebuild', 'boot_anew', 'evacuate')
 SETTLED = ('ACTIVE', 'SHUTOFF', 'ERROR', 'VERIFY_RESIZE', 'RESCUE',
            'SHELVED_OFFLOADED')
+# Seconds without a task and without a change: nothing comes any more.
+QUIET = 20
 OTHER = {'host-a': 'host-b', 'host-b': 'host-a'}
 
 
@@ -62,6 +68,7 @@ class Subject:
         self.gone: list[str] = []  # UUIDs of deleted ones
         # By host and UUID, how often virtlogd has given its console up.
         self._consoles: dict[tuple[str, str], int] = {}
+        self._seen, self._since, self._last = None, 0., 0.
 
     def _own_image(self):
         """An image that nobody else misses: it is deleted under the server.
@@ -90,10 +97,26 @@ class Subject:
             self.name, flavor=FLAVOR, wait=False, image=self._own_image(),
             script='boot 1: fill data 8 %s\nboot 1: fill raw 4 %s vdb 64\n' % (
                 seed, seed))
+        made.watch = self._watch
         self.server = made
         made.wait('ACTIVE')
         made.testimony()
         self.expected = {'data': (seed, 8), 'raw': (seed, 4)}
+
+    def _watch(self, found):
+        """Don't wait for what has failed already and left no ERROR.
+
+        :param found: the server as the API has it, in a state that isn't the
+            wanted one or was not a moment ago
+        """
+        now, seen = time.monotonic(), (found.status, found.task_state)
+        if seen != self._seen or now - self._last > 5:
+            self._since = now
+        self._seen, self._last = seen, now
+        if not found.task_state and now - self._since > QUIET:
+            raise lab_server.ServerError(
+                '%s has been %s for %d s and has no task' % (
+                    found.id, found.status, QUIET))
 
     def _seed(self):
         return '%s-%d' % (self.name, next(self._seeds))
@@ -144,8 +167,8 @@ class Subject:
 
     def shelve(self):
         # What isn't on the root disk is lost: Nova's own way.
-        self.server.shelve()
         self.expected.pop('raw', None)
+        self.server.shelve()
         self.server.unshelve()
 
     def rebuild(self):
@@ -186,6 +209,7 @@ class Subject:
                     break
             time.sleep(.5)
         server.wait('ACTIVE')
+        server.stay_awake()
 
     def migrate_while_deactivated(self):
         """The image can't be fetched; its base travels along."""
@@ -223,17 +247,18 @@ class Subject:
     def recover(self, operations):
         """Do what the operator's guide says until it runs.
 
-        :param operations: after which; those before the last went well
+        :param operations: those since it was last known to run
         :raises Lost: it does not come back
         """
-        told, operation = '', operations[-1]
+        told, operation = '', ', '.join(operations)
+        given_up = not set(DESTROY).isdisjoint(operations)
         if self.server is not None and any(
                 name.startswith('live') for name in operations):
             # Its console is another one, and the guest goes on all the time.
             self.server.stay_awake()
         for _try in range(4):
             if self.server is None or not self._exists():
-                if operation not in DESTROY:
+                if not given_up:
                     raise Lost('%s is gone after %s' % (self.name, operation))
                 self.boot_anew()
                 return
@@ -242,7 +267,7 @@ class Subject:
                     return
             except LabError as error:
                 told = str(error)
-        if operation in DESTROY:
+        if given_up:
             self.boot_anew()
             return
         raise Lost('%s does not come back after %s: %s' % (

@@ -15,18 +15,23 @@
 to all scenarios, half of them here and half in test_cloud_soak.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import tempfile
+import threading
 import unittest
 import unittest.mock
 
+from lab.cloud import server
+from lab.endurance import cloud
 from lab.endurance import moves
 from lab.endurance import oracle
 from lab.endurance import plan
 from lab.endurance import report
 from lab.endurance import servers
+from lab.errors import LabError
 
 MINUTES = 5
 SEED = 14
@@ -66,6 +71,96 @@ class TestPlan(unittest.TestCase):
         self.assertTrue(plan.Limit(None, 0).reached(1))
 
 
+class TestHappening(unittest.TestCase):
+
+    def faults(self, *names, place='host-a'):
+        return [cloud.Fault(unittest.mock.Mock(), name, place, 0, 0)
+                for name in names]
+
+    def test_all_faults_can_be_done(self):
+        """Each one's name leads to something, and that is undone."""
+        for place, weights in (('host-a', cloud.FAULTS),
+                               ('ctl', cloud.CONTROL_FAULTS)):
+            for name in sorted(set(weights) - {'none'}):
+                fault, = self.faults(name, place=place)
+                machine = unittest.mock.MagicMock()
+                fault.machine, fault.cloud.get.return_value = machine, ''
+                with self.subTest(name), contextlib.ExitStack() as stack:
+                    fault._begin(stack)
+                    self.assertTrue(machine.mock_calls or
+                                    fault.cloud.method_calls)
+
+    def test_places_have_theirs_at_the_same_time(self):
+        both, seen = threading.Barrier(2, timeout=10), []
+        with unittest.mock.patch.object(
+                cloud.Fault, '_begin', lambda *_args: both.wait()), \
+                unittest.mock.patch.object(cloud.Host, 'wait_ready'), \
+                cloud.Happening([
+                    self.faults('cut link', 'none', 'fill pool'),
+                    self.faults('pause glance', 'kill glance', place='ctl')],
+                    seen.append) as happening:
+            self.assertTrue(happening.lasts() or len(seen) == 4)
+        self.assertFalse(happening.lasts())
+        self.assertEqual(4, len(seen))
+
+    def test_a_fault_that_can_not_be_undone_is_told(self):
+        """As a compute that does not start again."""
+        with unittest.mock.patch.object(
+                cloud.Fault, '_begin', side_effect=LabError('no such')), \
+                self.assertRaisesRegex(servers.Lost, 'kill libvirtd.*no such'):
+            with cloud.Happening([self.faults('kill libvirtd')], str):
+                pass
+
+
+class TestOperate(unittest.TestCase):
+
+    def operate(self, outcomes, recovers):
+        """:returns: steps, and names since the server was known to run"""
+        subject = unittest.mock.Mock()
+        subject.write.side_effect = outcomes
+        subject.recover.side_effect = recovers
+        happening = unittest.mock.Mock()
+        happening.lasts.side_effect = [True] * (len(outcomes) - 1) + [False]
+        told = []
+        with unittest.mock.patch.object(cloud, 'PAUSE', 0), \
+                unittest.mock.patch.object(cloud.servers, 'Subject'):
+            since = cloud.Soak(None, None, 0, str)._operate(
+                1, subject, ['write'] * 9, happening, told)
+        return [step.outcome for step in told], since
+
+    def test_goes_on(self):
+        """After a failure it is brought back, and the next one is tried."""
+        bad = LabError('refused')
+        self.assertEqual(
+            (['done', 'failed: refused', 'done'], ['write']),
+            self.operate([None, bad, None], [None]))
+        self.assertEqual(
+            (['failed: refused', 'failed: refused'], ['write'] * 2),
+            self.operate([bad, bad], [LabError('not yet')]))
+
+    def test_what_is_lost_is_judged_at_the_end(self):
+        self.assertEqual(
+            (['failed: refused'], ['write']),
+            self.operate([LabError('refused'), None],
+                         [servers.Lost('gone')]))
+
+    def test_waits_for_nothing(self):
+        """A server that has no task and stays as it is has failed."""
+        subject = servers.Subject(None, 'one')
+        found = unittest.mock.Mock(status='ACTIVE', task_state='powering-off')
+        with unittest.mock.patch('time.monotonic') as now:
+            for now.return_value in range(0, 200, 2):
+                subject._watch(found)
+            found.task_state = None
+            for now.return_value in range(200, 221, 2):
+                subject._watch(found)
+            # Nobody has waited meanwhile.
+            for now.return_value in range(230, 251, 2):
+                subject._watch(found)
+            now.return_value = 252
+            self.assertRaises(server.ServerError, subject._watch, found)
+
+
 class TestReport(unittest.TestCase):
 
     def test_faults(self):
@@ -86,6 +181,17 @@ class TestReport(unittest.TestCase):
             told['seed'], told['faults'], told['complaint']))
         self.assertEqual(3, len(told['shortened']))
 
+    def test_steps_of_a_cloud(self):
+        """Its faults are steps of their own, between the operations."""
+        result = report.Result('cloud', 7, steps=[
+            plan.Step(1, '-', plan.FAULT, fault='cut link (a) after 1.0 s'),
+            plan.Step(1, 'one', 'write', outcome='done'),
+            plan.Step(1, '-', plan.FAULT, fault='cut link (a) after 2.0 s'),
+            plan.Step(2, '-', plan.FAULT, fault='cut link (a) after 1.0 s')])
+        self.assertEqual((3, {'cut link (a)': 3}, {'write': 1}, {'done': 1}), (
+            result.faults, result.kinds(), result.counts(),
+            result.outcomes()))
+
     def test_of_several_labs(self):
         """Their faults add up, and a complaint names its seed."""
         results = [
@@ -101,7 +207,7 @@ class TestReport(unittest.TestCase):
             report.write_told(told, path)
             self.assertEqual(told, json.loads(path.read_text()))
         self.assertEqual(
-            ['2 runs, 3 faults, 5 copies went through, 1 complaints',
+            ['2 runs, 3 faults, 5 moves went through, 1 complaints',
              '  faults: cut link 2, fill pool 1', '  seed 8: lost'],
             report.sum_lines(told))
 

@@ -401,7 +401,8 @@ def bench(runs, cases):
 @click.option('--hosts-only', is_flag=True, help='Only moves of volumes.')
 @click.option('--cloud-only', is_flag=True, help='Only whole servers.')
 @click.option('--keep-going', is_flag=True,
-              help='The next level though one has found something.')
+              help='Though something was found: with a new server in place of '
+              'the one that was lost, and on the next level.')
 @click.option('--in-a-row', type=int, default=0,
               help='So many moves without a fault first, between hosts.')
 @click.option('--labs', default=1, show_default=True,

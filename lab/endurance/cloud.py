@@ -16,6 +16,7 @@ import contextlib
 import threading
 import time
 
+import libvirt
 import openstack.exceptions
 
 from .. import config
@@ -39,7 +40,7 @@ FAULTS = {'kill nova-compute': 4, 'kill libvirtd': 3, 'pause libvirtd': 1,
 CONTROL_FAULTS = {'kill nova-conductor': 1, 'pause nova-conductor': 1,
                   'restart nova-conductor': 1, 'pause rabbitmq': 1,
                   'pause glance': 1, 'kill glance': 1, 'pause nova-api': 1,
-                  'none': 3}
+                  'none': 2}
 OPTIONS = {'storage_migration_bandwidth': 4,
            'storage_migration_stall_timeout': 10}
 #: What a setting is switched between; the first is the lab's own.
@@ -49,7 +50,7 @@ SETTINGS = {('DEFAULT', 'use_cow_images'): ('true', 'false'),
 MAPPED, MAPPED_PATH = 'soak-swap', '/var/lib/nova/soak-swap'
 #: Faults of a round in one place, one after the other; the places have theirs
 #: at the same time.
-LEAST, MOST = 3, 8
+LEAST, MOST = 5, 11
 #: Operations drawn for a server: more than it comes to while faults last.
 OPERATIONS = 60
 # Seconds after one that has failed, so that refusals don't use them up.
@@ -241,7 +242,7 @@ class Soak:
                 'host-a' if self.draw.chance(.5) else 'host-b'))
         faults = [[
             Fault(self.cloud, self.draw.one(weights), place,
-                  self.draw.seconds(0, 6), self.draw.seconds(1, 8))
+                  self.draw.seconds(0, 5), self.draw.seconds(1, 8))
             for _one in range(self.draw.number(LEAST, MOST))]
             for place, weights in (*((name, FAULTS) for name in config.HOSTS),
                                    (config.CONTROL, CONTROL_FAULTS))]
@@ -273,6 +274,8 @@ class Soak:
         """
         since = []
         for name in names:
+            if not happening.lasts():
+                break
             step = plan.Step(number, subject.name, name)
             since.append(name)
             try:
@@ -283,9 +286,7 @@ class Soak:
                 step.outcome = 'failed: %s' % str(error)[:160]
             told.append(step)
             self.say(step)
-            if not happening.lasts():
-                return since
-            if step.outcome != 'done':
+            if step.outcome != 'done' and happening.lasts():
                 time.sleep(PAUSE)
                 try:
                     subject.recover(since)
@@ -340,7 +341,8 @@ class Soak:
                     # Nova has called it an error since: of a live migration
                     # it does so when the guest runs again.
                     look(subject)
-            except (servers.Lost, LabError) as error:
+            except (servers.Lost, LabError, libvirt.libvirtError,
+                    openstack.exceptions.SDKException) as error:
                 lost = servers.Lost(str(error))
                 lost.subject = subject.name
                 raise lost from error
@@ -371,6 +373,18 @@ class Soak:
                     % limit)
             time.sleep(1)
 
+    def make_anew(self, name):
+        """Have another server for one that is lost.
+
+        :raises: servers.Lost: not even that
+        """
+        subject, = [one for one in self.subjects if one.name == name]
+        try:
+            subject.boot_anew()
+        except (LabError, openstack.exceptions.SDKException) as error:
+            raise servers.Lost('%s can not be made anew: %s' % (
+                name, error)) from error
+
     def end(self):
         """Delete the servers; nothing of any may be left.
 
@@ -385,10 +399,11 @@ class Soak:
 
 
 def run(cloud, seed: int, limit: plan.Limit, count: int,
-        say) -> report.Result:
+        say, keep_going=False) -> report.Result:
     """Go on until the limit or the first trouble.
 
     :param say: called with each step
+    :param keep_going: make a server that is lost anew, and go on
     """
     result = report.Result('cloud', seed)
     start, rounds = time.monotonic(), 0
@@ -397,20 +412,32 @@ def run(cloud, seed: int, limit: plan.Limit, count: int,
         soak.begin()
         while not limit.reached(rounds):
             rounds += 1
-            result.steps += soak.once(rounds)
+            try:
+                result.steps += soak.once(rounds)
+            except servers.Lost as lost:
+                _complain(result, lost)
+                if not keep_going or result.subject == '-':
+                    break
+                say('%4d %-8s %s' % (rounds, result.subject, lost))
+                soak.make_anew(result.subject)
+            for name, kib in oracle.memory().items():
+                result.memory.setdefault(name, []).append(kib)
             result.moves = sum(
                 step.name in servers.MOVES and step.outcome == 'done'
                 for step in result.steps)
             say('%4d          %d faults so far, %d moves went through' % (
                 rounds, result.faults, result.moves))
-            for name, kib in oracle.memory().items():
-                result.memory.setdefault(name, []).append(kib)
-        soak.end()
-    except servers.Lost as lost:
-        result.complaint = str(lost)
-        result.subject = getattr(lost, 'subject', '-')
-        result.steps += getattr(lost, 'steps', [])
+        if keep_going or not result.complaint:
+            soak.end()
+    except (servers.Lost, LabError) as lost:
+        _complain(result, lost)
     finally:
         result.seconds = time.monotonic() - start
         result.judge_memory()
     return result
+
+
+def _complain(result, lost):
+    result.complaint += ('; ' if result.complaint else '') + str(lost)
+    result.subject = getattr(lost, 'subject', '-')
+    result.steps += getattr(lost, 'steps', [])

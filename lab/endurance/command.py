@@ -114,7 +114,7 @@ def run(steps, minutes, seed, hosts_only, cloud_only, keep_going,
         else:
             with _cloud(progress) as up:
                 results.append(cloud_level.run(
-                    up, seed, limit, SERVERS, say))
+                    up, seed, limit, SERVERS, say, keep_going))
         report.write(results, path)
         for line in report.lines(results[-1]):
             progress.say(line)

@@ -41,8 +41,9 @@ MOVES = ('migrate_confirm', 'migrate_revert', 'resize_confirm',
 DESTROY = ('rebuild', 'boot_anew', 'evacuate')
 SETTLED = ('ACTIVE', 'SHUTOFF', 'ERROR', 'VERIFY_RESIZE', 'RESCUE',
            'SHELVED_OFFLOADED')
-# Seconds without a task and without a change: nothing comes any more.
-QUIET = 20
+# Seconds without a change, by whether there is a task (of a compute that was
+# killed, perhaps): nothing comes any more. A live migration has its own limit.
+QUIET, STUCK = 20, 60
 OTHER = {'host-a': 'host-b', 'host-b': 'host-a'}
 
 
@@ -69,6 +70,7 @@ class Subject:
         # By host and UUID, how often virtlogd has given its console up.
         self._consoles: dict[tuple[str, str], int] = {}
         self._seen, self._since, self._last = None, 0., 0.
+        self._called_error = False  # by recover() itself
 
     def _own_image(self):
         """An image that nobody else misses: it is deleted under the server.
@@ -113,10 +115,10 @@ class Subject:
         if seen != self._seen or now - self._last > 5:
             self._since = now
         self._seen, self._last = seen, now
-        if not found.task_state and now - self._since > QUIET:
-            raise lab_server.ServerError(
-                '%s has been %s for %d s and has no task' % (
-                    found.id, found.status, QUIET))
+        if found.task_state != 'migrating' and now - self._since > (
+                STUCK if found.task_state else QUIET):
+            raise lab_server.ServerError('%s stays %s (task %s)' % (
+                found.id, *seen))
 
     def _seed(self):
         return '%s-%d' % (self.name, next(self._seeds))
@@ -286,10 +288,12 @@ class Subject:
         except lab_server.ServerError:
             # A compute was killed with a task under way.
             server.api.reset_server_state(server.id, 'error')
+            self._called_error = True
             found = server.get()
         if found.status == 'ERROR':
-            if not (found.fault or {}).get('message') and not any(
-                    message for _action, message in server.actions()):
+            if not (self._called_error or
+                    (found.fault or {}).get('message') or
+                    any(message for _action, message in server.actions())):
                 raise Lost('%s is in ERROR and nothing says why' % self.name)
             self._reboot()
         elif found.status == 'VERIFY_RESIZE':
@@ -304,6 +308,7 @@ class Subject:
             # Nova takes it for active, and the user says that it isn't.
             self._reboot()
         else:
+            self._called_error = False
             return True
         return server.get().status == 'ACTIVE'
 

@@ -120,7 +120,8 @@ class TestOperate(unittest.TestCase):
         subject.write.side_effect = outcomes
         subject.recover.side_effect = recovers
         happening = unittest.mock.Mock()
-        happening.lasts.side_effect = [True] * (len(outcomes) - 1) + [False]
+        happening.lasts.side_effect = lambda: (
+            subject.write.call_count < len(outcomes))
         told = []
         with unittest.mock.patch.object(cloud, 'PAUSE', 0), \
                 unittest.mock.patch.object(cloud.servers, 'Subject'):
@@ -145,9 +146,9 @@ class TestOperate(unittest.TestCase):
                          [servers.Lost('gone')]))
 
     def test_waits_for_nothing(self):
-        """A server that has no task and stays as it is has failed."""
+        """A server that stays as it is has failed, soon without a task."""
         subject = servers.Subject(None, 'one')
-        found = unittest.mock.Mock(status='ACTIVE', task_state='powering-off')
+        found = unittest.mock.Mock(status='ACTIVE', task_state='migrating')
         with unittest.mock.patch('time.monotonic') as now:
             for now.return_value in range(0, 200, 2):
                 subject._watch(found)
@@ -159,6 +160,48 @@ class TestOperate(unittest.TestCase):
                 subject._watch(found)
             now.return_value = 252
             self.assertRaises(server.ServerError, subject._watch, found)
+            found.task_state = 'powering-off'
+            for now.return_value in range(252, 313, 2):
+                subject._watch(found)
+            now.return_value = 314
+            self.assertRaises(server.ServerError, subject._watch, found)
+
+
+class TestRun(unittest.TestCase):
+
+    def run_(self, keep_going):
+        """Three rounds, of which the second loses a server."""
+        lost, told = servers.Lost('one is gone'), []
+        lost.subject, lost.steps = 'one', [plan.Step(2, 'one', 'write')]
+
+        def once(number):
+            if number == 2:
+                raise lost
+            return [plan.Step(number, '-', plan.FAULT, fault='cut link'),
+                    plan.Step(number, 'one', 'live_migrate', outcome='done')]
+
+        with unittest.mock.patch.object(cloud, 'Soak') as soak, \
+                unittest.mock.patch.object(oracle, 'memory', dict):
+            soak.return_value.once.side_effect = once
+            result = cloud.run(None, 1, plan.Limit(3, None), 1, told.append,
+                               keep_going)
+        return result, told, soak.return_value
+
+    def test_ends_with_the_first_complaint(self):
+        result, told, soak = self.run_(False)
+        self.assertEqual((1, 1, 'one is gone'), (
+            result.faults, result.moves, result.complaint))
+        self.assertEqual(['   1          1 faults so far, 1 moves went '
+                          'through'], told)
+        soak.end.assert_not_called()
+
+    def test_keeps_going(self):
+        result, told, soak = self.run_(True)
+        self.assertEqual((2, 2, 'one is gone', 5), (
+            result.faults, result.moves, result.complaint, len(result.steps)))
+        self.assertEqual('   2 one      one is gone', told[1])
+        soak.make_anew.assert_called_once_with('one')
+        soak.end.assert_called_once_with()
 
 
 class TestReport(unittest.TestCase):

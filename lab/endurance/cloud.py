@@ -55,6 +55,11 @@ LEAST, MOST = 5, 11
 OPERATIONS = 60
 # Seconds after one that has failed, so that refusals don't use them up.
 PAUSE = 2
+# What is done to each server when the faults of a round are over.
+AFTER = {'migrate_confirm': 2, 'migrate_revert': 1, 'live_migrate': 2}
+# What a lab or a cloud that is whole doesn't raise.
+LAB_OR_CLOUD = (LabError, libvirt.libvirtError,
+                openstack.exceptions.SDKException)
 # Of a host that dies: its servers are made anew on the other one.
 EVACUATION = .06
 
@@ -235,11 +240,22 @@ class Soak:
     def once(self, number) -> list[plan.Step]:
         """Operations on each server, faults meanwhile, and the oracle.
 
-        :raises: servers.Lost, with the attribute subject
+        :raises: servers.Lost, with the attributes subject (where it is one's)
+            and steps
         """
-        if self.draw.chance(EVACUATION):
-            return self._evacuation(number, Host(
-                'host-a' if self.draw.chance(.5) else 'host-b'))
+        told = []
+        try:
+            if self.draw.chance(EVACUATION):
+                self._evacuation(number, Host(
+                    'host-a' if self.draw.chance(.5) else 'host-b'), told)
+            else:
+                self._faults(number, told)
+        except (servers.Lost, LabError) as lost:
+            lost.steps = told
+            raise
+        return told
+
+    def _faults(self, number, told):
         faults = [[
             Fault(self.cloud, self.draw.one(weights), place,
                   self.draw.seconds(0, 5), self.draw.seconds(1, 8))
@@ -249,20 +265,43 @@ class Soak:
         drawn = {subject: [self.draw.one(servers.OPERATIONS)
                            for _one in range(OPERATIONS)]
                  for subject in self.subjects}
-        told = []
+        after = {subject: self.draw.one(AFTER) for subject in self.subjects}
 
         def comes(fault):
             told.append(plan.Step(number, '-', plan.FAULT, fault=str(fault)))
             self.say(told[-1])
 
-        since = {}
         with Happening(faults, comes) as happening:
-            for subject, names in zip(drawn, self._all(
-                    lambda subject: self._operate(
-                        number, subject, drawn[subject], happening, told))):
-                since[subject] = names
-        self._judge(since, told)
-        return told
+            since = dict(zip(self.subjects, self._all(
+                lambda subject: self._operate(
+                    number, subject, drawn[subject], happening, told))))
+        self._judge(since)
+        self._move_again(number, after, told)
+
+    def _move_again(self, number, names, told):
+        """What faults have cut off must go through when there are none.
+
+        :param names: of the operations, by servers.Subject
+        :param told: a list to which the steps are added
+        :raises: servers.Lost, with the attribute subject
+        """
+        def move(subject):
+            step = plan.Step(number, subject.name, names[subject],
+                             'without a fault')
+            told.append(step)
+            try:
+                getattr(subject, step.name)()
+                step.outcome = 'done'
+            except LAB_OR_CLOUD as error:
+                step.outcome = 'failed: %s' % str(error)[:160]
+                lost = servers.Lost('%s: %s without a fault has failed: %s' % (
+                    subject.name, step.name, error))
+                lost.subject = subject.name
+                raise lost from error
+            finally:
+                self.say(step)
+
+        self._all(move)
 
     def _operate(self, number, subject, names, happening, told):
         """Go from operation to operation as long as faults come.
@@ -297,7 +336,7 @@ class Soak:
                     continue  # the next operation may go, or be refused
         return since
 
-    def _evacuation(self, number, host):
+    def _evacuation(self, number, host, told):
         """A host dies, its servers are made anew, and it comes back."""
         steps = {subject: [plan.Step(
             number, subject.name, 'evacuate', fault='dead host (%s)' %
@@ -305,8 +344,8 @@ class Soak:
             if subject.server is not None and
             subject.server.host == host.name}
         if not steps:
-            return []
-        told = [step for [step] in steps.values()]
+            return
+        told += [step for [step] in steps.values()]
         self.say(plan.Step(number, '-', 'dead host (%s)' % host.name))
         die(host)
         with self.cloud.forced_down(
@@ -318,16 +357,14 @@ class Soak:
                 except Exception as error:
                     step.outcome = 'failed: %s' % str(error)[:160]
                 self.say(step)
-        self._judge({subject: ['evacuate'] for subject in steps}, told)
-        return told
+        self._judge({subject: ['evacuate'] for subject in steps})
 
-    def _judge(self, since, told):
+    def _judge(self, since):
         """Have the oracle look at each server.
 
         :param since: by servers.Subject, names of the operations since it was
             last known to run
-        :param told: the steps
-        :raises: servers.Lost, with the attributes subject and steps
+        :raises: servers.Lost, with the attribute subject
         """
         def look(subject):
             subject.recover(since[subject])
@@ -341,19 +378,14 @@ class Soak:
                     # Nova has called it an error since: of a live migration
                     # it does so when the guest runs again.
                     look(subject)
-            except (servers.Lost, LabError, libvirt.libvirtError,
-                    openstack.exceptions.SDKException) as error:
+            except (servers.Lost, *LAB_OR_CLOUD) as error:
                 lost = servers.Lost(str(error))
                 lost.subject = subject.name
                 raise lost from error
 
-        try:
-            self._wait_services()
-            with concurrent.futures.ThreadPoolExecutor(len(since)) as pool:
-                list(pool.map(judge, since))
-        except servers.Lost as lost:
-            lost.steps = told
-            raise
+        self._wait_services()
+        with concurrent.futures.ThreadPoolExecutor(len(since)) as pool:
+            list(pool.map(judge, since))
 
     def _wait_services(self, limit=120):
         """Until both computes are up and enabled again."""
@@ -381,7 +413,7 @@ class Soak:
         subject, = [one for one in self.subjects if one.name == name]
         try:
             subject.boot_anew()
-        except (LabError, openstack.exceptions.SDKException) as error:
+        except LAB_OR_CLOUD as error:
             raise servers.Lost('%s can not be made anew: %s' % (
                 name, error)) from error
 

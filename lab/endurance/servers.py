@@ -115,8 +115,10 @@ class Subject:
         if seen != self._seen or now - self._last > 5:
             self._since = now
         self._seen, self._last = seen, now
+        # One that is confirmed has no task either.
         if found.task_state != 'migrating' and now - self._since > (
-                STUCK if found.task_state else QUIET):
+                STUCK if found.task_state or found.status == 'VERIFY_RESIZE'
+                else QUIET):
             raise lab_server.ServerError('%s stays %s (task %s)' % (
                 found.id, *seen))
 
@@ -297,7 +299,7 @@ class Subject:
                 raise Lost('%s is in ERROR and nothing says why' % self.name)
             self._reboot()
         elif found.status == 'VERIFY_RESIZE':
-            server.revert()
+            self._revert()
         elif found.status == 'RESCUE':
             server.unrescue()
         elif found.status == 'SHELVED_OFFLOADED':
@@ -311,6 +313,18 @@ class Subject:
             self._called_error = False
             return True
         return server.get().status == 'ACTIVE'
+
+    def _revert(self):
+        server = self.server
+        try:
+            server.revert()
+        except openstack.exceptions.SDKException:
+            # It is being confirmed, perhaps by a compute that was killed.
+            try:
+                server.wait('ACTIVE', 'SHUTOFF')
+            except lab_server.ServerError:
+                server.api.reset_server_state(server.id, 'active')
+                server.hard_reboot()
 
     def _reboot(self):
         server = self.server

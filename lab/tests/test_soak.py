@@ -167,6 +167,47 @@ class TestOperate(unittest.TestCase):
             self.assertRaises(server.ServerError, subject._watch, found)
 
 
+class TestRound(unittest.TestCase):
+
+    def once(self, **more):
+        """:returns: Soak, of one server, and whether it was Lost"""
+        with unittest.mock.patch.object(cloud.servers, 'Subject'):
+            soak = cloud.Soak(None, plan.Draw(SEED), 1, str)
+        subject = soak.subjects[0]
+        subject.configure_mock(name='one', **more)
+        with unittest.mock.patch.object(
+                cloud, 'EVACUATION', 0), unittest.mock.patch.object(
+                cloud.Fault, 'come_and_go', lambda _fault, say: say()), \
+                unittest.mock.patch.object(soak, '_wait_services'), \
+                unittest.mock.patch.object(cloud.oracle, 'check') as check:
+            try:
+                return soak.once(1), check
+            except servers.Lost as lost:
+                self.assertEqual('one', lost.subject)
+                return lost.steps, check
+
+    def test_goes_through_without_a_fault(self):
+        steps, check = self.once()
+        self.assertGreaterEqual(
+            sum(step.name == plan.FAULT for step in steps), 3 * cloud.LEAST)
+        self.assertIn(steps[-1].name, cloud.AFTER)
+        self.assertEqual(('without a fault', 'done'), (
+            steps[-1].detail, steps[-1].outcome))
+        check.assert_called_once()
+
+    def test_does_not_go_through(self):
+        """That is a complaint, whatever it says."""
+        steps, _check = self.once(**{
+            name + '.side_effect': LabError('no host') for name in cloud.AFTER
+        })
+        self.assertEqual('failed: no host', steps[-1].outcome)
+
+    def test_the_same_from_the_same_seed(self):
+        first, second = ([str(step) for step in self.once()[0]
+                          if step.name == plan.FAULT] for _one in range(2))
+        self.assertEqual(sorted(first), sorted(second))
+
+
 class TestRun(unittest.TestCase):
 
     def run_(self, keep_going):

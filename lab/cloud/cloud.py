@@ -74,6 +74,9 @@ class Cloud:
             ceph=ceph.is_wanted(options))
         self.control = Machine(lab_config.CONTROL)
         self._given_up = False  # up() has failed or was interrupted
+        #: How often a daemon that ends as it starts is started again, as
+        #: systemd does: a compute needs an answer of the conductor's.
+        self.again = 0
 
     # -- what it is made of
 
@@ -221,10 +224,18 @@ class Cloud:
     def _start(self, service):
         machine = Machine(service.place)
         log = machine.logs / (service.name + '.log')
-        offset = log.stat().st_size if log.exists() else 0
-        machine.start(service.name, service.argv, env=service.env)
-        services.wait_ready(service, machine, offset,
-                            given_up=lambda: self._given_up)
+        for left in reversed(range(self.again + 1)):
+            offset = log.stat().st_size if log.exists() else 0
+            machine.start(service.name, service.argv, env=service.env)
+            try:
+                services.wait_ready(
+                    service, machine, offset, given_up=lambda:
+                    self._given_up or left and _has_failed(log, offset))
+                return
+            except LabError:
+                if not left or self._given_up:
+                    raise
+                machine.stop(service.name, timeout=STOP)
 
     def _wait_computes(self, limit=60):
         until = time.monotonic() + limit
@@ -458,6 +469,16 @@ class Cloud:
             checks.append(ui.Check(
                 lab_config.CONTROL, 'API', False, str(error)))
         return checks
+
+
+def _has_failed(log, offset):
+    """Whether a service of Nova has ended with an error.
+
+    With native threads its process may not end, see STOP.
+    """
+    with open(log, errors='replace') as file:
+        file.seek(offset)
+        return ' CRITICAL nova ' in file.read()
 
 
 def _all(pool, works):

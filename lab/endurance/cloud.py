@@ -205,6 +205,7 @@ class Soak:
 
     def __init__(self, cloud, draw, count, say):
         self.cloud, self.draw, self.say = cloud, draw, say
+        cloud.again = 2
         self.subjects = [servers.Subject(cloud, 'soak-%d' % number)
                          for number in range(count)]
 

@@ -125,7 +125,7 @@ class TestOperate(unittest.TestCase):
         told = []
         with unittest.mock.patch.object(cloud, 'PAUSE', 0), \
                 unittest.mock.patch.object(cloud.servers, 'Subject'):
-            since = cloud.Soak(None, None, 0, str)._operate(
+            since = cloud.Soak(unittest.mock.Mock(), None, 0, str)._operate(
                 1, subject, ['write'] * 9, happening, told)
         return [step.outcome for step in told], since
 
@@ -172,7 +172,7 @@ class TestRound(unittest.TestCase):
     def once(self, **more):
         """:returns: Soak, of one server, and whether it was Lost"""
         with unittest.mock.patch.object(cloud.servers, 'Subject'):
-            soak = cloud.Soak(None, plan.Draw(SEED), 1, str)
+            soak = cloud.Soak(unittest.mock.Mock(), plan.Draw(SEED), 1, str)
         subject = soak.subjects[0]
         subject.configure_mock(name='one', **more)
         with unittest.mock.patch.object(

@@ -32,10 +32,14 @@ def query(cloud, sql: str, name: str = 'nova') -> list[list[str | None]]:
 
 
 def mappings(cloud, server_id: str) -> dict[str, str | None]:
-    """The driver_info of a server's block device mappings, by device."""
+    """The driver_info of a server's block device mappings, by device.
+
+    Of one that no host has built, none has a device.
+    """
     return {device.removeprefix('/dev/'): info for device, info in query(
         cloud, "SELECT device_name, driver_info FROM block_device_mapping "
-        "WHERE deleted = 0 AND instance_uuid = '%s'" % server_id)}
+        "WHERE deleted = 0 AND device_name IS NOT NULL AND "
+        "instance_uuid = '%s'" % server_id)}
 
 
 def records(cloud, server_id: str) -> dict[str, dict]:

@@ -94,6 +94,7 @@ class Subject:
             self.gone.append(self.server.id)
             self.server.delete()
         self.server, self.expected = None, {}
+        self._called_error = False
         seed = self._seed()
         made = self.cloud.boot(
             self.name, flavor=FLAVOR, wait=False, image=self._own_image(),

@@ -13,6 +13,7 @@
 
 import contextlib
 import itertools
+import re
 import tempfile
 import time
 
@@ -44,6 +45,8 @@ SETTLED = ('ACTIVE', 'SHUTOFF', 'ERROR', 'VERIFY_RESIZE', 'RESCUE',
 # Seconds without a change, by whether there is a task (of a compute that was
 # killed, perhaps): nothing comes any more. A live migration has its own limit.
 QUIET, STUCK = 20, 60
+#: Of a fault: all that is left of its root disk.
+IMAGE = re.compile('Rebuild the server from image ([0-9a-f-]{36})')
 OTHER = {'host-a': 'host-b', 'host-b': 'host-a'}
 
 
@@ -298,7 +301,11 @@ class Subject:
                     (found.fault or {}).get('message') or
                     any(message for _action, message in server.actions())):
                 raise Lost('%s is in ERROR and nothing says why' % self.name)
-            self._reboot()
+            image = IMAGE.search((found.fault or {}).get('message') or '')
+            if image:
+                server.rebuild(image[1])
+            else:
+                self._reboot()
         elif found.status == 'VERIFY_RESIZE':
             self._revert()
         elif found.status == 'RESCUE':
@@ -309,6 +316,10 @@ class Subject:
             server.start()
         elif self.guests() != [server.host]:
             # Nova takes it for active, and the user says that it isn't.
+            self._reboot()
+        elif self._is_transient():
+            # Nova has it so for a live snapshot, and libvirt wasn't there
+            # when it was to be defined again. It would be gone once it is off.
             self._reboot()
         else:
             self._called_error = False
@@ -370,6 +381,10 @@ class Subject:
             self.server.id + '/console.log: No space left on device')
         before, self._consoles[place] = self._consoles.get(place, 0), told
         return told > before
+
+    def _is_transient(self):
+        with self.server.domain() as domain:
+            return not domain.isPersistent()
 
     def guests(self) -> list[str]:
         """The hosts on which libvirt has a guest of it that runs."""

@@ -28,6 +28,7 @@ import openstack.exceptions
 from lab.cloud import config as cloud_config
 from lab.cloud import database
 from lab import config
+from lab.endurance import servers
 from lab.host import Host
 from lab.machine import Machine
 from lab.tests.cloud_case import CloudTestCase
@@ -282,6 +283,27 @@ class TestKills(MovesCase):
         self.assert_kept(said)
         self.assert_nothing_left(server, 'host-b')
         self.assert_goes(server, said)
+
+    def test_compute_that_unshelves(self):
+        """All that is left of the disk is the image that it was shelved to."""
+        server, before = self.server()
+        server.shelve()
+        server.api.unshelve_server(server.id)
+        self.wait_for(lambda: server.get().task_state == 'spawning', 60,
+                      'the build')
+        host = Host(server.host)
+        host.kill('nova-compute')
+        self.cloud.start_compute(host.name)
+        found = server.wait('ERROR')
+        told = servers.IMAGE.search(found.fault['message'])
+        self.assertTrue(told, found.fault)
+        server.rebuild(told[1])
+        said = server.testimony(after=before)
+        self.assert_data(said, data=DATA)  # a shelved ephemeral disk is new
+        server.migrate('host-b' if host.name == 'host-a' else 'host-a')
+        self.assert_data(server.testimony(after=said), data=DATA)
+        server.confirm()
+        self.assert_nothing_left(server, host.name)
 
     def test_network_is_away_after_the_copy(self):
         """Nova fails on the source with all copied, and nothing sent."""

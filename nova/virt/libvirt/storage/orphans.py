@@ -32,6 +32,7 @@ from nova.i18n import _
 from nova import objects
 from nova.virt.libvirt.storage import instance_directories as directories
 from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import sharing
 from nova.virt.libvirt.storage.records import keeping
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import metadata
@@ -44,6 +45,10 @@ _OWNED = re.compile(
 
 # Instances that are asked for in one message.
 _AT_ONCE = 200
+
+# Seconds after which nobody looks for a probe any more: each is the matter of
+# one call between hosts.
+_PROBE_AGE = 3600
 
 _MOVING = (*task_states.resizing_states, task_states.RESIZE_CONFIRMING,
            task_states.RESIZE_REVERTING, task_states.MIGRATING)
@@ -107,7 +112,8 @@ def _find(context, connection, own, unread) -> ty.Iterator[Orphan]:
                     (pool.name, name))
     elsewhere = _elsewhere(context, [
         uuid for uuid, places in by_uuid.items()
-        if all(pool is not None for pool, _volume in places)])
+        if not any(pool is None or sharing.is_probe(volume)
+                   for pool, volume in places)])
     for uuid, places in by_uuid.items():
         kinds = (_unknown if uuid in elsewhere else
                  _kinds_of(context, connection, uuid))
@@ -269,7 +275,7 @@ def _by_records(connection, disks):
             return Kind.REVERT
         if place in copies and keeping.is_in_time(connection, place):
             return Kind.KEPT
-        if place in left and (
+        if _is_old_probe(connection, place) or place in left and (
                 place not in disk_places or place not in disks_here and
                 keeping.is_private(connection, place[0]) and
                 not _has_guest(connection, disks.instance)):
@@ -277,6 +283,14 @@ def _by_records(connection, disks):
         return Kind.UNKNOWN
 
     return kind_of
+
+
+def _is_old_probe(connection, place):
+    """Whether a service was killed before it deleted a probe."""
+    if not sharing.is_probe(place[1]):
+        return False
+    age = keeping.unchanged_for(connection, place)
+    return age is not None and age > _PROBE_AGE
 
 
 def _kind_of_directory(instance, path):

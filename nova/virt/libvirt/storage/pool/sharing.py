@@ -16,6 +16,7 @@ What is shared can't be read off a pool's XML: a directory may be a mount. So a
 volume is made on one side and looked for on the other.
 """
 
+import re
 import typing as ty
 
 from oslo_utils import units
@@ -30,6 +31,14 @@ from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
 
 CONF = nova.conf.CONF
+
+
+_NAME = re.compile(r'.+_probe\.[0-9a-f]{32}')
+
+
+def is_probe(name: str) -> bool:
+    """Whether a volume was made to find out what is shared, by its name."""
+    return _NAME.fullmatch(name) is not None
 
 
 def _probe_config(instance_uuid):

@@ -146,14 +146,20 @@ def is_in_time(connection, place) -> bool:
 
     :param place: (pool, volume)
     """
-    if not is_possible(connection, place[0]):
-        return False
+    age = unchanged_for(connection, place)
+    return (is_possible(connection, place[0]) and age is not None and
+            age < CONF.libvirt.storage_migration_keep_copies * 3600)
+
+
+def unchanged_for(connection, place) -> float | None:
+    """Seconds since the last change of a volume, be it of its owner.
+
+    :param place: (pool, volume)
+    :returns: None if that can't be told
+    """
     try:
         path = storage_pool.StoragePool(
             connection, place[0], CONF.host).volume(place[1]).path
-        # Of its last change, be it of its owner when the guest went.
-        changed = os.stat(path).st_ctime
+        return time.time() - os.stat(path).st_ctime
     except (exception.NovaException, OSError):
-        return False
-    return time.time() - changed < (
-        CONF.libvirt.storage_migration_keep_copies * 3600)
+        return None

@@ -305,6 +305,38 @@ class OrphansTestCase(OrphansTestBase):
                        [(POOL, '%s_files' % uuids.instance)])
         self.assertEqual(['%s_files' % uuids.instance], self.swept())
 
+    def probe(self):
+        """A service was killed while it asked what hosts share."""
+        self.keep()
+        self.volumes.clear()
+        name = '%s_probe.%s' % (uuids.instance, uuids.probe.replace('-', ''))
+        probe = self.add(name)
+        probe.path = os.path.join(
+            self.pool.config.return_value.target_path, name)
+        with open(probe.path, 'w'):
+            pass
+        self.others.append(self.instance)
+        return name
+
+    def test_probe_that_is_left_over(self):
+        name = self.probe()
+        self.after(1.1)
+        self.assertEqual([orphans.Kind.LEFT_OVER], self.kinds())
+        self.assertEqual([name], self.swept())
+
+    def test_probe_that_another_host_may_look_for(self):
+        self.probe()
+        self.after(0.9)
+        self.assertEqual([orphans.Kind.UNKNOWN], self.kinds())
+        self.assertEqual([], self.swept())
+
+    def test_probe_in_a_pool_that_cant_be_read(self):
+        self.probe()
+        self.after(1.1)
+        self.pool.volume.side_effect = exception.StorageVolumeNotFound(
+            pool=POOL, volume='probe', host='here')
+        self.assertEqual([orphans.Kind.UNKNOWN], self.kinds())
+
     def test_kept_for_revert(self):
         self.disks.set('disk', self.record(
             'there', 'other', previous=self.record('here')))

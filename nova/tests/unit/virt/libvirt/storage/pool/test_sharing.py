@@ -68,6 +68,8 @@ class SharingTestCase(base.PoolsTestCase):
         self.add_pool(DISKS, conn=self.other)
         probes = self.make()
         self.assertEqual([DISKS], [pool for pool, _name in probes])
+        self.assertTrue(sharing.is_probe(probes[0][1]))
+        self.assertFalse(sharing.is_probe(self.instance.uuid + '_disk'))
         self.assertFalse(self.find(probes))
         self.assertFalse(self.find([]))
         self.assertFalse(self.find(None))  # an old compute service

@@ -34,6 +34,8 @@ class UpdateTestCase(base.PumpExtensionTestCase):
         pool = self.conn.storagePoolLookupByName('default-pool')
         self.volume = pool.createXML(
             '<volume><name>v</name><capacity>128</capacity></volume>', 0)
+        # All connections to it in a process are one as long as any is open.
+        self.addCleanup(self.volume.delete)
         self.table = self._pump.Table(128, test_table.KEY, block_size=32)
         self.copy(ends.StubStream([128]), None, 128, table=self.table)
 

@@ -295,10 +295,10 @@ class Soak:
                 step.outcome = 'done'
             except LAB_OR_CLOUD as error:
                 step.outcome = 'failed: %s' % str(error)[:160]
-                lost = servers.Lost('%s: %s without a fault has failed: %s' % (
-                    subject.name, step.name, error))
-                lost.subject = subject.name
-                raise lost from error
+                raise servers.Lost(
+                    '%s: %s without a fault has failed: %s' % (
+                        subject.name, step.name, error),
+                    subject.name) from error
             finally:
                 self.say(step)
 
@@ -380,9 +380,7 @@ class Soak:
                     # it does so when the guest runs again.
                     look(subject)
             except (servers.Lost, *LAB_OR_CLOUD) as error:
-                lost = servers.Lost(str(error))
-                lost.subject = subject.name
-                raise lost from error
+                raise servers.Lost(str(error), subject.name) from error
 
         self._wait_services()
         with concurrent.futures.ThreadPoolExecutor(len(since)) as pool:

@@ -51,7 +51,14 @@ OTHER = {'host-a': 'host-b', 'host-b': 'host-a'}
 
 
 class Lost(Exception):
-    """A server that can't be brought back, or without its data."""
+    """A server that can't be brought back, or without its data.
+
+    :param subject: name of the Subject that it is about; '-' where of none
+    """
+
+    def __init__(self, message, subject='-'):
+        super().__init__(message)
+        self.subject = subject
 
 
 class Subject:
@@ -278,8 +285,10 @@ class Subject:
         if given_up:
             self.boot_anew()
             return
+        found = self.server.get()
         raise Lost('%s does not come back after %s: %s' % (
-            self.name, operation, told))
+            self.name, operation, told or '%s, %s' % (
+                found.status, (found.fault or {}).get('message'))))
 
     def _exists(self):
         with contextlib.suppress(openstack.exceptions.NotFoundException):

@@ -250,8 +250,11 @@ class Plan:
                 break
         else:
             raise refused(_(
-                "hard reboot the server: it doesn't run with %(place)s, which "
-                'is on record as its disk %(name)s'), name=name,
+                'bring what it writes to (virsh domblklist) back into '
+                '%(place)s by virsh blockcommit --active --pivot, or hard '
+                "reboot the server if that is older: it doesn't run with "
+                '%(place)s, which is on record as its disk %(name)s'),
+                name=name,
                 place=path if place == (None, None) else '/'.join(place))
         if device.driver_format != record.format:
             raise refused(_(

@@ -25,7 +25,10 @@ from oslo_log import log as logging
 
 from nova.compute import task_states
 import nova.conf
+import nova.context
 from nova import exception
+from nova import objects
+from nova.objects import fields
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
 
@@ -248,7 +251,21 @@ def _is_elsewhere(volume, instance) -> bool:
     """
     return volume.pool.kind().is_ceph and (
         instance.host != CONF.host or
-        instance.task_state == task_states.RESIZE_REVERTING)
+        instance.task_state == task_states.RESIZE_REVERTING or
+        instance.task_state in task_states.rebuild_states and
+        _is_evacuated(instance))
+
+
+def _is_evacuated(instance):
+    """Whether another host starts it with its disks, in place of this one.
+
+    It is this host's until that is done, in a rebuild as well.
+    """
+    return bool(objects.MigrationList.get_by_filters(
+        nova.context.get_admin_context(), {
+            'instance_uuid': instance.uuid, 'source_compute': CONF.host,
+            'migration_type': fields.MigrationType.EVACUATION,
+            'status': ['accepted', 'pre-migrating', 'done']}))
 
 
 def delete_volumes(connection, instance, rescue=False, keep=(),

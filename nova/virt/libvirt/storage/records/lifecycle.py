@@ -265,6 +265,17 @@ def discard_unfinished(disks, image_of) -> dict:
     return images
 
 
+def forget_unfinished(disks, image_of, names) -> None:
+    """Drop disks that were begun and are wanted no more, and their records.
+
+    :param names: of the disks
+    """
+    for name in names:
+        record = disks.get(name)
+        _discard(image_of(name, {'metadata': record}), record)
+        disks.clear(name)
+
+
 def finished(disks, image_of, suffix='') -> None:
     """Note that the disks are there which :func:`begin` has recorded.
 

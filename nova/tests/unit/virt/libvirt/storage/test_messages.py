@@ -64,7 +64,7 @@ ADVICE = re.compile(
     r"Check which host this migration is|"
     r"Wait for the copy|Install Nova from a wheel|Make image u+ available|"
     r"Take a snapshot without memory|Make a new live image|"
-    r"rebuild or delete it", re.I)
+    r"rebuild it|Confirm the resize and migrate", re.I)
 
 # Whose message is made of the reason, which is looked at instead; Nova's own.
 OTHERS = ('NovaException', 'InvalidConfiguration', 'InstanceFaultRollback',

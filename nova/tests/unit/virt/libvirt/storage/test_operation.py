@@ -385,9 +385,33 @@ class RebootTestCase(OperationTestCase):
         self.migration = mock.sentinel.migration
         self.check()
 
-    def test_check_finds_a_disk_that_was_never_finished(self):
-        self.records.set('disk', record(state='building'))
-        self.assertRaises(exception.DiskNotFinished, self.check)
+    def want(self, *names):
+        """The disks that the instance has by its flavor and image."""
+        self.patch('nova.virt.libvirt.storage.operation.DiskOperation.'
+                   '_disk_info',
+                   return_value={'mapping': dict.fromkeys(names, {})})
+
+    @ddt.data('disk', 'disk.local')
+    def test_check_finds_a_disk_that_was_never_finished(self, name):
+        self.want('disk', 'disk.local')
+        self.records.set(name, record(name, state='building'))
+        e = self.assertRaises(exception.DiskNotFinished, self.check)
+        self.assertIn(name, str(e))
+
+    def test_disk_that_was_never_finished_and_is_wanted_no_more(self):
+        # finish_migration has failed, and Nova has put the flavor back.
+        self.want('disk')
+        self.records.set('disk', record())
+        self.records.set('disk.local', record('disk.local', state='building'))
+        discard = self.patch(
+            'nova.virt.libvirt.storage.records.lifecycle._discard')
+        image = self.patch(
+            'nova.virt.libvirt.storage.operation.DiskOperation.image')
+        self.bring_in_order()
+        image.assert_called_once_with('disk.local', mock.ANY)
+        discard.assert_called_once_with(image.return_value, mock.ANY)
+        self.assertIsNone(self.records.get('disk.local'))
+        self.assertIsNotNone(self.records.get('disk'))
 
     @ddt.data('disk.swap', 'disk.config', 'disk.rescue')
     def test_check_lets_pass_what_is_made_anew(self, name):

@@ -17,6 +17,7 @@ from unittest import mock
 import fixtures
 from oslo_utils import units
 
+from nova.compute import task_states
 import nova.conf
 from nova import exception
 from nova import objects
@@ -333,6 +334,24 @@ class OwnershipTestCase(CephPoolTestCase):
                 self.assertTrue(
                     ownership.delete_volumes(self.conn, self.instance))
                 self.assertEqual(3, len(self.images))
+
+    def test_rebuild_and_evacuation(self):
+        """Its source is back before the other host has its guest."""
+        migrations = self.useFixture(fixtures.MockPatch(
+            'nova.objects.MigrationList.get_by_filters',
+            return_value=[mock.sentinel.evacuation])).mock
+        for task in task_states.rebuild_states:
+            self.instance.task_state = task
+            self.assertTrue(
+                ownership.delete_volumes(self.conn, self.instance))
+            self.assertEqual(3, len(self.images))
+        self.assertEqual(
+            (UUID, 'here', 'evacuation'),
+            tuple(migrations.call_args.args[1][name] for name in (
+                'instance_uuid', 'source_compute', 'migration_type')))
+        migrations.return_value = []
+        ownership.delete_volumes(self.conn, self.instance)
+        self.assertEqual(['other_disk'], list(self.images))
 
     def test_volumes_are_here(self):
         self.assertTrue(ownership.has_volumes(self.conn, UUID))

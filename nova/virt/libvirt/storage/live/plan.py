@@ -250,11 +250,10 @@ class Plan:
                 break
         else:
             raise refused(_(
-                'bring what it writes to (virsh domblklist) back into '
-                '%(place)s by virsh blockcommit --active --pivot, or hard '
-                "reboot the server if that is older: it doesn't run with "
-                '%(place)s, which is on record as its disk %(name)s'),
-                name=name,
+                'commit the snapshot that its guest writes to (virsh '
+                'blockcommit --active --pivot) if there is one, else hard '
+                "reboot the server: it doesn't run with %(place)s, which "
+                'is on record as its disk %(name)s'), name=name,
                 place=path if place == (None, None) else '/'.join(place))
         if device.driver_format != record.format:
             raise refused(_(

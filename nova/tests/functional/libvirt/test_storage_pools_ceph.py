@@ -219,6 +219,25 @@ class TestCeph(CephTestBase):
         self.assert_on('compute1', server)
         self.assert_deleted(server)
 
+    def test_evacuate_and_its_source_is_back_before_that_ends(self):
+        server = self.boot_with_all()
+        self.computes['compute1'].stop()
+        self.force_down('compute1', True)
+        target = self.computes['compute2'].manager.driver
+        spawn, images = target.spawn, sorted(self.images)
+
+        def spawn_late(*args, **kwargs):
+            self.restart_compute_service('compute1')
+            self.assertEqual(images, sorted(self.images))
+            spawn(*args, **kwargs)
+
+        self.useFixture(fixtures.MockPatchObject(target, 'spawn', spawn_late))
+        self._evacuate_server(server, expected_host='compute2')
+        self.restart_compute_service('compute1')
+        self.force_down('compute1', False)
+        self.assert_on('compute2', server)
+        self.assertEqual(images, sorted(self.images))
+
     def test_evacuate_while_it_waits_for_confirm(self):
         server = self.boot_with_all()
         self._migrate_server(server)

@@ -171,6 +171,9 @@ class RebuildTestCase(RbdDiskTestCase):
         self.stub_out(
             'nova.objects.BlockDeviceMappingList._save_driver_info',
             lambda *args: None)
+        # It is no evacuation.
+        self.stub_out('nova.objects.MigrationList.get_by_filters',
+                      lambda *args: [])
         self.bdm = objects.BlockDeviceMapping(
             id=1, uuid=uuids.bdm, instance_uuid=uuids.instance,
             source_type='image', destination_type='local', boot_index=0,

@@ -194,7 +194,7 @@ class Conformance:
         for name in (volume.name, taken.name()):
             e = self.assertRaises(exception.StorageVolumeHasSnapshots,
                                   self.pool.volume(name).delete)
-            self.assertIn('Remove logical volumes %s on' % taken.name(),
+            self.assertIn('at logical volumes %s, and' % taken.name(),
                           str(e))
         volume.raw.delete(0)
         self.raw.refresh(0)

@@ -59,7 +59,7 @@ ADVICE = re.compile(
     r"Mend the export of storage pool|Start storage pool p+ on host h+ anew|"
     r"Set \[libvirt\]/images_type to|Give user u+|Let user u+ on host|"
     r"Make room in storage pool|"
-    r"Use a volume group of its own|Remove logical volumes|"
+    r"Use a volume group of its own|Look with lvs on host h+|"
     r"Check that Ceph answers host h+|Look with rbd status|"
     r"Check which host this migration is|"
     r"Wait for the copy|Install Nova from a wheel|Make image u+ available|"

@@ -337,7 +337,7 @@ class SnapshotsTestCase(OldBlocksTestCase):
     def refused(self, function, *args):
         e = self.assertRaises(exception.StorageVolumeHasSnapshots,
                               function, *args)
-        self.assertIn('Remove logical volumes backup on host %s first' %
+        self.assertIn('Look with lvs on host %s at logical volumes backup' %
                       self.pool.host, str(e))
         self.assertEqual({'v', 'backup'}, set(self.group.devices))
         self.assertEqual(12, len(self.secrets()))

@@ -28,6 +28,8 @@ PACKAGES = ('gcc', 'genisoimage', 'git', 'libc6-dev', 'libnbd-dev',
             'libssl-dev', 'libvirt-dev', 'nbdkit', 'pkg-config',
             'python3-dev', 'python3-venv', 'qemu-utils')
 PYTHON = '/venv/bin/python'
+# In that root, the project's own.
+TOOLS = '/src-tools/'
 
 
 class Unavailable(Exception):
@@ -63,9 +65,9 @@ def prepare(project: pathlib.Path, tree: pathlib.Path, no_root: int) -> tuple:
             machine.step('venv', [*enter, 'python3', '-m', 'venv', '/venv'],
                          out)
         machine.step('pip install', [
-            *pip, '-c', '/src-tools/constraints.txt', '-r',
+            *pip, '-c', TOOLS + 'constraints.txt', '-r',
             'requirements.txt', '-r', 'test-requirements.txt', '-r',
-            '/src-tools/requirements.txt'], out)
+            TOOLS + 'requirements.txt'], out)
         machine.step('extensions', [
             *enter, PYTHON, 'setup.py', '--quiet', 'build_ext', '--inplace'],
             out, {'PBR_VERSION': machine.version(tree)})

@@ -29,6 +29,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 TREE = ROOT / 'tree'
 TESTS = tomllib.loads((ROOT / 'tools/series.toml').read_text())['tests']
 UNIT = 'nova.tests.unit.'
+# Where an interpreter finds what it does first in Nova's tests.
+START = 'runner/start'
+ENVIRONMENT = {**TESTS['environment'],
+               'PYTHONPATH': str(ROOT / 'tools' / START)}
 # Exit status of lab/lab prepare where a root of Debian can't be had.
 NO_ROOT = 3
 WORKERS = ['--concurrency', str(os.cpu_count())]
@@ -86,7 +90,7 @@ def unit(tally):
     names = [UNIT + name for name in TESTS['unit']]
     names += tests_of(TREE, touched(TREE, 'base'))
     counting.stestr(tally, 'unit', TREE, [], [
-        *WORKERS, counting.modules(names)], env=TESTS['environment'])
+        *WORKERS, counting.modules(names)], env=ENVIRONMENT)
 
 
 def newer_python(tally):
@@ -106,7 +110,8 @@ def newer_python(tally):
     names = [UNIT + name for name in TESTS['unit']]
     names += tests_of(TREE, touched(TREE, 'base'))
     counting.stestr(tally, title, TREE, [], [
-        *WORKERS, counting.modules(names)], env=TESTS['environment'],
+        *WORKERS, counting.modules(names)], env={
+            **ENVIRONMENT, 'PYTHONPATH': newer_python_.TOOLS + START},
         python=python)
 
 
@@ -115,7 +120,7 @@ def functional(tally):
     counting.stestr(tally, 'functional', TREE, [
         '--test-path', './nova/tests/functional'], [
         *WORKERS, counting.modules(names)],
-        env={**TESTS['environment'], 'OS_TEST_TIMEOUT': '600'})
+        env={**ENVIRONMENT, 'OS_TEST_TIMEOUT': '600'})
 
 
 def lab(tally):
@@ -228,6 +233,8 @@ def _one_commit(tally, work, title, everything):
                            ROOT / 'build/log/extensions.log')
     except machine.NotReady as error:
         tally.add(title + 'extensions', False, str(error))
+    counting.command(tally, title + 'white space', [
+        'git', 'diff', '--check', 'HEAD^', 'HEAD'], work)
     style(tally, work, 'HEAD^', title)
     files = touched(work, 'HEAD^')
     imports = [_module(f) for f in files if f.startswith('nova/')
@@ -237,14 +244,14 @@ def _one_commit(tally, work, title, everything):
         counting.command(tally, title + 'import', [
             sys.executable, '-c', 'import importlib, sys\n'
             'for name in sys.argv[1:]: importlib.import_module(name)',
-            *imports], work, env=TESTS['environment'])
+            *imports], work, env=ENVIRONMENT)
     names = tests_of(work, files)
     if everything:
         names += [UNIT + name for name in TESTS['unit']]
     if names:
         counting.stestr(tally, title + 'unit', work, [
             '--test-path', _common_folder(names), '--top-dir', '.'], [
-            *WORKERS, counting.modules(names)], env=TESTS['environment'])
+            *WORKERS, counting.modules(names)], env=ENVIRONMENT)
 
 
 def touched(tree: pathlib.Path, since: str) -> list[str]:

@@ -17,6 +17,7 @@ import io
 import os
 import pathlib
 import subprocess
+import sys
 import tempfile
 import unittest
 from unittest import mock
@@ -168,6 +169,10 @@ class TestMachine(RunnerTest):
 
 class TestStages(RunnerTest):
 
+    def git(self, tree, *arguments):
+        subprocess.run(['git', '-c', 'user.name=x', '-c', 'user.email=x@y',
+                        *arguments], cwd=tree, check=True)
+
     def test_tests_of_a_module_and_of_a_test(self):
         folder = self.top / 'nova/tests/unit/virt'
         folder.mkdir(parents=True)
@@ -180,19 +185,37 @@ class TestStages(RunnerTest):
                 'nova/tests/unit/virt/test_a.py', 'doc/a.py', 'setup.py',
                 'nova/tests/unit/virt/fake.py']))
 
-    def test_each_of_a_range(self):
-        def git(*arguments):
-            subprocess.run(['git', '-c', 'user.name=x', '-c', 'user.email=x@y',
-                            *arguments], cwd=tree, check=True)
+    def test_start_of_an_interpreter(self):
+        """Nova's tests read YAML by libyaml."""
+        done = subprocess.run(
+            [sys.executable, '-c', 'import yaml; print(yaml.__with_libyaml__, '
+             'yaml.SafeLoader.__name__, yaml.safe_load("a: [1, x]"))'],
+            env={**os.environ, **stages.ENVIRONMENT}, stdout=subprocess.PIPE,
+            text=True, check=True)
+        self.assertEqual("True CSafeLoader {'a': [1, 'x']}\n", done.stdout)
 
+    def test_each_of_a_commit_of_documents(self):
+        self.git(self.top, 'init', '--quiet')
+        for text in ('one\n', 'two\n', 'two \n'):
+            (self.top / 'x.rst').write_text(text)
+            self.git(self.top, 'add', 'x.rst')
+            self.git(self.top, 'commit', '--quiet', '-m', text)
+        stages._one_commit(self.tally, self.top, '', False)
+        self.assertEqual((0, 1, 0), self.sums())
+        self.assertIn('trailing whitespace', self.tally.failures[0][1])
+        self.git(self.top, 'checkout', '--quiet', 'HEAD^')
+        stages._one_commit(self.tally, self.top, '', False)
+        self.assertEqual((1, 1, 0), self.sums())
+
+    def test_each_of_a_range(self):
         tree = self.top / 'tree'
         tree.mkdir()
-        git('init', '--quiet')
+        self.git(tree, 'init', '--quiet')
         for name in ('base', 'one', 'two', 'three', 'four'):
             (tree / 'name').write_text(name)
-            git('add', 'name')
-            git('commit', '--quiet', '-m', name)
-        git('tag', 'base', 'HEAD~4')
+            self.git(tree, 'add', 'name')
+            self.git(tree, 'commit', '--quiet', '-m', name)
+        self.git(tree, 'tag', 'base', 'HEAD~4')
         seen = []
 
         def one(tally, work, title, everything):

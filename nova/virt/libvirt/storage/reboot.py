@@ -140,25 +140,25 @@ class Reboot(Return):
         self.start_pools()
 
     def _check_finished(self):
-        unwanted = self._unwanted()
-        lost = [name for name in self._lost() if name not in unwanted]
+        lost, _unwanted = self._lost()
         if lost:
             raise exception.DiskNotFinished(
                 instance_uuid=self._instance.uuid, disks=', '.join(lost))
 
     def _lost(self):
-        """What was never finished, and isn't made anew."""
-        # One with a previous one has come from there, and may be whole.
-        return [name for name in self.records.building()
-                if self.records.get(name).previous is None and
-                name not in lifecycle.REMADE and
-                not name.endswith('.rescue')]
+        """What was never finished, and isn't made anew.
 
-    def _unwanted(self):
-        """Those of them that it has no more: a resize to it has failed."""
-        lost = self._lost()
-        return lost and [name for name in lost if
-                         name not in self._disk_info()['mapping']]
+        :returns: names of disks that the instance has, and of those that it
+            has no more, as a resize to them has failed
+        """
+        # One with a previous one has come from there, and may be whole.
+        names = [name for name in self.records.building()
+                 if self.records.get(name).previous is None and
+                 name not in lifecycle.REMADE and
+                 not name.endswith('.rescue')]
+        wanted = self._disk_info()['mapping'] if names else ()
+        return ([name for name in names if name in wanted],
+                [name for name in names if name not in wanted])
 
     def bring_in_order(self, disk_info: dict, guest_config,
                        make_swap: ty.Callable) -> None:
@@ -178,8 +178,8 @@ class Reboot(Return):
         if destination.is_due(self._instance, self.records):
             # They have come, and finish_migration has failed.
             self.accept()
-        lifecycle.forget_unfinished(
-            self.records, self.image, self._unwanted())
+        _lost, unwanted = self._lost()
+        lifecycle.forget_unfinished(self.records, self.image, unwanted)
         self.take_up(disk_info, guest_config, remade=lifecycle.REMADE)
         self.make_unfinished(make_swap)
         # From here on the source's copies are no longer kept.

@@ -25,7 +25,6 @@ import threading
 
 from oslo_log import log as logging
 from oslo_utils import units
-from oslo_utils import uuidutils
 
 import nova.conf
 from nova import exception
@@ -40,6 +39,7 @@ from nova.virt.libvirt.storage.move import peers
 from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.pool import ceph_bytes
 from nova.virt.libvirt.storage.pool import ownership
+from nova.virt.libvirt.storage.pool import sharing
 from nova.virt.libvirt.storage.pool import usage
 from nova.virt.libvirt.storage.pump import transfer as pump
 from nova.virt.libvirt.storage.records import leftovers
@@ -103,8 +103,7 @@ class CephPoolThere(peers.PeerPool):
         :param instance: whose prefix the image gets
         :raises: exception.StorageCephError
         """
-        name = '%s_probe.%s' % (
-            instance.uuid, uuidutils.generate_uuid(dashed=False))
+        name = sharing.probe_name(instance.uuid)
         ceph_bytes.create(self._pool, name, 1 << 20, ceph_images.timeout())
         ceph_bytes.delete(self._pool, name, ceph_images.timeout())
 

@@ -336,6 +336,18 @@ def _reserve(connection, instance, record):
                      'error': e}, instance=instance)
 
 
+def _not_copied_again(record, mismatch):
+    before = record.previous
+    return exception.StorageTransferMismatch(
+        volume=record.volume, where=CONF.host,
+        reason=_("%(first)s; nothing copies it again over NBD alone: write "
+                 "volume %(volume)s in storage pool %(pool)s of host %(host)s "
+                 "over it, then hard reboot the server") % {
+                     'first': mismatch.kwargs['reason'],
+                     'volume': before.volume, 'pool': before.pool,
+                     'host': before.host})
+
+
 def _copy_again(instance, record, connection, local_uri, mismatch):
     """Fetch a disk that is not what was sent from the source once more.
 
@@ -351,7 +363,7 @@ def _copy_again(instance, record, connection, local_uri, mismatch):
             expected.address is None or
             transport.LIBVIRT not in transport.ways()):
         # A copy over NBD the source alone can begin.
-        raise mismatch
+        raise _not_copied_again(record, mismatch)
     LOG.warning('%s It is copied again.', mismatch, instance=instance)
     before = record.previous
     length = expected.length

@@ -41,10 +41,19 @@ def is_probe(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def probe_name(instance_uuid: str) -> str:
+    """A name that no other probe has.
+
+    A probe that is left over goes with the instance's volumes.
+
+    :param instance_uuid: UUID of the instance that it is made for
+    """
+    return '%s_probe.%s' % (
+        instance_uuid, uuidutils.generate_uuid(dashed=False))
+
+
 def _probe_config(instance_uuid):
-    # A probe that is left over goes with the instance's volumes.
-    return _named_probe_config('%s_probe.%s' % (
-        instance_uuid, uuidutils.generate_uuid(dashed=False)))
+    return _named_probe_config(probe_name(instance_uuid))
 
 
 def _named_probe_config(name):

@@ -179,6 +179,9 @@ class MoveTestCase(MoveTestBase):
         self.dest.pools[POOL][self.volume_name('disk')]['content'] = 'bad'
         self.flags(host='dest')
         self.copies.clear()
+        return self.accept()
+
+    def accept(self):
         return destination.accept(
             self.context, self.instance, self.load(), self.dest, 'dest:///',
             self.cache_base)
@@ -195,10 +198,16 @@ class MoveTestCase(MoveTestBase):
         self.assertEqual(3, self.asked().count('close'))
 
     def test_disk_that_has_come_wrong(self):
-        self.assertRaises(exception.StorageTransferMismatch,
-                          self.come_wrong, 'nbd')
+        e = self.assertRaises(exception.StorageTransferMismatch,
+                              self.come_wrong, 'nbd')
         # It would be by libvirt.
         self.assertEqual([], self.copies)
+        name = self.volume_name('disk')
+        self.assertIn('write volume %s in storage pool %s of host source over '
+                      'it, then hard reboot' % (name, POOL), str(e))
+        here = self.dest.pools[POOL][name]
+        here['content'] = self.source.pools[POOL][name]['content']
+        self.assertTrue(self.accept())
 
     def test_disk_that_has_come_wrong_if_libvirt_is_allowed(self):
         self.assertTrue(self.come_wrong('auto'))

@@ -245,7 +245,7 @@ def _one_commit(tally, work, title, everything):
             sys.executable, '-c', 'import importlib, sys\n'
             'for name in sys.argv[1:]: importlib.import_module(name)',
             *imports], work, env=ENVIRONMENT)
-    names = tests_of(work, files)
+    names = tests_of(work, files, of_package=True)
     if everything:
         names += [UNIT + name for name in TESTS['unit']]
     if names:
@@ -259,19 +259,32 @@ def touched(tree: pathlib.Path, since: str) -> list[str]:
     return _git('diff', '--name-only', '--diff-filter=d', since, cwd=tree)
 
 
-def tests_of(tree: pathlib.Path, files: list[str]) -> list[str]:
-    """The unit tests among files, and those of the modules among them."""
+def tests_of(tree: pathlib.Path, files: list[str],
+             of_package: bool = False) -> list[str]:
+    """The unit tests among files, and those of the modules among them.
+
+    :param of_package: for a module without tests of its own name all tests of
+        its package
+    """
     found = set()
     for path in map(pathlib.PurePath, files):
         if path.suffix != '.py' or path.parts[0] != 'nova':
             continue
         if path.parts[1] != 'tests':
-            path = pathlib.PurePath(
-                UNIT.replace('.', '/'), *path.parts[1:-1], 'test_' + path.name)
-        if path.is_relative_to('nova/tests/unit') and path.name.startswith(
+            found |= _tests_of_module(tree, path, of_package)
+        elif path.is_relative_to('nova/tests/unit') and path.name.startswith(
                 'test_') and (tree / path).exists():
-            found.add(_module(str(path)))
-    return sorted(found)
+            found.add(path)
+    return sorted(_module(str(path)) for path in found)
+
+
+def _tests_of_module(tree, path, of_package):
+    folder = pathlib.PurePath(UNIT.replace('.', '/'), *path.parts[1:-1])
+    own = folder / ('test_' + path.name)
+    if (tree / own).exists():
+        return {own}
+    return {folder / test.name for test in (tree / folder).glob('test_*.py')
+            if of_package}
 
 
 def _common_folder(names):

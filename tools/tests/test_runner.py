@@ -185,6 +185,16 @@ class TestStages(RunnerTest):
                 'nova/tests/unit/virt/test_a.py', 'doc/a.py', 'setup.py',
                 'nova/tests/unit/virt/fake.py']))
 
+    def test_tests_of_a_module_without_its_own(self):
+        folder = self.top / 'nova/tests/unit/virt'
+        (folder / 'x').mkdir(parents=True)
+        for name in ('test_a.py', 'test_b.py', 'fake.py', 'x/test_x.py'):
+            (folder / name).touch()
+        self.assertEqual(
+            ['nova.tests.unit.virt.test_a', 'nova.tests.unit.virt.test_b'],
+            stages.tests_of(self.top, ['nova/virt/c.py', 'nova/gone/d.py'],
+                            of_package=True))
+
     def test_start_of_an_interpreter(self):
         """Nova's tests read YAML by libyaml."""
         done = subprocess.run(

@@ -65,6 +65,7 @@ from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt.storage import report
 from nova.virt.libvirt.storage import transition
+from nova.virt.libvirt.storage import unconfigured
 from nova.virt.libvirt import utils as libvirt_utils
 
 CONF = nova.conf.CONF
@@ -526,6 +527,7 @@ class LocalDisks:
 
     # Live migration
 
+    @plan.refusing()
     def offer_live(self, context, instance) -> dict:
         """On the destination: say which pools take an instance's disks.
 
@@ -543,6 +545,7 @@ class LocalDisks:
         """On the destination: remove what offer_live() has made."""
         live_offer.withdraw(self._connection(), data)
 
+    @plan.refusing()
     def plan_live(self, context, instance, block_device_info,
                   data) -> bool | None:
         """On the source: have all disks on record, and plan their ways.
@@ -552,8 +555,7 @@ class LocalDisks:
         :returns: whether all stay where they are, as pool disks that both
             hosts see do, and images of Ceph outside of the pools, whatever
             images_type the hosts have; None if the driver has to find out
-        :raises: exception.MigrationPreCheckError,
-            exception.InvalidDiskMetadata, exception.DiskNotFinished
+        :raises: exception.MigrationPreCheckError
         """
         disks = operation.DiskOperation(
             self._local, context, instance, block_device_info)
@@ -590,6 +592,7 @@ class LocalDisks:
                     'storage pools at the next hard reboot: %s', reason,
                     instance=disks.instance)
 
+    @plan.refusing()
     def check_live(self, context, instance, data) -> None:
         """On the destination: the last word before a live migration begins.
 
@@ -714,30 +717,43 @@ class LocalDisks:
                            plan.planned(data))
 
     def live_migrated(self, context, instance, block_device_info) -> None:
-        """On the destination: the disks are this host's now."""
-        disks = operation.DiskOperation(
-            self._local, context, instance, block_device_info)
-        are_known = settle.arrived(disks.records)
-        disks.records.save(context)
-        if are_known:
-            # A file that both hosts see has two names now.
-            disks.finish_earlier_move()
-            disks.started()
+        """On the destination: the disks are this host's now.
+
+        The guest runs here: an error is only logged.
+        """
+        try:
+            disks = operation.DiskOperation(
+                self._local, context, instance, block_device_info)
+            are_known = settle.arrived(disks.records)
+            disks.records.save(context)
+            if are_known:
+                # A file that both hosts see has two names now.
+                disks.finish_earlier_move()
+                disks.started()
+        except Exception:
+            LOG.exception('Where the disks are is not on record yet; it will '
+                          'be when the server is next hard rebooted or moved, '
+                          'or this service starts', instance=instance)
 
     # Deleting
 
     def delete(self, instance, block_device_info=None) -> bool:
         """Delete an instance's pool disks on this host.
 
+        And those of a backend that images_type doesn't name any more.
+
         :param block_device_info: holds the records, which say what stays
             while a resize is reverted
         :returns: False if something is left and should be tried again
         """
+        records = lifecycle.of_instance(instance, block_device_info)
+        is_gone = (instance.task_state == task_states.RESIZE_REVERTING or
+                   unconfigured.delete(
+                       self._local.image_backend, instance, records))
         if not self._has_pools:
-            return True
+            return is_gone
         # Nobody has to write to what is deleted.
         self._local.intake.close(instance)
-        records = lifecycle.of_instance(instance, block_device_info)
         others: ty.Collection[tuple[str, str]] = ()
         if cells.has_two(instance):
             try:
@@ -755,7 +771,8 @@ class LocalDisks:
                 self._connection(), instance, records,
                 keep={*keep, *others} if others else keep)
         is_gone = ownership.delete_volumes(
-            self._connection(), instance, keep=others, disks=records)
+            self._connection(), instance, keep=others,
+            disks=records) and is_gone
         if not is_gone and instance.task_state == task_states.REBUILDING:
             leftovers.note_undeleted(self._connection(), records)
         return is_gone

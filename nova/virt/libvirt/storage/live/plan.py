@@ -17,6 +17,7 @@ both see becomes a volume by a second name; QEMU copies the others while the
 guest writes to them, but for those that are read-only, which are sent before.
 """
 
+import contextlib
 import os
 import typing as ty
 
@@ -48,6 +49,24 @@ LOG = logging.getLogger(__name__)
 
 WAY = fields.LibvirtLiveMigrateDiskWay
 QCOW2 = fields.LibvirtDiskFormat.QCOW2
+
+
+@contextlib.contextmanager
+def refusing():
+    """Let what fails in a check be no more than a refusal.
+
+    For an exception that it does not know the conductor puts an instance in
+    ERROR, though its guest runs on.
+
+    :raises: exception.MigrationPreCheckError
+    """
+    try:
+        yield
+    except exception.MigrationPreCheckError:
+        raise
+    except exception.NovaException as e:
+        raise exception.MigrationPreCheckError(
+            reason=e.format_message()) from e
 
 
 def refused(reason, **values):

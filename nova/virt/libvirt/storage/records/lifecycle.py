@@ -199,6 +199,13 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
         if (name.startswith('disk.config') and
                 not fresh.is_in_pool):
             fresh.format = fields.LibvirtDiskFormat.RAW
+        if (record is None and not suffix and
+                fresh.backend == fields.LibvirtDiskBackend.RBD and
+                image.exists()):
+            # Made before records were, and here no guest tells of it: the
+            # instance is evacuated, or an older compute has sent it.
+            fresh.state = READY
+            there.append(name)
         if record is not None:
             # Made anew after a move: the other host's is still kept.
             fresh.previous = record.previous

@@ -672,6 +672,39 @@ class LocalDisksTestCase(test.NoDBTestCase):
             objects.LibvirtLiveMigrateData()))
         is_overtaken.assert_not_called()
 
+    def test_live_migration_is_refused(self):
+        self.api._has_pools = True
+        error = exception.StoragePoolInactive(pool='p', host='here')
+        for stub in ('operation.DiskOperation.take_up_running',
+                     'live.offer.make', 'live.receive.Receiver.check'):
+            self.patch(stub, side_effect=error)
+        self.patch('live.settle.wait_until_ended')
+        settle = self.patch('live.settle.settle')
+        self.patch('live.plan.planned', return_value=True)
+        self.patch('live.receive.Receiver.__init__', return_value=None)
+        self.patch('records.metadata.InstanceDisks.load')
+        for call, arguments in (
+                (self.api.offer_live, ()), (self.api.check_live, (None,)),
+                (self.api.plan_live, ({}, None))):
+            e = self.assertRaises(
+                exception.MigrationPreCheckError, call,
+                mock.sentinel.context, self.instance, *arguments)
+            self.assertEqual(1, str(e).count('Migration pre-check error'))
+            self.assertIn(str(error), str(e))
+        settle.side_effect = exception.MigrationPreCheckError(reason='why')
+        self.assertIs(settle.side_effect, self.assertRaises(
+            exception.MigrationPreCheckError, self.api.plan_live,
+            mock.sentinel.context, self.instance, {}, None))
+
+    def test_live_migration_that_is_done_stays_done(self):
+        """The guest runs here: this host looks again when it starts."""
+        self.patch('live.settle.arrived', return_value=True)
+        self.patch('records.metadata.InstanceDisks.save',
+                   side_effect=exception.InvalidDiskMetadata(
+                       mapping=1, instance_uuid='i', reason='why'))
+        self.api.live_migrated(mock.sentinel.context, self.instance, {})
+        self.assertIn('why', self.stdlog.logger.output)
+
     def test_settles_before_anything_is_done(self):
         settle = self.patch('live.settle.settle',
                             side_effect=exception.DisksMayBeElsewhere(
@@ -684,9 +717,12 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.assertRaises(
             exception.InstanceFaultRollback, self.api.depart,
             mock.sentinel.context, self.instance, {})
-        self.assertRaises(
-            exception.DisksMayBeElsewhere, self.api.plan_live,
+        # For an exception that it doesn't know the conductor puts a running
+        # instance in ERROR.
+        e = self.assertRaises(
+            exception.MigrationPreCheckError, self.api.plan_live,
             mock.sentinel.context, self.instance, {}, None)
+        self.assertIn("Look for the server's guest", str(e))
         self.assertEqual(4, settle.call_count)
 
     def test_ends_a_migration_before_the_guest_is_ended(self):
@@ -713,7 +749,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         calls.reset_mock()
         wait = self.patch('live.settle.wait_until_ended')
         self.assertRaises(
-            exception.DisksMayBeElsewhere, self.api.plan_live,
+            exception.MigrationPreCheckError, self.api.plan_live,
             mock.sentinel.context, self.instance, {}, None)
         calls.end_moving.assert_not_called()
         wait.assert_called_once_with(self.host, self.instance)
@@ -747,6 +783,20 @@ class LocalDisksTestCase(test.NoDBTestCase):
         kept.assert_not_called()
         delete.assert_called_once_with(
             self.conn, self.instance, keep=(), disks=mock.ANY)
+
+    @ddt.data((task_states.DELETING, True), (task_states.REBUILDING, True),
+              (task_states.RESIZE_REVERTING, False))
+    @ddt.unpack
+    def test_delete_of_another_backend(self, task_state, expected):
+        delete = self.patch('unconfigured.delete', return_value=False)
+        self.instance.task_state = task_state
+        self.assertEqual(not expected, self.api.delete(self.instance))
+        self.assertEqual(expected, delete.called)
+        self.api._has_pools = True
+        self.patch('pool.ownership.delete_volumes', return_value=True)
+        self.patch('move.destination.give_back', return_value=True)
+        self.patch('records.leftovers.note_undeleted')
+        self.assertEqual(not expected, self.api.delete(self.instance))
 
     def _volume(self, name, pool='p'):
         volume = mock.Mock()

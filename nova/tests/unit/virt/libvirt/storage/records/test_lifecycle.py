@@ -318,6 +318,32 @@ class TestBegin(RecordsTestCase):
         self.assertFalse(os.path.exists(path))
         self.assertEqual('building', disks.get('disk').state)
 
+    @mock.patch('nova.storage.rbd_utils.RBDDriver')
+    def test_unrecorded_image_on_ceph_is_kept(self, rbd_driver):
+        """An evacuation that fails before the guest starts, and another."""
+        self.flags(images_type='rbd', images_rbd_pool='pool', group='libvirt')
+        names = ('disk', 'disk.swap')
+        self.mapping.pop('disk.config')
+        rbd_driver.return_value.exists.return_value = True
+        disks = self.disks()
+        for host in ('here', 'there'):
+            self.flags(host=host)
+            self.begin(disks)
+            self.assertEqual(
+                [('rbd', 'raw', 'ready', host)] * 2,
+                [(r.backend, r.format, r.state, r.host)
+                 for r in map(disks.get, names)])
+            self.assertEqual(names, tuple(self.there))
+        rbd_driver.return_value.remove_image.assert_not_called()
+
+    @mock.patch('nova.storage.rbd_utils.RBDDriver')
+    def test_unrecorded_image_on_ceph_is_not_there(self, rbd_driver):
+        self.flags(images_type='rbd', images_rbd_pool='pool', group='libvirt')
+        rbd_driver.return_value.exists.return_value = False
+        disks = self.disks()
+        self.begin(disks)
+        self.assertEqual('building', disks.get('disk').state)
+
     def test_evacuated_on_shared_storage(self):
         path = self.write('disk')
         disks = self.disks(self.record(host='other'))

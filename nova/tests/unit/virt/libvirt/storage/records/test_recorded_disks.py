@@ -334,11 +334,13 @@ class TestRecordedDisks(test.TestCase):
             self.patch(method)
         self.driver._get_existing_domain_xml.return_value = '<domain/>'
         error = self.assertRaises(
-            (exception.InvalidDiskMetadata, exception.InstanceFaultRollback),
-            getattr(self, operation))
-        # The guest runs on, and the compute manager leaves it ACTIVE.
+            (exception.InvalidDiskMetadata, exception.InstanceFaultRollback,
+             exception.MigrationPreCheckError), getattr(self, operation))
+        # The guest runs on, and compute manager and conductor leave it ACTIVE.
         self.assertEqual(operation in ('migrate', 'offer'), isinstance(
             error, exception.InstanceFaultRollback))
+        self.assertEqual(operation == 'live_migrate', isinstance(
+            error, exception.MigrationPreCheckError))
         error = getattr(error, 'inner_exception', error)
         for part in (self.instance.uuid, mapping, 'set it to NULL'):
             self.assertIn(part, str(error))

@@ -773,7 +773,7 @@ class LocalDisks:
         is_gone = ownership.delete_volumes(
             self._connection(), instance, keep=others,
             disks=records) and is_gone
-        if not is_gone and instance.task_state == task_states.REBUILDING:
+        if not is_gone and lifecycle.is_destroying(instance):
             leftovers.note_undeleted(self._connection(), records)
         return is_gone
 

@@ -348,7 +348,7 @@ class DiskOperation:
         """
         if self._arrivals:
             handover.look_again(
-                self._context, self._local.get_connection(), self.records,
+                self._context, self._local.get_connection, self.records,
                 self._arrivals)
 
     def may_copy_from(self, host: str) -> str | None:

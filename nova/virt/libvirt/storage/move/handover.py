@@ -24,6 +24,7 @@ import hashlib
 import typing as ty
 
 from oslo_log import log as logging
+import tenacity
 
 import nova.conf
 from nova import exception
@@ -41,6 +42,8 @@ LOG = logging.getLogger(__name__)
 
 # The first cluster of qcow2, which holds header and names, in most files.
 HEADER_LENGTH = 65536
+# Seconds in which a libvirt that has died is usually started again
+_LIBVIRT_IS_BACK = 30
 
 
 class Header(ty.NamedTuple):
@@ -81,24 +84,36 @@ def look(connection, records) -> list[Arrival]:
             for name, record in records.items()]
 
 
-def look_again(context, connection, disks, arrivals) -> None:
+def look_again(context, get_connection: ty.Callable, disks,
+               arrivals) -> None:
     """Compare disks with what they were when they were taken over.
 
     One that differs is not verified any more: a hard reboot compares all of
     it, and copies it again from the source.
 
-    :param connection: this host's libvirt
+    :param get_connection: connects to this host's libvirt
     :param disks: the instance's InstanceDisks; saved if one differs
     :raises: exception.StorageTransferMismatch, exception.UnsafeDiskContent
     """
     try:
         for arrival in arrivals:
-            _compare(_volume(connection, arrival.before), arrival, disks)
+            _look_again_at(get_connection, arrival, disks)
     except exception.NovaException:
         for arrival in arrivals:
             disks.set(arrival.name, arrival.before)
         disks.save(context)
         raise
+
+
+# A disk that has grown can't be compared with what was sent: better wait.
+@tenacity.retry(
+    retry=tenacity.retry_if_exception_type((
+        exception.HypervisorUnavailable, exception.StoragePoolError,
+        exception.StorageVolumeError)),
+    reraise=True, stop=tenacity.stop_after_delay(_LIBVIRT_IS_BACK),
+    wait=tenacity.wait_fixed(1))
+def _look_again_at(get_connection, arrival, disks):
+    _compare(_volume(get_connection(), arrival.before), arrival, disks)
 
 
 def _volume(connection, record):

@@ -63,11 +63,11 @@ def note_swap(connection, disks):
 
 
 def note_undeleted(connection, disks):
-    """Note what a rebuild was to delete, and couldn't.
+    """Note what a rebuild or a shelve was to delete, and couldn't.
 
-    On Ceph it would be taken for the disk, as it is that of an instance which
-    was evacuated: the guest would go on with what the rebuild was to do away
-    with.
+    It would be taken for the disk of an instance that is evacuated to this
+    host, or to another one that sees it: the guest would go on with what was
+    done away with.
 
     :param connection: this host's libvirt
     :param disks: the instance's InstanceDisks, which are saved; broken ones
@@ -84,8 +84,8 @@ def note_undeleted(connection, disks):
             note(disks, CONF.host, left)
         disks.save(instance._context)
     except exception.NovaException as e:
-        LOG.error('What is left of the disks before the rebuild is not '
-                  'known: %s', e, instance=instance)
+        LOG.error('What is left of the disks on this host is not known: '
+                  '%s', e, instance=instance)
 
 
 def on_host(disks, host):

@@ -798,6 +798,19 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.patch('records.leftovers.note_undeleted')
         self.assertEqual(not expected, self.api.delete(self.instance))
 
+    @ddt.data((task_states.DELETING, False), (task_states.REBUILDING, True),
+              (task_states.SHELVING, True),
+              (task_states.SHELVING_OFFLOADING, True))
+    @ddt.unpack
+    def test_delete_what_cant_be_deleted(self, task_state, expected):
+        """When it comes back, what is left isn't its disk."""
+        self.api._has_pools = True
+        self.patch('pool.ownership.delete_volumes', return_value=False)
+        note = self.patch('records.leftovers.note_undeleted')
+        self.instance.task_state = task_state
+        self.assertFalse(self.api.delete(self.instance))
+        self.assertEqual(expected, note.called)
+
     def _volume(self, name, pool='p'):
         volume = mock.Mock()
         volume.name = '%s_%s' % (uuids.instance, name)

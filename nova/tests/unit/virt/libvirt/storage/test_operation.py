@@ -231,8 +231,9 @@ class DiskOperationTestCase(OperationTestCase):
         disks.finish(make)
         make.assert_called_once_with(record=None)
         mock_again.assert_called_once_with(
-            mock.sentinel.context, connection, self.records,
+            mock.sentinel.context, self.local.get_connection, self.records,
             mock_look.return_value)
+        self.assertIs(connection, self.local.get_connection())
 
     @mock.patch('nova.virt.libvirt.storage.move.handover.look_again')
     def test_what_was_here_is_not_looked_at_again(self, mock_again):

@@ -41,6 +41,9 @@ class HandoverTestCase(test.NoDBTestCase):
         self.stub_out('nova.virt.libvirt.storage.pool.pool.StoragePool',
                       lambda connection, name, host: mock.Mock(
                           volume=self.volume))
+        self.get_connection = mock.Mock()
+        self.sleep = mock.Mock()
+        self.stub_out('tenacity.nap.time.sleep', self.sleep)
         self.info = mock.Mock(
             snapshots=[], encrypted=None, virtual_size=GIB, backing_file=None,
             format_specific={'data': {}})
@@ -85,7 +88,8 @@ class HandoverTestCase(test.NoDBTestCase):
 
     def look_again(self):
         handover.look_again(
-            mock.sentinel.context, None, self.disks, self.arrivals)
+            mock.sentinel.context, self.get_connection, self.disks,
+            self.arrivals)
 
     def grow(self, size):
         """This host has let the disk grow, and has that on record."""
@@ -120,6 +124,23 @@ class HandoverTestCase(test.NoDBTestCase):
             record.previous = record.obj_clone()
             self.disks.set('disk', record)
             self.assertEqual({}, handover.arriving(self.disks))
+
+    @ddt.data(
+        exception.HypervisorUnavailable(),
+        exception.StoragePoolError(pool='p', host='h', reason='r', code=38))
+    def test_libvirt_is_restarted(self, error):
+        """What this host has let grow is not what was sent any more."""
+        self.come('disk', b'x' * 100000)
+        self.grow(200000)
+        self.get_connection.side_effect = [error, error, None]
+        self.accepted()
+        self.assertEqual(2, self.sleep.call_count)
+
+    def test_libvirt_stays_away(self):
+        self.come('disk', b'x' * 100000)
+        self.get_connection.side_effect = exception.HypervisorUnavailable()
+        with mock.patch('time.monotonic', side_effect=range(0, 1000, 10)):
+            self.refused(exception.HypervisorUnavailable)
 
     def test_raw(self):
         self.come('disk', b'x' * 100000)

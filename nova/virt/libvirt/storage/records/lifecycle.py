@@ -9,7 +9,36 @@
 #    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 #    License for the specific language governing permissions and limitations
 #    under the License.
-"""Which record each disk of an instance gets; never looks into a disk."""
+"""Which record each disk of an instance gets; never looks into a disk.
+
+What becomes of the record of a disk, none meaning that there was none:
+
+=====================  ==============  ======================================
+operation              function        the record afterwards
+=====================  ==============  ======================================
+hard reboot, start,    take_up()       none: ready, as the guest's definition
+before any move                        or disk.info says; others stay
+disks are to be made:  begin()         none: building, or ready if it is an
+spawn, rebuild,                        image of Ceph that is there; ready and
+evacuation, rescue,                    there: stays, of this host; ready and
+on arrival                             not there: building; building: what
+                                       there is on this host is deleted, and
+                                       it is building again
+they are made          finished()      ready, with its size
+cold migration and     arrived()       of this host, previous: what it was
+resize, on arrival
+revert, destination    destroyed()     previous
+revert, source         went_back()     previous; none if it was made for the
+                                       other flavor
+live migration,        moved()         of this host, no previous
+on arrival
+rebuild, shelve,       destroyed(),    none; another host's stays
+delete, clean-up       forget()
+=====================  ==============  ======================================
+
+The compute service may be killed between begin() and finished(): a guest
+never starts from a disk that is building.
+"""
 
 import os
 
@@ -409,8 +438,7 @@ def moved(disks) -> None:
 def arrived(disks, moved: list[dict]) -> None:
     """Note that the disks were brought to this host.
 
-    What they were on the other host is kept until the move is confirmed or
-    reverted.
+    What they were on the other host is kept for a revert.
 
     :param moved: type and path of the disks as the other host had them; it
         counts where an older compute service there keeps no records

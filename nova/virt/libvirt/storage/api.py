@@ -747,9 +747,8 @@ class LocalDisks:
         :returns: False if something is left and should be tried again
         """
         records = lifecycle.of_instance(instance, block_device_info)
-        is_gone = (instance.task_state == task_states.RESIZE_REVERTING or
-                   unconfigured.delete(
-                       self._local.image_backend, instance, records))
+        is_gone = unconfigured.delete(
+            self._local.image_backend, instance, records)
         if not self._has_pools:
             return is_gone
         # Nobody has to write to what is deleted.

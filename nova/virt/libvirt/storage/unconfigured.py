@@ -18,6 +18,7 @@ configured to make. Those of instances from before are known by their records.
 
 from oslo_log import log as logging
 
+from nova.compute import task_states
 import nova.conf
 from nova import exception
 from nova.objects import fields
@@ -44,6 +45,8 @@ def delete(image_backend, instance, disks) -> bool:
     except exception.InvalidDiskMetadata as e:
         LOG.warning('%s', e, instance=instance)
         return True
+    if others and instance.task_state == task_states.RESIZE_REVERTING:
+        return True  # the source goes on with them
     is_gone = True
     for name, record in others:
         try:

@@ -70,6 +70,7 @@ ADVICE = re.compile(
 OTHERS = ('NovaException', 'InvalidConfiguration', 'InstanceFaultRollback',
           'MigrationError', 'MigrationPreCheckError', 'CellTimeout',
           'InstanceNotFound', 'InvalidDiskInfo', 'InvalidInput',
+          'HypervisorUnavailable',
           # told by nova-manage alone
           'NoMigrationToSettle')
 

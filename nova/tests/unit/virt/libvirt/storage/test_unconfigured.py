@@ -15,6 +15,7 @@ from unittest import mock
 import ddt
 import fixtures
 
+from nova.compute import task_states
 from nova import exception
 from nova.tests.unit.virt.libvirt.storage.records import test_lifecycle
 from nova.virt.libvirt import imagebackend
@@ -34,6 +35,7 @@ class UnconfiguredTestCase(test_lifecycle.RecordsTestCase):
         self.remove = self.patch(
             'nova.virt.libvirt.storage.lvm.remove_volumes')
         self.instance.ephemeral_key_uuid = None
+        self.instance.task_state = None
 
     def patch(self, target, **kwargs):
         return self.useFixture(fixtures.MockPatch(target, **kwargs)).mock
@@ -80,6 +82,12 @@ class UnconfiguredTestCase(test_lifecycle.RecordsTestCase):
         """An instance can be deleted all the same."""
         self.assertTrue(self.delete('qcow2', backend='libvirt-storage'))
         self.assertIn('set it to NULL', self.stdlog.logger.output)
+
+    def test_revert(self):
+        """The source has the same image."""
+        self.instance.task_state = task_states.RESIZE_REVERTING
+        self.assertTrue(self.delete('qcow2', backend='rbd'))
+        self.ceph.cleanup_volumes.assert_not_called()
 
     def test_what_is_gone(self):
         self.ceph.exists.return_value = False

@@ -25,9 +25,11 @@ HOSTS = (
     'mount',
     'ovmf', 'procps', 'qemu-system-x86', 'qemu-utils', 'sudo', 'swtpm',
     'swtpm-tools', 'util-linux')
+#: For the scripts of guests, which the tests of all levels read.
+GUESTS = ('busybox-static',)
 SSH = ('openssh-client', 'openssh-server', 'rsync')
 CLOUD = (
-    'bindfs', 'busybox-static', 'conntrack', 'dosfstools', 'dropbear-bin', 'fdisk',
+    'bindfs', 'conntrack', 'dosfstools', 'dropbear-bin', 'fdisk',
     'g++', 'gcc', 'genisoimage', 'ipset', 'iptables', 'kmod', 'libpcre2-dev',
     'libssl-dev', 'mariadb-server', 'memcached', 'mtools', 'pkg-config',
     'python3-dev', 'python3-venv', 'rabbitmq-server', 'syslinux',
@@ -42,7 +44,7 @@ CEPH = (
     'ceph-common', 'ceph-mgr', 'ceph-mon', 'ceph-osd',
     'libvirt-daemon-driver-storage-rbd', 'python3-rados', 'python3-rbd',
     'qemu-block-extra')
-STORAGE = ('busybox-static', 'kmod', 'qemu-system-common')
+STORAGE = ('kmod', 'qemu-system-common')
 #: Unpacked for the storage machine, with what they need; never installed.
 STORAGE_UNPACKED = (
     'dmeventd', 'keyutils', 'libaio1', 'libdevmapper-event1.02.1', 'libedit2',
@@ -57,7 +59,7 @@ REFUSAL = '#!/bin/sh\n# while the Nova lab installs packages\nexit 101\n'
 
 def wanted(options) -> list[str]:
     """The packages for what `up` was asked for."""
-    names = {*HOSTS, *SASL, *KDC}
+    names = {*HOSTS, *GUESTS, *SASL, *KDC}
     if options.ssh:
         names.update(SSH)
     if 'vm' in options.storage.split(','):

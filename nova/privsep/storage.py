@@ -73,6 +73,8 @@ def copy_over(source: str, target: str) -> None:
     :raises: processutils.ProcessExecutionError if cp fails (a full disk)
     """
     incoming = _beside(target)
+    # A cp that outlives whoever began it may still write to its file.
+    fileutils.delete_if_exists(incoming)
     try:
         processutils.execute('cp', '--sparse=always', '--reflink=auto',
                              '--preserve=mode,ownership', '--no-dereference',
@@ -290,6 +292,7 @@ def _copy_as(source, target, uid, gid):
     if not os.path.isfile(source) or os.path.islink(source):
         return False
     incoming = _beside(target)
+    fileutils.delete_if_exists(incoming)
     try:
         processutils.execute('cp', '--sparse=always', '--reflink=auto',
                              '--no-dereference', source, incoming)

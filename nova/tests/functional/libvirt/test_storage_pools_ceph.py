@@ -505,6 +505,52 @@ class TestTakeOver(CephTestBase):
         self._confirm_resize(server)
         self.assert_on('compute2', server)
 
+    def upgrade_one(self):
+        """The other host sends its servers by SSH."""
+        for what in ('create_dir', 'create_file', 'remove_dir',
+                     'remove_file'):
+            self.stub_out('nova.virt.libvirt.volume.remotefs.'
+                          'RemoteFilesystem.' + what, mock.Mock())
+        self.set_option('compute2', 'images_type', 'libvirt-storage')
+        self.restart_compute_service('compute2')
+
+    def test_revert_in_the_midst_of_an_upgrade(self):
+        server = self.boot_with_all()
+        images = sorted(self.images)
+        self.upgrade_one()
+        self._migrate_server(server)
+        self._revert_resize(server)
+        self.assertEqual(images, sorted(self.images))
+        self.assert_on('compute1', server, backend='rbd', pool=None)
+
+    def test_confirm_in_the_midst_of_an_upgrade(self):
+        server = self.boot_with_all()
+        images = sorted(self.images)
+        self.upgrade_one()
+        self._migrate_server(server)
+        self._confirm_resize(server)
+        self.assertEqual(images, sorted(self.images))
+        self._reboot_server(server, hard=True)
+        self.assert_on('compute2', server)
+        self.assertEqual([], list(
+            self.images[server['id'] + '_disk'].snapshots))
+
+    def test_evacuate_and_its_source_is_back_before_that_ends(self):
+        server = self.boot_with_all()
+        self.upgrade()
+        self.computes['compute1'].stop()
+        self.force_down('compute1', True)
+        target = self.computes['compute2'].manager.driver
+        spawn, images = target.spawn, sorted(self.images)
+
+        def spawn_late(*args, **kwargs):
+            self.restart_compute_service('compute1')
+            self.assertEqual(images, sorted(self.images))
+            spawn(*args, **kwargs)
+
+        self.useFixture(fixtures.MockPatchObject(target, 'spawn', spawn_late))
+        self._evacuate_server(server, expected_host='compute2')
+
     def test_evacuate(self):
         server = self.boot_with_all()
         self.upgrade()

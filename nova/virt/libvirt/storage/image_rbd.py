@@ -138,10 +138,13 @@ class LibvirtStorageRbd(imagebackend.Rbd, image.LibvirtStorage):
 
         :param size: as the other parameter of LibvirtStorage.metadata()
         """
-        taken = (self.disk_info_mapping or {}).get('taken', ())
-        if (self.instance.task_state == task_states.REBUILD_SPAWNING and
+        mapping = self.disk_info_mapping or {}
+        taken = mapping.get('taken', ())
+        if ((self.instance.task_state == task_states.REBUILD_SPAWNING or
+                mapping.get('is_sent')) and
                 self.volume_name not in taken and self._is_there()):
-            # Evacuated from a host that had it on no record: it is the disk.
+            # Evacuated from, or sent by, a host that had it on no record: it
+            # is the disk.
             state, volume = fields.LibvirtDiskState.READY, self.volume_name
         else:
             state = fields.LibvirtDiskState.BUILDING

@@ -71,7 +71,9 @@ class LocalHost:
     def __post_init__(self):
         # What peers write to of the disks of this compute.
         self.intake = intake.Intake(
-            self.get_connection, self.get_address, self.uri)
+            self.get_connection, self.get_address,
+            lambda instance: self.get_guest_config(instance) is not None,
+            self.uri)
 
     def get_connection(self):
         """The connection to libvirt, in which its storage answers."""

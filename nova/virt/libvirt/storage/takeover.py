@@ -36,12 +36,15 @@ def take_over(connection, disks: metadata.InstanceDisks) -> bool:
     """Have an instance's disks on record as what this host makes them now.
 
     All of those that are on Ceph, or none. A failure is logged, and the disks
-    stay what they are.
+    stay what they are; so do those of a move that may be reverted yet. Beside
+    what it was before, an image under another backend looks like a copy.
 
     :param connection: this host's libvirt
     :param disks: the instance's InstanceDisks; the caller saves them
     :returns: whether that has changed a record
     """
+    if any(record.previous is not None for _name, record in disks.items()):
+        return False
     try:
         if CONF.libvirt.images_type == 'libvirt-storage':
             changed = _into_pools(connection, disks)

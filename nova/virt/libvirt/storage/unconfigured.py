@@ -22,6 +22,7 @@ from nova.compute import task_states
 import nova.conf
 from nova import exception
 from nova.objects import fields
+from nova.virt.libvirt.storage.pool import ownership
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -47,6 +48,10 @@ def delete(image_backend, instance, disks) -> bool:
         return True
     if others and instance.task_state == task_states.RESIZE_REVERTING:
         return True  # the source goes on with them
+    if any(record.backend == _RBD for _name, record in others) and (
+            ownership.has_gone_with_images(instance)):
+        others = [(name, record) for name, record in others
+                  if record.backend != _RBD]
     is_gone = True
     for name, record in others:
         try:

@@ -70,13 +70,17 @@ class Intake:
 
     :param get_connection: gives the virConnect of this host's libvirt
     :param get_address: gives the address under which peers reach this host
+    :param has_guest: tells whether an Instance has a guest on this host
     :param uri: of this host's libvirt
     """
 
     def __init__(self, get_connection: ty.Callable,
-                 get_address: ty.Callable[[], str], uri: str = ''):
+                 get_address: ty.Callable[[], str],
+                 has_guest: ty.Callable[..., bool],
+                 uri: str = ''):
         self._get_connection = get_connection
         self._get_address = get_address
+        self._has_guest = has_guest
         self._uri = uri
         self._lock = threading.Lock()
         self._unchanged = threading.Condition(self._lock)
@@ -199,6 +203,7 @@ class Intake:
         :returns: dict with ``address``, ``port``, ``username``, ``key``
         """
         request.expected()
+        self._check_no_guest(request)
         place = self._place(request)
         self._tables.forget(place)
         self._readings.reopen(place)
@@ -365,7 +370,20 @@ class Intake:
                     raise request.refused(_("the volume is open"))
             # They may have been taken over since.
             request.expected()
+            self._check_no_guest(request)
             yield
+
+    def _check_no_guest(self, request):
+        """Check that what is written to is no guest's disk, be it off.
+
+        What the database says of a disk may be the source's word.
+
+        :raises: exception.StorageIntakeRefused
+        """
+        if self._has_guest(request.instance):
+            raise request.refused(_(
+                "its guest is on this host: undefine that, if the instance "
+                "is on another one"))
 
     @contextlib.contextmanager
     def _unless_handed_over(self, request):

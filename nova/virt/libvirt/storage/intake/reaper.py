@@ -22,6 +22,7 @@ import signal
 import time
 
 from oslo_log import log as logging
+import psutil
 
 import nova.conf
 from nova import exception
@@ -72,6 +73,15 @@ def _processes() -> list[int]:
         except OSError:
             continue    # it has ended
         if os.path.basename(arguments[0]) in programs and (
-                any(mark in argument for argument in arguments)):
+                any(mark in argument for argument in arguments)) and (
+                    _is_ours(int(path.parent.name))):
             found.append(int(path.parent.name))
     return found
+
+
+def _is_ours(pid):
+    """Whether a process runs as this user: others may call it anything."""
+    try:
+        return psutil.Process(pid).uids().effective == os.geteuid()
+    except psutil.NoSuchProcess:
+        return False

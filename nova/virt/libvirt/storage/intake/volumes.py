@@ -25,6 +25,7 @@ from nova.virt.libvirt.storage.move import state
 from nova.virt.libvirt.storage.pool import kinds
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import sharing
+from nova.virt.libvirt.storage.records import keeping
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt import utils as libvirt_utils
 
@@ -126,6 +127,9 @@ class Volumes:
                 "%(length)d bytes of %(room)d") % {
                     'length': length, 'room': room})
         mode = self._mode()
+        if not keeping.is_possible(self._connection, self._request.pool()):
+            raise self._request.refused(_("it keeps no copies in pool %s") %
+                                        self._request.pool())
         self._request.check_unused()
         kept.prepare(self.path(), length, room, mode)
         return room

@@ -125,8 +125,8 @@ def growth_of(info) -> int:
 
 def is_lost(context, instance):
     """Whether this host can get the base image from another host only."""
-    return not is_cached(instance) and not _is_available(
-        context, instance.image_ref)
+    return not is_cached(instance) and (
+        context_to_fetch(context, instance) is None)
 
 
 def room_to_fetch(instance, here, there):

@@ -38,6 +38,9 @@ LOG = logging.getLogger(__name__)
 # E.g. disk.rescue, or disk.rescue.1 where that was taken
 _RESCUE_NAME = re.compile(r'\.rescue(\.\d+)?$')
 
+# Its disks go with it, wherever it is.
+_DELETING = (task_states.DELETING, task_states.SOFT_DELETING)
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -243,29 +246,35 @@ def delete_named(pool, name: str, instance=None) -> bool:
     return delete_volume(volume, instance)
 
 
-def _is_elsewhere(volume, instance) -> bool:
-    """Whether a volume is, or is going to be, another host's to delete.
+def has_gone_with_images(instance) -> bool:
+    """Whether another host has an instance's images of Ceph, or will have.
 
-    An image of a Ceph pool is the disk whichever host the instance is on: one
-    that cleans up behind it has nothing to delete.
+    An image is the disk whichever host the instance is on: one that cleans up
+    behind it has nothing to delete.
+
+    :param instance: the Instance, as the caller has it
     """
-    return volume.pool.kind().is_ceph and (
-        instance.host != CONF.host or
-        instance.task_state == task_states.RESIZE_REVERTING or
-        instance.task_state in task_states.rebuild_states and
-        _is_evacuated(instance))
+    return (instance.host != CONF.host or
+            instance.task_state == task_states.RESIZE_REVERTING or
+            instance.task_state not in _DELETING and _is_evacuated(instance))
 
 
 def _is_evacuated(instance):
     """Whether another host starts it with its disks, in place of this one.
 
-    It is this host's until that is done, in a rebuild as well.
+    It is this host's until that is done, in a rebuild as well, and whatever
+    an operator has set its state to. A migration that is done stays so until
+    this compute service is restarted; the instance may be back.
     """
-    return bool(objects.MigrationList.get_by_filters(
-        nova.context.get_admin_context(), {
-            'instance_uuid': instance.uuid, 'source_compute': CONF.host,
-            'migration_type': fields.MigrationType.EVACUATION,
-            'status': ['accepted', 'pre-migrating', 'done']}))
+    context = nova.context.get_admin_context(read_deleted='yes')
+    found = {migration.status
+             for migration in objects.MigrationList.get_by_filters(context, {
+                 'instance_uuid': instance.uuid, 'source_compute': CONF.host,
+                 'migration_type': fields.MigrationType.EVACUATION,
+                 'status': ['accepted', 'pre-migrating', 'done']})}
+    return bool(found - {'done'}) or bool(found) and (
+        objects.Instance.get_by_uuid(
+            context, instance.uuid, expected_attrs=[]).host != CONF.host)
 
 
 def delete_volumes(connection, instance, rescue=False, keep=(),
@@ -279,12 +288,16 @@ def delete_volumes(connection, instance, rescue=False, keep=(),
     :param disks: the instance's InstanceDisks, if they are known
     :return: False if something is left and should be tried again
     """
-    complete = True
+    complete, has_gone = True, None
     try:
         for volume in get_volumes(connection, instance.uuid, rescue, disks):
-            if (volume.pool.name, volume.name) in keep or (
-                    _is_elsewhere(volume, instance)):
+            if (volume.pool.name, volume.name) in keep:
                 continue
+            if volume.pool.kind().is_ceph:
+                if has_gone is None:
+                    has_gone = has_gone_with_images(instance)
+                if has_gone:
+                    continue
             LOG.info('Deleting volume %(volume)s from storage pool %(pool)s',
                      {'volume': volume.name, 'pool': volume.pool.name},
                      instance=instance)

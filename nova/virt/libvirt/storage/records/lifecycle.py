@@ -201,6 +201,9 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
     """
     there, moved, replaced = [], False, []
     take_up(disks, disk_mapping, guest_config, configured, block_device_info)
+    # By a compute that keeps no records
+    is_sent = not disks.items() and (
+        _task_state(disks.instance) == task_states.RESIZE_FINISH)
     for name, mapping in local_disks(disk_mapping):
         if suffix and not name.endswith(suffix):
             continue
@@ -221,6 +224,7 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
         image = image_of(name, {
             **{key: value for key, value in mapping.items()
                if key != 'metadata'},
+            'is_sent': is_sent,
             # names that can't be had though no volume has them
             'taken': leftovers.names(disks) | _originals(disks)})
         fresh = image.metadata(

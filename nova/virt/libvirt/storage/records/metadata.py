@@ -172,9 +172,11 @@ class LibvirtDiskMetadata(base.NovaObject):
         A disk that stays in its Ceph pool keeps its name, and no copy has that
         of its original.
         """
-        return (self.is_on_ceph and self.previous is not None and not (
-            self.previous.is_on_ceph and
-            self.previous.volume == self.volume))
+        return (self.is_on_ceph and self.previous is not None and
+                # That of images_type rbd was taken over where it was.
+                self.previous.backend != fields.LibvirtDiskBackend.RBD and
+                not (self.previous.is_on_ceph and
+                     self.previous.volume == self.volume))
 
     @property
     def has_original(self) -> bool:
@@ -233,10 +235,15 @@ class LibvirtDiskMetadata(base.NovaObject):
                 yield from record.faults()
 
     def volumes(self) -> ty.Iterator[str]:
-        """Names of the volumes that this is, was, or is going to be."""
-        for record in (self, self.previous, self.next):
-            if record is not None and record.is_in_pool:
-                yield record.volume
+        """Names of the volumes that this is, was, or is going to be.
+
+        Whatever its backend is: who wrote it may have made that up.
+        """
+        if self.volume is not None:
+            yield self.volume
+        for record in (self.previous, self.next):
+            if record is not None:
+                yield from record.volumes()
 
 
 def is_named_after(volume: str, instance_uuid: str) -> bool:

@@ -152,6 +152,30 @@ class WhichTestCase(RbdDiskTestCase):
         self.assertEqual(('%s_disk' % uuids.instance, 'ready'),
                          (record.volume, record.state))
 
+    def test_sent_without_a_record(self):
+        """By a compute from before, over the same Ceph pool."""
+        self.images['%s_disk' % uuids.instance] = ceph.StoredImage(1)
+        for task, records, expected in (
+                ('resize_finish', False, ('', 'ready')),
+                ('resize_finish', True, ('.1', 'building')),
+                ('spawning', False, ('.1', 'building'))):
+            self.instance.task_state = task
+            self.instance.system_metadata = {}
+            self.instance.flavor = objects.Flavor(
+                root_gb=1, ephemeral_gb=0, swap=0)
+            disks = metadata.InstanceDisks(self.instance, {}, mock.Mock(
+                driver_info=None))
+            if records:
+                disks.set('disk.swap', self.image().metadata(MIB))
+            lifecycle.begin(
+                disks, {'disk': {}}, None, lambda name, mapping:
+                self.backends.by_name(self.instance, name,
+                                      disk_info_mapping=mapping), None, {})
+            record = disks.get('disk')
+            self.assertEqual(
+                ('%s_disk%s' % (uuids.instance, expected[0]), expected[1]),
+                (record.volume, record.state))
+
     def test_evacuated_after_it_was_copied_elsewhere(self):
         """What lies there is what the disk was before a move."""
         name = '%s_disk' % uuids.instance

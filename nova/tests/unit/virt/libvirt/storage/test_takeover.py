@@ -99,6 +99,26 @@ class TakeOverTestCase(base.PoolsTestCase):
             self.disks.set(name, self.record('rbd', host='there'))
         self.assertFalse(self.take_over())
 
+    def test_resize_that_may_be_reverted(self):
+        """Its images would look like copies of what they were before."""
+        for images_type, backend, place in (
+                ('libvirt-storage', 'rbd', {}),
+                ('rbd', 'libvirt-storage-rbd', {
+                    'pool': 'ceph', 'volume': UUID + '_disk'})):
+            self.flags(group='libvirt', images_type=images_type)
+            self.disks.set('disk', self.record(
+                backend, previous=self.record(backend, 'there', **place),
+                **place))
+            before = self.places()
+            self.assertFalse(self.take_over())
+            self.assertEqual(before, self.places())
+
+    def test_one_that_was_taken_over_all_the_same(self):
+        record = self.record(
+            'libvirt-storage-rbd', pool='ceph', volume=UUID + '_disk',
+            previous=self.record('rbd', 'there'))
+        self.assertFalse(record.came_into_ceph)
+
     def test_name_that_rbd_does_not_know(self):
         self.flags(group='libvirt', images_type='rbd')
         place = ('ceph', UUID + '_disk.1')

@@ -35,7 +35,9 @@ class UnconfiguredTestCase(test_lifecycle.RecordsTestCase):
         self.remove = self.patch(
             'nova.virt.libvirt.storage.lvm.remove_volumes')
         self.instance.ephemeral_key_uuid = None
-        self.instance.task_state = None
+        self.instance.task_state, self.instance.host = None, 'here'
+        self.migrations = self.patch(
+            'nova.objects.MigrationList.get_by_filters', return_value=[])
 
     def patch(self, target, **kwargs):
         return self.useFixture(fixtures.MockPatch(target, **kwargs)).mock
@@ -88,6 +90,14 @@ class UnconfiguredTestCase(test_lifecycle.RecordsTestCase):
         self.instance.task_state = task_states.RESIZE_REVERTING
         self.assertTrue(self.delete('qcow2', backend='rbd'))
         self.ceph.cleanup_volumes.assert_not_called()
+
+    def test_evacuation_that_goes_on(self):
+        """The other host is about to start with the same image."""
+        self.migrations.return_value = [mock.Mock(status='accepted')]
+        self.assertTrue(self.delete('qcow2', backend='rbd'))
+        self.ceph.cleanup_volumes.assert_not_called()
+        self.assertTrue(self.delete('qcow2', backend='lvm'))
+        self.remove.assert_called_once()
 
     def test_what_is_gone(self):
         self.ceph.exists.return_value = False

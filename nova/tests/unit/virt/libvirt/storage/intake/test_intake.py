@@ -74,8 +74,10 @@ class IntakeTestBase(two_hosts.TwoHostsTestCase):
             export, 'Export', side_effect=self._export))
         self.useFixture(fixtures.MockPatchObject(
             export, 'obstacle', return_value=None))
-        self.intake = intake.Intake(lambda: self.dest, lambda: '127.0.0.1',
-                                    'uri')
+        self.guests = set()
+        self.intake = intake.Intake(
+            lambda: self.dest, lambda: '127.0.0.1',
+            lambda instance: instance.uuid in self.guests, 'uri')
         self.name = self.volume_name('disk')
         self.on_its_way('disk')
 
@@ -624,6 +626,8 @@ class KeptTestCase(IntakeTestBase):
     def setUp(self):
         super().setUp()
         self.dest.pools[POOL][self.name] = {'length': 900, 'allocation': 900}
+        self.keeps = self.useFixture(fixtures.MockPatchObject(
+            volumes.keeping, 'is_possible', return_value=True)).mock
         self.prepare = self.useFixture(fixtures.MockPatchObject(
             kept, 'prepare', autospec=True)).mock
         self.table = b'T' * 100 + os.urandom(3 << 20)
@@ -709,6 +713,25 @@ class KeptTestCase(IntakeTestBase):
         self.refused('take_up', **self.arguments())
         self.refused('table', at=0, **self.place())
         self.prepare.assert_not_called()
+
+    def test_refused_where_no_copies_are_kept(self):
+        self.keeps.return_value = False
+        self.assertIn('keeps no copies in pool %s' % POOL, self.refused(
+            'take_up', **self.arguments()))
+        self.keeps.assert_called_once_with(self.dest, POOL)
+        self.prepare.assert_not_called()
+
+    def test_refused_where_its_guest_is(self):
+        """All else that is known of the disk may be the source's word."""
+        self.guests.add(self.instance.uuid)
+        for what, arguments in (
+                ('take_up', self.arguments()),
+                ('open', {**self.place(), 'connections': 1, 'aes': False}),
+                ('close', {**self.place(), 'length': 1})):
+            self.assertIn('its guest is on this host',
+                          self.refused(what, **arguments))
+        self.prepare.assert_not_called()
+        self.assertEqual([], self.exports)
 
     def _refused_in_hand_over(self):
         with self.intake.handing_over(self.instance):
@@ -919,6 +942,11 @@ class ReaperTestCase(two_hosts.TwoHostsTestCase):
                                  stdin=subprocess.PIPE)
         self.addCleanup(other.communicate)
         time.sleep(0.2)
+        self.assertIsNone(process.poll())
+        with mock.patch.object(reaper.os, 'geteuid',
+                               return_value=os.geteuid() + 1):
+            # One of another user, who can call it anything.
+            reaper.reap()
         self.assertIsNone(process.poll())
         reaper.reap()
         self.assertEqual(-signal.SIGKILL, process.wait(5))

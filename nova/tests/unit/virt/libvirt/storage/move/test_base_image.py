@@ -12,6 +12,7 @@
 
 from unittest import mock
 
+import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import context
@@ -19,6 +20,7 @@ from nova import exception
 from nova import objects
 from nova import test
 from nova.tests.unit import fake_instance
+from nova.virt import images
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage.move import base_image
 from nova.virt.libvirt.storage.pool import pool as storage_pool
@@ -77,3 +79,18 @@ class FindTestCase(test.NoDBTestCase):
         self.here.refresh.side_effect = self.busy
         self.assertIs(self.busy, self.assertRaises(
             exception.StoragePoolError, self._find))
+
+    def test_lost_by_the_word_of_nova_itself(self):
+        """What is asked with a request is answered to who has sent that."""
+        own = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.service_user.admin_context')).mock
+        own.return_value.auth_token = 'token'
+        self.assertTrue(base_image.is_lost(self.context, self.instance))
+
+        def get_info(asked, image_id):
+            if asked is own.return_value:
+                return {'status': 'active'}
+            raise exception.ImageNotFound(image_id=image_id)
+
+        images.get_info.side_effect = get_info
+        self.assertFalse(base_image.is_lost(self.context, self.instance))

@@ -339,8 +339,9 @@ class OwnershipTestCase(CephPoolTestCase):
         """Its source is back before the other host has its guest."""
         migrations = self.useFixture(fixtures.MockPatch(
             'nova.objects.MigrationList.get_by_filters',
-            return_value=[mock.sentinel.evacuation])).mock
-        for task in task_states.rebuild_states:
+            return_value=[mock.Mock(status='pre-migrating')])).mock
+        # An operator may have set the state of one that hung.
+        for task in (*task_states.rebuild_states, None):
             self.instance.task_state = task
             self.assertTrue(
                 ownership.delete_volumes(self.conn, self.instance))
@@ -352,6 +353,19 @@ class OwnershipTestCase(CephPoolTestCase):
         migrations.return_value = []
         ownership.delete_volumes(self.conn, self.instance)
         self.assertEqual(['other_disk'], list(self.images))
+
+    def test_rebuild_of_what_was_evacuated_once(self):
+        """This service was not started since, which ends the migration."""
+        self.instance.task_state = task_states.REBUILDING
+        self.useFixture(fixtures.MockPatch(
+            'nova.objects.MigrationList.get_by_filters',
+            return_value=[mock.Mock(status='done')]))
+        known = self.useFixture(fixtures.MockPatch(
+            'nova.objects.Instance.get_by_uuid')).mock
+        for host, left in (('there', 3), ('here', 1)):
+            known.return_value = objects.Instance(host=host)
+            ownership.delete_volumes(self.conn, self.instance)
+            self.assertEqual(left, len(self.images))
 
     def test_volumes_are_here(self):
         self.assertTrue(ownership.has_volumes(self.conn, UUID))

@@ -382,18 +382,20 @@ class TestBegin(RecordsTestCase):
     @ddt.data(('here', 'ready'), ('other', 'building'))
     @ddt.unpack
     def test_old_copy_is_not_the_other_hosts_disk(self, host, state):
-        path = self.write('disk')
-        disks = self.disks(self.record(host=host, pool='p', volume='v'))
-        self.begin(disks, stale={('p', 'v')})
+        path, volume = self.write('disk'), uuids.instance + '_disk'
+        disks = self.disks(self.record(host=host, pool='p', volume=volume))
+        self.begin(disks, stale={('p', volume)})
         self.assertEqual(('here', state), (
             disks.get('disk').host, disks.get('disk').state))
         self.assertTrue(os.path.exists(path))
 
     def test_old_copy_beside_the_disk_on_shared_storage(self):
         self.write('disk')
-        disks = self.disks(self.record(host='other', pool='p', volume='v.1'))
-        self.begin(disks, stale={('p', 'v')})
-        self.assertEqual(('here', 'ready', 'v.1'), (
+        volume = uuids.instance + '_disk'
+        disks = self.disks(self.record(
+            host='other', pool='p', volume=volume + '.1'))
+        self.begin(disks, stale={('p', volume)})
+        self.assertEqual(('here', 'ready', volume + '.1'), (
             disks.get('disk').host, disks.get('disk').state,
             disks.get('disk').volume))
 

@@ -195,6 +195,15 @@ class TestBroken(RecordsTestCase):
         self.assertIn('%s_disk is none of the instance' % uuids.other,
                       self.refused(jsonutils.dumps(self.primitive(given))))
 
+    @ddt.data('flat', 'qcow2', 'lvm', 'rbd')
+    def test_volume_of_another_instance_whatever_its_backend(self, backend):
+        theirs = record(backend=backend, format='raw', pool='nova-disks-pool',
+                        volume='%s_disk' % uuids.other)
+        hidden = volume('disk', previous=volume('disk', previous=theirs))
+        for given in (theirs, volume('disk', previous=theirs), hidden):
+            self.assertIn('%s_disk is none of the instance' % uuids.other,
+                          self.refused(jsonutils.dumps(self.primitive(given))))
+
     def test_base_image_that_comes_along(self):
         given = volume('disk')
         given.extras = {'base': record(

@@ -1,0 +1,48 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+import os
+
+import fixtures
+
+import nova.privsep.storage
+from nova import test
+from nova.tests import fixtures as nova_fixtures
+
+
+class CopyTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(nova_fixtures.PrivsepFixture())
+        self.directory = self.useFixture(fixtures.TempDir()).path
+        self.source, self.target = self.path('source'), self.path('target')
+        with open(self.source, 'wb') as f:
+            f.write(b'new')
+
+    def path(self, name):
+        return os.path.join(self.directory, name)
+
+    def _test_earlier_copy(self, copy, *more):
+        """Its cp was not killed with the service, and writes on."""
+        with open(self.path('.target.incoming'), 'wb') as earlier:
+            copy(self.source, self.target, *more)
+            earlier.write(b'old')
+        with open(self.target, 'rb') as f:
+            self.assertEqual(b'new', f.read())
+
+    def test_copy_over_beside_an_earlier_copy(self):
+        self._test_earlier_copy(nova.privsep.storage.copy_over)
+
+    def test_copy_as_beside_an_earlier_copy(self):
+        self._test_earlier_copy(
+            nova.privsep.storage.copy_as, os.geteuid(), os.getegid())

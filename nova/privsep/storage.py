@@ -18,6 +18,7 @@ that the compute service needs a privilege to work in it.
 
 import errno
 import os
+import shutil
 import stat
 import struct
 
@@ -271,7 +272,7 @@ def copy_as(source: str, target: str, uid: int, gid: int) -> bool:
     """Copy a file, for its new owner alone; what was at the target goes.
 
     :returns: False if there is no such file
-    :raises: OSError; processutils.ProcessExecutionError (a full disk)
+    :raises: OSError, of a full disk for example
     """
     return _copy_as(source, target, uid, gid)
 
@@ -281,7 +282,7 @@ def copy_as_its_directory(source: str, target: str) -> bool:
     """Copy a file, for the owner of the directory that it comes to.
 
     :returns: False if there is no such file
-    :raises: OSError; processutils.ProcessExecutionError (a full disk)
+    :raises: OSError, of a full disk for example
     """
     fileutils.ensure_tree(os.path.dirname(target), mode=0o755)
     owner = os.stat(os.path.dirname(target))
@@ -289,16 +290,27 @@ def copy_as_its_directory(source: str, target: str) -> bool:
 
 
 def _copy_as(source, target, uid, gid):
-    if not os.path.isfile(source) or os.path.islink(source):
-        return False
-    incoming = _beside(target)
-    fileutils.delete_if_exists(incoming)
+    # QEMU may write to both directories, and put a link there at any moment.
     try:
-        processutils.execute('cp', '--sparse=always', '--reflink=auto',
-                             '--no-dereference', source, incoming)
-        os.chown(incoming, uid, gid, follow_symlinks=False)
-        os.chmod(incoming, 0o600)
-        os.rename(incoming, target)
-    finally:
+        read = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            return False
+        raise
+    with open(read, 'rb') as given:
+        if not stat.S_ISREG(os.fstat(read).st_mode):
+            return False
+        incoming = _beside(target)
         fileutils.delete_if_exists(incoming)
+        try:
+            write = os.open(
+                incoming, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(write, 'wb') as taken:
+                shutil.copyfileobj(given, taken)
+                os.fchown(write, uid, gid)
+            os.rename(incoming, target)
+        finally:
+            fileutils.delete_if_exists(incoming)
     return True

@@ -311,8 +311,8 @@ class TestEvacuationOfSharedRoots(MovesTestBase):
         self.stub_out('nova.virt.libvirt.storage.pool.mounts.is_local',
                       lambda path: True)
         with self.hosts.on('compute1'):
-            self.computes['compute1'].manager.driver._local_disks.sweep(
-                self.context)
+            driver = self.computes['compute1'].manager.driver
+            driver._local_disks.sweep(self.context, driver)
         self.assertEqual(['disk'], self.volumes('compute1', server, 'shared'))
         self.assertEqual([], self.volumes('compute1', server))
         self.assertEqual(VOLUMES[1:], self.volumes('compute2', server))

@@ -46,3 +46,32 @@ class CopyTestCase(test.NoDBTestCase):
     def test_copy_as_beside_an_earlier_copy(self):
         self._test_earlier_copy(
             nova.privsep.storage.copy_as, os.geteuid(), os.getegid())
+
+    def copy_as(self):
+        return nova.privsep.storage.copy_as(
+            self.source, self.target, os.geteuid(), os.getegid())
+
+    def test_copy_as(self):
+        self.assertTrue(self.copy_as())
+        self.assertEqual(0o600, os.stat(self.target).st_mode & 0o777)
+        os.unlink(self.source)
+        self.assertFalse(self.copy_as())
+
+    def test_copy_as_follows_no_link(self):
+        os.rename(self.source, self.path('secret'))
+        os.symlink(self.path('secret'), self.source)
+        self.assertFalse(self.copy_as())
+        os.unlink(self.source)
+        os.mkfifo(self.source)
+        self.assertFalse(self.copy_as())
+        self.assertFalse(os.path.exists(self.target))
+
+    def test_copy_as_writes_through_no_link(self):
+        """QEMU, whose directory it is, may be faster than this."""
+        secret = self.path('secret')
+        self.useFixture(fixtures.MockPatchObject(
+            nova.privsep.storage.fileutils, 'delete_if_exists',
+            side_effect=lambda path: os.symlink(secret, path)
+            if not os.path.lexists(path) else os.unlink(path)))
+        self.assertRaises(FileExistsError, self.copy_as)
+        self.assertFalse(os.path.exists(secret))

@@ -380,14 +380,15 @@ class LocalDisks:
         for instance in instances if cut_off else ():
             if instance.uuid in cut_off:
                 cut_off.remove(instance.uuid)
-                if self._is_leaving(instance):
-                    continue
-                capture.recover(
-                    self._local.host, instance, interfaces.of(
-                        self._local.host, driver, context, instance))
+                self._recover_live(context, instance, driver)
         for uuid in cut_off:
             # Nobody has its guest here any more.
             capture.end(uuid)
+
+    def _recover_live(self, context, instance, driver):
+        if not self._is_leaving(instance):
+            capture.recover(self._local.host, instance, interfaces.of(
+                self._local.host, driver, context, instance))
 
     def _is_leaving(self, instance):
         """Whether a live migration of later on keeps a guest from going on."""
@@ -400,8 +401,7 @@ class LocalDisks:
         except exception.NovaException as e:
             reason = e
         LOG.warning('What is left of saving the guest with its memory is put '
-                    'right at the next start of nova-compute: %s', reason,
-                    instance=instance)
+                    'right later: %s', reason, instance=instance)
         return True
 
     def live_boot(self, context, instance,
@@ -793,8 +793,13 @@ class LocalDisks:
             # The guest runs already, without its rescue.
             LOG.warning('%s', e, instance=instance)
 
-    def sweep(self, context) -> None:
-        """Delete what is certainly left over of instances that are gone."""
+    def sweep(self, context, driver) -> None:
+        """Delete what is certainly left over of instances that are gone.
+
+        A guest that couldn't be put right after it was saved is tried again.
+
+        :param driver: see :func:`interfaces.of`
+        """
         cut_off = under_way.left()
         if not self._has_pools and not cut_off:
             return
@@ -802,6 +807,10 @@ class LocalDisks:
         for uuid in cut_off:
             if uuid not in own:
                 capture.end(uuid)
+                continue
+            instance = objects.Instance.get_by_uuid(context, uuid)
+            if instance.task_state is None:
+                self._recover_live(context, instance, driver)
         if not self._has_pools:
             return
         try:

@@ -48,6 +48,8 @@ LOG = logging.getLogger(__name__)
 _REACH_TIMEOUT = 15
 # More than a disk needs; the pump has one.
 _MOST_CONNECTIONS = 8
+# Volumes of one server that are open at once: half of the ports.
+_MOST_EXPORTS = 32
 # Ports for one server on which its source is waited for.
 _MOST_REACHING = 4
 
@@ -225,6 +227,11 @@ class Intake:
                 raise request.refused(_("the volume is open already"))
             if request.instance.uuid in self._handed_over:
                 raise request.refused(_("the disks are being taken over"))
+            # Each holds a port that other servers' need, too.
+            if sum(uuid == place[0] for uuid, _pool, _name in
+                   self._exports) >= _MOST_EXPORTS:
+                raise request.refused(_("%d volumes are open already") %
+                                      _MOST_EXPORTS)
             found = self._exports[place] = export.Export(
                 order, self._get_address())
             self._migrations[place] = request.migration.id

@@ -166,7 +166,9 @@ class Request:
         :raises: exception.StorageIntakeRefused
         """
         length, record = self.get(name, int), self.expected()
-        longest = _LONGEST * (record.size or 0) + _LONGEST_MORE
+        longest = _LONGEST * (record.size or 0) + _LONGEST_MORE + (
+            # It was the root disk's once, if that was started with a memory.
+            self.instance.flavor.memory_mb * units.Mi)
         if not 0 <= length <= longest:
             raise self.refused(_("%(length)d bytes are no length of a disk of "
                                  "%(size)d bytes") % {
@@ -300,7 +302,7 @@ def check(context, instance, migration, request: dict) -> Request:
         found = Request(
             context, objects.Instance.get_by_uuid(
                 context, instance.uuid, expected_attrs=[
-                    'system_metadata', 'migration_context']),
+                    'flavor', 'migration_context', 'system_metadata']),
             objects.Migration.get_by_id_and_instance(
                 context, migration.id, instance.uuid),
             what, arguments)

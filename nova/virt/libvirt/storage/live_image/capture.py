@@ -29,6 +29,7 @@ again. A job that is copying in that moment, as one of mode "push" is, reads
 from a file that is closed under it, and from a table that is being loaded.
 """
 
+import functools
 import os
 import typing as ty
 from urllib import parse as urlparse
@@ -110,7 +111,8 @@ class Capture:
         """Save the guest.
 
         :raises: exception.LiveImageRefused, nothing was done to the guest;
-            exception.LiveImageCaptureFailed, it runs on
+            exception.LiveImageCaptureFailed, it runs on;
+            exception.LiveImageGuestNotRight, it may not
         """
         self._check_versions()
         guest = self._guest()
@@ -124,14 +126,17 @@ class Capture:
             raise exception.LiveImageRefused(
                 instance_uuid=self._instance.uuid,
                 reason=_('another one is under way, or was cut off; in that '
-                         'case start nova-compute anew'))
+                         'case hard reboot the instance, and try again when '
+                         'nova-compute has looked after it'))
         try:
             try:
                 return self._save(domain)
             except Exception as e:
                 LOG.exception('Saving the guest with its memory has failed',
                               instance=self._instance)
-                raise exception.LiveImageCaptureFailed(
+                failed = (exception.LiveImageCaptureFailed if self._is_right
+                          else exception.LiveImageGuestNotRight)
+                raise failed(
                     instance_uuid=self._instance.uuid, step=self._step,
                     reason=self._explain(e)) from e
         except BaseException:
@@ -254,6 +259,11 @@ class Capture:
             return _("This libvirt and QEMU can't copy a disk right after the "
                      "memory; libvirt 9.0 with QEMU 7.2 and libvirt 12.8 with "
                      "QEMU 11.1 can, 11.3 with 10.0 can't: %s") % error
+        if self._step == 'interfaces' and not isinstance(
+                error, guest_nics.StillThere):
+            # QEMU takes no request back, and ends it at the guest's reset.
+            return _("the guest may lose an interface at its own next reboot, "
+                     "unless it is hard rebooted: %s") % error
         return error
 
 
@@ -262,17 +272,19 @@ def put_right(host, instance, interfaces: guest_nics.Interfaces) -> bool:
 
     :returns: False if it should be tried again
     """
-    try:
-        _let_go_on(host, instance)
-        _put_back(interfaces)
-        return True
-    except exception.InstanceNotFound:
-        return True
-    except Exception:
-        LOG.exception('The guest could not be put right after it was saved; '
-                      'that is tried again when nova-compute starts. A hard '
-                      'reboot does it as well', instance=instance)
-        return False
+    is_right = True
+    for step in (functools.partial(_let_go_on, host, instance),
+                 functools.partial(_put_back, interfaces)):
+        try:
+            step()
+        except exception.InstanceNotFound:
+            return True
+        except Exception:
+            LOG.exception('The guest could not be put right after it was '
+                          'saved; that is tried again later. A hard reboot '
+                          'does it as well', instance=instance)
+            is_right = False
+    return is_right
 
 
 def end_job(host, instance) -> bool:
@@ -289,8 +301,8 @@ def end_job(host, instance) -> bool:
         return True
     except Exception:
         LOG.exception('The job of a capture could not be ended; that is tried '
-                      'again when nova-compute starts. A hard reboot does it '
-                      'as well', instance=instance)
+                      'again later. A hard reboot does it as well',
+                      instance=instance)
         return False
 
 

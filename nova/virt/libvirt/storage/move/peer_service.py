@@ -116,12 +116,14 @@ class ServicePeer(peers.Peer):
                 "upgrade the compute service on host %s and on all others: "
                 "one of them is too old to take disks in over NBD") %
                 self.host)
-        if answer['obstacle']:
+        if not isinstance(answer, dict):
+            raise self._not_asked(_("its answer is %.80r") % (answer,))
+        if answer.get('obstacle'):
             raise exception.MigrationPreCheckError(reason=_(
                 "choose another host, as host %(host)s takes no disks in "
                 "over NBD: %(reason)s") % {
                     'host': self.host, 'reason': answer['obstacle']})
-        self._has_aes = answer['aes'] and intake.cpu_has_aes()
+        self._has_aes = bool(answer.get('aes')) and intake.cpu_has_aes()
         # A file of qcow2 grows meanwhile, and an export can't.
         self.takes_ahead = bool(answer.get('cuts'))
         self.reads = bool(answer.get('reads'))
@@ -132,7 +134,11 @@ class ServicePeer(peers.Peer):
         self._check_port()
 
     def _check_port(self):
-        address, port = self.ask('reach')
+        answer = self.ask('reach')
+        if not (isinstance(answer, list | tuple) and
+                list(map(type, answer)) == [str, int]):
+            raise self._not_asked(_("its answer is %.80r") % (answer,))
+        address, port = answer
         try:
             socket.create_connection(
                 (address, port), timeout=_CONNECT_TIMEOUT).close()

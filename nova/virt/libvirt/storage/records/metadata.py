@@ -17,6 +17,7 @@ here is an error, and never a reason to look into the disk, whose first bytes
 a guest may have written.
 """
 
+import re
 import textwrap
 import typing as ty
 
@@ -43,6 +44,8 @@ FILE_BACKENDS = (fields.LibvirtDiskBackend.FLAT,
 # Those whose disks are volumes of storage pools.
 POOL_BACKENDS = (fields.LibvirtDiskBackend.LIBVIRT_STORAGE,
                  fields.LibvirtDiskBackend.LIBVIRT_STORAGE_RBD)
+
+_NAME = re.compile('[A-Za-z0-9._-]+')
 
 # A record with a previous one and a dozen disks without a mapping takes less
 # than 8 KiB; the column holds 64 KiB on MySQL.
@@ -250,8 +253,10 @@ def is_named_after(volume: str, instance_uuid: str) -> bool:
     """Whether a volume's name says that it is an instance's.
 
     A base image that came along with the instance has its UUID at the end.
+    What names of Nova don't have may mean something to Ceph, or to qemu-img.
     """
-    return (volume.startswith('%s_' % instance_uuid) or
+    return _NAME.fullmatch(volume) is not None and (
+        volume.startswith('%s_' % instance_uuid) or
             volume.endswith('.%s' % instance_uuid))
 
 

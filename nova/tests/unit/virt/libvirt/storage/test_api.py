@@ -965,24 +965,41 @@ class LocalDisksTestCase(test.NoDBTestCase):
                        return_value=[uuids.instance])
     def test_sweep(self, mock_uuids):
         sweep = self.patch('orphans.sweep')
-        self.api.sweep(mock.sentinel.context)
+        self.api.sweep(mock.sentinel.context, mock.sentinel.driver)
         sweep.assert_not_called()
 
         self.api._has_pools = True
-        self.api.sweep(mock.sentinel.context)
+        self.api.sweep(mock.sentinel.context, mock.sentinel.driver)
         mock_uuids.assert_called_once_with(mock.sentinel.context, 'here')
         sweep.assert_called_once_with(
             mock.sentinel.context, self.conn, {uuids.instance})
 
     def test_sweep_of_captures(self):
         """With the memory of a server that is deleted by now."""
-        self.patch('live_image.under_way.left',
-                   return_value=[uuids.gone, uuids.instance])
+        self.patch('live_image.under_way.left', return_value=[uuids.gone])
         end = self.patch('live_image.capture.end')
         with mock.patch.object(objects.InstanceList, 'get_uuids_by_host',
                                return_value=[uuids.instance]):
-            self.api.sweep(mock.sentinel.context)
+            self.api.sweep(mock.sentinel.context, mock.sentinel.driver)
         end.assert_called_once_with(uuids.gone)
+
+    @ddt.data((None, 1), ('rebooting_hard', 0))
+    @ddt.unpack
+    def test_sweep_of_a_guest_that_is_not_right(self, task, times):
+        """libvirt was away for longer than was waited for it."""
+        self.cut_off()
+        self.patch('live_image.under_way.left', return_value=[uuids.instance])
+        recover = self.patch('live_image.capture.recover')
+        nics = self.patch('live_image.interfaces.of')
+        self.instance.task_state = task
+        with mock.patch.object(objects.InstanceList, 'get_uuids_by_host',
+                               return_value=[uuids.instance]), \
+                mock.patch.object(objects.Instance, 'get_by_uuid',
+                                  return_value=self.instance):
+            self.api.sweep(mock.sentinel.context, mock.sentinel.driver)
+        self.assertEqual(
+            [mock.call(self.host, self.instance, nics.return_value)] * times,
+            recover.mock_calls)
 
     def test_sweep_where_the_pools_cant_be_listed(self):
         self.patch('orphans.sweep', side_effect=exception.StoragePoolError(
@@ -990,7 +1007,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.api._has_pools = True
         with mock.patch.object(objects.InstanceList, 'get_uuids_by_host',
                                return_value=[]):
-            self.api.sweep(mock.sentinel.context)
+            self.api.sweep(mock.sentinel.context, mock.sentinel.driver)
         self.assertIn('no daemon', self.stdlog.logger.output)
 
     def test_check_pools(self):

@@ -58,6 +58,7 @@ class IntakeTestBase(two_hosts.TwoHostsTestCase):
         self.stub_out('nova.virt.libvirt.storage.pool.setup.pool_names',
                       lambda: [POOL])
         self.instance.host = 'source'
+        self.instance.flavor = objects.Flavor(memory_mb=4096)
         self.migration.status = 'migrating'
         self.migration.migration_type = 'migration'
         self.get_instance = self.useFixture(fixtures.MockPatch(
@@ -563,7 +564,8 @@ class RefusalTestCase(IntakeTestBase):
         self.refused('delete', places=[[POOL, self.name]])
 
     def test_lengths(self):
-        longest = 2 * 1000 + (1 << 30)
+        # It may have held the memory that its server was started with.
+        longest = 2 * 1000 + (1 << 30) + (4096 << 20)
         self.create(length=longest)
         self.dest.pools[POOL].clear()
         for length in (longest + 1, 1 << 60, -1, '5', None, True):
@@ -720,6 +722,14 @@ class KeptTestCase(IntakeTestBase):
             'take_up', **self.arguments()))
         self.keeps.assert_called_once_with(self.dest, POOL)
         self.prepare.assert_not_called()
+
+    def test_too_many_are_open(self):
+        self.intake._exports.update({
+            (self.instance.uuid, POOL, str(n)): mock.Mock()
+            for n in range(intake._MOST_EXPORTS)})
+        with mock.patch.object(self.intake, '_end_others'):
+            self.assertIn('open already', self.refused(
+                'open', connections=1, aes=False, **self.place()))
 
     def test_refused_where_its_guest_is(self):
         """All else that is known of the disk may be the source's word."""

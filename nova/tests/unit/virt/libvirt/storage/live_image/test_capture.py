@@ -275,16 +275,16 @@ class CaptureTestCase(test.NoDBTestCase):
         self._assert_right()
 
     def test_libvirt_stays_away(self):
-        """What can't be put right now is for the next start."""
+        """What can't be put right now is tried again later."""
         self.guest.fails['memory'] = fakelibvirt.libvirtError('closed')
         self.host.get_guest.side_effect = [
             self.guest, self.guest, *[exception.InternalError('gone')] * 5]
-        self.assertRaises(exception.LiveImageCaptureFailed,
-                          self._capture().__enter__)
+        error = self.assertRaises(exception.LiveImageGuestNotRight,
+                                  self._capture().__enter__)
+        self.assertIn('Hard reboot the server', str(error))
         self.assertEqual([self.instance.uuid], under_way.instances())
         # Should it be deleted instead, its memory doesn't stay.
         self.assertEqual([self.instance.uuid], under_way.left())
-        self.assertEqual([], self.guest.macs)
 
         self.host.get_guest.side_effect = None
         capture.recover(self.host, self.instance, self.interfaces)
@@ -297,6 +297,21 @@ class CaptureTestCase(test.NoDBTestCase):
         with self._capture():
             self.assertEqual(set(MACS), set(self.guest.macs))
         self._assert_right()
+
+    def test_interfaces_are_put_back_though_it_can_not_go_on(self):
+        self.guest.fails['resume'] = fakelibvirt.libvirtError('no')
+        with mock.patch.object(capture, '_let_go_on',
+                               side_effect=exception.InternalError('no')):
+            self.assertRaises(exception.LiveImageGuestNotRight,
+                              self._capture().__enter__)
+        self.assertEqual(set(MACS), set(self.guest.macs))
+
+    def test_guest_that_does_not_give_up_an_interface(self):
+        self.guest.fails['detach'] = exception.DeviceDetachFailed(
+            device='nic', reason='no')
+        error = self.assertRaises(exception.LiveImageCaptureFailed,
+                                  self._capture().__enter__)
+        self.assertIn('unless it is hard rebooted', str(error))
 
     def test_guest_is_deleted_meanwhile(self):
         self.guest.fails['memory'] = fakelibvirt.libvirtError('no domain')

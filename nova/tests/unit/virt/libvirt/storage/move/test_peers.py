@@ -19,6 +19,7 @@ import oslo_messaging as messaging
 
 import nova.conf
 from nova import exception
+from nova import objects
 from nova.tests.unit.virt.libvirt.storage.move import two_hosts
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage.intake import export
@@ -164,6 +165,7 @@ class ServicePeerBase(two_hosts.TwoHostsTestCase):
         self.instance.host = 'source'
         self.migration.status = 'migrating'
         self.migration.migration_type = 'resize'
+        self.instance.flavor = objects.Flavor(memory_mb=512)
         for name, found in (
                 ('Instance.get_by_uuid', self.instance),
                 ('Migration.get_by_id_and_instance', self.migration),
@@ -241,6 +243,15 @@ class ServicePeerTestCase(PeerContract, ServicePeerBase):
         e = self.assertRaises(exception.MigrationPreCheckError,
                               self.peer.check, [])
         self.assertIn('upgrade the compute service on host dest', str(e))
+
+    def test_answers_that_make_no_sense(self):
+        """Of a host that was broken into; another way may do."""
+        for what, answer in (
+                ('greet', 'yes'), ('greet', []), ('reach', 'there'),
+                ('reach', ['127.0.0.1']), ('reach', [None, 'port'])):
+            self.answers = {what: answer}
+            self.assertRaises(exception.StorageIntakeError,
+                              self.peer.check, [POOL])
 
     def test_host_that_takes_nothing_in(self):
         self.answers['greet'] = {'obstacle': 'no qemu-nbd', 'aes': True}

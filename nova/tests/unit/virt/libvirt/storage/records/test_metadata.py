@@ -204,6 +204,12 @@ class TestBroken(RecordsTestCase):
             self.assertIn('%s_disk is none of the instance' % uuids.other,
                           self.refused(jsonutils.dumps(self.primitive(given))))
 
+    @ddt.data(':id=admin', '@snap', '/x', ' ', '\n')
+    def test_name_that_means_something_to_others(self, end):
+        given = volume('disk' + end)
+        self.assertIn('is none of the instance',
+                      self.refused(jsonutils.dumps(self.primitive(given))))
+
     def test_base_image_that_comes_along(self):
         given = volume('disk')
         given.extras = {'base': record(

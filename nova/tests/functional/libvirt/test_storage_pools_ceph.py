@@ -125,6 +125,25 @@ class CephTestBase(storage_pools.StoragePoolsTestBase):
         (service,) = self.api.get_services(host=host, binary='nova-compute')
         self.api.put_service(service['id'], {'forced_down': down})
 
+    def evacuate_beside_its_source(self, server):
+        """Evacuate a server; its host is back before that ends.
+
+        :returns: names of the images
+        """
+        self.computes['compute1'].stop()
+        self.force_down('compute1', True)
+        target = self.computes['compute2'].manager.driver
+        spawn, images = target.spawn, sorted(self.images)
+
+        def spawn_late(*args, **kwargs):
+            self.restart_compute_service('compute1')
+            self.assertEqual(images, sorted(self.images))
+            spawn(*args, **kwargs)
+
+        self.useFixture(fixtures.MockPatchObject(target, 'spawn', spawn_late))
+        self._evacuate_server(server, expected_host='compute2')
+        return images
+
 
 class TestCeph(CephTestBase):
 
@@ -221,18 +240,7 @@ class TestCeph(CephTestBase):
 
     def test_evacuate_and_its_source_is_back_before_that_ends(self):
         server = self.boot_with_all()
-        self.computes['compute1'].stop()
-        self.force_down('compute1', True)
-        target = self.computes['compute2'].manager.driver
-        spawn, images = target.spawn, sorted(self.images)
-
-        def spawn_late(*args, **kwargs):
-            self.restart_compute_service('compute1')
-            self.assertEqual(images, sorted(self.images))
-            spawn(*args, **kwargs)
-
-        self.useFixture(fixtures.MockPatchObject(target, 'spawn', spawn_late))
-        self._evacuate_server(server, expected_host='compute2')
+        images = self.evacuate_beside_its_source(server)
         self.restart_compute_service('compute1')
         self.force_down('compute1', False)
         self.assert_on('compute2', server)
@@ -538,18 +546,7 @@ class TestTakeOver(CephTestBase):
     def test_evacuate_and_its_source_is_back_before_that_ends(self):
         server = self.boot_with_all()
         self.upgrade()
-        self.computes['compute1'].stop()
-        self.force_down('compute1', True)
-        target = self.computes['compute2'].manager.driver
-        spawn, images = target.spawn, sorted(self.images)
-
-        def spawn_late(*args, **kwargs):
-            self.restart_compute_service('compute1')
-            self.assertEqual(images, sorted(self.images))
-            spawn(*args, **kwargs)
-
-        self.useFixture(fixtures.MockPatchObject(target, 'spawn', spawn_late))
-        self._evacuate_server(server, expected_host='compute2')
+        self.evacuate_beside_its_source(server)
 
     def test_evacuate(self):
         server = self.boot_with_all()

@@ -24,6 +24,7 @@ given one that boots.
 
 
 import contextlib
+import os
 import typing as ty
 
 from lxml import etree
@@ -149,6 +150,8 @@ class LiveBoot:
                     'the root disk would be no overlay; set use_cow_images'))
             image_cache.checked_base(made.backing.path)
             self._check_size(made.capacity)
+            memory_file.check_room(
+                os.path.dirname(image.path), self._stream.length)
             vm_state.write(
                 image.path, self._stream, self.description.capacity,
                 made.backing, definition.SNAPSHOT)

@@ -26,6 +26,7 @@ from oslo_serialization import jsonutils
 
 from nova.i18n import _
 from nova.virt.libvirt.storage.live_image import vm_state
+from nova.virt.libvirt import utils as libvirt_utils
 
 MAGIC = b'NOVALIVE'
 VERSION = 1
@@ -70,6 +71,22 @@ class Description:
     vcpus: int
     qemu_version: int
     length: int
+
+
+def check_room(directory: str, needed: int) -> None:
+    """Refuse what would fill a file system that guests write to.
+
+    :param directory: where a memory is about to be written
+    :param needed: its bytes
+    :raises: Unusable
+    """
+    available = libvirt_utils.get_fs_info(directory)['free']
+    if needed > available:
+        raise Unusable(_(
+            'make room in %(directory)s there: %(available)d bytes are '
+            'available, and its memory takes %(needed)d') % {
+                'directory': directory, 'available': available,
+                'needed': needed})
 
 
 def find_stream(path: str) -> vm_state.Stream:

@@ -256,7 +256,8 @@ class Store:
         """Have a memory in the cache of this host.
 
         :returns: path of the file, which nobody but Nova reads
-        :raises: memory_file.Unfit; what the image API raises
+        :raises: memory_file.Unfit; memory_file.Unusable if there is no room
+            for it; what the image API raises
         """
         _check_id(memory_id)
         path = os.path.join(self._cache, memory_id)
@@ -269,6 +270,8 @@ class Store:
 
     def _download(self, memory_id, path):
         fileutils.ensure_tree(self._cache, mode=0o700)
+        memory_file.check_room(self._cache, self._image_api.get(
+            service_context(), memory_id)['size'])
         part = path + _PART
         try:
             # Glance's client compares the checksum.

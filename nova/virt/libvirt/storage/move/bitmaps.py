@@ -144,9 +144,7 @@ class Bitmaps:
                 return
             # It has ended before anybody has asked what it wrote.
             for item in items:
-                for bitmap in _left_by_moves(_info(item)):
-                    nova.privsep.qemu.remove_dirty_bitmap(
-                        item.source.path, bitmap['name'])
+                _remove_left(item.source.path, _info(item))
         except exception.InstanceNotFound:
             pass
         except _errors() as e:
@@ -154,6 +152,24 @@ class Bitmaps:
                         'nova-compute is started anew, or a bitmap of that '
                         'name in its disks: %(error)s',
                         {'name': name, 'error': e}, instance=self._instance)
+
+
+def forget(volume, info, instance) -> None:
+    """Delete from an image what moves have left that were cut off.
+
+    qemu-img doesn't grow an image with a bitmap that was never closed, which
+    a host leaves that crashes.
+
+    :param volume: the StorageVolume of a disk whose guest is off
+    :param info: what qemu-img says of it, an imageutils.QemuImgInfo
+    :param instance: whose it is
+    """
+    try:
+        _remove_left(volume.path, info)
+    except _errors() as e:
+        LOG.warning('A bitmap of an earlier move is left in volume '
+                    '%(volume)s: %(error)s',
+                    {'volume': volume.name, 'error': e}, instance=instance)
 
 
 def recover(host) -> None:
@@ -215,6 +231,11 @@ def _details(info):
 def _left_by_moves(info):
     return [bitmap for bitmap in _details(info).get('bitmaps', ())
             if bitmap['name'].startswith(_PREFIX)]
+
+
+def _remove_left(path, info):
+    for bitmap in _left_by_moves(info):
+        nova.privsep.qemu.remove_dirty_bitmap(path, bitmap['name'])
 
 
 def _can_note(item):

@@ -186,6 +186,7 @@ class Transfer:
         path = item.source.path
         info = images.privileged_qemu_img_info(
             path, format=fields.LibvirtDiskFormat.QCOW2)
+        bitmaps.forget(item.source, info, self.instance)
         if not info.backing_file or storage_base.is_kept(
                 self.instance, item.name, info.backing_file):
             return

@@ -186,6 +186,21 @@ class LiveBootTestCase(test.NoDBTestCase):
         self.assertEqual((self.path, 4), (stream.path, stream.length))
         self.checked_base.assert_called_once_with('/base')
 
+    def test_write_root_without_room(self):
+        """The disks of other guests may be in that file system, too."""
+        image = self._image()
+        get_info = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.utils.get_fs_info',
+            return_value={'free': 3})).mock
+        with mock.patch.object(vm_state, 'write') as write:
+            self._assert_unusable('make room in %s' % self.folder,
+                                  self._boot().write_root, image)
+            write.assert_not_called()
+            get_info.return_value['free'] = 4
+            self._boot().write_root(image)
+            write.assert_called_once()
+        get_info.assert_called_with(self.folder)
+
     def test_write_root_over_a_base_that_is_none(self):
         image = self._image()
         self.checked_base.side_effect = exception.BaseImageMisplaced(

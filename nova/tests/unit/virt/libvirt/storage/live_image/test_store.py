@@ -50,6 +50,7 @@ class StoreTestCase(test.NoDBTestCase):
             'nova.service_auth.get_service_auth_session'))
         self.glance = mock.Mock()
         self.glance.create.return_value = {'id': uuids.memory}
+        self.glance.get.return_value = {'size': 36}
         self.store = store.Store(self.glance, self.cache)
 
     def _uploaded(self):
@@ -228,6 +229,26 @@ class StoreTestCase(test.NoDBTestCase):
         self.assertEqual(1, self.glance.download.call_count)
         self.assertEqual([uuids.memory], os.listdir(self.cache))
         self.assertEqual(0o700, os.stat(self.cache).st_mode & 0o777)
+
+    @ddt.data((35, False), (36, True))
+    @ddt.unpack
+    def test_room(self, free, is_fetched):
+        """The disks of guests may be in that file system, too."""
+        self.glance.download.side_effect = self._download
+        get_info = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.utils.get_fs_info',
+            return_value={'free': free})).mock
+        if is_fetched:
+            self.store.fetch(uuids.memory)
+        else:
+            error = self.assertRaises(memory_file.Unusable, self.store.fetch,
+                                      uuids.memory)
+            self.assertNotIsInstance(error, memory_file.Unfit)
+            self.assertIn('make room in %s' % self.cache, str(error))
+        get_info.assert_called_once_with(self.cache)
+        self.glance.get.assert_called_once_with(mock.ANY, uuids.memory)
+        self.assertEqual([uuids.memory] if is_fetched else [],
+                         os.listdir(self.cache))
 
     def test_two_at_once_fetch_it_once(self):
         def slow(context, image_id, dest_path):

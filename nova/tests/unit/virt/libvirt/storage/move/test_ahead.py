@@ -237,6 +237,19 @@ class PassesTests:
              for name in test_move.COPIED}, dict(self.told))
         self.arrived()
 
+    def test_guest_that_was_off_when_its_host_had_crashed(self):
+        # Its host can't have it grow with a bitmap that was never closed.
+        name = self.volume_name('disk.eph0')
+        self.lay_over('disk.eph0', 'ephemeral_1')
+        self.source.pools[POOL][name]['bitmaps'] = [
+            'nova-move-old', 'backup']
+        remove = self.useFixture(fixtures.MockPatch(
+            'nova.privsep.qemu.remove_dirty_bitmap')).mock
+        self.move()
+        self.assertEqual(
+            [mock.call('/disks/' + name, 'nova-move-old')],
+            remove.mock_calls)
+
     def test_nothing_is_noted(self):
         self.flags(storage_migration_dirty_bitmaps=False, group='libvirt')
         self.go_on(self.begin())

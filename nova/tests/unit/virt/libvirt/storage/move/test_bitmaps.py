@@ -31,6 +31,7 @@ import nova.privsep.qemu
 from nova import test
 from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt as fakelibvirt
+from nova.virt import images
 from nova.virt.libvirt import config as guest_config
 from nova.virt.libvirt.storage.move import bitmaps
 
@@ -219,9 +220,8 @@ class ChangedTestCase(BitmapsTestCase):
         self.assertIsNone(self.bitmaps.changed(item))
         self.assertIn('no bitmap', self.stdlog.logger.output)
 
-    def test_bitmap_that_was_never_closed(self):
-        item = self.image()
-        self.begin(item)
+    def never_close(self, item):
+        """Be a QEMU that is killed."""
         with subprocess.Popen(
                 ['qemu-io', '-f', 'qcow2', item.source.path], text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
@@ -229,8 +229,49 @@ class ChangedTestCase(BitmapsTestCase):
             guest.stdin.flush()
             self.assertIn('wrote', guest.stdout.readline())
             guest.kill()
+
+    def test_bitmap_that_was_never_closed(self):
+        item = self.image()
+        self.begin(item)
+        self.never_close(item)
         self.assertIsNone(self.bitmaps.changed(item))
         self.assertEqual([], self.left(item))
+
+    def test_those_of_a_guest_that_is_off(self):
+        """Its host has crashed in a move, and it is moved before it runs."""
+        item = self.image()
+        for name in 'nova-move-old', 'backup':
+            self.add_bitmap(item, name)
+        self.never_close(item)
+        run('qemu-img', 'bitmap', '--remove', '-f', 'qcow2',
+            item.source.path, 'backup')
+        grow = ('qemu-img', 'resize', '-q', '-f', 'qcow2', item.source.path,
+                '128M')
+        self.assertRaises(subprocess.CalledProcessError, run, *grow)
+        self.forget(item)
+        run(*grow)
+        self.assertEqual([], self.left(item))
+
+    def forget(self, item):
+        bitmaps.forget(
+            item.source, images.privileged_qemu_img_info(
+                item.source.path, format='qcow2'), self.instance)
+
+    def test_those_of_others_stay(self):
+        item = self.image()
+        for name in 'nova-move-old', 'backup':
+            self.add_bitmap(item, name)
+        self.forget(item)
+        self.assertEqual(['backup'], self.left(item))
+
+    def test_they_can_not_be_removed(self):
+        item = self.image()
+        self.add_bitmap(item, 'nova-move-old')
+        self.useFixture(fixtures.MockPatch(
+            'nova.privsep.qemu.remove_dirty_bitmap',
+            side_effect=processutils.ProcessExecutionError('busy')))
+        self.forget(item)
+        self.assertIn('busy', self.stdlog.logger.output)
 
     def test_those_of_moves_that_were_cut_off(self):
         item = self.image()

@@ -424,6 +424,8 @@ class TwoHostsTestCase(test.NoDBTestCase):
         return mock.Mock(
             backing_file=content.get('base'),
             backing_file_format=content.get('base_format', 'raw'),
+            format_specific={'data': {'bitmaps': [
+                {'name': name} for name in content.get('bitmaps', ())]}},
             disk_size=content['allocation'], virtual_size=content['length'])
 
     def flatten_image(self, path, image_format):

@@ -272,10 +272,10 @@ class TestLiveMigration(LiveTestBase):
     def test_source_is_killed_before_it_cleans_up(self):
         server = self.boot_with_all()
         driver = self.computes['compute1'].manager.driver
-        real = driver._local_disks.leave_live
-        driver._local_disks.leave_live = lambda *args: False
+        real = driver._local_disks.leave
+        driver._local_disks.leave = lambda *args: False
         self._live_migrate(server, host='compute2')
-        driver._local_disks.leave_live = real
+        driver._local_disks.leave = real
         self.assertEqual(VOLUMES, self.volumes('compute1', server))
         self.assertEqual({'compute1'}, {
             host for host, _pool, _volume in self.leftovers(server)})

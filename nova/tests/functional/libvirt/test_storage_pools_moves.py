@@ -14,6 +14,7 @@
 import os
 from unittest import mock
 
+import ddt
 import fixtures
 
 from nova.cmd import manage
@@ -263,6 +264,84 @@ class TestMoves(MovesTestBase):
         self.assert_deleted(server)
 
 
+@ddt.ddt
+class TestEvacuationFails(MovesTestBase):
+    """The host that was left is back, and has all of the disks."""
+
+    # An error on a host is none of the API.
+    CAST_AS_CALL = False
+
+    def evacuate(self, server, failing):
+        self.computes['compute1'].stop()
+        self.force_down('compute1', True)
+        with mock.patch(failing, side_effect=exception.InternalError('no')):
+            self._evacuate_server(server, expected_state='ERROR',
+                                  expected_migration_status='failed')
+        self.restart_compute_service('compute1')
+        self.force_down('compute1', False)
+
+    XML = 'nova.virt.libvirt.driver.LibvirtDriver._get_guest_xml'
+    LAUNCH = 'nova.virt.libvirt.guest.Guest.launch'
+
+    @ddt.data(XML, LAUNCH)
+    def test_reboot_and_move(self, failing):
+        server = self.boot_with_all()
+        self.evacuate(server, failing)
+        self._reboot_server(server, hard=True)
+        self.assert_ready('compute1', server, **ALL)
+        self.assert_written('compute1', server)
+        self._migrate_server(server)
+        self._confirm_resize(server)
+        self.assert_ready('compute2', server, **ALL)
+        self.assert_written('compute2', server)
+        self.assert_deleted(server)
+
+    @ddt.data(XML, LAUNCH)
+    def test_move(self, failing):
+        server = self.boot_with_all()
+        self.evacuate(server, failing)
+        self.api.post_server_action(
+            server['id'], {'os-resetState': {'state': 'active'}})
+        self._migrate_server(server)
+        # What was begun there has the other name until it is deleted.
+        self.assert_written(
+            'compute2', server, '.1' if failing == self.XML else '')
+
+    @ddt.data(XML, LAUNCH)
+    def test_evacuate_again(self, failing):
+        server = self.boot_with_all()
+        self.evacuate(server, failing)
+        self.computes['compute1'].stop()
+        self.force_down('compute1', True)
+        self._evacuate_server(server, expected_host='compute2',
+                              expected_state='ACTIVE')
+        self.assert_ready('compute2', server, **ALL)
+
+
+class TestEvacuationToLegacy(MovesTestBase):
+    """The host that is left has no pools yet."""
+
+    images_types = {'compute2': 'qcow2'}
+
+    def test_evacuate(self):
+        server = self.boot_with_all()
+        self.computes['compute1'].stop()
+        self.force_down('compute1', True)
+        server = self._evacuate_server(server, expected_host='compute2')
+        self.assertEqual(
+            {'disk': 'qcow2', 'disk.eph0': 'qcow2', 'disk.swap': 'qcow2',
+             'disk.config': 'flat'},
+            {name: record.backend
+             for name, record in self.records(server).items()})
+        self.assertEqual(VOLUMES, self.volumes('compute1', server))
+        self.restart_compute_service('compute1')
+        self.force_down('compute1', False)
+        self.assert_nothing_left(server, 'compute1')
+        self._reboot_server(server, hard=True)
+        self._delete_server(server)
+        self.assert_nothing_left(server, 'compute1')
+
+
 class TestEvacuationOfSharedRoots(MovesTestBase):
     """Root disks are in a pool that both hosts see, and no others."""
 
@@ -316,6 +395,35 @@ class TestEvacuationOfSharedRoots(MovesTestBase):
         self.assertEqual(['disk'], self.volumes('compute1', server, 'shared'))
         self.assertEqual([], self.volumes('compute1', server))
         self.assertEqual(VOLUMES[1:], self.volumes('compute2', server))
+
+    def test_source_is_back(self):
+        """Its guest has never ended; what it has was noted as replaced."""
+        server = self.boot(ephemeral=1, swap=64)
+        self.write('compute1', server, 'disk.eph0', b'written')
+        self.computes['compute1'].stop()
+        self.force_down('compute1', True)
+        with mock.patch('nova.virt.libvirt.driver.LibvirtDriver.'
+                        '_get_guest_xml',
+                        side_effect=exception.InternalError('no')):
+            self._evacuate_server(server, expected_state='ERROR',
+                                  expected_migration_status='failed')
+        self.restart_compute_service('compute1')
+        self.force_down('compute1', False)
+        self.api.post_server_action(
+            server['id'], {'os-resetState': {'state': 'active'}})
+        self.flags(allow_resize_to_same_host=True)
+        (service,) = self.api.get_services(
+            host='compute2', binary='nova-compute')
+        self.api.put_service(service['id'], {'status': 'disabled'})
+        self.api.post_server_action(server['id'], {'resize': {
+            'flavorRef': self.flavor(ephemeral=1, swap=64, memory_mb=600)}})
+        server = self._wait_for_state_change(server, 'VERIFY_RESIZE')
+        self.assertEqual({'compute1'}, {
+            record.host for record in self.records(server).values()})
+        self._revert_resize(server)
+        self.assertEqual(VOLUMES[1:], self.volumes('compute1', server))
+        self.assertEqual(b'written', self.content(
+            'compute1', server, 'disk.eph0', 7, storage_pools.GUEST))
 
 
 class TestCutOff(MovesTestBase):

@@ -660,15 +660,20 @@ class LocalDisks:
         """
         settle.refuse_to_guess(metadata.InstanceDisks.load(context, instance))
 
-    def leave_live(self, context, instance, data) -> bool:
-        """On the source: delete the pool disks that the guest has left.
+    def leave(self, context, instance, data) -> bool:
+        """Take away what others don't need of disks that they see, too.
 
-        The guest runs on the destination: an error is only logged.
+        On the source of a live migration these are the pool disks that the
+        guest has left. It runs on the destination: an error is only logged.
+        On the destination of a migration of files that is reverted these are
+        the volumes which they have become.
 
         :param data: the LibvirtLiveMigrateData, or None
-        :returns: whether the disks are, or were to be, pool disks
+        :returns: whether pool disks have been, or were to be, migrated live
         """
         if not plan.planned(data):
+            if instance.task_state == task_states.RESIZE_REVERTING:
+                self._give_files_back(context, instance)
             return False
         try:
             settle.leave(context, self._connection(),
@@ -678,6 +683,22 @@ class LocalDisks:
                           'they go before its next migration to it',
                           instance=instance)
         return True
+
+    def _give_files_back(self, context, instance):
+        if not self._has_pools:
+            return
+        try:
+            migration = objects.Migration.get_by_id_and_instance(
+                context, instance.migration_context.migration_id,
+                instance.uuid)
+            if (migration.source_compute != CONF.host and
+                    not migration.cross_cell_move):
+                destination.give_files_back(
+                    self._connection(), metadata.InstanceDisks.load(
+                        context, instance))
+        except Exception:
+            LOG.exception('Volumes of the reverted migration may be left on '
+                          'this host, and on record', instance=instance)
 
     def stayed_live(self, context, instance, data) -> None:
         """On the source: note that the guest runs on here.
@@ -724,7 +745,8 @@ class LocalDisks:
         try:
             disks = operation.DiskOperation(
                 self._local, context, instance, block_device_info)
-            are_known = settle.arrived(disks.records)
+            are_known = settle.arrived(
+                disks.records, self._local.get_guest_config(instance))
             disks.records.save(context)
             if are_known:
                 # A file that both hosts see has two names now.

@@ -567,11 +567,13 @@ class LibvirtStorage(imagebackend.Image):
         """Return the path of the base image, which is nova's own.
 
         :return: None if the disk does not depend on any.
-        :raises: exception.InvalidDiskInfo if there is a foreign backing file
+        :raises: exception.BaseImageMisplaced if there is a foreign backing
+            file, exception.UnsafeDiskContent if there is another foreign file
         """
         if self.driver_format != QCOW2:
             return None
-        info = images.privileged_qemu_img_info(self.path, format=QCOW2)
+        # QEMU may have written the header, and root reads what it names.
+        info = content.look_at_qcow2(self.path)
         if info.backing_file is None:
             return None
         try:

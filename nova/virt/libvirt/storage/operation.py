@@ -41,6 +41,7 @@ from nova.virt.libvirt.storage.move import undo
 from nova.virt.libvirt.storage.pool import health
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
+from nova.virt.libvirt.storage.records import evacuation
 from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt.storage import takeover
@@ -221,12 +222,27 @@ class DiskOperation:
                 instance_uuid=self._instance.uuid,
                 disks=', '.join(unfinished))
 
+    def settle_evacuation(self) -> None:
+        """Have disks on record as they are here, if others have been.
+
+        :raises: exception.InvalidDiskMetadata
+        """
+        known = self._context, self._instance, self.records
+        if evacuation.has_come(*known):
+            lifecycle.take_files_up(
+                self.records, self._local.get_guest_config(self._instance))
+        elif evacuation.has_failed(*known):
+            evacuation.take_back(
+                self.records, self._local.get_guest_config(self._instance),
+                self._configured())
+
     def take_up_running(self) -> None:
         """Have the disks of a guest that runs, or may run, on record.
 
         :raises: exception.InvalidDiskMetadata, exception.DiskNotFinished
         """
         if self.records.has_mappings:
+            self.settle_evacuation()
             self.take_up(self._disk_info(),
                          self._local.get_guest_config(self._instance))
 

@@ -128,6 +128,7 @@ class Reboot(Return):
         super().check()
         self._migration = source.unfinished(
             self._context, self._instance, self.records)
+        self.settle_evacuation()
         self._check_finished()
         if self._migration is None and (
                 source.is_running(self._instance) or any(

@@ -425,7 +425,7 @@ class Transition:
                             'and the disk has %(new)d',
                             {'name': disk.name, 'old': disk.record.size,
                              'new': disk.size}, instance=self._instance)
-            disk.record.size = disk.size
+            disk.record.size, disk.record.host = disk.size, CONF.host
             disk.record.backend = fields.LibvirtDiskBackend.LIBVIRT_STORAGE
             self._disks.set(disk.name, disk.record)
         self._disks.save(self._context)
@@ -454,7 +454,9 @@ class Transition:
         return {
             os.path.join(self._instance_dir, name): record
             for name, record in _kept(self._disks)
-            if record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and
+            # What another host has on record may not be this file.
+            if record.host == CONF.host and
+            record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and
             record.state == fields.LibvirtDiskState.READY}
 
     def _rewrite_rescue_xml(self):

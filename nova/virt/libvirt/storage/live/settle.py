@@ -415,12 +415,13 @@ def abandon(context, connection, disks, planned=()) -> None:
         disks.save(context)
 
 
-def arrived(disks) -> bool:
+def arrived(disks, guest_config) -> bool:
     """On the destination: the guest runs here, and there is no way back.
 
     A broken record is only logged.
 
     :param disks: the instance's InstanceDisks; the caller saves them
+    :param guest_config: the guest's LibvirtConfigGuest
     :returns: whether all records can be read
     """
     try:
@@ -428,7 +429,7 @@ def arrived(disks) -> bool:
     except exception.InvalidDiskMetadata as error:
         LOG.error('%s', error, instance=disks.instance)
         return False
-    lifecycle.moved(disks)
+    lifecycle.moved(disks, guest_config)
     return True
 
 

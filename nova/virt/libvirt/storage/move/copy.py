@@ -15,6 +15,7 @@ import contextlib
 import os
 import threading
 import time
+import typing as ty
 
 from oslo_log import log as logging
 from oslo_utils import units
@@ -26,7 +27,8 @@ from nova.i18n import _
 from nova.objects import fields
 import nova.privsep.qemu
 from nova import thread_pool_factory
-from nova.virt import images
+from nova.virt.libvirt.storage import content
+from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.move import base_image as storage_base
 from nova.virt.libvirt.storage.move import bitmaps
 from nova.virt.libvirt.storage.move import cancel
@@ -87,6 +89,8 @@ class Transfer:
         self.items = departure.items
         self.bitmaps = bitmaps.Bitmaps(self.here.host, self.instance)
         self._lock = threading.Lock()
+        # By item, what qemu-img says of it with the guest off.
+        self._infos: dict[ty.Any, ty.Any] = {}
         self._taken = leftovers.names(self.disks)
         self._errors = []
         # How many disks are copied at the same time.
@@ -103,6 +107,7 @@ class Transfer:
         :param directory: the instance's directory on this host
         :raises: StorageTransferError and others
         """
+        self._look_again()
         self._read_bitmaps()
         self._measure()
         # What could not be deleted after a first pass, too.
@@ -161,6 +166,19 @@ class Transfer:
             leftovers.forget(self.disks, CONF.host,
                              [(item.source.pool.name, item.source.name)])
 
+    def _look_again(self):
+        """Refuse what QEMU has written into a header since the check.
+
+        What a header names is read and written as root from here on.
+        """
+        for item in self.items:
+            if item.source and item.flattenable():
+                info = content.look_at_qcow2(
+                    item.source.path, item.record.size)
+                if info.backing_file:
+                    image_cache.checked_base(info.backing_file)
+                self._infos[item] = info
+
     def _read_bitmaps(self):
         """Learn what the guest has written since the disks were sent ahead."""
         for item in self.items:
@@ -183,9 +201,7 @@ class Transfer:
 
     def _flatten(self, item):
         """Free an overlay of any base image but the instance's own."""
-        path = item.source.path
-        info = images.privileged_qemu_img_info(
-            path, format=fields.LibvirtDiskFormat.QCOW2)
+        path, info = item.source.path, self._infos[item]
         bitmaps.forget(item.source, info, self.instance)
         if not info.backing_file or storage_base.is_kept(
                 self.instance, item.name, info.backing_file):

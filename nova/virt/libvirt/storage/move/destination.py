@@ -64,7 +64,10 @@ def offer(connection, instance, migration, disks):
     :param disks: the instance's InstanceDisks
     :raises: MigrationPreCheckError, with which another host is tried
     """
-    if disks.leftovers:
+    # Where an evacuation from here has failed, what it was to replace is noted
+    # as left, and is still the disks.
+    if disks.leftovers and (migration.source_compute != CONF.host or any(
+            record.host == CONF.host for _name, record in disks.items())):
         leftovers.delete(connection, disks, keep=keeping.staying(
             connection, disks, for_move=True))
         disks.save(instance._context)
@@ -265,6 +268,30 @@ def give_back(connection, instance, disks, keep):
         leftovers.forget(disks, CONF.host, set(places) - staying)
         disks.save(instance._context)
     return is_gone
+
+
+def give_files_back(connection, disks):
+    """Delete the volumes which files have become whose move is reverted.
+
+    Both hosts see the files, so that nobody deletes disks here; the other one
+    has those that were sent.
+
+    :param connection: this host's libvirt
+    :param disks: the instance's InstanceDisks, which are saved
+    """
+    own = [record for _name, record in disks.items()
+           if record.host == CONF.host]
+    if any(record.migration_id is not None or record.previous is not None and
+           record.previous.is_in_pool for record in own):
+        return    # Volumes were sent.
+    places = [(record.pool, record.volume) for record in own
+              if record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE]
+    if places:
+        lifecycle.destroyed(disks)
+        leftovers.note(disks, CONF.host, places)
+        disks.save(disks.instance._context)
+        leftovers.delete(connection, disks)
+        disks.save(disks.instance._context)
 
 
 def _take_extra(context, disks, connection, local_uri, extra):

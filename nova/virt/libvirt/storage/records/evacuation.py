@@ -15,8 +15,11 @@ from oslo_log import log as logging
 
 from nova.compute import task_states
 import nova.conf
+from nova import objects
+from nova.objects import fields
 from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import leftovers
+from nova.virt.libvirt.storage.records import lifecycle
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -72,6 +75,94 @@ def forget_next(disks):
             leftovers.note(
                 disks, coming.host, [(coming.pool, coming.volume)])
         disks.set(name, record)
+
+
+def has_come(context, instance, disks):
+    """Whether an evacuation has brought an instance here that left no trace.
+
+    An older compute doesn't know the records, which go on to name the disks
+    of the host that was left.
+
+    :param disks: the instance's InstanceDisks
+    """
+    last = _last_elsewhere(context, instance, disks)
+    return (last is not None and last.status in ('done', 'completed') and
+            last.dest_compute == CONF.host and
+            last.source_compute in _hosts(disks))
+
+
+def has_failed(context, instance, disks):
+    """Whether an instance is still here that was to be evacuated from here.
+
+    The destination has its disks on record as those that it was to make.
+
+    :param disks: the instance's InstanceDisks
+    """
+    last = _last_elsewhere(context, instance, disks)
+    return (last is not None and last.status in ('failed', 'error') and
+            last.source_compute == CONF.host and
+            last.dest_compute in _hosts(disks))
+
+
+def _hosts(disks):
+    return {known.host for _name, record in disks.items()
+            for known in (record, record.previous) if known is not None}
+
+
+def _last_elsewhere(context, instance, disks):
+    """The last migration, if all disks are one other host's, and evacuated."""
+    hosts = _hosts(disks)
+    if len(hosts) != 1 or CONF.host in hosts:
+        return None
+    migrations = objects.MigrationList.get_by_filters(
+        context, {'instance_uuid': instance.uuid})
+    last = max((migration for migration in migrations
+                if not _has_changed_nothing(migration)),
+               key=lambda migration: migration.id, default=None)
+    return last if last is not None and (
+        last.migration_type == fields.MigrationType.EVACUATION) else None
+
+
+def _has_changed_nothing(migration):
+    """Whether a migration was refused, or has only just begun."""
+    if migration.migration_type == fields.MigrationType.LIVE_MIGRATION:
+        return migration.status in ('accepted', 'queued')
+    # Once it has begun to copy, the records say so.
+    return migration.migration_type in (
+        fields.MigrationType.MIGRATION, fields.MigrationType.RESIZE) and (
+            migration.status in ('accepted', 'pre-migrating', 'migrating',
+                                 'failed', 'error'))
+
+
+def take_back(disks, guest_config, configured):
+    """Have the disks on record as a guest has them, where has_failed().
+
+    What the destination has begun to make is noted as left there.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    :param guest_config: the guest's LibvirtConfigGuest, as it is here; None
+        without one
+    :param configured: the image backend that this host would use now
+    """
+    for name, record in disks.items():
+        own = lifecycle.made_before_records(
+            disks.instance, name, guest_config, configured)
+        if own is None:
+            continue
+        if record.is_building and (
+                record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
+            leftovers.note(
+                disks, record.host, [(record.pool, record.volume)])
+        if not record.is_building and (
+                record.is_on_ceph or
+                record.backend == fields.LibvirtDiskBackend.RBD):
+            own = record    # one and the same on all hosts
+            own.host = CONF.host
+        own.size = record.size
+        disks.set(name, own)
+        if own.is_in_pool:
+            # A disk that both hosts don't see was noted as replaced.
+            leftovers.forget(disks, CONF.host, [(own.pool, own.volume)])
 
 
 def old_copies(instance, disks):

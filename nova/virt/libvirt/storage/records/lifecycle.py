@@ -30,6 +30,8 @@ resize, on arrival
 revert, destination    destroyed()     previous
 revert, source         went_back()     previous; none if it was made for the
                                        other flavor
+evacuation that has    take_back()     another host's: ready, of this host, as
+failed, on its source                  the guest's definition says
 live migration,        moved()         of this host, no previous
 on arrival
 rebuild, shelve,       destroyed(),    none; another host's stays
@@ -40,6 +42,7 @@ The compute service may be killed between begin() and finished(): a guest
 never starts from a disk that is building.
 """
 
+import functools
 import os
 
 from oslo_log import log as logging
@@ -209,17 +212,25 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
             continue
         record = disks.get(name)
         if record is not None:
-            image = image_of(name, {**mapping, 'metadata': record})
             is_old = record.host != CONF.host and (
                 record.pool, record.volume) in stale
-            if record.state == READY and not is_old and image.exists():
+            image, is_there = _look_for(record, is_old, functools.partial(
+                image_of, name, {**mapping, 'metadata': record}))
+            if is_there:
                 if record.host != CONF.host:
                     # Evacuated, and on storage that both hosts see.
                     moved, record.host = True, CONF.host
                     disks.set(name, record)
                 there.append(name)
                 continue
-            _discard(image, record)
+            if image is not None:
+                _discard(image, record)
+            if (record.is_building and record.host != CONF.host and
+                    record.previous is None and record.backend ==
+                    fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
+                # It has failed to unshelve, or to take the instance in.
+                leftovers.note(
+                    disks, record.host, [(record.pool, record.volume)])
             replaced.append(record)
         image = image_of(name, {
             **{key: value for key, value in mapping.items()
@@ -248,6 +259,34 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
         _note_replaced(disks, replaced)
     attach(disks, disk_mapping)
     return there
+
+
+def _look_for(record, is_old, open_image):
+    """Look for a disk on record.
+
+    An instance is evacuated to hosts, too, that lack the pool or the volume
+    group of its disk. There it is made anew, as on one that has an empty one.
+    On Ceph it isn't lost, and a host that lacks Ceph can't have it.
+
+    :param is_old: whether what has its name here is none of the disks
+    :param open_image: gives its Image
+    :returns: that, None if this host can have none; whether it is there
+    :raises: exception.StoragePoolError and others if that can't be told
+    """
+    try:
+        image = open_image()
+        return image, (record.state == READY and not is_old and
+                       image.exists())
+    except exception.StoragePoolNotFound:
+        lacking = fields.LibvirtDiskBackend.LIBVIRT_STORAGE
+        if record.host == CONF.host or record.backend != lacking:
+            raise
+    except RuntimeError:
+        # There is no images_volume_group.
+        lacking = fields.LibvirtDiskBackend.LVM
+        if record.host == CONF.host or record.backend != lacking:
+            raise
+    return None, False
 
 
 def _note_replaced(disks, replaced):
@@ -422,21 +461,60 @@ def forget(context, disks) -> None:
                   instance=disks.instance)
 
 
-def moved(disks) -> None:
+def moved(disks, guest_config) -> None:
     """Note that the disks are this host's now, and there is no way back.
 
     The guest runs here already, so that a broken record is only logged.
+
+    :param guest_config: its LibvirtConfigGuest
     """
     try:
-        records = disks.items()
+        take_files_up(disks, guest_config)
     except exception.InvalidDiskMetadata as error:
         LOG.error('%s', error, instance=disks.instance)
         return
-    for name, record in records:
+    for name, record in disks.items():
         if record.host != CONF.host:
             record.host, record.previous = CONF.host, None
             record.migration_id = record.expected = None
             disks.set(name, record)
+
+
+def take_files_up(disks, guest_config) -> None:
+    """Believe what an older compute has done, which keeps no records.
+
+    It has made files of disks, and the records still name what these have
+    been on a host which has them no more.
+
+    :param guest_config: the guest's LibvirtConfigGuest, as it is here; None
+        without one
+    """
+    for name, record in disks.items():
+        told = _in_guest(guest_config, disks.instance, name)
+        if (record.host != CONF.host and told is not None and
+                told.source_type == 'file' and
+                record.backend not in metadata.FILE_BACKENDS and
+                told.driver_format in FILE_FORMATS):
+            _replace_by_file(disks, name, record, told.driver_format,
+                             record.size)
+
+
+def _replace_by_file(disks, name, record, image_format, size):
+    """:param record: what it was, None if that isn't on record"""
+    if (record is not None and
+            record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
+        LOG.warning('Disk %(name)s is a file, which an older compute has '
+                    'made, and no longer volume %(volume)s in storage pool '
+                    '%(pool)s of host %(host)s',
+                    {'name': name, 'volume': record.volume,
+                     'pool': record.pool, 'host': record.host},
+                    instance=disks.instance)
+        leftovers.note(disks, record.host, [(record.pool, record.volume)])
+    record = raw_file(size or 0)
+    if image_format == fields.LibvirtDiskFormat.QCOW2:
+        record.format = fields.LibvirtDiskFormat.QCOW2
+        record.backend = fields.LibvirtDiskBackend.QCOW2
+    disks.set(name, record)
 
 
 def arrived(disks, moved: list[dict]) -> None:
@@ -451,13 +529,9 @@ def arrived(disks, moved: list[dict]) -> None:
         name = os.path.basename(info['path'])
         record = disks.get(name)
         if info.get('type') in FILE_FORMATS and (
-                record is None or record.format != info['type'] and
-                record.backend in metadata.FILE_BACKENDS):
-            record = raw_file(info.get('virt_disk_size') or 0)
-            if info['type'] == fields.LibvirtDiskFormat.QCOW2:
-                record.format = fields.LibvirtDiskFormat.QCOW2
-                record.backend = fields.LibvirtDiskBackend.QCOW2
-            disks.set(name, record)
+                record is None or _is_replaced(disks, name, record, info)):
+            _replace_by_file(disks, name, record, info['type'],
+                             info.get('virt_disk_size'))
     for name, record in disks.items():
         if record.host != CONF.host:
             before = record.obj_clone()
@@ -466,6 +540,17 @@ def arrived(disks, moved: list[dict]) -> None:
             record.migration_id = None
             record.host = CONF.host
             disks.set(name, record)
+
+
+def _is_replaced(disks, name, record, info):
+    """Whether a compute without records has made a disk what it is now.
+
+    A host with pools tells of none of its volumes.
+    """
+    if record.backend in metadata.FILE_BACKENDS:
+        return record.format != info['type']
+    return os.path.exists(os.path.join(
+        libvirt_utils.get_instance_path(disks.instance), name))
 
 
 def went_back(disks) -> None:

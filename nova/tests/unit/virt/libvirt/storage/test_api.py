@@ -74,6 +74,11 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.addCleanup(patcher.stop)
         return patcher.start()
 
+    def patch_of(self, target, name, **kwargs):
+        patcher = mock.patch.object(target, name, **kwargs)
+        self.addCleanup(patcher.stop)
+        return patcher.start()
+
     # Cold migration and resize
 
     def _confirm(self, previous):
@@ -610,7 +615,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         for given in (data, None):
             self.assertFalse(self.api.receive_live(
                 mock.sentinel.context, self.instance, given))
-            self.assertFalse(self.api.leave_live(
+            self.assertFalse(self.api.leave(
                 mock.sentinel.context, self.instance, given))
             self.api.abandon_live(
                 mock.sentinel.context, self.instance, given)
@@ -625,13 +630,40 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.assertEqual(0, self.api.gb_live(data))
         load.assert_not_called()
 
+    @ddt.data(({}, True), ({'source_compute': 'here'}, False),
+              ({'cross_cell_move': True}, False))
+    @ddt.unpack
+    def test_files_are_given_back(self, values, expected):
+        self.api._has_pools = True
+        self.instance.task_state = task_states.RESIZE_REVERTING
+        self.instance.migration_context = objects.MigrationContext(
+            migration_id=5)
+        get = self.patch_of(
+            objects.Migration, 'get_by_id_and_instance',
+            return_value=objects.Migration(**{
+                'source_compute': 'there', 'cross_cell_move': False,
+                **values}))
+        load = self.patch('records.metadata.InstanceDisks.load')
+        give_back = self.patch('move.destination.give_files_back')
+        self.assertFalse(self.api.leave(
+            mock.sentinel.context, self.instance, None))
+        get.assert_called_once_with(
+            mock.sentinel.context, 5, uuids.instance)
+        self.assertEqual(
+            [mock.call(self.conn, load.return_value)] if expected else [],
+            give_back.mock_calls)
+        # The revert goes on, whatever fails.
+        get.side_effect = exception.CellTimeout()
+        self.assertFalse(self.api.leave(
+            mock.sentinel.context, self.instance, None))
+
     def test_live_migration_has_begun_and_the_source_cant_clean_up(self):
         # The guest runs on the destination, which has to be told.
         self.patch('records.metadata.InstanceDisks.load',
                    side_effect=exception.CellTimeout())
         data = objects.LibvirtLiveMigrateData(
             disks=[objects.LibvirtLiveMigrateDiskInfo()])
-        self.assertTrue(self.api.leave_live(
+        self.assertTrue(self.api.leave(
             mock.sentinel.context, self.instance, data))
 
     def test_live_migration_has_failed_and_the_guest_runs_on(self):
@@ -699,6 +731,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
     def test_live_migration_that_is_done_stays_done(self):
         """The guest runs here: this host looks again when it starts."""
         self.patch('live.settle.arrived', return_value=True)
+        self.patch('operation.LocalHost.get_guest_config')
         self.patch('records.metadata.InstanceDisks.save',
                    side_effect=exception.InvalidDiskMetadata(
                        mapping=1, instance_uuid='i', reason='why'))

@@ -10,6 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 import os
+import subprocess
 from unittest import mock
 
 import ddt
@@ -31,6 +32,7 @@ from nova.tests.unit.virt.libvirt import test_imagebackend
 from nova.virt import images
 from nova.virt.libvirt import config as vconfig
 from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage import image as backend
 from nova.virt.libvirt.storage.pool import config as storage_config
 from nova.virt.libvirt.storage.pool import kinds
@@ -568,7 +570,7 @@ class LibvirtStorageTestCase(ImageTestCase):
 
     def _over(self, base):
         return mock.patch.object(
-            images, 'privileged_qemu_img_info',
+            content, 'look_at_qcow2',
             return_value=mock.Mock(backing_file=base))
 
     @mock.patch('nova.privsep.qemu.flatten_image')
@@ -743,12 +745,30 @@ class LibvirtStorageTestCase(ImageTestCase):
             mock_convert.call_args.args)
 
     @mock.patch.object(images, 'convert_image')
-    @mock.patch.object(images, 'privileged_qemu_img_info')
+    @mock.patch('nova.privsep.storage.read_start')
+    def test_snapshot_extract_data_file(self, mock_read, mock_convert):
+        """A QEMU that was broken into has written the header."""
+        image = self._made()
+        path = os.path.join(
+            self.useFixture(fixtures.TempDir()).path, 'disk')
+        subprocess.run(
+            ['qemu-img', 'create', '-q', '-f', 'qcow2', '-o',
+             'data_file=%s,data_file_raw=on' % (path + '.data'), path, '1M'],
+            check=True)
+        with open(path, 'rb') as f:
+            mock_read.return_value = f.read(4096)
+        e = self.assertRaises(exception.UnsafeDiskContent,
+                              image.snapshot_extract, '/target', 'raw')
+        self.assertIn('data_file', str(e))
+        mock_convert.assert_not_called()
+
+    @mock.patch.object(images, 'convert_image')
+    @mock.patch.object(content, 'look_at_qcow2')
     def test_snapshot_extract_backing_file(self, mock_info, mock_convert):
         image = self._made()
         mock_info.return_value.backing_file = image._get_cached_path('base')
         image.snapshot_extract('/target', 'raw')
-        mock_info.assert_called_once_with(image.path, format='qcow2')
+        mock_info.assert_called_once_with(image.path)
         mock_convert.assert_called_once()
 
         mock_info.return_value.backing_file = '/etc/shadow'

@@ -20,6 +20,7 @@ from nova import exception
 from nova import objects
 from nova.objects import fields
 from nova import test
+from nova.virt.libvirt import config as vconfig
 from nova.virt.libvirt.storage import operation
 from nova.virt.libvirt.storage import reboot
 from nova.virt.libvirt.storage.records import metadata
@@ -315,6 +316,11 @@ class RebootTestCase(OperationTestCase):
         self.migration = None
         self.patch('nova.virt.libvirt.storage.move.source.unfinished',
                    side_effect=lambda *args: self.migration)
+        evacuation = 'nova.virt.libvirt.storage.records.evacuation.'
+        self.has_come = self.patch(
+            evacuation + 'has_come', return_value=False)
+        self.has_failed = self.patch(
+            evacuation + 'has_failed', return_value=False)
         self.off = exception.StoragePoolError(
             pool='p', host='here', code=1, reason='can not be started')
 
@@ -329,6 +335,40 @@ class RebootTestCase(OperationTestCase):
         self.pool.start.side_effect = self.off
         self.assertIs(self.off, self.assertRaises(
             exception.StoragePoolError, self.check))
+
+    @ddt.data(('qcow2', 'qcow2'), ('raw', 'flat'))
+    @ddt.unpack
+    def test_check_believes_the_files_of_an_older_compute(
+            self, image_format, backend):
+        self.has_come.return_value = True
+        device = vconfig.LibvirtConfigGuestDisk()
+        device.source_type, device.driver_format = 'file', image_format
+        device.source_path = '/instances/%s/disk' % uuids.instance
+        self.guest.get_config.return_value.devices = [device]
+        self.records.set('disk', record(host='dead', size=7))
+        self.check()
+        found = self.records.get('disk')
+        self.assertEqual((backend, image_format, 'here', 7, None), (
+            found.backend, found.format, found.host, found.size, found.pool))
+        # It is deleted when its host is back.
+        self.assertEqual(
+            [('dead', 'p', '%s_disk' % uuids.instance)],
+            [tuple(left) for left in self.records.leftovers])
+        self.pool.start.assert_not_called()
+
+    def test_check_takes_back_what_was_to_be_evacuated(self):
+        self.has_failed.return_value = True
+        device = vconfig.LibvirtConfigGuestDisk()
+        device.source_type, device.driver_format = 'volume', 'qcow2'
+        device.source_pool = 'p'
+        device.source_volume = '%s_disk' % uuids.instance
+        self.guest.get_config.return_value.devices = [device]
+        self.records.set('disk', record(host='there', state='building'))
+        self.check()
+        found = self.records.get('disk')
+        self.assertEqual(('here', 'ready', 'qcow2'),
+                         (found.host, found.state, found.format))
+        self.pool.start.assert_called_once_with()
 
     def test_check_starts_each_pool_once(self):
         for name in ('disk', 'disk.eph0', 'disk.eph1'):

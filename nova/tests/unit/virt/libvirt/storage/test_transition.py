@@ -72,7 +72,7 @@ class TransitionTestCase(test.NoDBTestCase):
         for path in (self.instance_dir, self.base_dir):
             os.mkdir(path)
         self.useFixture(fakelibvirt.LibvirtModuleFixture())
-        self.flags(instances_path=top)
+        self.flags(instances_path=top, host='here')
         self.conn = fakelibvirt.Connection('qemu:///system')
         self.conn.file_system = libvirt_storage.RealFileSystem()
         self.pool = storage_pool.StoragePool.ensure(
@@ -464,6 +464,17 @@ class TestTransition(TransitionTestCase):
         moving.finish()
         with open(xml) as f:
             self.assertIn('volume="%s_disk"' % uuids.instance, f.read())
+
+    def test_file_stays_beside_the_volume_of_another_host(self):
+        """An older compute has made it when the instance was evacuated."""
+        self.legacy('disk')
+        moving = self.transition()
+        moving.run()
+        for record in self.disks.records.values():
+            record.host = 'dead'
+        moving.finish()
+        self.assertTrue(os.path.exists(
+            os.path.join(self.instance_dir, 'disk')))
 
     def test_last_name_is_never_removed(self):
         self.legacy('disk')

@@ -250,7 +250,7 @@ class TestReceive(ReceiveTestCase):
     def test_files_have_arrived(self):
         self._files()
         self.receive()
-        self.assertTrue(settle.arrived(disks := self.load()))
+        self.assertTrue(settle.arrived(disks := self.load(), None))
         disks.save(self.context)
         self.assert_disks('dest')
         self.assertEqual({'libvirt-storage'}, {

@@ -470,7 +470,7 @@ class EndsTestCase(LiveTestCase):
     def arrive(self):
         self.flags(host='dest')
         disks = self.load()
-        settle.arrived(disks)
+        settle.arrived(disks, None)
         disks.save(self.context)
 
     def abandon(self):

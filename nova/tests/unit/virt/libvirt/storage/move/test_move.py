@@ -614,6 +614,26 @@ class RunTestCase(OutgoingTestCase):
             self.assertNotIn('base', self.dest.pools[POOL][
                 self.volume_name('disk')])
 
+    @ddt.data(True, False)
+    def test_header_that_was_written_since_the_check(self, is_refused):
+        """By a QEMU that was broken into: root would read what it names."""
+        self.lay_over('disk.eph0', 'ephemeral_1', 300)
+        outgoing = self.outgoing()
+        outgoing.check()
+        if is_refused:
+            self.stub_out(
+                'nova.virt.libvirt.storage.content.look_at_qcow2',
+                mock.Mock(side_effect=exception.UnsafeDiskContent(
+                    path='/disks/disk', reason='why')))
+            expected = exception.UnsafeDiskContent
+        else:
+            self.content_at(self.volume_name('disk.eph0'))['base'] = '/secret'
+            expected = exception.BaseImageMisplaced
+        with outgoing:
+            self.assertRaises(expected, outgoing.run, self.directory)
+        self.assertEqual([], self.flattened)
+        self.assertEqual([], self.copies)
+
     def test_root_over_its_image(self):
         self.lay_over('disk', imagecache.get_cache_fname(uuids.image), 300)
         self.move()

@@ -10,14 +10,168 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+from unittest import mock
+
 import ddt
+from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova.compute import task_states
+from nova import objects
+from nova import test
 from nova.tests.unit.virt.libvirt.storage.move import two_hosts
+from nova.tests.unit.virt.libvirt.storage.records import test_lifecycle
 from nova.virt.libvirt.storage.records import evacuation
 from nova.virt.libvirt.storage.records import leftovers
+from nova.virt.libvirt.storage.records import metadata
 
 POOL = two_hosts.POOL
+
+
+@ddt.ddt
+class HasComeTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.flags(host='here')
+        self.instance = objects.Instance(uuid=uuids.instance)
+        self.disks = metadata.InstanceDisks(
+            self.instance, {}, mock.Mock(driver_info=None))
+        self.disks.set('disk', metadata.LibvirtDiskMetadata(
+            backend='flat', format='raw', size=1, state='ready', host='dead'))
+
+    def has_come(self, *migrations):
+        with mock.patch.object(
+                objects.MigrationList, 'get_by_filters',
+                return_value=list(migrations)) as get:
+            found = evacuation.has_come(
+                mock.sentinel.context, self.instance, self.disks)
+            expected = mock.call(
+                mock.sentinel.context, {'instance_uuid': uuids.instance})
+            self.assertEqual([expected] * get.call_count, get.mock_calls)
+        return found
+
+    @staticmethod
+    def migration(number, **values):
+        return objects.Migration(**{
+            'id': number, 'migration_type': 'evacuation', 'status': 'done',
+            'source_compute': 'dead', 'dest_compute': 'here', **values})
+
+    @ddt.data('done', 'completed')
+    def test_evacuated(self, status):
+        self.assertTrue(self.has_come(
+            self.migration(2, status=status),
+            self.migration(1, migration_type='live-migration')))
+
+    @ddt.data({'status': 'failed'}, {'status': 'accepted'},
+              {'source_compute': 'other'}, {'dest_compute': 'other'},
+              {'migration_type': 'live-migration'})
+    def test_not_evacuated(self, values):
+        self.assertFalse(self.has_come(self.migration(1, **values)))
+
+    def test_moved_since(self):
+        self.assertFalse(self.has_come(
+            self.migration(1),
+            self.migration(2, migration_type='live-migration')))
+
+    def test_never_moved(self):
+        self.assertFalse(self.has_come())
+
+    def test_recorded_since(self):
+        self.disks.get('disk').host = 'here'
+        self.disks.set('disk', self.disks.get('disk'))
+        self.assertFalse(self.has_come(self.migration(1)))
+
+    def has_failed(self, *migrations):
+        with mock.patch.object(objects.MigrationList, 'get_by_filters',
+                               return_value=list(migrations)):
+            return evacuation.has_failed(
+                mock.sentinel.context, self.instance, self.disks)
+
+    @ddt.data(({'status': 'failed'}, True), ({'status': 'error'}, True),
+              ({'status': 'done'}, False),
+              ({'status': 'failed', 'dest_compute': 'other'}, False),
+              ({'status': 'failed', 'source_compute': 'other'}, False),
+              ({'status': 'failed', 'migration_type': 'migration'}, False))
+    @ddt.unpack
+    def test_has_failed(self, values, expected):
+        self.assertEqual(expected, self.has_failed(self.migration(1, **{
+            'source_compute': 'here', 'dest_compute': 'dead', **values})))
+
+    def test_has_failed_and_another_migration_was_refused(self):
+        evacuated = self.migration(
+            1, status='failed', source_compute='here', dest_compute='dead')
+        for kind, status, expected in (
+                ('resize', 'error', True), ('migration', 'failed', True),
+                ('resize', 'migrating', True),
+                ('live-migration', 'accepted', True),
+                ('live-migration', 'running', False),
+                ('resize', 'confirmed', False),
+                ('live-migration', 'error', False)):
+            self.assertEqual(expected, self.has_failed(
+                evacuated, self.migration(
+                    2, migration_type=kind, status=status)))
+
+    def test_has_failed_and_one_is_here(self):
+        record = self.disks.get('disk').obj_clone()
+        record.previous, record.host = record.obj_clone(), 'here'
+        self.disks.set('disk', record)
+        self.assertFalse(self.has_failed(self.migration(
+            1, status='failed', source_compute='here', dest_compute='dead')))
+
+
+class TakeBackTestCase(test_lifecycle.RecordsTestCase):
+    """What the destination has recorded, and the guest as it is here."""
+
+    VOLUME = '%s_disk' % uuids.instance
+
+    def take_back(self, guest, **record):
+        disks = self.disks(self.record(**{
+            'host': 'there', 'size': 5, 'format': 'raw', **record}))
+        leftovers.note(disks, 'here', [('p', self.VOLUME)])
+        evacuation.take_back(disks, guest, 'qcow2')
+        found = disks.get('disk')
+        self.assertEqual(5, found.size)
+        return ((found.backend, found.format, found.state, found.host),
+                [tuple(left) for left in disks.leftovers])
+
+    def volume(self):
+        return self.guest('disk', 'volume', 'qcow2', source_pool='p',
+                          source_volume=self.VOLUME)
+
+    def in_pool(self, **record):
+        return {'backend': 'libvirt-storage', 'pool': 'q',
+                'volume': self.VOLUME, **record}
+
+    def test_volume_that_was_made_anew(self):
+        self.assertEqual(
+            (('libvirt-storage', 'qcow2', 'ready', 'here'),
+             [('there', 'q', self.VOLUME)]),
+            self.take_back(self.volume(), **self.in_pool(state='building')))
+
+    def test_volume_that_both_see(self):
+        self.assertEqual(
+            (('libvirt-storage', 'qcow2', 'ready', 'here'), []),
+            self.take_back(self.volume(), **self.in_pool(pool='p')))
+
+    def test_file(self):
+        self.write('disk')
+        self.assertEqual(
+            (('qcow2', 'qcow2', 'ready', 'here'),
+             [('here', 'p', self.VOLUME), ('there', 'q', self.VOLUME)]),
+            self.take_back(self.guest('disk', 'file', 'qcow2'),
+                           **self.in_pool(state='building')))
+
+    def test_image_on_ceph(self):
+        self.assertEqual(
+            (('libvirt-storage-rbd', 'raw', 'ready', 'here'), []),
+            self.take_back(
+                self.guest('disk', 'network', 'raw',
+                           source_name='pool/' + self.VOLUME),
+                **self.in_pool(pool='p', backend='libvirt-storage-rbd')))
+
+    def test_no_guest(self):
+        found, _left = self.take_back(None, **self.in_pool())
+        self.assertEqual('there', found[-1])
 
 
 @ddt.ddt

@@ -311,6 +311,44 @@ class TestBegin(RecordsTestCase):
         self.assertEqual(('qcow2', 'building'), (
             disks.get('disk').backend, disks.get('disk').state))
 
+    def begin_without(self, error, **record):
+        """On a host that can have no disk of the record's backend."""
+        if record['backend'].startswith('libvirt-storage'):
+            record.update(pool='disks', volume='%s_disk' % uuids.instance)
+        disks = self.disks(self.record(**record))
+
+        def image_of(name, mapping):
+            if 'metadata' in mapping:
+                raise error
+            return imagebackend.Backend(True).by_name(
+                self.instance, name, disk_info_mapping=mapping)
+
+        self.assertEqual([], records.begin(
+            disks, {'disk': {'dev': 'vda'}}, None, image_of, 'qcow2', {}))
+        return disks.get('disk')
+
+    NO_POOL = exception.StoragePoolNotFound(pool='disks', host='here')
+    NO_GROUP = RuntimeError('You should specify images_volume_group')
+
+    @ddt.data(('libvirt-storage', NO_POOL), ('lvm', NO_GROUP))
+    @ddt.unpack
+    def test_evacuated_to_a_host_that_lacks_the_pool(self, backend, error):
+        record = self.begin_without(error, host='dead', backend=backend)
+        self.assertEqual(('qcow2', 'building', 'here'),
+                         (record.backend, record.state, record.host))
+
+    @ddt.data(
+        ('here', 'libvirt-storage', NO_POOL), ('here', 'lvm', NO_GROUP),
+        # It isn't lost.
+        ('dead', 'libvirt-storage-rbd', NO_POOL), ('dead', 'rbd', NO_GROUP),
+        # It may be a pool that both hosts see.
+        ('dead', 'libvirt-storage', exception.StoragePoolInactive(
+            pool='disks', host='here')))
+    @ddt.unpack
+    def test_pool_that_should_be_here(self, host, backend, error):
+        self.assertRaises(type(error), self.begin_without, error, host=host,
+                          backend=backend)
+
     def test_half_made_disk_is_made_anew(self):
         path = self.write('disk')
         disks = self.disks(self.record(state='building'))
@@ -664,6 +702,46 @@ class TestMoves(RecordsTestCase):
             tuple(getattr(disks.get('disk'), name) for name in (
                 'backend', 'format', 'size', 'host', 'previous')))
 
+    @ddt.data(('there', True), ('here', True), ('there', False))
+    @ddt.unpack
+    def test_made_anew_by_an_older_compute(self, host, has_come):
+        """It was evacuated there, or reverted to it."""
+        if has_come:
+            self.write('disk')
+        volume = '%s_disk' % uuids.instance
+        disks = self.disks(self.record(
+            backend='libvirt-storage', pool='p', volume=volume, host=host))
+        records.arrived(disks, [
+            {'type': 'qcow2', 'path': '/x/disk', 'virt_disk_size': 7}])
+        record = disks.get('disk')
+        self.assertEqual('here', record.host)
+        self.assertEqual('qcow2' if has_come else 'libvirt-storage',
+                         record.backend)
+        self.assertEqual([(host, 'p', volume)] if has_come else [],
+                         [tuple(left) for left in disks.leftovers])
+
+    def test_live_migrated_by_an_older_compute(self):
+        volume = '%s_disk' % uuids.instance
+        disks = self.disks(self.record(
+            backend='libvirt-storage', format='qcow2', pool='p',
+            volume=volume, host='dead'))
+        records.moved(disks, self.guest('disk', 'file', 'raw'))
+        record = disks.get('disk')
+        self.assertEqual(('flat', 'raw', 'here', None), (
+            record.backend, record.format, record.host, record.volume))
+        self.assertEqual([('dead', 'p', volume)],
+                         [tuple(left) for left in disks.leftovers])
+
+    def test_live_migrated_volume(self):
+        volume = '%s_disk' % uuids.instance
+        disks = self.disks(self.record(
+            backend='libvirt-storage', pool='p', volume=volume, host='other'))
+        records.moved(disks, self.guest(
+            'disk', 'volume', 'raw', source_pool='p', source_volume=volume))
+        self.assertEqual(('libvirt-storage', 'here', volume), tuple(
+            getattr(disks.get('disk'), name)
+            for name in ('backend', 'host', 'volume')))
+
     def test_from_an_older_compute(self):
         disks = self.disks()
         records.arrived(disks, [
@@ -798,13 +876,13 @@ class TestMoves(RecordsTestCase):
     def test_live_migrated_with_a_broken_record(self):
         disks = self.disks(self.record(host='other'))
         self.bdms[0].driver_info = '{'
-        records.moved(disks)
+        records.moved(disks, None)
         disks.save(self.context)
         self.assertEqual([], self.saves)
         self.assertIn('set it to NULL', self.stdlog.logger.output)
 
     def test_live_migrated(self):
         disks = self.disks(self.record(host='other'))
-        records.moved(disks)
+        records.moved(disks, None)
         self.assertEqual(('here', None), (disks.get('disk').host,
                                           disks.get('disk').previous))

@@ -463,7 +463,7 @@ class TestCutOff(MovesTestBase):
         server = self.api.get_server(server['id'])
         self.assertEqual(('ERROR', 'compute2'), (
             server['status'], server['OS-EXT-SRV-ATTR:host']))
-        self.assertIn('on host compute1 and evacuate the server there',
+        self.assertIn('--keep-nvram) and evacuate the server there',
                       server['fault']['message'])
 
         self.connections['compute1'].lookupByUUIDString(

@@ -64,10 +64,7 @@ def offer(connection, instance, migration, disks):
     :param disks: the instance's InstanceDisks
     :raises: MigrationPreCheckError, with which another host is tried
     """
-    # Where an evacuation from here has failed, what it was to replace is noted
-    # as left, and is still the disks.
-    if disks.leftovers and (migration.source_compute != CONF.host or any(
-            record.host == CONF.host for _name, record in disks.items())):
+    if disks.leftovers and not _was_to_be_evacuated(instance, disks):
         leftovers.delete(connection, disks, keep=keeping.staying(
             connection, disks, for_move=True))
         disks.save(instance._context)
@@ -133,6 +130,16 @@ def _file_system(pool, number):
 
 def _device_of(path):
     return os.stat(path).st_dev
+
+
+def _was_to_be_evacuated(instance, disks):
+    """Whether an instance is here, and no disk of it is on record here.
+
+    An evacuation from here has failed, then: what it was to replace is noted
+    as left, and is still the disks.
+    """
+    return 'host' in instance and instance.host == CONF.host and not any(
+        record.host == CONF.host for _name, record in disks.items())
 
 
 def _kinds_that_may_come(connection, disks):

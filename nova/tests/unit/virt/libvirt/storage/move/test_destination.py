@@ -22,6 +22,21 @@ POOL = two_hosts.POOL
 
 
 @ddt.ddt
+class OfferTestCase(two_hosts.TwoHostsTestCase):
+
+    @ddt.data(('source', False), ('dest', True))
+    @ddt.unpack
+    def test_what_is_noted_as_left(self, host, is_kept):
+        """An evacuation that has failed has noted what it was to replace."""
+        self.instance.host = host
+        name = self.volume_name('disk')
+        self.dest.pools[POOL][name] = {'length': 5, 'allocation': 5}
+        self.note_left('dest', name)
+        self.make_offer()
+        self.assertEqual(['disk'] if is_kept else [], self.ours(self.dest))
+
+
+@ddt.ddt
 class GiveFilesBackTestCase(two_hosts.TwoHostsTestCase):
 
     def setUp(self):

@@ -317,6 +317,28 @@ class TestEvacuationFails(MovesTestBase):
                               expected_state='ACTIVE')
         self.assert_ready('compute2', server, **ALL)
 
+    def test_evacuate_to_where_an_unshelve_has_failed(self):
+        """What was begun there isn't the disk."""
+        server = self.boot_with_all()
+        self._shelve_server(server, expected_state='SHELVED_OFFLOADED')
+        with mock.patch(self.XML, side_effect=exception.InternalError('no')):
+            self.api.post_server_action(
+                server['id'], {'unshelve': {'host': 'compute2'}})
+            self._wait_for_action_fail_completion(
+                server, instance_actions.UNSHELVE,
+                'compute_unshelve_instance')
+        self.write('compute2', server, 'disk', b'stale')
+        self.api.post_server_action(
+            server['id'], {'unshelve': {'host': 'compute1'}})
+        server = self._wait_for_state_change(server, 'ACTIVE')
+        self.computes['compute1'].stop()
+        self.force_down('compute1', True)
+        self._evacuate_server(server, expected_host='compute2')
+        volume = self.raw_pool('compute2').storageVolLookupByName(
+            self.records(server)['disk'].volume)
+        self.assertNotEqual(
+            b'stale', volume._file().read(storage_pools.GUEST, 5))
+
 
 class TestEvacuationToLegacy(MovesTestBase):
     """The host that is left has no pools yet."""

@@ -349,6 +349,25 @@ class TestBegin(RecordsTestCase):
         self.assertRaises(type(error), self.begin_without, error, host=host,
                           backend=backend)
 
+    @ddt.data(('there', True), ('here', False))
+    @ddt.unpack
+    def test_begun_on_another_host(self, host, is_left):
+        """An unshelve has failed there; an evacuation would find it."""
+        volume = '%s_disk' % uuids.instance
+        disks = self.disks(self.record(
+            backend='libvirt-storage', pool='p', volume=volume, host=host,
+            state='building'))
+        image = mock.Mock()
+        image.metadata.side_effect = lambda size: self.record(
+            state='building', size=size)
+        records.begin(disks, {'disk': {'dev': 'vda'}}, None,
+                      lambda name, mapping: image, 'qcow2', {})
+        self.assertEqual(('building', 'here'), (
+            disks.get('disk').state, disks.get('disk').host))
+        self.assertEqual([('there', 'p', volume)] if is_left else [],
+                         [tuple(left) for left in disks.leftovers])
+        self.assertEqual(is_left, not image.delete.called)
+
     def test_half_made_disk_is_made_anew(self):
         path = self.write('disk')
         disks = self.disks(self.record(state='building'))

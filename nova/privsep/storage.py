@@ -18,7 +18,6 @@ that the compute service needs a privilege to work in it.
 
 import errno
 import os
-import shutil
 import stat
 import struct
 
@@ -26,6 +25,9 @@ from oslo_concurrency import processutils
 from oslo_utils import fileutils
 
 import nova.privsep
+
+# Bytes that are copied at once.
+_CHUNK = 1 << 20
 
 
 def _beside(target: str) -> str:
@@ -268,28 +270,32 @@ def remove(path: str) -> None:
 
 
 @nova.privsep.sys_admin_pctxt.entrypoint
-def copy_as(source: str, target: str, uid: int, gid: int) -> bool:
+def copy_as(source: str, target: str, uid: int, gid: int, most: int) -> bool:
     """Copy a file, for its new owner alone; what was at the target goes.
 
+    :param most: bytes that it may have
     :returns: False if there is no such file
-    :raises: OSError, of a full disk for example
+    :raises: OSError, of a full disk for example; with errno EFBIG if it is
+        longer
     """
-    return _copy_as(source, target, uid, gid)
+    return _copy_as(source, target, uid, gid, most)
 
 
 @nova.privsep.sys_admin_pctxt.entrypoint
-def copy_as_its_directory(source: str, target: str) -> bool:
+def copy_as_its_directory(source: str, target: str, most: int) -> bool:
     """Copy a file, for the owner of the directory that it comes to.
 
+    :param most: bytes that it may have
     :returns: False if there is no such file
-    :raises: OSError, of a full disk for example
+    :raises: OSError, of a full disk for example; with errno EFBIG if it is
+        longer
     """
     fileutils.ensure_tree(os.path.dirname(target), mode=0o755)
     owner = os.stat(os.path.dirname(target))
-    return _copy_as(source, target, owner.st_uid, owner.st_gid)
+    return _copy_as(source, target, owner.st_uid, owner.st_gid, most)
 
 
-def _copy_as(source, target, uid, gid):
+def _copy_as(source, target, uid, gid, most):
     # QEMU may write to both directories, and put a link there at any moment.
     try:
         read = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -308,9 +314,31 @@ def _copy_as(source, target, uid, gid):
             write = os.open(
                 incoming, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with open(write, 'wb') as taken:
-                shutil.copyfileobj(given, taken)
+                # It may grow while it is copied.
+                while chunk := given.read(_CHUNK):
+                    if taken.tell() + len(chunk) > most:
+                        raise OSError(
+                            errno.EFBIG, os.strerror(errno.EFBIG), source)
+                    taken.write(chunk)
                 os.fchown(write, uid, gid)
             os.rename(incoming, target)
         finally:
             fileutils.delete_if_exists(incoming)
     return True
+
+
+@nova.privsep.sys_admin_pctxt.entrypoint
+def take_tree(path: str, uid: int, gid: int) -> None:
+    """Give a directory and what is in it to another user.
+
+    Whoever had it may put a link there at any moment, and chown(2) by path
+    would follow that. From here on nobody else can write to it.
+
+    :param path: the directory
+    :raises: OSError
+    """
+    for _root, folders, names, fd in os.fwalk(path):
+        os.fchown(fd, uid, gid)
+        os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) & 0o755)
+        for name in folders + names:
+            os.chown(name, uid, gid, dir_fd=fd, follow_symlinks=False)

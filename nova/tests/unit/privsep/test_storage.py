@@ -10,7 +10,9 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+import errno
 import os
+import stat
 
 import fixtures
 
@@ -45,17 +47,22 @@ class CopyTestCase(test.NoDBTestCase):
 
     def test_copy_as_beside_an_earlier_copy(self):
         self._test_earlier_copy(
-            nova.privsep.storage.copy_as, os.geteuid(), os.getegid())
+            nova.privsep.storage.copy_as, os.geteuid(), os.getegid(), 3)
 
-    def copy_as(self):
+    def copy_as(self, most=3):
         return nova.privsep.storage.copy_as(
-            self.source, self.target, os.geteuid(), os.getegid())
+            self.source, self.target, os.geteuid(), os.getegid(), most)
 
     def test_copy_as(self):
         self.assertTrue(self.copy_as())
         self.assertEqual(0o600, os.stat(self.target).st_mode & 0o777)
         os.unlink(self.source)
         self.assertFalse(self.copy_as())
+
+    def test_copy_as_of_more_than_there_may_be(self):
+        e = self.assertRaises(OSError, self.copy_as, most=2)
+        self.assertEqual((errno.EFBIG, self.source), (e.errno, e.filename))
+        self.assertEqual(['source'], os.listdir(self.directory))
 
     def test_copy_as_follows_no_link(self):
         os.rename(self.source, self.path('secret'))
@@ -75,3 +82,47 @@ class CopyTestCase(test.NoDBTestCase):
             if not os.path.lexists(path) else os.unlink(path)))
         self.assertRaises(FileExistsError, self.copy_as)
         self.assertFalse(os.path.exists(secret))
+
+
+class TestTakeTree(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(nova_fixtures.PrivsepFixture())
+        self.directory = self.useFixture(fixtures.TempDir()).path
+        self.tree = os.path.join(self.directory, 'tree')
+        self.owned = []
+        self.useFixture(fixtures.MockPatchObject(
+            os, 'chown', side_effect=lambda name, uid, gid, **how:
+            self.owned.append((name, uid, gid, how['follow_symlinks']))))
+        self.useFixture(fixtures.MockPatchObject(
+            os, 'fchown', side_effect=lambda fd, uid, gid:
+            self.owned.append((os.readlink('/proc/self/fd/%d' % fd),
+                               uid, gid))))
+
+    def take(self):
+        nova.privsep.storage.take_tree(self.tree, 7, 8)
+
+    def test_all_of_it(self):
+        below = os.path.join(self.tree, 'below')
+        os.makedirs(below)
+        os.chmod(below, 0o777)
+        os.symlink('/etc/passwd', os.path.join(below, 'link'))
+        self.take()
+        self.assertEqual(
+            [(self.tree, 7, 8), ('below', 7, 8, False),
+             (below, 7, 8), ('link', 7, 8, False)], self.owned)
+        self.assertEqual(0o755, stat.S_IMODE(os.stat(below).st_mode))
+
+    def test_links_to_directories(self):
+        os.mkdir(os.path.join(self.directory, 'elsewhere'))
+        os.mkdir(self.tree)
+        os.symlink('../elsewhere', os.path.join(self.tree, 'link'))
+        self.take()
+        self.assertEqual([(self.tree, 7, 8), ('link', 7, 8, False)],
+                         self.owned)
+
+    def test_is_a_link(self):
+        os.symlink('/etc', self.tree)
+        self.take()
+        self.assertEqual([], self.owned)

@@ -881,7 +881,8 @@ class LocalDisks:
 
     def find_probes(self, data: dict) -> bool:
         """Whether this host sees a volume of another's make_probes()."""
-        return self._has_pools and sharing.find_probes(
+        # One that should have pools, and can't be asked, may see it.
+        return (makes_pool_disks() or self._has_pools) and sharing.find_probes(
             self._connection(), data.get('volumes'))
 
     def remove_probes(self, data: dict) -> None:

@@ -19,6 +19,7 @@ from oslo_log import log as logging
 import nova.conf
 from nova import exception
 import nova.privsep.storage
+from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
 
@@ -50,6 +51,21 @@ def checked_base(path: str, cache_dir: str | None = None) -> str:
         raise exception.BaseImageMisplaced(
             file=path, cache=cache_dir, host=CONF.host, mark=setup.CACHE_MARK)
     return path
+
+
+def look_at_overlay(path: str, size: int = 0):
+    """Refuse a qcow2 file that QEMU, or root, had better not open.
+
+    :param path: of the file on this host
+    :param size: bytes of virtual size that it may have at most, 0 for any
+    :returns: what qemu-img says of it, an imageutils.QemuImgInfo; its
+        backing file, if it has one, is a base image that Nova itself keeps
+    :raises: exception.UnsafeDiskContent, exception.BaseImageMisplaced
+    """
+    info = content.look_at_qcow2(path, size)
+    if info.backing_file:
+        checked_base(info.backing_file)
+    return info
 
 
 def _is_marked(directory):

@@ -44,6 +44,7 @@ from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.records import evacuation
 from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
+from nova.virt.libvirt.storage.records import unrecorded
 from nova.virt.libvirt.storage import takeover
 from nova.virt.libvirt.storage import transition
 from nova.virt.libvirt import utils as libvirt_utils
@@ -227,11 +228,12 @@ class DiskOperation:
 
         :raises: exception.InvalidDiskMetadata
         """
-        known = self._context, self._instance, self.records
-        if evacuation.has_come(*known):
-            lifecycle.take_files_up(
+        last = evacuation.find_unsettled(
+            self._context, self._instance, self.records)
+        if evacuation.has_come(last, self.records):
+            unrecorded.take_files_up(
                 self.records, self._local.get_guest_config(self._instance))
-        elif evacuation.has_failed(*known):
+        elif evacuation.has_failed(last, self.records):
             evacuation.take_back(
                 self.records, self._local.get_guest_config(self._instance),
                 self._configured())

@@ -32,6 +32,7 @@ from nova.virt.libvirt.storage import operation
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
+from nova.virt.libvirt.storage.records import unrecorded
 from nova.virt.libvirt import utils as libvirt_utils
 
 CONF = nova.conf.CONF
@@ -142,9 +143,30 @@ class Reboot(Return):
 
     def _check_finished(self):
         lost, _unwanted = self._lost()
+        lost += self._unknown()
         if lost:
             raise exception.DiskNotFinished(
                 instance_uuid=self._instance.uuid, disks=', '.join(lost))
+
+    def _unknown(self):
+        """Find disks which a rebuild has destroyed, and not made again.
+
+        What has their names in a pool, if anything, is what it couldn't
+        delete; and nothing tells its format.
+
+        :returns: names of disks that the instance should have in pools
+        """
+        if (CONF.libvirt.images_type != 'libvirt-storage' or
+                not self.records.has_mappings):
+            return []
+        guest_config = self._local.get_guest_config(self._instance)
+        return [name for name, _mapping in lifecycle.local_disks(
+                    self._disk_info()['mapping'])
+                if name not in lifecycle.REMADE and
+                self.records.get(name) is None and
+                unrecorded.made_before_records(
+                    self._instance, name, guest_config,
+                    self._configured()) is None]
 
     def _lost(self):
         """What was never finished, and isn't made anew.

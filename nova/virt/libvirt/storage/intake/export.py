@@ -250,7 +250,7 @@ class Export:
                          'port': self.port, 'said': message['said']})
         elif message.get('why') == 'stalled':
             LOG.error('%(program)s for %(what)s, port %(port)d, was ended: '
-                      'nobody has written for %(seconds)d seconds',
+                      'it has done nothing for %(seconds)d seconds',
                       {'program': self._program, 'what': self.order.what,
                        'port': self.port, 'seconds':
                        CONF.libvirt.storage_migration_stall_timeout})

@@ -30,7 +30,6 @@ from nova import objects
 from nova.objects import fields
 import nova.privsep.storage
 from nova.virt.libvirt import imagecache
-from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.live import file_systems
 from nova.virt.libvirt.storage.live import settle
@@ -319,10 +318,9 @@ class Plan:
 
     def _look_at_overlay(self, disk, path):
         """Find out what an overlay is over on the destination."""
-        info = content.look_at_qcow2(path, disk.size)
+        info = image_cache.look_at_overlay(path, disk.size)
         if not info.backing_file:
             return
-        image_cache.checked_base(info.backing_file)
         if base_image.is_kept(
                 self._instance, disk.name, info.backing_file) and (
                     base_image.can_be_had(

@@ -26,6 +26,7 @@ from oslo_utils import units
 import nova.conf
 from nova import exception
 from nova.i18n import _
+from nova import objects
 from nova.objects import fields
 import nova.privsep.storage
 from nova.virt.libvirt import imagebackend
@@ -178,6 +179,7 @@ class Receiver:
         for disk in self._data.disks:
             self._check_disk(disk)
         self._choose_names()
+        self._check_awaited()
         self._save_next()
         try:
             self._make(cache_base)
@@ -248,6 +250,21 @@ class Receiver:
             # An image of a Ceph pool has none.
             directory = pool.directory()
             disk.path = directory and os.path.join(directory, disk.volume)
+
+    def _check_awaited(self):
+        """Refuse a request that has come late.
+
+        The server may be on its way to another host, which is on record.
+        """
+        if 'migration' not in self._data:
+            return
+        migration = objects.Migration.get_by_id(
+            self._context.elevated(), self._data.migration.id)
+        if migration.status not in settle.UNDER_WAY:
+            raise exception.MigrationError(reason=_(
+                'try again: when host %(host)s was asked for room for the '
+                'disks, the migration was over (%(state)s)') % {
+                    'host': CONF.host, 'state': migration.status})
 
     def _save_next(self):
         """Have on record what is going to be here, by one save."""

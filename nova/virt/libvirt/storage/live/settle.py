@@ -71,11 +71,10 @@ LOG = logging.getLogger(__name__)
 # ended a migration.
 _LOOKS, _POLL = 60, 0.5
 
-LIBVIRT_STORAGE = fields.LibvirtDiskBackend.LIBVIRT_STORAGE
 MADE = fields.LibvirtLiveMigrateDiskWay.MADE
 
 # Statuses of a live migration for which its destination may have something.
-_UNDER_WAY = ('accepted', 'queued', 'preparing', 'running',
+UNDER_WAY = ('accepted', 'queued', 'preparing', 'running',
               'running (post-copy)', 'post-migrating')
 
 
@@ -97,9 +96,8 @@ def promote(disks) -> None:
     """
     for name, record in going(disks):
         coming = record.next.obj_clone()
-        if coming.is_building and record.backend == LIBVIRT_STORAGE:
-            leftovers.note(
-                disks, record.host, [(record.pool, record.volume)])
+        if coming.is_building:
+            leftovers.note_disk(disks, record)
         coming.state = fields.LibvirtDiskState.READY
         disks.set(name, coming)
         leftovers.forget(
@@ -343,7 +341,13 @@ def check_stays(host, instance, load) -> None:
     except exception.InstanceNotFound:
         is_left = is_to_go or was_moving
     if is_left:
-        moving = going(load())
+        try:
+            moving = going(load())
+        except exception.InvalidDiskMetadata as e:
+            if not is_to_go:
+                raise
+            LOG.error('%s', e, instance=instance)
+            return
         if moving and moving[0][1].host == CONF.host:
             raise _elsewhere(instance, moving)
 
@@ -380,7 +384,7 @@ def is_overtaken(context, instance, data) -> bool:
         migration.id > data.migration.id and
         migration.dest_compute == CONF.host
         for migration in objects.MigrationList.get_by_filters(context, {
-            'instance_uuid': instance.uuid, 'status': list(_UNDER_WAY),
+            'instance_uuid': instance.uuid, 'status': list(UNDER_WAY),
             'migration_type': fields.MigrationType.LIVE_MIGRATION}))
 
 
@@ -404,7 +408,7 @@ def abandon(context, connection, disks, planned=()) -> None:
              if disk.way in MADE and disk.volume is not None and
              disk.volume.startswith(uuid + '_')], disks.instance)
         return
-    evacuation.forget_next(disks)
+    evacuation.forget_next(disks, CONF.host)
     disks.save(context)
     before = set(leftovers.on_host(disks, CONF.host))
     clear_way(connection, disks)

@@ -55,7 +55,6 @@ from nova.virt.libvirt.storage.live_image import refusal
 from nova.virt.libvirt.storage.live_image import under_way
 from nova.virt.libvirt.storage.live_image import vm_state
 from nova.virt.libvirt.storage.live_image import watch as watch_guest
-from nova.virt.libvirt import utils as libvirt_utils
 
 try:
     import libvirt
@@ -169,16 +168,11 @@ class Capture:
         """
         directory = CONF.libvirt.snapshots_directory
         fileutils.ensure_tree(directory)
-        needed = _memory(domain)
-        available = libvirt_utils.get_fs_info(directory)['free']
-        if needed > available:
+        try:
+            memory_file.check_room(directory, _memory(domain))
+        except memory_file.Unusable as e:
             raise exception.LiveImageRefused(
-                instance_uuid=self._instance.uuid, reason=_(
-                    'make room in %(directory)s of host %(host)s: '
-                    '%(available)d bytes are available, and the memory alone '
-                    'takes %(needed)d') % {
-                        'directory': directory, 'host': CONF.host,
-                        'available': available, 'needed': needed})
+                instance_uuid=self._instance.uuid, reason=e) from e
 
     def _guest(self):
         return self._host.get_guest(self._instance)

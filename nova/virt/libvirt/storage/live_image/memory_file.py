@@ -24,9 +24,12 @@ import struct
 
 from oslo_serialization import jsonutils
 
+import nova.conf
 from nova.i18n import _
 from nova.virt.libvirt.storage.live_image import vm_state
 from nova.virt.libvirt import utils as libvirt_utils
+
+CONF = nova.conf.CONF
 
 MAGIC = b'NOVALIVE'
 VERSION = 1
@@ -83,10 +86,10 @@ def check_room(directory: str, needed: int) -> None:
     available = libvirt_utils.get_fs_info(directory)['free']
     if needed > available:
         raise Unusable(_(
-            'make room in %(directory)s there: %(available)d bytes are '
-            'available, and its memory takes %(needed)d') % {
-                'directory': directory, 'available': available,
-                'needed': needed})
+            'make room in %(directory)s of host %(host)s: %(available)d '
+            'bytes are available, and the memory takes %(needed)d') % {
+                'directory': directory, 'host': CONF.host,
+                'available': available, 'needed': needed})
 
 
 def find_stream(path: str) -> vm_state.Stream:

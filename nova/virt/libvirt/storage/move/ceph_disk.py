@@ -30,7 +30,6 @@ import nova.conf
 from nova import exception
 from nova.i18n import _
 from nova.objects import fields
-from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.move import ceph_images
 from nova.virt.libvirt.storage.move import convert
@@ -123,9 +122,8 @@ class IntoCeph(item.Disk):
         path = self.source.path
         length, allocation = self.source.file_bytes()
         if self.record.format == QCOW2:
-            info = content.look_at_qcow2(path, self.record.size)
+            info = image_cache.look_at_overlay(path, self.record.size)
             if info.backing_file:
-                image_cache.checked_base(info.backing_file)
                 # All of it comes along.
                 allocation += os.stat(info.backing_file).st_blocks * 512
             length = info.virtual_size
@@ -216,8 +214,9 @@ class OutOfCeph(item.Disk):
     _noting = threading.Lock()
 
     def measure(self):
-        self.length, self.allocation = ceph_bytes.measure(
+        length, self.allocation = ceph_bytes.measure(
             self.source, ceph_images.timeout())
+        self.length = -(-length // _SECTOR) * _SECTOR
 
     def send(self, transfer):
         """Send the image, by way of a file.

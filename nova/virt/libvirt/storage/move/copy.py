@@ -27,7 +27,6 @@ from nova.i18n import _
 from nova.objects import fields
 import nova.privsep.qemu
 from nova import thread_pool_factory
-from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.move import base_image as storage_base
 from nova.virt.libvirt.storage.move import bitmaps
@@ -93,6 +92,8 @@ class Transfer:
         self._infos: dict[ty.Any, ty.Any] = {}
         self._taken = leftovers.names(self.disks)
         self._errors = []
+        # (pool, volume) of what may be on the destination.
+        self._unanswered: list[tuple[str, str]] = []
         # How many disks are copied at the same time.
         self.parallel = 1
         self._started = self._reported = 0.0
@@ -173,17 +174,18 @@ class Transfer:
         """
         for item in self.items:
             if item.source and item.flattenable():
-                info = content.look_at_qcow2(
+                self._infos[item] = image_cache.look_at_overlay(
                     item.source.path, item.record.size)
-                if info.backing_file:
-                    image_cache.checked_base(info.backing_file)
-                self._infos[item] = info
 
     def _read_bitmaps(self):
         """Learn what the guest has written since the disks were sent ahead."""
         for item in self.items:
             if item.ahead is not None:
                 item.ahead.changed = self.bitmaps.changed(item)
+                if item in self._infos:
+                    # Its bitmap is gone.
+                    self._infos[item] = image_cache.look_at_overlay(
+                        item.source.path, item.record.size)
         self.bitmaps.end()
 
     def _measure(self):
@@ -277,6 +279,10 @@ class Transfer:
                     raise
                 LOG.warning('Trying another name: %s', e,
                             instance=self.instance)
+            except exception.NovaException:
+                # It may have been made all the same.
+                self._unanswered.append((item.pool.name, item.target))
+                raise
             self._rename(item)
 
     def _rename(self, item):
@@ -292,8 +298,9 @@ class Transfer:
 
         :param created: list of (pool, volume)
         """
-        undo.delete_at_peer(self.departure.peer, self.departure.host,
-                            self.disks, self.migration, created)
+        undo.delete_at_peer(
+            self.departure.peer, self.departure.host, self.disks,
+            self.migration, [*created, *self._unanswered])
 
     def _copy_all(self):
         """Copy several disks at a time; the first error ends the others."""

@@ -199,8 +199,8 @@ def accept(context, instance, disks, connection, local_uri, cache_base,
                 not record.is_building or not kinds.is_copied(name)):
             continue
         if record.is_on_ceph:
-            ceph_images.verify(instance, record,
-                             setup.pool_named(connection, record.pool))
+            ceph_images.verify(
+                instance, record, setup.pool_named(connection, record.pool))
             came.append(name)
             continue
         try:

@@ -18,10 +18,12 @@ directory of the instance until confirm or revert.
 """
 
 import contextlib
+import errno
 import io
 import os
 import re
 import shutil
+import stat
 import tarfile
 
 from oslo_log import log as logging
@@ -108,8 +110,9 @@ def pack(host, instance, directory, same_host):
         revert is saved in it
     :param same_host: whether the files stay on this host
     :returns: path of a tar file in directory, None if there is nothing
+    :raises: UnsafeDiskContent if a file is longer than any of these can be
     """
-    libvirt_utils.save_vtpm_dir(instance.uuid, directory)
+    _save_tpm(instance, directory)
     nvram = _save_nvram(host, instance, directory)
     path = os.path.join(directory, _PACK)
     with _new_file(path) as f, tarfile.open(fileobj=f, mode='w') as tar:
@@ -117,8 +120,8 @@ def pack(host, instance, directory, same_host):
         for folder, _folders, names in os.walk(top):
             for name in names:
                 file = os.path.join(folder, name)
-                # A socket or a lock is of no use elsewhere.
-                if os.path.isfile(file) and not name.startswith('.'):
+                # A lock is of no use elsewhere.
+                if not name.startswith('.'):
                     _add(tar, os.path.relpath(file, directory), file)
         if nvram and not same_host:
             _add(tar, os.path.join(_NVRAM, os.path.basename(nvram)), nvram)
@@ -149,10 +152,42 @@ def _new_file(path):
 
 
 def _add(tar, name, path):
-    with open(path, 'rb') as f:
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), 'rb') as f:
         member = tarfile.TarInfo(name)
         member.size = os.fstat(f.fileno()).st_size
+        if member.size > _MAX_FILE:
+            raise _too_long(path)
         tar.addfile(member, f)
+
+
+def _too_long(path):
+    return exception.UnsafeDiskContent(path=path, reason=_(
+        'it has more than %d bytes, which no state of a TPM and no variables '
+        'of firmware take up') % _MAX_FILE)
+
+
+def _save_tpm(instance, directory):
+    """Move the state of the TPM into the instance's directory.
+
+    swtpm may have been broken into: what it has put there beside files would
+    lead root, and whoever restores it, elsewhere.
+    """
+    state = os.path.join(libvirt_utils.VTPM_DIR, instance.uuid)
+    if not os.path.exists(state):
+        return
+    saved = os.path.join(directory, _TPM)
+    fileutils.ensure_tree(saved)
+    nova.privsep.path.move_tree(state, saved)
+    nova.privsep.storage.take_tree(saved, os.geteuid(), os.getegid())
+    for folder, folders, names in os.walk(saved):
+        for path in (os.path.join(folder, name) for name in folders + names):
+            kind = os.lstat(path).st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                LOG.warning("%(path)s (%(kind)s) is deleted: it is none of "
+                            "the files of a TPM's state",
+                            {'path': path, 'kind': stat.filemode(kind)},
+                            instance=instance)
+                os.unlink(path)
 
 
 def _add_console(tar, path):
@@ -178,9 +213,14 @@ def _save_nvram(host, instance, directory):
         return None
     fileutils.ensure_tree(os.path.join(directory, _NVRAM), mode=0o700)
     target = os.path.join(directory, _NVRAM, os.path.basename(source))
-    if not nova.privsep.storage.copy_as(source, target, os.geteuid(),
-                                        os.getegid()):
-        return None  # the guest has never been started
+    try:
+        if not nova.privsep.storage.copy_as(
+                source, target, os.geteuid(), os.getegid(), _MAX_FILE):
+            return None  # the guest has never been started
+    except OSError as e:
+        if e.errno == errno.EFBIG:
+            raise _too_long(source) from e
+        raise
     return target
 
 
@@ -203,7 +243,8 @@ def restore_nvram(instance, directory):
                         instance=instance)
             continue
         nova.privsep.storage.copy_as_its_directory(
-            os.path.join(saved, name), os.path.join(NVRAM_DIR, name))
+            os.path.join(saved, name), os.path.join(NVRAM_DIR, name),
+            _MAX_FILE)
     shutil.rmtree(saved)
 
 

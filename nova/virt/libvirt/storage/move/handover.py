@@ -31,7 +31,6 @@ from nova import exception
 from nova.i18n import _
 from nova.objects import fields
 import nova.privsep.storage
-from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.move import base_image
 from nova.virt.libvirt.storage.pool import pool as storage_pool
@@ -98,7 +97,7 @@ def look_again(context, get_connection: ty.Callable, disks,
     try:
         for arrival in arrivals:
             _look_again_at(get_connection, arrival, disks)
-    except exception.NovaException:
+    except Exception:
         for arrival in arrivals:
             disks.set(arrival.name, arrival.before)
         disks.save(context)
@@ -140,15 +139,13 @@ def _compare(volume, arrival, disks):
                disks.get(arrival.name).size or 0)
     if is_qcow2:
         # Even if it has grown, which alters its header.
-        info = content.look_at_qcow2(volume.path, most)
-        if info.backing_file:
-            image_cache.checked_base(info.backing_file)
-            # There are other users' images, too.
-            if not base_image.is_kept(
-                    disks.instance, arrival.name, info.backing_file):
-                raise exception.UnsafeDiskContent(path=volume.path, reason=_(
-                    "it depends on %s, which is not the server's base image"
-                    ) % info.backing_file)
+        info = image_cache.look_at_overlay(volume.path, most)
+        # There are other users' images, too.
+        if info.backing_file and not base_image.is_kept(
+                disks.instance, arrival.name, info.backing_file):
+            raise exception.UnsafeDiskContent(path=volume.path, reason=_(
+                "it depends on %s, which is not the server's base image") %
+                info.backing_file)
         has_grown = info.virtual_size > arrival.before.size
     else:
         length = volume.physical()

@@ -332,11 +332,10 @@ class Departure:
             that of a root disk whose flavor has none
         :returns: bytes by which the volume grows when it is flattened
         """
-        info = content.look_at_qcow2(volume.path, record.size)
+        info = image_cache.look_at_overlay(volume.path, record.size)
         record.size = record.size or info.virtual_size
         if not info.backing_file:
             return 0
-        image_cache.checked_base(info.backing_file)
         if storage_base.is_kept(self.instance, name, info.backing_file):
             self._needs_image = True
             return 0

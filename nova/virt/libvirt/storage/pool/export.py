@@ -83,7 +83,7 @@ def _make(pool):
 
 
 def _write(volume):
-    with volume._errors():
+    with volume.libvirt_errors():
         stream = volume.raw.connect().newStream(0)
         volume.raw.upload(stream, 0, 1, 0)
         try:

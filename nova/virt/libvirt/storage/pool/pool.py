@@ -17,13 +17,10 @@ calls return, so that no call blocks the hub where there is one.
 """
 
 import contextlib
-import errno
-import functools
 import inspect
 import os
 import typing as ty
 
-from oslo_concurrency import processutils
 from oslo_log import log as logging
 from oslo_utils import units
 import tenacity
@@ -31,18 +28,16 @@ import tenacity
 import nova.conf
 from nova import exception
 from nova.i18n import _
-import nova.privsep.fs
 import nova.privsep.storage
 from nova import utils
-from nova.virt.libvirt.storage import lvm
 from nova.virt.libvirt.storage.pool import access
 from nova.virt.libvirt.storage.pool import ceph as ceph_pool
-from nova.virt.libvirt.storage.pool import clearing
 from nova.virt.libvirt.storage.pool import config as storage_config
+from nova.virt.libvirt.storage.pool import errors
 from nova.virt.libvirt.storage.pool import export
 from nova.virt.libvirt.storage.pool import kinds
 from nova.virt.libvirt.storage.pool import mounts
-from nova.virt.libvirt.storage.pool import snapshots
+from nova.virt.libvirt.storage.pool import volume as storage_volume
 from nova.virt.libvirt.storage.pool import volume_group
 
 try:
@@ -62,9 +57,7 @@ MIN_CAPACITY = units.Gi
 REFRESH_TIMEOUT = 10  # seconds
 COPY_TIMEOUT = 6 * 3600  # seconds
 START_TIMEOUT = 3  # seconds
-BUSY_TIMEOUT = 3  # seconds
 REFRESH_INTERVAL = 0.2  # seconds
-EXTEND_TRIES = 3
 
 
 class PoolInfo(ty.NamedTuple):
@@ -78,13 +71,6 @@ class PoolInfo(ty.NamedTuple):
     def is_running(self) -> bool:
         """Whether the sizes mean anything: of a stopped pool they are 0."""
         return self.state == libvirt.VIR_STORAGE_POOL_RUNNING
-
-
-class VolumeInfo(ty.NamedTuple):
-    """Sizes are in bytes."""
-    type: int
-    capacity: int
-    allocation: int
 
 
 def _wrap(obj):
@@ -113,7 +99,7 @@ def list_pools(conn, host: str) -> list['StoragePool']:
     :param host: its name, for messages
     """
     # The name is part of the handle: asking for it takes no call.
-    with StoragePool(conn, '*', host)._errors():
+    with StoragePool(conn, '*', host).libvirt_errors():
         return [StoragePool(conn, raw.name(), host)
                 for raw in conn.listAllStoragePools(0)]
 
@@ -186,7 +172,7 @@ class StoragePool:
 
     def _make(self, config):
         self._refuse_taken_path(config.target_path)
-        with self._errors():
+        with self.libvirt_errors():
             try:
                 made = self._conn.storagePoolDefineXML(config.to_xml(), 0)
             except libvirt.libvirtError:
@@ -205,7 +191,7 @@ class StoragePool:
             made.setAutostart(1)
 
     def _refuse_taken_path(self, path):
-        with self._errors():
+        with self.libvirt_errors():
             others = [_wrap(other) for other in
                       self._conn.listAllStoragePools(0)]
             for other in others:
@@ -275,7 +261,7 @@ class StoragePool:
             exception.StoragePoolNotMounted if it should have been long ago
         """
         pool = self._lookup()
-        with self._errors():
+        with self.libvirt_errors():
             if not pool.isActive():
                 LOG.info('Starting storage pool %s', self.name)
                 _start(pool)
@@ -307,7 +293,7 @@ class StoragePool:
                 found=found or _('nothing'))
 
     @contextlib.contextmanager
-    def _errors(self, volume: str | None = None):
+    def libvirt_errors(self, volume: str | None = None):
         """Turn libvirt's errors into Nova's.
 
         :param volume: the volume that is acted upon
@@ -324,11 +310,11 @@ class StoragePool:
             if code == libvirt.VIR_ERR_NO_STORAGE_VOL:
                 raise exception.StorageVolumeNotFound(**names) from error
             if code == libvirt.VIR_ERR_STORAGE_VOL_EXIST or (
-                    volume and _says(error, kinds.NAME_IS_TAKEN)):
+                    volume and errors.says(error, kinds.NAME_IS_TAKEN)):
                 raise exception.StorageVolumeExists(**names) from error
             if 'is not active' in names['reason']:
                 raise exception.StoragePoolInactive(**names) from error
-            if _is_full(error):
+            if errors.is_full(error):
                 raise exception.InsufficientStoragePoolSpace(
                     **names) from error
             if volume is None:
@@ -336,7 +322,7 @@ class StoragePool:
             raise exception.StorageVolumeError(**names) from error
 
     def _lookup(self):
-        with self._errors():
+        with self.libvirt_errors():
             return self._conn.storagePoolLookupByName(self.name)
 
     def exists(self) -> bool:
@@ -350,13 +336,13 @@ class StoragePool:
     def is_active(self) -> bool:
         """Whether the pool is started."""
         pool = self._lookup()
-        with self._errors():
+        with self.libvirt_errors():
             return bool(pool.isActive())
 
     def config(self) -> 'storage_config.LibvirtConfigStoragePool':
         """The pool's XML, parsed."""
         pool = self._lookup()
-        with self._errors():
+        with self.libvirt_errors():
             return storage_config.LibvirtConfigStoragePool.from_xml(
                 pool.XMLDesc(0))
 
@@ -394,7 +380,7 @@ class StoragePool:
         which LVM is asked for, they are of now.
         """
         pool = self._lookup()
-        with self._errors():
+        with self.libvirt_errors():
             info = PoolInfo(*pool.info())
         if (info.is_running and self.host == CONF.host and
                 self.kind().is_volume_group):
@@ -424,18 +410,18 @@ class StoragePool:
             return
         if timeout is None:
             timeout = REFRESH_TIMEOUT
-        with self._errors():
+        with self.libvirt_errors():
             _refresh.retry_with(
                 stop=tenacity.stop_after_delay(timeout))(pool)
 
-    def volumes(self) -> list['StorageVolume']:
+    def volumes(self) -> list['storage_volume.StorageVolume']:
         """All volumes, by one call."""
         images: ty.Any = self.ceph()
         if images is not None:
             return images.images()
         pool = self._lookup()
-        with self._errors():
-            return [StorageVolume(self, _wrap(volume))
+        with self.libvirt_errors():
+            return [storage_volume.StorageVolume(self, _wrap(volume))
                     for volume in pool.listAllVolumes(0)]
 
     def file_names(self) -> set[str]:
@@ -477,7 +463,7 @@ class StoragePool:
             raise exception.StoragePoolError(
                 pool=self.name, host=self.host, reason=e, code=e.errno) from e
 
-    def volume(self, name: str) -> 'StorageVolume':
+    def volume(self, name: str) -> 'storage_volume.StorageVolume':
         """The volume of that name.
 
         :raises: exception.StorageVolumeNotFound
@@ -486,11 +472,13 @@ class StoragePool:
         if images is not None:
             return images.get(name)
         pool = self._lookup()
-        with self._errors(name):
-            return StorageVolume(self, pool.storageVolLookupByName(name))
+        with self.libvirt_errors(name):
+            return storage_volume.StorageVolume(
+                self, pool.storageVolLookupByName(name))
 
     def find(self, name: str,
-             refresh: bool = False) -> ty.Optional['StorageVolume']:
+             refresh: bool = False
+             ) -> 'storage_volume.StorageVolume | None':
         """The volume of that name, None if there is none.
 
         :param refresh: look for one that libvirt doesn't know of yet
@@ -525,7 +513,7 @@ class StoragePool:
             name = '%s.%d' % (wanted, suffix)
 
     def create(self, config: 'storage_config.LibvirtConfigStorageVolume'
-               ) -> 'StorageVolume':
+               ) -> 'storage_volume.StorageVolume':
         """Make a volume; it is Nova's to write unless config says otherwise.
 
         A device is root's, whatever config says.
@@ -538,13 +526,14 @@ class StoragePool:
         self.check_mounted()
         if not self.kind().sparse:
             config.allocation = config.capacity
-        with self._errors(config.name):
-            return StorageVolume(self, pool.createXML(
+        with self.libvirt_errors(config.name):
+            return storage_volume.StorageVolume(self, pool.createXML(
                 self._with_permissions(config).to_xml(), 0))
 
     def create_from(
             self, config: 'storage_config.LibvirtConfigStorageVolume',
-            source: 'StorageVolume') -> 'StorageVolume':
+            source: 'storage_volume.StorageVolume',
+    ) -> 'storage_volume.StorageVolume':
         """Make a volume as a copy of another; libvirt converts the format.
 
         libvirt interprets the source in the format that it takes it to be
@@ -559,8 +548,8 @@ class StoragePool:
             config.capacity = max(config.capacity or 0,
                                   source.info().capacity)
             config.allocation = config.capacity
-        with self._errors(config.name):
-            return StorageVolume(self, pool.createXMLFrom(
+        with self.libvirt_errors(config.name):
+            return storage_volume.StorageVolume(self, pool.createXMLFrom(
                 self._with_permissions(config).to_xml(), source.raw, 0))
 
     def _with_permissions(self, config):
@@ -572,38 +561,9 @@ class StoragePool:
         return config
 
 
-def _is_full(error):
-    return (error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR and
-            error.get_int1() == errno.ENOSPC) or _says(
-            error, kinds.POOL_IS_FULL)
-
-
-def _says(error, texts):
-    message = error.get_error_message() or ''
-    return any(text in message for text in texts)
-
-
-def _is_no_directory(error):
-    """Whether a path turned out to be something else than a directory."""
-    return _is_libvirt_error(error) and (
-        error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR) and (
-        error.get_int1() == errno.ENOTDIR or
-        os.strerror(errno.ENOTDIR) in (error.get_error_message() or ''))
-
-
-def _is_libvirt_error(error):
-    return isinstance(error, libvirt.libvirtError)
-
-
-def _is_busy(error):
-    # VIR_ERR_INTERNAL_ERROR, which has no meaning of its own.
-    return _is_libvirt_error(error) and (
-        'asynchronous jobs running' in (error.get_error_message() or ''))
-
-
 # A service that has defined the pool may not have made its directory yet.
 @tenacity.retry(
-    retry=tenacity.retry_if_exception(_is_libvirt_error), reraise=True,
+    retry=tenacity.retry_if_exception(errors.is_libvirt_error), reraise=True,
     stop=tenacity.stop_after_delay(START_TIMEOUT),
     wait=tenacity.wait_fixed(REFRESH_INTERVAL))
 def _start(pool):
@@ -612,223 +572,7 @@ def _start(pool):
 
 
 @tenacity.retry(
-    retry=tenacity.retry_if_exception(_is_busy), reraise=True,
+    retry=tenacity.retry_if_exception(errors.is_busy), reraise=True,
     wait=tenacity.wait_fixed(REFRESH_INTERVAL))
 def _refresh(pool):
     pool.refresh(0)
-
-
-def _lvm_is_full(error):
-    return isinstance(error, processutils.ProcessExecutionError) and any(
-        text in (error.stderr or '') for text in kinds.POOL_IS_FULL)
-
-
-def _is_in_use(error):
-    return _is_libvirt_error(error) and _says(error, kinds.VOLUME_IS_BUSY)
-
-
-# udev, for one, opens each device that was written to when it is closed.
-@tenacity.retry(
-    retry=tenacity.retry_if_exception(_is_in_use), reraise=True,
-    stop=tenacity.stop_after_delay(BUSY_TIMEOUT),
-    wait=tenacity.wait_fixed(REFRESH_INTERVAL))
-def _delete(raw):
-    raw.delete(0)
-
-
-class StorageVolume:
-    """A volume of a storage pool.
-
-    :ivar pool: the StoragePool
-    :ivar raw: the libvirt.virStorageVol
-    """
-
-    def __init__(self, pool: StoragePool, raw):
-        self.pool = pool
-        self.raw = raw
-
-    def _errors(self):
-        return self.pool._errors(self.name)
-
-    @functools.cached_property
-    def name(self) -> str:
-        return self.raw.name()
-
-    @property
-    def path(self) -> str:
-        """Where the volume is on the pool's host."""
-        with self._errors():
-            return self.raw.path()
-
-    @property
-    def key(self) -> str:
-        with self._errors():
-            return self.raw.key()
-
-    def config(self) -> 'storage_config.LibvirtConfigStorageVolume':
-        """The volume's XML, parsed.
-
-        Format and backing store are what libvirt takes the content for.
-        """
-        with self._errors():
-            return storage_config.LibvirtConfigStorageVolume.from_xml(
-                self.raw.XMLDesc(0))
-
-    def info(self) -> VolumeInfo:
-        """Type and sizes; libvirt looks at the volume's file for them."""
-        with self._errors():
-            return VolumeInfo(*self.raw.info())
-
-    def physical(self) -> int:
-        """The length of the volume's file in bytes, which a byte copy takes.
-
-        On this host libvirt isn't asked, see :meth:`file_bytes`.
-        """
-        return self.file_bytes()[0]
-
-    def file_bytes(self) -> tuple[int, int]:
-        """The length of the volume's file, and what of it is allocated.
-
-        Whenever libvirt tells a volume's sizes or XML, it opens the backing
-        file that it has found in the header at the last refresh, and fails if
-        it can't. The guest writes the header of a raw disk: so for this host's
-        volumes the file system is asked, by the path alone. And of a logical
-        volume that has grown libvirt learns at the next refresh.
-
-        :returns: (length, allocation) in bytes
-        """
-        if self.pool.host == CONF.host:
-            try:
-                return self._local_bytes()
-            except (OSError, ValueError, exception.VolumeBDMPathNotFound,
-                    processutils.ProcessExecutionError) as e:
-                # Root may not look there. Or libvirt knows why it is gone.
-                LOG.debug('Volume %(volume)s of storage pool %(pool)s is '
-                          'judged by libvirt: %(error)s',
-                          {'volume': self.name, 'pool': self.pool.name,
-                           'error': e})
-        with self._errors():
-            return self._length_to_libvirt(), self.raw.info()[2]
-
-    def _local_bytes(self):
-        path = self.path
-        try:
-            return nova.privsep.storage.file_bytes(path)
-        except ValueError:
-            if not self.pool.kind().is_volume_group:
-                raise
-        length = lvm.get_volume_size(path)
-        return length, length
-
-    def _length_to_libvirt(self):
-        return self.raw.infoFlags(libvirt.VIR_STORAGE_VOL_GET_PHYSICAL)[2]
-
-    def check_known_length(self) -> None:
-        """Check that libvirt knows the volume's length, or have it look.
-
-        It streams no more of a volume than it knows of.
-
-        :raises: exception.StoragePoolError if it can't look now
-        """
-        with self._errors():
-            length = self._length_to_libvirt()
-        if length != self.physical():
-            self.pool.refresh()
-
-    def resize(self, capacity: int, allocate: bool = False) -> None:
-        """Give the volume another capacity.
-
-        :param capacity: in bytes
-        :param allocate: take the space from the pool now
-        :raises: exception.InsufficientStoragePoolSpace,
-            exception.StorageVolumeError
-        """
-        if not self.pool.kind().resizes:
-            self._extend(capacity)
-            return
-        flags = libvirt.VIR_STORAGE_VOL_RESIZE_ALLOCATE if allocate else 0
-        with self._errors():
-            self.raw.resize(capacity, flags)
-
-    def _extend(self, capacity):
-        """Let a logical volume grow: libvirt can't, and must be told."""
-        before = self.physical()
-        if capacity <= before:
-            return
-        snapshots.check(self)
-        try:
-            self._take_extents(capacity, capacity - before)
-        except processutils.ProcessExecutionError as e:
-            error = (exception.InsufficientStoragePoolSpace
-                     if _lvm_is_full(e) else exception.StorageVolumeError)
-            raise error(pool=self.pool.name, volume=self.name,
-                        host=self.pool.host, code=e.exit_code,
-                        reason=(e.stderr or '').strip() or e) from e
-        try:
-            self.pool.refresh()
-        except exception.StoragePoolError as e:
-            # As long as a disk is copied into the pool. Guests and Nova ask
-            # the device, and check_known_length() has it done before a move.
-            LOG.warning('libvirt takes volume %(volume)s of storage pool '
-                        '%(pool)s to be as small as it was, until the pool is '
-                        'refreshed: %(error)s',
-                        {'volume': self.name, 'pool': self.pool.name,
-                         'error': e})
-
-    # Nobody has the extents when LVM is asked for them: a volume that is made
-    # in that moment may get some. If there are no others, libvirt says so.
-    @tenacity.retry(
-        retry=tenacity.retry_if_exception(_lvm_is_full),
-        reraise=True, stop=tenacity.stop_after_attempt(EXTEND_TRIES))
-    def _take_extents(self, capacity, length):
-        nova.privsep.fs.lvextend(
-            self.path, capacity, clearing.cleared_extents(self, length))
-
-    def delete(self, is_clear: bool = False) -> None:
-        """Delete the volume, whatever its guest has written to it.
-
-        Where a new volume would show what this one holds, it is overwritten
-        first. libvirt takes a raw disk with the header of a ploop image for
-        ploop, hence for a directory, and fails to delete it: on this host its
-        file is deleted without libvirt, which isn't asked what it takes it
-        for: it would open what the header names. Already gone is fine.
-
-        :param is_clear: it holds nothing of anybody's
-        :raises: exception.StorageVolumeError, exception.StoragePoolError;
-            exception.StoragePoolNotMounted if its file can't be reached now,
-            which libvirt would take for gone;
-            exception.StorageVolumeHasSnapshots if an operator's would go with
-            it
-        """
-        self.pool.check_mounted()
-        try:
-            with contextlib.suppress(exception.StorageVolumeNotFound):
-                snapshots.check(self)
-                if not is_clear:
-                    clearing.clear(self)
-                with self._errors():
-                    _delete(self.raw)
-        except exception.StorageVolumeError as e:
-            if self.pool.host != CONF.host or not _is_no_directory(
-                    e.__cause__):
-                raise
-            self._remove_file()
-
-    def _remove_file(self):
-        LOG.warning('libvirt takes volume %(volume)s of storage pool %(pool)s '
-                    'for a directory, as its guest has written a ploop header '
-                    'to it. Its file is deleted without libvirt.',
-                    {'volume': self.name, 'pool': self.pool.name})
-        try:
-            nova.privsep.storage.remove(self.path)
-        except OSError as e:
-            raise exception.StorageVolumeError(
-                pool=self.pool.name, volume=self.name, host=self.pool.host,
-                reason=e, code=e.errno) from e
-        try:
-            # What isn't there can be deleted, and that takes no refresh.
-            with contextlib.suppress(exception.StorageVolumeNotFound), (
-                    self._errors()):
-                self.raw.delete(0)
-        except exception.StorageVolumeError:
-            self.pool.refresh()

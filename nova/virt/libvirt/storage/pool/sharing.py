@@ -158,12 +158,19 @@ def find_probes(connection, probes) -> bool:
 
     :param connection: to this host's libvirt
     :param probes: what :func:`make_probes` has returned on the other host
+    :raises: exception.StoragePoolError if one of the pools can't be started,
+        or isn't mounted: nothing tells what would be seen in it
     """
     names = {name for _pool, name in probes or ()}
-    return bool(names) and any(
-        names & place.pool.file_names()
-        for place in _distinct(ownership.places(connection))
-        if place.is_there())
+    if not names:
+        return False
+    there = [place for place in _distinct(ownership.places(connection))
+             if place.is_there()]
+    for place in there:
+        if place.is_configured:
+            place.pool.start()
+            place.pool.check_mounted()
+    return any(names & place.pool.file_names() for place in there)
 
 
 def _distinct(places):

@@ -105,7 +105,7 @@ def upload_file(volume, path, sparse=True):
         return
     flags = libvirt.VIR_STORAGE_VOL_UPLOAD_SPARSE_STREAM if sparse else 0
     try:
-        with open(path, 'rb', buffering=0) as source, volume._errors():
+        with open(path, 'rb', buffering=0) as source, volume.libvirt_errors():
             stream = volume.raw.connect().newStream(0)
             _send(volume, stream, source.fileno(), flags)
     except OSError as e:
@@ -158,7 +158,7 @@ def write_zeroes(volume, begin, end):
     """
     if begin >= end:
         return
-    with volume._errors():
+    with volume.libvirt_errors():
         stream = volume.raw.connect().newStream(0)
         volume.raw.upload(stream, begin, end - begin,
                           libvirt.VIR_STORAGE_VOL_UPLOAD_SPARSE_STREAM)
@@ -181,7 +181,7 @@ def download_file(volume, path):
     :raises: exception.StorageVolumeError
     """
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
-              'wb') as target, volume._errors():
+              'wb') as target, volume.libvirt_errors():
         stream = volume.raw.connect().newStream(0)
         # Length 0 is all of it.
         volume.raw.download(stream, 0, 0, 0)

@@ -25,6 +25,7 @@ from oslo_log import log as logging
 from nova import exception
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
+from nova.virt.libvirt.storage.pool import volume as storage_volume
 from nova.virt.libvirt import utils as libvirt_utils
 
 LOG = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Volumes:
         self._get_connection = get_connection
         self._host = host
 
-    def get(self, pool: str, volume: str) -> storage_pool.StorageVolume:
+    def get(self, pool: str, volume: str) -> storage_volume.StorageVolume:
         """:raises: exception.StorageVolumeNotFound,
             exception.StoragePoolError
         """

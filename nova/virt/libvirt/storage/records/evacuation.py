@@ -19,7 +19,7 @@ from nova import objects
 from nova.objects import fields
 from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import leftovers
-from nova.virt.libvirt.storage.records import lifecycle
+from nova.virt.libvirt.storage.records import unrecorded
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -59,58 +59,36 @@ def is_copy(coming, host):
             coming.is_building)
 
 
-def forget_next(disks):
+def forget_next(disks, host=None):
     """Let a live migration be over that has brought the disks nowhere.
 
     Copies that it has begun are noted as left. A volume that both hosts see
     is the disk.
 
     :param disks: the instance's InstanceDisks; the caller saves them
+    :param host: the destination, if another migration may have begun since,
+        to another host; None for any
     """
     for name, record in disks.items():
-        coming, record.next = record.next, None
-        if coming is None:
+        coming = record.next
+        if coming is None or host not in (None, coming.host):
             continue
+        record.next = None
         if coming.is_building:
             leftovers.note(
                 disks, coming.host, [(coming.pool, coming.volume)])
         disks.set(name, record)
 
 
-def has_come(context, instance, disks):
-    """Whether an evacuation has brought an instance here that left no trace.
+def find_unsettled(context, instance, disks):
+    """Look for an evacuation of which the records may not tell how it ended.
 
-    An older compute doesn't know the records, which go on to name the disks
-    of the host that was left.
-
-    :param disks: the instance's InstanceDisks
-    """
-    last = _last_elsewhere(context, instance, disks)
-    return (last is not None and last.status in ('done', 'completed') and
-            last.dest_compute == CONF.host and
-            last.source_compute in _hosts(disks))
-
-
-def has_failed(context, instance, disks):
-    """Whether an instance is still here that was to be evacuated from here.
-
-    The destination has its disks on record as those that it was to make.
+    It is the last migration that has changed anything, and the records name
+    the disks of one other host.
 
     :param disks: the instance's InstanceDisks
+    :returns: the Migration, None if there is none
     """
-    last = _last_elsewhere(context, instance, disks)
-    return (last is not None and last.status in ('failed', 'error') and
-            last.source_compute == CONF.host and
-            last.dest_compute in _hosts(disks))
-
-
-def _hosts(disks):
-    return {known.host for _name, record in disks.items()
-            for known in (record, record.previous) if known is not None}
-
-
-def _last_elsewhere(context, instance, disks):
-    """The last migration, if all disks are one other host's, and evacuated."""
     hosts = _hosts(disks)
     if len(hosts) != 1 or CONF.host in hosts:
         return None
@@ -121,6 +99,38 @@ def _last_elsewhere(context, instance, disks):
                key=lambda migration: migration.id, default=None)
     return last if last is not None and (
         last.migration_type == fields.MigrationType.EVACUATION) else None
+
+
+def has_come(last, disks):
+    """Whether an evacuation has brought an instance here that left no trace.
+
+    An older compute doesn't know the records, which go on to name the disks
+    of the host that was left.
+
+    :param last: what find_unsettled() has found
+    :param disks: the instance's InstanceDisks
+    """
+    return (last is not None and last.status in ('done', 'completed') and
+            last.dest_compute == CONF.host and
+            last.source_compute in _hosts(disks))
+
+
+def has_failed(last, disks):
+    """Whether an instance is still here that was to be evacuated from here.
+
+    The destination has its disks on record as those that it was to make.
+
+    :param last: what find_unsettled() has found
+    :param disks: the instance's InstanceDisks
+    """
+    return (last is not None and last.status in ('failed', 'error') and
+            last.source_compute == CONF.host and
+            last.dest_compute in _hosts(disks))
+
+
+def _hosts(disks):
+    return {known.host for _name, record in disks.items()
+            for known in (record, record.previous) if known is not None}
 
 
 def _has_changed_nothing(migration):
@@ -145,16 +155,13 @@ def take_back(disks, guest_config, configured):
     :param configured: the image backend that this host would use now
     """
     for name, record in disks.items():
-        own = lifecycle.made_before_records(
+        own = unrecorded.made_before_records(
             disks.instance, name, guest_config, configured)
         if own is None:
             continue
-        if record.is_building and (
-                record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
-            leftovers.note(
-                disks, record.host, [(record.pool, record.volume)])
-        if not record.is_building and (
-                record.is_on_ceph or
+        if record.is_building:
+            leftovers.note_disk(disks, record)
+        elif (record.is_on_ceph or
                 record.backend == fields.LibvirtDiskBackend.RBD):
             own = record    # one and the same on all hosts
             own.host = CONF.host

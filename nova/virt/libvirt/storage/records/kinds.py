@@ -13,7 +13,7 @@
 
 from nova.virt.libvirt.storage import disk_kinds
 
-# Those that a move may bring, by of().
+# What of() may return.
 ALL = tuple(sorted(kind.name for kind in disk_kinds.ALL))
 
 # Nothing of the guest's is lost when they are made anew.

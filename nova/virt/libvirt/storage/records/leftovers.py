@@ -39,6 +39,18 @@ def note(disks, host, places):
                        *((host, pool, volume) for pool, volume in places)]
 
 
+def note_disk(disks, record):
+    """Note the volume that a disk was, for its host to delete.
+
+    What all hosts see, or is no volume, isn't noted.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    :param record: of the disk, with its host
+    """
+    if record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE:
+        note(disks, record.host, [(record.pool, record.volume)])
+
+
 def note_swap(connection, disks):
     """Note the swap disk of a flavor which the instance doesn't have now.
 
@@ -75,17 +87,20 @@ def note_undeleted(connection, disks):
     """
     instance = disks.instance
     try:
-        left = [(volume.pool.name, volume.name) for volume in
-                ownership.get_volumes(connection, instance.uuid, disks=disks)]
-        try:
-            note(disks, CONF.host, left)
-        except exception.InvalidDiskMetadata:
-            disks.clear()
-            note(disks, CONF.host, left)
-        disks.save(instance._context)
+        left = {(record.pool, record.volume) for _name, record in disks.items()
+                if record.host == CONF.host and record.is_in_pool}
+    except exception.InvalidDiskMetadata:
+        disks.clear()
+        left = set()
+    try:
+        for volume in ownership.get_volumes(
+                connection, instance.uuid, disks=disks):
+            left.add((volume.pool.name, volume.name))
     except exception.NovaException as e:
-        LOG.error('What is left of the disks on this host is not known: '
+        LOG.error('What else is left of the disks on this host is not known: '
                   '%s', e, instance=instance)
+    note(disks, CONF.host, sorted(left))
+    disks.save(instance._context)
 
 
 def on_host(disks, host):

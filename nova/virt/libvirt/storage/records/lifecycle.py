@@ -46,7 +46,6 @@ import functools
 import os
 
 from oslo_log import log as logging
-from oslo_serialization import jsonutils
 from oslo_utils import units
 
 from nova.compute import task_states
@@ -54,10 +53,10 @@ import nova.conf
 from nova import exception
 from nova.objects import fields
 from nova.virt import driver
-from nova.virt.libvirt.storage import dmcrypt
 from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import metadata
+from nova.virt.libvirt.storage.records import unrecorded
 from nova.virt.libvirt import utils as libvirt_utils
 
 CONF = nova.conf.CONF
@@ -69,27 +68,10 @@ BUILDING = fields.LibvirtDiskState.BUILDING
 # The driver's name for it.
 REMADE = kinds.REMADE
 
-FILE_FORMATS = (fields.LibvirtDiskFormat.RAW, fields.LibvirtDiskFormat.QCOW2)
-
 # All local disks are destroyed, and none of them is another host's.
 DESTROYING = frozenset((
     task_states.REBUILDING, task_states.SHELVING,
     task_states.SHELVING_OFFLOADING))
-
-# What libvirt calls the type of a disk's source -> our backends.
-SOURCE_BACKENDS = {
-    'block': fields.LibvirtDiskBackend.LVM,
-    'network': fields.LibvirtDiskBackend.RBD,
-    'volume': fields.LibvirtDiskBackend.LIBVIRT_STORAGE,
-}
-
-
-def raw_file(size: int = 0) -> 'metadata.LibvirtDiskMetadata':
-    """The record of a file that is raw by definition: a kernel, a ramdisk."""
-    return metadata.LibvirtDiskMetadata(
-        backend=fields.LibvirtDiskBackend.FLAT,
-        format=fields.LibvirtDiskFormat.RAW, size=size, state=READY,
-        host=CONF.host)
 
 
 def of_instance(instance, block_device_info) -> 'metadata.InstanceDisks':
@@ -153,9 +135,9 @@ def take_up(disks, disk_mapping, guest_config, configured,
         record = disks.get(name)
         if record is not None and not (
                 _is_outdated(record) and
-                _in_guest(guest_config, disks.instance, name)):
+                unrecorded.in_guest(guest_config, disks.instance, name)):
             continue
-        record = made_before_records(
+        record = unrecorded.made_before_records(
             disks.instance, name, guest_config, configured)
         if record is not None:
             record.size = size_of(disks.instance, name, block_device_info)
@@ -226,11 +208,9 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
             if image is not None:
                 _discard(image, record)
             if (record.is_building and record.host != CONF.host and
-                    record.previous is None and record.backend ==
-                    fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
+                    record.previous is None):
                 # It has failed to unshelve, or to take the instance in.
-                leftovers.note(
-                    disks, record.host, [(record.pool, record.volume)])
+                leftovers.note_disk(disks, record)
             replaced.append(record)
         image = image_of(name, {
             **{key: value for key, value in mapping.items()
@@ -300,10 +280,8 @@ def _note_replaced(disks, replaced):
     if _task_state(disks.instance) != task_states.REBUILD_SPAWNING:
         return
     for record in replaced:
-        if record.host != CONF.host and (
-                record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
-            leftovers.note(
-                disks, record.host, [(record.pool, record.volume)])
+        if record.host != CONF.host:
+            leftovers.note_disk(disks, record)
 
 
 def _originals(disks):
@@ -469,7 +447,7 @@ def moved(disks, guest_config) -> None:
     :param guest_config: its LibvirtConfigGuest
     """
     try:
-        take_files_up(disks, guest_config)
+        unrecorded.take_files_up(disks, guest_config)
     except exception.InvalidDiskMetadata as error:
         LOG.error('%s', error, instance=disks.instance)
         return
@@ -478,43 +456,6 @@ def moved(disks, guest_config) -> None:
             record.host, record.previous = CONF.host, None
             record.migration_id = record.expected = None
             disks.set(name, record)
-
-
-def take_files_up(disks, guest_config) -> None:
-    """Believe what an older compute has done, which keeps no records.
-
-    It has made files of disks, and the records still name what these have
-    been on a host which has them no more.
-
-    :param guest_config: the guest's LibvirtConfigGuest, as it is here; None
-        without one
-    """
-    for name, record in disks.items():
-        told = _in_guest(guest_config, disks.instance, name)
-        if (record.host != CONF.host and told is not None and
-                told.source_type == 'file' and
-                record.backend not in metadata.FILE_BACKENDS and
-                told.driver_format in FILE_FORMATS):
-            _replace_by_file(disks, name, record, told.driver_format,
-                             record.size)
-
-
-def _replace_by_file(disks, name, record, image_format, size):
-    """:param record: what it was, None if that isn't on record"""
-    if (record is not None and
-            record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
-        LOG.warning('Disk %(name)s is a file, which an older compute has '
-                    'made, and no longer volume %(volume)s in storage pool '
-                    '%(pool)s of host %(host)s',
-                    {'name': name, 'volume': record.volume,
-                     'pool': record.pool, 'host': record.host},
-                    instance=disks.instance)
-        leftovers.note(disks, record.host, [(record.pool, record.volume)])
-    record = raw_file(size or 0)
-    if image_format == fields.LibvirtDiskFormat.QCOW2:
-        record.format = fields.LibvirtDiskFormat.QCOW2
-        record.backend = fields.LibvirtDiskBackend.QCOW2
-    disks.set(name, record)
 
 
 def arrived(disks, moved: list[dict]) -> None:
@@ -528,10 +469,12 @@ def arrived(disks, moved: list[dict]) -> None:
     for info in moved:
         name = os.path.basename(info['path'])
         record = disks.get(name)
-        if info.get('type') in FILE_FORMATS and (
-                record is None or _is_replaced(disks, name, record, info)):
-            _replace_by_file(disks, name, record, info['type'],
-                             info.get('virt_disk_size'))
+        if info.get('type') in unrecorded.FILE_FORMATS and (
+                record is None or
+                unrecorded.is_replaced(disks, name, record, info)):
+            unrecorded.replace_by_file(
+                disks, name, record, info['type'],
+                info.get('virt_disk_size'))
     for name, record in disks.items():
         if record.host != CONF.host:
             before = record.obj_clone()
@@ -540,17 +483,6 @@ def arrived(disks, moved: list[dict]) -> None:
             record.migration_id = None
             record.host = CONF.host
             disks.set(name, record)
-
-
-def _is_replaced(disks, name, record, info):
-    """Whether a compute without records has made a disk what it is now.
-
-    A host with pools tells of none of its volumes.
-    """
-    if record.backend in metadata.FILE_BACKENDS:
-        return record.format != info['type']
-    return os.path.exists(os.path.join(
-        libvirt_utils.get_instance_path(disks.instance), name))
 
 
 def went_back(disks) -> None:
@@ -600,91 +532,3 @@ def size_of(instance, name: str, block_device_info) -> int:
         if number < len(ephemerals):
             return ephemerals[number]['size'] * units.Gi
     return 0
-
-
-def made_before_records(
-    instance, name: str, guest_config, configured: str,
-) -> 'metadata.LibvirtDiskMetadata | None':
-    """The record of a disk which was made when there were none.
-
-    The guest's definition says what it last ran with; then the disk.info
-    file; then the configuration. Where they disagree the guest's definition
-    is right.
-
-    :param guest_config: the guest's LibvirtConfigGuest, None without one
-    :param configured: the image backend that this host would use now
-    :returns: a record in state ``ready``, its size 0; None if there is no
-        sign of such a disk
-    """
-    path = os.path.join(libvirt_utils.get_instance_path(instance), name)
-    told = _in_guest(guest_config, instance, name)
-    is_file = os.path.exists(path)
-    if told is None and not is_file:
-        return None
-    record = raw_file()
-    if name.startswith('disk.config'):
-        if told is not None and told.source_type != 'file':
-            record.backend = SOURCE_BACKENDS[told.source_type]
-            _place(record, told)
-            if told.source_type == 'volume' and told.driver_format:
-                record.format = told.driver_format
-        return record
-    noted = _in_disk_info(path)
-    if told is not None and told.driver_format:
-        record.format = told.driver_format
-        if noted and noted != told.driver_format:
-            LOG.warning('Disk %(name)s ran as %(told)s, and disk.info says '
-                        '%(noted)s; it stays %(told)s',
-                        {'name': name, 'told': told.driver_format,
-                         'noted': noted}, instance=instance)
-    elif noted:
-        record.format = noted
-    elif configured == fields.LibvirtDiskBackend.QCOW2:
-        record.format = fields.LibvirtDiskFormat.QCOW2
-    if told is not None and told.source_type in SOURCE_BACKENDS:
-        record.backend = SOURCE_BACKENDS[told.source_type]
-        _place(record, told)
-    elif configured == fields.LibvirtDiskBackend.PLOOP:
-        record.backend = fields.LibvirtDiskBackend.PLOOP
-    elif (record.format == fields.LibvirtDiskFormat.QCOW2 and
-            configured != fields.LibvirtDiskBackend.FLAT):
-        record.backend = fields.LibvirtDiskBackend.QCOW2
-    return record
-
-
-def _place(record, told):
-    if record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE:
-        record.pool, record.volume = told.source_pool, told.source_volume
-
-
-def _in_guest(guest_config, instance, name):
-    """The disk of that name in a guest's definition."""
-    by_uuid = '%s_%s' % (instance.uuid, name)
-    for device in getattr(guest_config, 'devices', ()):
-        if getattr(device, 'root_name', None) != 'disk':
-            continue
-        place = (getattr(device, 'source_volume', None) or
-                 device.source_path or device.source_name or '')
-        expected = name if device.source_type == 'file' else by_uuid
-        found = os.path.basename(place)
-        if found in (expected, dmcrypt.volume_name(expected)) and (
-                instance.uuid in place):
-            return device
-    return None
-
-
-def _in_disk_info(path):
-    """The format that the instance's disk.info file has for a path."""
-    try:
-        with open(os.path.join(os.path.dirname(path), 'disk.info'),
-                  'rb') as f:
-            formats = jsonutils.load(f)
-        if path in formats:
-            return formats[path]
-        # instances_path may have been another one, or spelled otherwise, or
-        # be so on the host that has written this.
-        ending = os.sep + os.path.join(*path.split(os.sep)[-2:])
-        return next((image_format for place, image_format in formats.items()
-                     if place.endswith(ending)), None)
-    except (OSError, ValueError, AttributeError, TypeError):
-        return None

@@ -1072,7 +1072,9 @@ class LocalDisksTestCase(test.NoDBTestCase):
         find = self.patch('pool.sharing.find_probes')
         remove = self.patch('pool.sharing.remove_probes')
         self.assertEqual({}, self.api.make_probes(self.instance))
+        self.flags(images_type='qcow2', group='libvirt')
         self.assertFalse(self.api.find_probes({'volumes': ['p']}))
+        self.flags(images_type='libvirt-storage', group='libvirt')
         self.api.remove_probes({})
         for mocked in (make, find, remove):
             mocked.assert_not_called()
@@ -1084,3 +1086,14 @@ class LocalDisksTestCase(test.NoDBTestCase):
         find.assert_called_once_with(self.conn, ['p'])
         self.api.remove_probes(data)
         remove.assert_called_once_with(self.conn, ['p'])
+
+    def test_probes_where_libvirt_does_not_answer(self):
+        """Else the other host would delete what this one may see."""
+        self.api._has_pools = None
+        error = exception.StoragePoolError(
+            pool='p', host='h', code=1, reason='no answer')
+        self.patch('pool.ownership.has_pools', side_effect=error)
+        self.patch('pool.ownership.places', side_effect=error)
+        self.assertIs(error, self.assertRaises(
+            exception.StoragePoolError, self.api.find_probes,
+            {'volumes': [['p', 'v']]}))

@@ -79,7 +79,7 @@ class Conformance:
         return pool.create(wanted)
 
     def write(self, volume):
-        with volume._errors():
+        with volume.libvirt_errors():
             stream = self.conn.newStream(0)
             volume.raw.upload(stream, 0, 1, 0)
             stream.send(b'x')

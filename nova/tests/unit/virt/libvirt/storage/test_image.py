@@ -39,6 +39,7 @@ from nova.virt.libvirt.storage.pool import kinds
 from nova.virt.libvirt.storage.pool import ownership as cleanup
 from nova.virt.libvirt.storage.pool import pool
 from nova.virt.libvirt.storage.pool import stream as upload
+from nova.virt.libvirt.storage.pool import volume as storage_volume
 from nova.virt.libvirt.storage.records import evacuation
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import lifecycle as records
@@ -68,7 +69,7 @@ class Volume:
         return self.seen
 
     def info(self):
-        return pool.VolumeInfo(0, self.seen.capacity, 0)
+        return storage_volume.VolumeInfo(0, self.seen.capacity, 0)
 
     def physical(self):
         return self.length
@@ -935,7 +936,7 @@ class UploadTestCase(test.NoDBTestCase):
         self.volume.pool.name, self.volume.pool.host = 'disks', 'here'
         self.version = self.volume.raw.connect.return_value.getLibVersion
         self.version.return_value = 9_000_000
-        self.volume._errors.return_value.__exit__.return_value = False
+        self.volume.libvirt_errors.return_value.__exit__.return_value = False
         self.stream = (
             self.volume.raw.connect.return_value.newStream.return_value)
         self.sent = []

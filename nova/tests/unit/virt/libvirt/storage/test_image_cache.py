@@ -25,6 +25,7 @@ from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage import image_cache as base_images
 from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.pool import usage
@@ -234,6 +235,26 @@ class CheckedBaseTestCase(BaseImagesTestCase):
         self.assertIn(setup.CACHE_MARK, str(exc)[:200])
         setup._mark_cache(self.cache)
         self.assertEqual(image, base_images.checked_base(image))
+
+    @ddt.data(None, '/elsewhere/base')
+    def test_overlay(self, misplaced):
+        backing = misplaced or os.path.join(self.cache, 'base')
+        with mock.patch.object(content, 'look_at_qcow2', autospec=True,
+                               return_value=mock.Mock(
+                                   backing_file=backing)) as look:
+            if misplaced:
+                self.assertRaises(exception.BaseImageMisplaced,
+                                  base_images.look_at_overlay, '/disk')
+                return
+            self.assertIs(look.return_value,
+                          base_images.look_at_overlay('/disk', 7))
+        look.assert_called_once_with('/disk', 7)
+
+    def test_overlay_of_nothing(self):
+        with mock.patch.object(content, 'look_at_qcow2', autospec=True,
+                               return_value=mock.Mock(backing_file=None)):
+            self.assertIsNone(
+                base_images.look_at_overlay('/disk').backing_file)
 
     def test_mark_on_its_own(self):
         with mock.patch.object(setup.LOG, 'warning') as mock_warning:

@@ -306,6 +306,41 @@ class DiskOperationTestCase(OperationTestCase):
         disks.started()
 
 
+class UnknownDisksTestCase(OperationTestCase):
+    """Neither records nor the guest nor files tell of the root disk."""
+
+    def setUp(self):
+        super().setUp()
+        self.disk_info = self.patch(
+            'nova.virt.libvirt.blockinfo.get_disk_info', return_value={
+                'mapping': {'disk': {}, 'disk.swap': {}, 'root': {}}})
+        self.guest.get_config.return_value.devices = []
+
+    def check(self):
+        self.of(reboot.Reboot)._check_finished()
+
+    def test_destroyed_and_not_made_again(self):
+        # Its name may be that of what a rebuild couldn't delete.
+        e = self.assertRaises(exception.DiskNotFinished, self.check)
+        self.assertIn('rebuild', str(e))
+        self.assertIn(' disk ', str(e))
+
+    def test_on_record(self):
+        self.records.set('disk', record())
+        self.check()
+
+    def test_in_the_guest(self):
+        device = vconfig.LibvirtConfigGuestDisk()
+        device.source_type, device.driver_format = 'volume', 'qcow2'
+        device.source_volume = '%s_disk' % uuids.instance
+        self.guest.get_config.return_value.devices = [device]
+        self.check()
+
+    def test_other_backend(self):
+        self.flags(images_type='rbd', group='libvirt')
+        self.check()
+
+
 @ddt.ddt
 class RebootTestCase(OperationTestCase):
 
@@ -317,6 +352,10 @@ class RebootTestCase(OperationTestCase):
         self.patch('nova.virt.libvirt.storage.move.source.unfinished',
                    side_effect=lambda *args: self.migration)
         evacuation = 'nova.virt.libvirt.storage.records.evacuation.'
+        self.unknown = self.patch(
+            'nova.virt.libvirt.storage.reboot.Reboot._unknown',
+            return_value=[])
+        self.patch(evacuation + 'find_unsettled')
         self.has_come = self.patch(
             evacuation + 'has_come', return_value=False)
         self.has_failed = self.patch(

@@ -29,6 +29,7 @@ from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt.storage.pool import config
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
+from nova.virt.libvirt.storage.pool import volume as storage_volume
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt.storage import transition
 from nova.virt.libvirt import utils as libvirt_utils
@@ -265,7 +266,7 @@ class TestTransition(TransitionTestCase):
 
     def test_wrong_capacity_in_libvirt_is_refused(self):
         self.legacy('disk')
-        with mock.patch.object(storage_pool.StorageVolume, 'physical',
+        with mock.patch.object(storage_volume.StorageVolume, 'physical',
                                return_value=7):
             e = self.assertRaises(exception.DiskTransitionFailed,
                                   self.transition().run)
@@ -372,7 +373,7 @@ class TestTransition(TransitionTestCase):
         with mock.patch(
             'nova.privsep.qemu.privileged_qemu_img_info') as info, (
             mock.patch.object(
-                storage_pool.StorageVolume, 'info')) as libvirt_info:
+                storage_volume.StorageVolume, 'info')) as libvirt_info:
             moving = self.transition()
             moving.run()
             moving.finish()

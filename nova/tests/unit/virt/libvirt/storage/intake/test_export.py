@@ -277,7 +277,7 @@ class EndTestCase(ExportTestBase):
                 lambda: 1):
             found = self.export()
         pid = self.pid(found)
-        self.assert_logged('nobody has written for', WHAT)
+        self.assert_logged('it has done nothing for', WHAT)
         self.assertTrue(self.is_gone(pid))
 
     def test_closed_before_it_is_started(self):
@@ -435,7 +435,7 @@ class AttackTestCase(ExportTestBase):
         for _n in range(12):
             silent = socket.create_connection(('127.0.0.1', found.port))
             self.addCleanup(silent.close)
-        self.assert_logged('nobody has written for')
+        self.assert_logged('it has done nothing for')
         self.assertTrue(self.is_gone(self.pid(found)))
         self.assert_untouched()
 

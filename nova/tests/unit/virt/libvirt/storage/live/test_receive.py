@@ -16,6 +16,7 @@ import ddt
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import exception
+from nova import objects
 from nova.tests.unit.virt.libvirt.storage.live import test_plan
 from nova.tests.unit.virt.libvirt.storage.move import two_hosts
 from nova.virt.libvirt import imagecache
@@ -348,6 +349,23 @@ class TestCheck(ReceiveTestCase):
         self.guests['dest'] = 0
         self.refused('dest', 'settle_live_migration')
         self.assertEqual([], self.dest.log)
+
+    @ddt.data('preparing', 'error')
+    def test_request_that_comes_late(self, status):
+        """By then the server may be on its way to another host."""
+        self.plan()
+        self.data.migration = objects.Migration(id=7, status='preparing')
+        with mock.patch.object(
+                objects.Migration, 'get_by_id', return_value=objects.Migration(
+                    id=7, status=status)) as get:
+            if status == 'preparing':
+                self.receive()
+            else:
+                e = self.assertRaises(exception.MigrationError, self.receive)
+                self.assertIn('was over (error)', str(e))
+        self.assertEqual(7, get.call_args.args[1])
+        self.assertEqual(status == 'preparing', all(
+            record.next for _name, record in self.load().items()))
 
     def test_leftovers_of_an_earlier_one(self):
         self.plan()

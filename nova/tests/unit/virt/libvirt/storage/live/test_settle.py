@@ -279,6 +279,14 @@ class SettleTestCase(LiveTestCase):
         self.guests = {}
         self.check_stays()
 
+    def test_disks_of_a_broken_record_may_go(self):
+        """A rebuild is what gets rid of it."""
+        self.instance.task_state = task_states.REBUILDING
+        self.guests = {}
+        self.bdms[0].driver_info = 'broken'
+        self.check_stays()
+        self.assertIn('can not be used', self.stdlog.logger.output)
+
     def test_no_guest_to_be_ended(self):
         self.begin()
         self.move_guest()
@@ -603,6 +611,21 @@ class EndsTestCase(LiveTestCase):
         # An older one that was cut off is none, nor is one to elsewhere.
         self.assertFalse(self._overtaken(id=6))
         self.assertFalse(self._overtaken(dest_compute='third'))
+
+    def test_late_rollback_of_an_earlier_one_to_elsewhere(self):
+        """The server goes to a third host, which makes its volumes."""
+        disks = self.load()
+        for name, record in disks.items():
+            record.next = record.obj_clone()
+            record.next.host, record.next.state = 'third', 'building'
+            record.next.next = None
+            disks.set(name, record)
+        disks.save(self.context)
+        self.abandon()
+        self.assertEqual(
+            {'third'}, {record.next.host for _name, record in
+                        self.load().items()})
+        self.assertEqual([], self.load().leftovers)
 
     def test_rollback_of_a_deleted_instance_is_in_time(self):
         with mock.patch.object(

@@ -237,6 +237,23 @@ class PassesTests:
              for name in test_move.COPIED}, dict(self.told))
         self.arrived()
 
+    def test_image_is_looked_at_once_its_bitmap_is_gone(self):
+        # Else what is gone would be removed, and a failure be logged.
+        self.lay_over('disk.eph0', 'ephemeral_1')
+        outgoing, events = self.begin(), []
+
+        def look(path, size):
+            events.append('look')
+            return self.qemu_img_info(path, 'qcow2')
+
+        self.stub_out('nova.virt.libvirt.storage.content.look_at_qcow2', look)
+        self.bitmaps.changed.side_effect = (
+            lambda item: events.append('changed')
+            if item.name == 'disk.eph0' else [])
+        self.go_on(outgoing)
+        self.assertEqual('changed', events[-2])
+        self.assertEqual('look', events[-1])
+
     def test_guest_that_was_off_when_its_host_had_crashed(self):
         # Its host can't have it grow with a bitmap that was never closed.
         name = self.volume_name('disk.eph0')
@@ -972,9 +989,15 @@ class KeptTestCase(AheadTestBase):
             host='dest', reason='it can not be had')
         self.begin()
         self.assertEqual(test_move.AT_SOURCE, self.places())
+        # One that wasn't answered may be there.
+        unanswered = {self.volume_name('disk.config')} & (
+            {name for _pool, name in self.left('dest')}
+            if what == 'create' else set())
         self.assertEqual(
-            sorted((POOL, name) for name in self.dest.pools[POOL]
-                   if name in (self.name, eph0)), sorted(self.left('dest')))
+            sorted((POOL, name) for name in [
+                *self.dest.pools[POOL], *unanswered]
+                if name in (self.name, eph0, *unanswered)),
+            sorted(self.left('dest')))
         self.assertIn((POOL, eph0), self.left('dest'))
 
     def test_cancelled_while_the_copy_is_read(self):

@@ -12,6 +12,7 @@
 """Disks that become images of a Ceph pool on their way, or were such."""
 
 import os
+from unittest import mock
 
 import ddt
 from oslo_utils import units
@@ -21,6 +22,7 @@ from nova import exception
 from nova.tests.unit.virt.libvirt.storage.move import test_ceph_images
 from nova.tests.unit.virt.libvirt.storage.move import test_move
 from nova.tests.unit.virt.libvirt.storage.move import two_hosts
+from nova.virt.libvirt.storage.move import ceph_disk
 from nova.virt.libvirt.storage.move import offer
 from nova.virt.libvirt.storage.move import source
 from nova.virt.libvirt.storage.records import leftovers
@@ -456,6 +458,14 @@ class OutOfCephTestCase(ConvertedTestCase):
         source.confirm(self.context, self.source, self.instance)
         self.assertEqual([], self.ours(self.source))
 
+    def test_length_that_is_no_multiple_of_a_sector(self):
+        disk = mock.Mock(spec=ceph_disk.OutOfCeph, source=mock.sentinel.image)
+        with mock.patch.object(ceph_disk.ceph_bytes, 'measure',
+                               return_value=(1000, 512)):
+            ceph_disk.OutOfCeph.measure(disk)
+        # As long as the file that qemu-img makes of it.
+        self.assertEqual((1024, 512), (disk.length, disk.allocation))
+
     def test_failure(self):
         self.fails = 'convert'
         self.assertRaises(exception.StorageTransferError, self.move)
@@ -499,7 +509,7 @@ class OutOfCephTestCase(ConvertedTestCase):
         self.disks.set('disk', record)
         self.disks.save(self.context)
         self.move()
-        self.assertEqual(1000, self.load().get('disk').size)
+        self.assertEqual(1024, self.load().get('disk').size)
 
     def test_room_in_a_volume_group(self):
         """There it takes up its whole length."""

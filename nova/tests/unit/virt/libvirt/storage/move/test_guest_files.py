@@ -118,6 +118,34 @@ class MoveTestCase(FilesTestCase):
         self.assertEqual((0o600, 0o600), (modes['source', name],
                                           modes['dest', name]))
 
+    def test_tpm_whose_swtpm_was_broken_into(self):
+        """Nothing is read, or given away, that a link leads to."""
+        secret = os.path.join(self.directory, 'secret')
+        write(secret, b'not of the TPM')
+        state = os.path.join(libvirt_utils.VTPM_DIR, uuids.instance, 'tpm2')
+        os.symlink(secret, os.path.join(state, 'file'))
+        os.symlink(os.path.dirname(secret), os.path.join(state, 'folder'))
+        os.mkfifo(os.path.join(state, 'fifo'))
+        self.move()
+        self.accept()
+        self.assertEqual([os.path.basename(TPM)], os.listdir(
+            os.path.dirname(os.path.join(self.there, TPM))))
+        # A revert gives to swtpm what is here.
+        self.assertEqual(['.lock', os.path.basename(TPM)], sorted(os.listdir(
+            os.path.dirname(os.path.join(self.directory, TPM)))))
+        self.assertIn('tpm2/fifo (prw', self.stdlog.logger.output)
+
+    @ddt.data('tpm', 'nvram')
+    def test_longer_than_they_can_be(self, kind):
+        path = {'tpm': os.path.join(libvirt_utils.VTPM_DIR, TPM.removeprefix(
+            'swtpm/')), 'nvram': self.host.nvram}[kind]
+        write(path, b'x' * 10000)
+        with mock.patch.object(files, '_MAX_FILE', 9999):
+            e = self.assertRaises(exception.UnsafeDiskContent, self.move)
+        self.assertIn(os.path.basename(path), str(e))
+        self.assertEqual([], self.ours(self.dest))
+        self.assertEqual([], self.noted())
+
     def test_source_can_go_back(self):
         self.move()
         self.accept()

@@ -23,6 +23,7 @@ from nova import test
 from nova.tests import fixtures as nova_fixtures
 from nova.tests.unit.virt.libvirt.storage import test_content
 from nova.virt.libvirt import imagecache
+from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage.move import handover
 from nova.virt.libvirt.storage.records import metadata
 
@@ -205,6 +206,12 @@ class HandoverTestCase(test.NoDBTestCase):
         self.info.virtual_size = size + 1
         self.write('disk', (size + 1).to_bytes(8, 'big'), 24)
         self.assertIn(str(size + 1), self.refused(exception.UnsafeDiskContent))
+
+    def test_qcow2_that_can_not_be_read(self):
+        self.come_as_qcow2()
+        with mock.patch.object(content, 'look_at_qcow2',
+                               side_effect=OSError(5, 'no answer')):
+            self.refused(OSError)
 
     def test_qcow2_has_got_a_data_file(self):
         # Also where it has grown.

@@ -14,6 +14,7 @@
 import contextlib
 
 import ddt
+import oslo_messaging as messaging
 from oslo_utils import units
 
 import nova.conf
@@ -213,6 +214,22 @@ class MoveTestCase(MoveTestBase):
         self.assertTrue(self.come_wrong('auto'))
         source_ = self.copies[0][0]
         self.assertEqual('qemu+tls://192.0.2.1/system', source_.uri)
+
+    def test_volume_whose_making_got_no_answer(self):
+        take_in_disks, lost = self.rpc.side_effect, []
+
+        def lose(context, instance, migration, request):
+            found = take_in_disks(context, instance, migration, request)
+            if request['do'] == 'create' and not lost:
+                lost.append(request['volume'])
+                raise messaging.MessagingTimeout('no reply')
+            return found
+
+        self.rpc.side_effect = lose
+        self.assertRaises(exception.StorageIntakeError, self.move)
+        self.assertEqual(lost, [name for _pool, name in self.left('dest')])
+        self.make_offer()
+        self.assertEqual([], self.ours(self.dest))
 
     def test_copy_that_fails(self):
         self.copy_error = exception.StorageTransferCancelled(

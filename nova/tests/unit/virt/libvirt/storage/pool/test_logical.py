@@ -27,6 +27,7 @@ from nova.virt.libvirt.storage.pool import clearing
 from nova.virt.libvirt.storage.pool import config
 from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.pool import usage
+from nova.virt.libvirt.storage.pool import volume as storage_volume
 from nova.virt.libvirt.storage.pool import volume_group
 
 
@@ -296,7 +297,7 @@ class ClearingTestCase(OldBlocksTestCase):
 
     def test_volume_that_is_open_for_a_moment(self):
         self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.storage.pool.pool._delete.retry.sleep',
+            'nova.virt.libvirt.storage.pool.volume._delete.retry.sleep',
             lambda seconds: self.group.opened.clear()))
         volume = self.pool.create(self.wanted())
         self.group.opened.add('v')
@@ -305,10 +306,10 @@ class ClearingTestCase(OldBlocksTestCase):
 
     def test_volume_that_is_open(self):
         self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.storage.pool.pool._delete.retry.stop',
+            'nova.virt.libvirt.storage.pool.volume._delete.retry.stop',
             base.pool.tenacity.stop_after_attempt(2)))
         self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.storage.pool.pool._delete.retry.wait',
+            'nova.virt.libvirt.storage.pool.volume._delete.retry.wait',
             base.pool.tenacity.wait_none()))
         volume = self.pool.create(self.wanted())
         self.group.opened.add('v')
@@ -438,7 +439,7 @@ class ResizeTestCase(OldBlocksTestCase):
         class Killed(BaseException):
             pass
 
-        with mock.patch.object(base.pool.StorageVolume, 'delete',
+        with mock.patch.object(storage_volume.StorageVolume, 'delete',
                                side_effect=Killed):
             self.assertRaises(Killed, self.volume.resize, 21 * units.Mi)
         self.assertEqual({'v', 'v.room'}, set(self.group.devices))

@@ -12,6 +12,7 @@
 
 from unittest import mock
 
+import ddt
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import exception
@@ -24,6 +25,7 @@ from nova.virt.libvirt.storage.pool import sharing
 DISKS = 'nova-disks-pool'
 
 
+@ddt.ddt
 class SharingTestCase(base.PoolsTestCase):
     """This host, and another one."""
 
@@ -63,6 +65,23 @@ class SharingTestCase(base.PoolsTestCase):
 
     def find(self, probes):
         return sharing.find_probes(self.other, probes)
+
+    @ddt.data('off', 'not mounted')
+    def test_probes_that_can_not_be_seen(self, fault):
+        """Whoever asks would delete the disks."""
+        self.add_pool(DISKS, conn=self.other)
+        probes = self.make()
+        self.share()
+        error = exception.StoragePoolError(
+            pool=DISKS, host='here', code=1, reason=fault)
+        with mock.patch.object(
+                storage_pool.StoragePool,
+                'start' if fault == 'off' else 'check_mounted',
+                autospec=True, side_effect=error):
+            self.assertIs(error, self.assertRaises(
+                exception.StoragePoolError, self.find, probes))
+            self.assertFalse(self.find([]))
+        self.assertTrue(self.find(probes))
 
     def test_probes(self):
         self.add_pool(DISKS, conn=self.other)

@@ -39,12 +39,15 @@ class HasComeTestCase(test.NoDBTestCase):
         self.disks.set('disk', metadata.LibvirtDiskMetadata(
             backend='flat', format='raw', size=1, state='ready', host='dead'))
 
+    def find_unsettled(self):
+        return evacuation.find_unsettled(
+            mock.sentinel.context, self.instance, self.disks)
+
     def has_come(self, *migrations):
         with mock.patch.object(
                 objects.MigrationList, 'get_by_filters',
                 return_value=list(migrations)) as get:
-            found = evacuation.has_come(
-                mock.sentinel.context, self.instance, self.disks)
+            found = evacuation.has_come(self.find_unsettled(), self.disks)
             expected = mock.call(
                 mock.sentinel.context, {'instance_uuid': uuids.instance})
             self.assertEqual([expected] * get.call_count, get.mock_calls)
@@ -84,8 +87,7 @@ class HasComeTestCase(test.NoDBTestCase):
     def has_failed(self, *migrations):
         with mock.patch.object(objects.MigrationList, 'get_by_filters',
                                return_value=list(migrations)):
-            return evacuation.has_failed(
-                mock.sentinel.context, self.instance, self.disks)
+            return evacuation.has_failed(self.find_unsettled(), self.disks)
 
     @ddt.data(({'status': 'failed'}, True), ({'status': 'error'}, True),
               ({'status': 'done'}, False),

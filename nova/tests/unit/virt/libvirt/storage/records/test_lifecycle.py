@@ -105,89 +105,6 @@ class RecordsTestCase(test.NoDBTestCase):
         config.devices = [vconfig.LibvirtConfigGuestInterface(), disk]
         return config
 
-    def made(self, name='disk', guest=None, configured='qcow2'):
-        record = records.made_before_records(
-            self.instance, name, guest, configured)
-        return record and (record.backend, record.format)
-
-
-@ddt.ddt
-class TestMadeBeforeRecords(RecordsTestCase):
-    """Guest's definition, then disk.info, then configuration."""
-
-    @ddt.data('raw', 'qcow2')
-    def test_guest_is_right_against_all_others(self, told):
-        other = {'raw': 'qcow2', 'qcow2': 'raw'}[told]
-        self.write('disk', HOSTILE, info=other)
-        self.assertEqual(
-            {'raw': ('flat', 'raw'), 'qcow2': ('qcow2', 'qcow2')}[told],
-            self.made(guest=self.guest('disk', 'file', told),
-                      configured='qcow2'))
-        self.assertIn('disk.info says %s' % other, self.stdlog.logger.output)
-
-    @ddt.data(('raw', 'qcow2', ('flat', 'raw')),
-              ('qcow2', 'qcow2', ('qcow2', 'qcow2')),
-              ('qcow2', 'flat', ('flat', 'qcow2')),
-              (None, 'qcow2', ('qcow2', 'qcow2')),
-              (None, 'flat', ('flat', 'raw')),
-              (None, 'libvirt-storage', ('flat', 'raw')),
-              ('qcow2', 'libvirt-storage', ('qcow2', 'qcow2')))
-    @ddt.unpack
-    def test_without_a_guest(self, noted, configured, expected):
-        self.write('disk', HOSTILE, info=noted)
-        self.assertEqual(expected, self.made(configured=configured))
-
-    def test_disk_info_by_another_instances_path(self):
-        """That of before, another spelling, or that of another host."""
-        self.write('disk', HOSTILE)
-        with open(os.path.join(self.dir, 'disk.info'), 'w') as f:
-            f.write(jsonutils.dumps({
-                '/before/%s/disk' % uuids.other: 'qcow2',
-                '/before/%s/disk' % uuids.instance: 'raw'}))
-        self.assertEqual(('flat', 'raw'), self.made(configured='qcow2'))
-
-    def test_other_backends_of_the_guest(self):
-        self.assertEqual(('lvm', 'raw'), self.made(guest=self.guest(
-            'disk', 'block', 'raw',
-            source_path='/dev/vg/%s_disk' % uuids.instance)))
-        self.assertEqual(('rbd', 'raw'), self.made(guest=self.guest(
-            'disk', 'network', 'raw',
-            source_name='pool/%s_disk' % uuids.instance)))
-
-    def test_volume_of_the_guest(self):
-        record = records.made_before_records(
-            self.instance, 'disk', self.guest(
-                'disk', 'volume', 'qcow2', source_pool='p',
-                source_volume='%s_disk' % uuids.instance), 'qcow2')
-        self.assertEqual(
-            ('libvirt-storage', 'qcow2', 'p', '%s_disk' % uuids.instance),
-            (record.backend, record.format, record.pool, record.volume))
-
-    def test_config_drive_is_raw_whatever_anybody_says(self):
-        self.write('disk.config', HOSTILE, info='qcow2')
-        self.assertEqual(('flat', 'raw'), self.made('disk.config'))
-        self.assertEqual(('flat', 'raw'), self.made(
-            'disk.config', guest=self.guest('disk.config', 'file', 'qcow2')))
-
-    def test_encrypted_logical_volume(self):
-        self.assertEqual(('lvm', 'raw'), self.made(guest=self.guest(
-            'disk', 'block', 'raw',
-            source_path='/dev/mapper/%s_disk-dmcrypt' % uuids.instance)))
-
-    def test_no_disk(self):
-        self.assertIsNone(self.made())
-
-    def test_cinder_volume_is_none_of_ours(self):
-        self.assertIsNone(self.made(guest=self.guest(
-            'disk', 'block', 'raw', source_path='/dev/sdb')))
-
-    @ddt.data('{', '[]', '7', '')
-    def test_broken_disk_info(self, text):
-        self.write('disk')
-        with open(os.path.join(self.dir, 'disk.info'), 'w') as f:
-            f.write(text)
-        self.assertEqual(('flat', 'raw'), self.made(configured='flat'))
-
 
 @ddt.ddt
 class TestTakeUp(RecordsTestCase):
@@ -749,6 +666,18 @@ class TestMoves(RecordsTestCase):
         self.assertEqual(('flat', 'raw', 'here', None), (
             record.backend, record.format, record.host, record.volume))
         self.assertEqual([('dead', 'p', volume)],
+                         [tuple(left) for left in disks.leftovers])
+
+    def test_live_migrated_by_an_older_compute_back_to_its_host(self):
+        """That was away when the server was evacuated to the older one."""
+        volume = uuids.instance + '_disk'
+        disks = self.disks(self.record(
+            backend='libvirt-storage', pool='p', volume=volume))
+        records.moved(disks, self.guest('disk', 'file', 'qcow2'))
+        self.assertEqual(
+            ('qcow2', None), (disks.get('disk').backend,
+                              disks.get('disk').volume))
+        self.assertEqual([('here', 'p', volume)],
                          [tuple(left) for left in disks.leftovers])
 
     def test_live_migrated_volume(self):

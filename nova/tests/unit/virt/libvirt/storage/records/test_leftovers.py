@@ -1,0 +1,82 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+from unittest import mock
+
+import ddt
+from oslo_utils.fixture import uuidsentinel as uuids
+
+from nova import exception
+from nova import objects
+from nova.tests.unit.virt.libvirt.storage.pool import base
+from nova.virt.libvirt.storage.pool import ownership
+from nova.virt.libvirt.storage.records import leftovers
+from nova.virt.libvirt.storage.records import metadata
+
+DISK = '%s_disk' % uuids.instance
+
+
+@ddt.ddt
+class UndeletedTestCase(base.PoolsTestCase):
+    """What a rebuild or a shelve couldn't delete."""
+
+    def setUp(self):
+        super().setUp()
+        self.disks = metadata.InstanceDisks(
+            objects.Instance(uuid=uuids.instance), {},
+            mock.Mock(driver_info=None))
+        self.disks.save = mock.Mock()
+
+    def record(self, name, **values):
+        self.disks.set(name, metadata.LibvirtDiskMetadata(**{
+            'backend': 'libvirt-storage', 'format': 'raw', 'size': 1,
+            'state': 'ready', 'host': 'here', 'pool': 'p', 'volume': DISK,
+            **values}))
+
+    def note(self, *volumes, error=None):
+        def find(*args, **kwargs):
+            for name in volumes:
+                volume = mock.Mock()
+                volume.name, volume.pool.name = name, 'p'
+                yield volume
+            if error:
+                raise error
+
+        with mock.patch.object(ownership, 'get_volumes', side_effect=find):
+            leftovers.note_undeleted(self.conn, self.disks)
+        self.disks.save.assert_called_once()
+        return sorted(volume for _p, volume in leftovers.on_host(
+            self.disks, 'here'))
+
+    def test_pool_that_can_not_be_read(self):
+        """Then the records alone tell of it, and they are cleared next."""
+        self.record('disk')
+        self.record('disk.eph0', volume=DISK + '.eph0', host='other')
+        self.record('disk.config', backend='flat', pool=None, volume=None)
+        error = exception.StoragePoolError(
+            pool='p', host='here', code=1, reason='is off')
+        self.assertEqual([DISK, DISK + '.swap'],
+                         self.note(DISK + '.swap', error=error))
+        self.assertIn('is off', self.stdlog.logger.output)
+
+    def test_what_is_there(self):
+        self.record('disk')
+        self.assertEqual([DISK, DISK + '.swap'],
+                         self.note(DISK, DISK + '.swap'))
+
+    def test_broken_record(self):
+        self.record('disk')
+        with mock.patch.object(
+                self.disks, 'items',
+                side_effect=exception.InvalidDiskMetadata(
+                    mapping='m', instance_uuid='i', reason='broken')):
+            self.assertEqual([DISK], self.note(DISK))

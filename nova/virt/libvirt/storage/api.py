@@ -882,8 +882,9 @@ class LocalDisks:
     def find_probes(self, data: dict) -> bool:
         """Whether this host sees a volume of another's make_probes()."""
         # One that should have pools, and can't be asked, may see it.
-        return (makes_pool_disks() or self._has_pools) and sharing.find_probes(
-            self._connection(), data.get('volumes'))
+        has_to_see = makes_pool_disks()
+        return (has_to_see or self._has_pools) and sharing.find_probes(
+            self._connection(), data.get('volumes'), has_to_see)
 
     def remove_probes(self, data: dict) -> None:
         """Remove what make_probes() has made on this host."""

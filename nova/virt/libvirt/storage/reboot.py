@@ -151,19 +151,21 @@ class Reboot(Return):
     def _unknown(self):
         """Find disks which a rebuild has destroyed, and not made again.
 
-        What has their names in a pool, if anything, is what it couldn't
-        delete; and nothing tells its format.
+        What has their names in a pool is what it couldn't delete; and nothing
+        tells its format.
 
-        :returns: names of disks that the instance should have in pools
+        :returns: names of disks
         """
-        if (CONF.libvirt.images_type != 'libvirt-storage' or
-                not self.records.has_mappings):
+        left = leftovers.on_host(self.records, CONF.host)
+        if not left or CONF.libvirt.images_type != 'libvirt-storage':
             return []
+        images = {name: self.image(name) for name, _mapping in
+                  lifecycle.local_disks(self._disk_info()['mapping'])
+                  if name not in lifecycle.REMADE and
+                  self.records.get(name) is None}
         guest_config = self._local.get_guest_config(self._instance)
-        return [name for name, _mapping in lifecycle.local_disks(
-                    self._disk_info()['mapping'])
-                if name not in lifecycle.REMADE and
-                self.records.get(name) is None and
+        return [name for name, image in images.items()
+                if (image.pool_name, image.volume_name) in left and
                 unrecorded.made_before_records(
                     self._instance, name, guest_config,
                     self._configured()) is None]

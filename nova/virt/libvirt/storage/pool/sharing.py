@@ -151,13 +151,15 @@ def make_probes(connection, instance_uuid, disks=None,
     return probes
 
 
-def find_probes(connection, probes) -> bool:
+def find_probes(connection, probes, has_to_see: bool = True) -> bool:
     """Whether this host sees any volume which another one has made.
 
     Then deleting a volume there would delete it here.
 
     :param connection: to this host's libvirt
     :param probes: what :func:`make_probes` has returned on the other host
+    :param has_to_see: whether this host keeps disks in its pools; else one
+        that is off is passed over
     :raises: exception.StoragePoolError if one of the pools can't be started,
         or isn't mounted: nothing tells what would be seen in it
     """
@@ -167,7 +169,7 @@ def find_probes(connection, probes) -> bool:
     there = [place for place in _distinct(ownership.places(connection))
              if place.is_there()]
     for place in there:
-        if place.is_configured:
+        if has_to_see and place.is_configured:
             place.pool.start()
             place.pool.check_mounted()
     return any(names & place.pool.file_names() for place in there)

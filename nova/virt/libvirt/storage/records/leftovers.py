@@ -88,19 +88,34 @@ def note_undeleted(connection, disks):
     instance = disks.instance
     try:
         left = {(record.pool, record.volume) for _name, record in disks.items()
-                if record.host == CONF.host and record.is_in_pool}
+                if record.host == CONF.host and
+                record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and
+                _may_be_there(connection, record)}
     except exception.InvalidDiskMetadata:
         disks.clear()
         left = set()
     try:
-        for volume in ownership.get_volumes(
-                connection, instance.uuid, disks=disks):
-            left.add((volume.pool.name, volume.name))
+        try:
+            for volume in ownership.get_volumes(
+                    connection, instance.uuid, disks=disks):
+                left.add((volume.pool.name, volume.name))
+        except exception.StoragePoolError as e:
+            LOG.error('What else is left of the disks on this host is not '
+                      'known: %s', e, instance=instance)
+        note(disks, CONF.host, sorted(left))
+        disks.save(instance._context)
     except exception.NovaException as e:
-        LOG.error('What else is left of the disks on this host is not known: '
-                  '%s', e, instance=instance)
-    note(disks, CONF.host, sorted(left))
-    disks.save(instance._context)
+        LOG.error('What is left of the disks on this host is not noted: %s', e,
+                  instance=instance)
+
+
+def _may_be_there(connection, record):
+    """Whether a volume is in its pool, or that can't be told."""
+    try:
+        return storage_pool.StoragePool(
+            connection, record.pool, CONF.host).find(record.volume) is not None
+    except exception.NovaException:
+        return True
 
 
 def on_host(disks, host):

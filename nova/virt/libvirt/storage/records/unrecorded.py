@@ -12,6 +12,7 @@
 """Disks that were made, or have come, where no records are kept."""
 
 import os
+import re
 
 from oslo_log import log as logging
 from oslo_serialization import jsonutils
@@ -114,6 +115,9 @@ def in_guest(guest_config, instance, name):
                  device.source_path or device.source_name or '')
         expected = name if device.source_type == 'file' else by_uuid
         found = os.path.basename(place)
+        if device.source_type in ('volume', 'network'):
+            # Where its name was taken, it has got a number.
+            found = re.sub(r'\.[0-9]+$', '', found)
         if found in (expected, dmcrypt.volume_name(expected)) and (
                 instance.uuid in place):
             return device

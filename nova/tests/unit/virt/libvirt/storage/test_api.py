@@ -1083,7 +1083,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         data = self.api.make_probes(self.instance)
         make.assert_called_once_with(self.conn, uuids.instance)
         self.assertEqual(find.return_value, self.api.find_probes(data))
-        find.assert_called_once_with(self.conn, ['p'])
+        find.assert_called_once_with(self.conn, ['p'], True)
         self.api.remove_probes(data)
         remove.assert_called_once_with(self.conn, ['p'])
 

@@ -23,6 +23,7 @@ from nova import test
 from nova.virt.libvirt import config as vconfig
 from nova.virt.libvirt.storage import operation
 from nova.virt.libvirt.storage import reboot
+from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt.storage import transition
 
@@ -315,6 +316,14 @@ class UnknownDisksTestCase(OperationTestCase):
             'nova.virt.libvirt.blockinfo.get_disk_info', return_value={
                 'mapping': {'disk': {}, 'disk.swap': {}, 'root': {}}})
         self.guest.get_config.return_value.devices = []
+        self.local.image_backend.by_name.side_effect = self.image
+        leftovers.note(self.records, 'here', [
+            ('p', '%s_disk' % uuids.instance)])
+
+    @staticmethod
+    def image(instance, name, image_type, disk_info_mapping):
+        return mock.Mock(pool_name='p',
+                         volume_name='%s_%s' % (instance.uuid, name))
 
     def check(self):
         self.of(reboot.Reboot)._check_finished()
@@ -334,6 +343,12 @@ class UnknownDisksTestCase(OperationTestCase):
         device.source_type, device.driver_format = 'volume', 'qcow2'
         device.source_volume = '%s_disk' % uuids.instance
         self.guest.get_config.return_value.devices = [device]
+        self.check()
+
+    def test_nothing_is_left(self):
+        # On Ceph, for example, it may be whole, and is raw.
+        leftovers.forget(self.records, 'here', leftovers.on_host(
+            self.records, 'here'))
         self.check()
 
     def test_other_backend(self):

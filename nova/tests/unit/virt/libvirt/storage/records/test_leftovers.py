@@ -35,6 +35,17 @@ class UndeletedTestCase(base.PoolsTestCase):
             objects.Instance(uuid=uuids.instance), {},
             mock.Mock(driver_info=None))
         self.disks.save = mock.Mock()
+        # By name, whether a volume is there, None if that can't be told
+        self.there = {}
+        self.stub_out('nova.virt.libvirt.storage.pool.pool.StoragePool.find',
+                      self.find_volume)
+
+    def find_volume(self, _pool, name):
+        found = self.there.get(name)
+        if found is None:
+            raise exception.StoragePoolError(
+                pool='p', host='here', code=1, reason='is off')
+        return mock.sentinel.volume if found else None
 
     def record(self, name, **values):
         self.disks.set(name, metadata.LibvirtDiskMetadata(**{
@@ -68,8 +79,25 @@ class UndeletedTestCase(base.PoolsTestCase):
                          self.note(DISK + '.swap', error=error))
         self.assertIn('is off', self.stdlog.logger.output)
 
+    def test_what_is_gone(self):
+        # The name may be another disk's by the time that notes are followed.
+        self.record('disk')
+        self.there[DISK] = False
+        self.assertEqual([DISK + '.swap'], self.note(DISK + '.swap'))
+
+    def test_image_on_ceph(self):
+        """All hosts see it; one with images_type=rbd may have it next."""
+        self.record('disk', backend='libvirt-storage-rbd')
+        self.assertEqual([], self.note())
+
+    def test_instance_is_gone(self):
+        self.record('disk')
+        self.disks.save.side_effect = exception.BDMNotFound(id='i')
+        self.assertEqual([DISK], self.note())
+
     def test_what_is_there(self):
         self.record('disk')
+        self.there[DISK] = True
         self.assertEqual([DISK, DISK + '.swap'],
                          self.note(DISK, DISK + '.swap'))
 

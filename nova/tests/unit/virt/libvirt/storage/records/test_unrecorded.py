@@ -77,6 +77,17 @@ class TestMadeBeforeRecords(test_lifecycle.RecordsTestCase):
             ('libvirt-storage', 'qcow2', 'p', '%s_disk' % uuids.instance),
             (record.backend, record.format, record.pool, record.volume))
 
+    @ddt.data(('.1', True), ('.12', True), ('.1.x', False), ('.eph0', False))
+    @ddt.unpack
+    def test_volume_with_a_number(self, suffix, is_it):
+        """Its name was taken when it was made."""
+        volume = '%s_disk%s' % (uuids.instance, suffix)
+        record = unrecorded.made_before_records(
+            self.instance, 'disk', self.guest(
+                'disk', 'volume', 'qcow2', source_pool='p',
+                source_volume=volume), 'qcow2')
+        self.assertEqual(volume if is_it else None, record and record.volume)
+
     def test_config_drive_is_raw_whatever_anybody_says(self):
         self.write('disk.config', test_lifecycle.HOSTILE, info='qcow2')
         self.assertEqual(('flat', 'raw'), self.made('disk.config'))

@@ -75,7 +75,7 @@ MADE = fields.LibvirtLiveMigrateDiskWay.MADE
 
 # Statuses of a live migration for which its destination may have something.
 UNDER_WAY = ('accepted', 'queued', 'preparing', 'running',
-              'running (post-copy)', 'post-migrating')
+             'running (post-copy)', 'post-migrating')
 
 
 def going(disks):

@@ -200,10 +200,18 @@ def names_of(pool, instance_uuid, disk_name: str) -> list[str]:
     :param disk_name: e.g. ``disk.swap``; its volume may be ``.1`` and so on
     :raises: exception.StoragePoolError
     """
-    name = re.compile(r'%s(\.\d+)?' % re.escape(
-        '%s_%s' % (instance_uuid, disk_name)))
     return sorted(volume.name for volume in pool.volumes()
-                  if name.fullmatch(volume.name))
+                  if is_named_after(volume.name, instance_uuid, disk_name))
+
+
+def is_named_after(volume: str, instance_uuid, disk_name: str) -> bool:
+    """Whether a volume has the name of a disk, or that with a number.
+
+    :param volume: its name
+    :param disk_name: e.g. ``disk.swap``; its volume may be ``.1`` and so on
+    """
+    return re.fullmatch(r'%s(\.\d+)?' % re.escape(
+        '%s_%s' % (instance_uuid, disk_name)), volume) is not None
 
 
 def delete_volume(volume, instance=None) -> bool:

@@ -18,13 +18,13 @@ what is in them.
 """
 
 import os
-import re
 import time
 
 import nova.conf
 from nova import exception
 from nova.virt.libvirt.storage.pool import kinds as pool_kinds
 from nova.virt.libvirt.storage.pool import mounts
+from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import leftovers
@@ -48,7 +48,7 @@ def copies(disks, places) -> set[tuple[str, str]]:
     if not is_on():
         return set()
     return {place for place in places if any(
-        _is_named_after(disks, name, place[1])
+        ownership.is_named_after(place[1], disks.instance.uuid, name)
         for name, _record in disks.items() if kinds.is_copied(name))}
 
 
@@ -62,12 +62,8 @@ def copy_of(disks, host: str, pool: str, name: str) -> str | None:
     return next((
         volume for where, volume in copies(
             disks, leftovers.on_host(disks, host))
-        if where == pool and _is_named_after(disks, name, volume)), None)
-
-
-def _is_named_after(disks, name, volume):
-    return re.fullmatch(r'%s(\.\d+)?' % re.escape(
-        '%s_%s' % (disks.instance.uuid, name)), volume) is not None
+        if where == pool and ownership.is_named_after(
+            volume, disks.instance.uuid, name)), None)
 
 
 def given_back(connection, disks) -> set[tuple[str, str]]:

@@ -12,7 +12,6 @@
 """Disks that were made, or have come, where no records are kept."""
 
 import os
-import re
 
 from oslo_log import log as logging
 from oslo_serialization import jsonutils
@@ -20,6 +19,7 @@ from oslo_serialization import jsonutils
 import nova.conf
 from nova.objects import fields
 from nova.virt.libvirt.storage import dmcrypt
+from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt import utils as libvirt_utils
@@ -115,11 +115,11 @@ def in_guest(guest_config, instance, name):
                  device.source_path or device.source_name or '')
         expected = name if device.source_type == 'file' else by_uuid
         found = os.path.basename(place)
-        if device.source_type in ('volume', 'network'):
-            # Where its name was taken, it has got a number.
-            found = re.sub(r'\.[0-9]+$', '', found)
-        if found in (expected, dmcrypt.volume_name(expected)) and (
-                instance.uuid in place):
+        # Where the name of a volume was taken, it has got a number.
+        is_numbered = device.source_type in ('volume', 'network') and (
+            ownership.is_named_after(found, instance.uuid, name))
+        if instance.uuid in place and (is_numbered or found in (
+                expected, dmcrypt.volume_name(expected))):
             return device
     return None
 

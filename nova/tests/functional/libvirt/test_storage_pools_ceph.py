@@ -11,6 +11,7 @@
 #    under the License.
 """Instances whose disks are in storage pools over Ceph, on two hosts."""
 
+import threading
 from unittest import mock
 
 import fixtures
@@ -20,6 +21,8 @@ from nova import objects
 from nova.tests.fixtures import ceph
 from nova.tests.functional.libvirt import storage_pools
 from nova.virt.libvirt import guest
+from nova.virt.libvirt.storage import api
+from nova.virt.libvirt.storage.records import metadata
 
 SECRET = '5a2f4d3e-0d3c-4d5f-9a2a-3b1d7c9e6f10'
 POOL = (
@@ -314,6 +317,116 @@ class TestCephIsAway(CephTestBase):
             setattr(self.ceph, fault, well)
         self._reboot_server(server, hard=True)
         self.assert_on('compute1', server)
+
+
+class TestCephCutOff(CephTestBase):
+    """A move has failed on its destination; what an operator does then."""
+
+    # An error on a host is none of the API.
+    CAST_AS_CALL = False
+
+    def assert_no_guest(self, host, server):
+        """Nobody has confirmed that it has left: it is off, and defined."""
+
+    def fail_to_arrive(self, server, **patch):
+        with mock.patch(**patch):
+            self.api.post_server_action(
+                server['id'], {'migrate': {'host': 'compute2'}})
+            self._wait_for_state_change(server, 'ERROR')
+        server = self._reboot_server(server, hard=True)
+        self.assert_on('compute2', server)
+        self.assertEqual({None}, {
+            record.previous for record in self.records(server).values()})
+        return server
+
+    def restart_in_the_middle(self, server, where):
+        """Kill nova-compute while it migrates a server, and start it."""
+        manager = self.computes['compute2'].manager
+        killed = threading.Event()
+
+        def restart(*args, **kwargs):
+            with mock.patch(
+                    'nova.virt.libvirt.storage.move.copy._running', set()):
+                manager._init_instance(
+                    self.context, objects.Instance.get_by_uuid(
+                        self.context, server['id'], expected_attrs=[
+                            'flavor', 'info_cache', 'metadata',
+                            'system_metadata', 'migration_context',
+                            'numa_topology']))
+            killed.set()
+            raise exception.InternalError('killed')
+
+        with mock.patch(where, autospec=True, side_effect=restart):
+            self.api.post_server_action(
+                server['id'], {'migrate': {'host': 'compute1'}})
+            self.assertTrue(killed.wait(60))
+            self._wait_for_server_parameter(
+                server, {'OS-EXT-STS:task_state': None})
+
+    def test_ceph_was_away_when_it_came(self):
+        server = self.boot_with_all()
+        real = api.LocalDisks.arrive
+
+        def arrive(*args, **kwargs):
+            self.ceph.answers = False
+            try:
+                return real(*args, **kwargs)
+            finally:
+                self.ceph.answers = True
+
+        server = self.fail_to_arrive(
+            server, target='nova.virt.libvirt.storage.api.LocalDisks.arrive',
+            new=arrive)
+        server = self._migrate_server(server)
+        self._confirm_resize(server)
+        self.assert_on('compute1', server)
+
+    def test_that_it_came_was_never_on_record(self):
+        server = self.boot_with_all()
+        server = self.fail_to_arrive(
+            server, target='nova.virt.libvirt.storage.api.LocalDisks.arrive',
+            side_effect=exception.InternalError('killed'))
+        # As it was with compute services that didn't put that right.
+        with self.hosts.on('compute2'):
+            disks = metadata.InstanceDisks.load(
+                self.context, objects.Instance.get_by_uuid(
+                    self.context, server['id']))
+            for name, record in disks.items():
+                record.host = 'compute1'
+                disks.set(name, record)
+            disks.save(self.context)
+        self._stop_server(server)
+        self.restart_in_the_middle(
+            server, 'nova.virt.libvirt.storage.move.precheck.Departure.check')
+        self.assertEqual(self.written, {
+            name: self.images['%s_%s' % (server['id'], name)].content
+            for name in NAMES})
+
+    def test_snapshot_of_long_ago(self):
+        server = self.boot_with_all()
+        server = self.fail_to_arrive(
+            server, target='nova.virt.libvirt.driver.LibvirtDriver.'
+                           '_create_guest_with_network',
+            side_effect=exception.InternalError('no memory'))
+        self.written['disk'] = b'weeks of work'
+        self.write_image(server, 'disk', b'weeks of work')
+        # Whoever has made it
+        self.images[server['id'] + '_disk'].snapshots['nova-resize'] = (
+            ceph.Snapshot(b'long ago', 1))
+        self.restart_in_the_middle(
+            server, 'nova.virt.libvirt.storage.move.source.Outgoing.run')
+        self._reboot_server(server, hard=True)
+        self.assert_on('compute2', server)
+
+    def test_ceph_was_away_when_it_was_confirmed(self):
+        server = self.boot_with_all()
+        server = self._migrate_server(server)
+        self.ceph.answers = False
+        self.api.post_server_action(server['id'], {'confirmResize': None})
+        self._wait_for_state_change(server, 'ERROR')
+        self.ceph.answers = True
+        self._reboot_server(server, hard=True)
+        self.assert_on('compute2', server)
 
 
 class TestRefusedIntoCeph(storage_pools.Refusals, CephTestBase):

@@ -448,6 +448,7 @@ class TestEvacuationOfSharedRoots(MovesTestBase):
             'compute1', server, 'disk.eph0', 7, storage_pools.GUEST))
 
 
+@ddt.ddt
 class TestCutOff(MovesTestBase):
     """What was cut off is ended by what an operator has at hand."""
 
@@ -468,6 +469,35 @@ class TestCutOff(MovesTestBase):
         server = self._wait_for_state_change(server, 'ACTIVE')
         self.assert_ready('compute2', server, **ALL)
         self.assert_written('compute2', server)
+
+    @ddt.data((False, ['disk', 'disk.config', 'disk.swap']),
+              (True, ['disk', 'disk.config', 'disk.local', 'disk.swap']))
+    @ddt.unpack
+    def test_resize_has_not_begun_its_new_disks(self, is_killed, expected):
+        server = self.boot()
+        self.write('compute1', server, 'disk', b'rooted')
+        compute = self.computes['compute2'].manager
+        set_flavor = compute._set_instance_info
+
+        def accept(*args):
+            if is_killed:
+                # Otherwise the server has the old flavor again.
+                compute._set_instance_info = mock.Mock()
+            raise exception.InternalError('no Glance')
+
+        with mock.patch('nova.virt.libvirt.storage.move.destination.accept',
+                        side_effect=accept):
+            self.api.post_server_action(server['id'], {'resize': {
+                'flavorRef': self.flavor(ephemeral=1, swap=64)}})
+            server = self._wait_for_state_change(server, 'ERROR')
+        compute._set_instance_info = set_flavor
+        for _again in range(2):
+            self._reboot_server(server, hard=True)
+            self.assertEqual(expected, self.volumes('compute2', server))
+        self.assertEqual({'ready'}, {
+            record.state for record in self.records(server).values()})
+        self.assertEqual(b'rooted', self.content(
+            'compute2', server, 'disk', 6, storage_pools.GUEST))
 
     def test_revert_is_cut_off_on_the_destination(self):
         server = self.boot_with_all()

@@ -517,13 +517,13 @@ class LocalDisks:
         if not self._has_pools:
             return
         root = metadata.InstanceDisks.load(context, instance).get('disk')
-        source.confirm(context, self._connection(), instance)
         if (root is not None and root.is_on_ceph and
                 not root.came_into_ceph):
             self._local.image_backend.by_name(
                 instance, 'disk',
                 disk_info_mapping={'metadata': root}).remove_snap(
                     libvirt_utils.RESIZE_SNAPSHOT_NAME, ignore_errors=True)
+        source.confirm(context, self._connection(), instance)
 
     # Live migration
 
@@ -796,6 +796,8 @@ class LocalDisks:
             disks=records) and is_gone
         if not is_gone and lifecycle.is_destroying(instance):
             leftovers.note_undeleted(self._connection(), records)
+            # In one save: a guest must not start from what is left.
+            lifecycle.forget(instance._context, records)
         return is_gone
 
     def unrescued(self, context, instance) -> None:

@@ -267,7 +267,10 @@ class LibvirtStorage(imagebackend.Image):
         else:
             with self._created(self._create_copy, base, base_info,
                                capacity) as volume:
-                clearing.clear_rest(volume, base_info.virtual_size)
+                # qemu-img rounds the length of a raw image up.
+                clearing.clear_rest(
+                    volume, base_info.virtual_size
+                    if base_info.file_format != RAW else os.path.getsize(base))
                 # A conversion ignores the capacity that is asked for.
                 self._grow(capacity)
                 if self.driver_format == QCOW2:

@@ -19,20 +19,26 @@ a network disk, and the rest is what ``images_type = rbd`` has always done; see
 of the one backend becomes one of the other by its record alone.
 """
 
+import os
+
 from oslo_log import log as logging
+from oslo_utils import fileutils
 
 from nova.compute import task_states
 import nova.conf
 from nova import exception
 from nova.objects import fields
 from nova.virt.image import model as imgmodel
+from nova.virt import images
 from nova.virt.libvirt import imagebackend
+from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage.move import offer
 from nova.virt.libvirt.storage.pool import ceph as ceph_pool
 from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import metadata
+from nova.virt.libvirt import utils as libvirt_utils
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -94,6 +100,34 @@ class LibvirtStorageRbd(imagebackend.Rbd, image.LibvirtStorage):
     def _get_new_format(self):
         return fields.LibvirtDiskFormat.RAW
 
+    def _clone_or_import(self, context, image_id, *args, **kwargs):
+        base = self._get_cached_path(imagecache.get_cache_fname(image_id))
+        image_format = os.path.exists(base) and (
+            imagebackend._get_base_format(base))
+        if not image_format or image_format == fields.LibvirtDiskFormat.RAW:
+            super()._clone_or_import(context, image_id, *args, **kwargs)
+            return
+        # Rbd would delete it, and overlays in files lie on it.
+        try:
+            self.clone(context, image_id)
+            return
+        except (exception.ImageNotFound, exception.ImageUnacceptable) as e:
+            if CONF.workarounds.never_download_image_if_on_rbd:
+                raise
+            LOG.debug('Image %(image)s is not cloned: %(reason)s',
+                      {'image': image_id, 'reason': e},
+                      instance=self.instance)
+        raw = os.path.join(libvirt_utils.get_instance_path(self.instance),
+                           self.volume_name + '.part')
+        fileutils.ensure_tree(os.path.dirname(raw))
+        try:
+            images.convert_image(
+                base, raw, self._inspect_base(base).file_format,
+                fields.LibvirtDiskFormat.RAW)
+            self.driver.import_image(raw, self.rbd_name)
+        finally:
+            fileutils.delete_if_exists(raw)
+
     @property
     def ceph(self) -> ceph_pool.CephPool:
         """The Ceph pool that the disk is in."""
@@ -140,8 +174,10 @@ class LibvirtStorageRbd(imagebackend.Rbd, image.LibvirtStorage):
         """
         mapping = self.disk_info_mapping or {}
         taken = mapping.get('taken', ())
-        if ((self.instance.task_state == task_states.REBUILD_SPAWNING or
-                mapping.get('is_sent')) and
+        is_evacuated = (
+            self.instance.task_state == task_states.REBUILD_SPAWNING and
+            self.instance.host != CONF.host)
+        if ((is_evacuated or mapping.get('is_sent')) and
                 self.volume_name not in taken and self._is_there()):
             # Evacuated from, or sent by, a host that had it on no record: it
             # is the disk.
@@ -182,11 +218,22 @@ class LibvirtStorageRbd(imagebackend.Rbd, image.LibvirtStorage):
     def create_snap(self, name):
         # What this was converted from is kept until the resize is confirmed.
         if self.record is None or not self.record.came_into_ceph:
-            super().create_snap(name)
+            # One that a resize has left is of that time.
+            self.remove_snap(name, ignore_errors=True)
+            with self.ceph.errors(self.volume_name):
+                super().create_snap(name)
+
+    def remove_snap(self, name, ignore_errors=False):
+        with self.ceph.errors(self.volume_name):
+            super().remove_snap(name, ignore_errors)
 
     def rollback_to_snap(self, name):
-        if not self._was_copied():
-            super().rollback_to_snap(name)
+        # The source of a move that is undone when its service starts has no
+        # snapshot of it: the destination makes that.
+        if (self.instance.task_state == task_states.RESIZE_REVERTING and
+                not self._was_copied()):
+            with self.ceph.errors(self.volume_name):
+                super().rollback_to_snap(name)
 
     def _was_copied(self):
         """Whether the guest has run with a copy outside of this Ceph pool."""

@@ -279,6 +279,8 @@ class DiskOperation:
             return
         if moved_disks is not None:
             lifecycle.arrived(self.records, jsonutils.loads(moved_disks))
+            # Whatever fails, the instance is here.
+            self.records.save(self._context)
         stale = undo.after_evacuation(self._instance, self.records)
         instance_dir = libvirt_utils.get_instance_path(self._instance)
         is_new = not os.path.exists(instance_dir)
@@ -307,26 +309,39 @@ class DiskOperation:
         # The guest is started next.
         self.look_again()
 
-    def make_unfinished(self, make_swap: ty.Callable) -> None:
-        """Make swap, if that was begun and never finished.
+    def make_unfinished(self, driver) -> None:
+        """Make what holds nothing of the guest, and was never finished.
 
         A config drive that was is made when the guest is defined: see
         :meth:`creator`.
 
-        :param make_swap: takes ``target`` (a path), ``swap_mb`` (MiB),
-            ``context`` and ``is_block_dev``
+        :param driver: the LibvirtDriver, which makes what is on the disks
         """
         images = lifecycle.discard_unfinished(self.records, self.image)
         self._is_unfinished = bool(images)
-        swap = images.get('disk.swap')
-        if swap is not None:
-            swap_mb = self.records.get('disk.swap').size // units.Mi
-            swap.create_from_func(
-                functools.partial(
-                    make_swap, swap_mb=swap_mb, context=self._context,
-                    is_block_dev=swap.is_block_dev),
-                swap_mb * units.Mi, cache_name='swap_%s' % swap_mb,
-                context=self._context)
+        for name, image in images.items():
+            size = self.records.get(name).size
+            if name == 'disk.swap':
+                swap_mb = size // units.Mi
+                image.create_from_func(
+                    functools.partial(
+                        driver._create_swap, swap_mb=swap_mb,
+                        context=self._context,
+                        is_block_dev=image.is_block_dev),
+                    size, cache_name='swap_%s' % swap_mb,
+                    context=self._context)
+            elif name == 'disk.local':
+                image.create_from_func(
+                    functools.partial(
+                        driver._create_ephemeral,
+                        ephemeral_size=size // units.Gi,
+                        fs_label=driver._get_fs_label_ephemeral(0),
+                        os_type=self._instance.os_type,
+                        is_block_dev=image.is_block_dev,
+                        context=self._context,
+                        vm_mode=fields.VMMode.get_from_instance(
+                            self._instance)),
+                    size, context=self._context)
 
     def creator(self, create_guest: ty.Callable,
                 make_config_drive: ty.Callable) -> ty.Callable:

@@ -275,10 +275,11 @@ def _by_records(connection, disks):
             return Kind.REVERT
         if place in copies and keeping.is_in_time(connection, place):
             return Kind.KEPT
-        if _is_old_probe(connection, place) or place in left and (
-                place not in disk_places or place not in disks_here and
-                keeping.is_private(connection, place[0]) and
-                not _has_guest(connection, disks.instance)):
+        is_left = place in left and (
+            place not in disk_places or place not in disks_here and
+            keeping.is_private(connection, place[0]))
+        if _is_old_probe(connection, place) or is_left and not _has_guest(
+                connection, disks.instance):
             return Kind.LEFT_OVER
         return Kind.UNKNOWN
 

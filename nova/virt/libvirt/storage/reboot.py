@@ -23,12 +23,14 @@ import typing as ty
 
 from oslo_log import log as logging
 
+from nova.compute import vm_states
 import nova.conf
 from nova import exception
 from nova.virt.libvirt.storage.move import destination
 from nova.virt.libvirt.storage.move import guest_files
 from nova.virt.libvirt.storage.move import source
 from nova.virt.libvirt.storage import operation
+from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
@@ -182,18 +184,19 @@ class Reboot(Return):
                  name not in lifecycle.REMADE and
                  not name.endswith('.rescue')]
         wanted = self._disk_info()['mapping'] if names else ()
-        return ([name for name in names if name in wanted],
+        brought = self._brought()
+        return ([name for name in names
+                 if name in wanted and name not in brought],
                 [name for name in names if name not in wanted])
 
-    def bring_in_order(self, disk_info: dict, guest_config,
-                       make_swap: ty.Callable) -> None:
+    def bring_in_order(self, disk_info: dict, guest_config, driver) -> None:
         """Finish or undo what earlier operations have left; the guest is off.
 
         It is to be created by :meth:`creator` then.
 
         :param disk_info: gets the records attached
         :param guest_config: the LibvirtConfigGuest that the guest ran with
-        :param make_swap: see :meth:`DiskOperation.make_unfinished`
+        :param driver: see :meth:`DiskOperation.make_unfinished`
         :raises: exception.StorageTransferMismatch and others
         """
         if self._migration is not None:
@@ -205,12 +208,66 @@ class Reboot(Return):
             self.accept()
         _lost, unwanted = self._lost()
         lifecycle.forget_unfinished(self.records, self.image, unwanted)
-        self.take_up(disk_info, guest_config, remade=lifecycle.REMADE)
-        self.make_unfinished(make_swap)
+        lifecycle.adopt(self.records)
+        self._end_rescue()
+        self._begin_brought(disk_info)
+        self.take_up(disk_info, guest_config,
+                     remade=lifecycle.REMADE | self._brought())
+        self.make_unfinished(driver)
         # From here on the source's copies are no longer kept.
         self.look_again()
         source.settle(self._context, self._instance, self.records)
+        self._remove_snapshot()
         self.move_to_pools(disk_info)
+
+    def _brought(self):
+        """Names of disks that come with the flavor of a resize that failed.
+
+        The guest has never had them.
+        """
+        old = self._instance.old_flavor
+        if not old:
+            return set()
+        return {name for name, size in (('disk.local', old.ephemeral_gb),
+                                        ('disk.swap', old.swap)) if not size}
+
+    def _begin_brought(self, disk_info):
+        """Record those of them that the resize has failed to begin."""
+        if not self.records.items():
+            return     # An older compute has sent the instance.
+        for name in self._brought() & set(disk_info['mapping']):
+            if self.records.get(name) is None:
+                image = self.image(name, {
+                    **disk_info['mapping'][name],
+                    'taken': leftovers.names(self.records)})
+                record = image.metadata(lifecycle.size_of(
+                    self._instance, name, self._block_device_info))
+                if record.is_in_pool:
+                    self.records.set(name, record)
+
+    def _remove_snapshot(self):
+        """Remove what a resize went back to, had it been reverted."""
+        root = self.records.get('disk')
+        if root is None or not root.is_on_ceph or (
+                self._instance.vm_state == vm_states.RESIZED):
+            return
+        try:
+            self.image('disk').remove_snap(
+                libvirt_utils.RESIZE_SNAPSHOT_NAME, ignore_errors=True)
+        except exception.NovaException as e:
+            LOG.warning('Snapshot %(name)s of the root disk is left: '
+                        '%(error)s',
+                        {'name': libvirt_utils.RESIZE_SNAPSHOT_NAME,
+                         'error': e}, instance=self._instance)
+
+    def _end_rescue(self):
+        """Delete the pool disks of a rescue that has failed."""
+        if any(name.endswith('.rescue') and record.is_in_pool
+               for name, record in self.records.items()):
+            ownership.delete_volumes(
+                self._local.get_connection(), self._instance, rescue=True,
+                disks=self.records)
+        lifecycle.unrescued(self.records)
 
     @property
     def brought_tpm(self) -> bool:

@@ -57,7 +57,9 @@ Disks that are sent ahead are in row "intent" while their guest runs, and
 "pack" comes after it: abandon() is the same, and the guest is left alone.
 
 step_of() tells the row from the records. Swap is made anew: its record is
-building until the destination has made it, and expects nothing.
+building until the destination has made it, and expects nothing. A disk on Ceph
+that stays where it is has none of these steps: all hosts see it, and a hard
+reboot takes it for that of the host which the instance is on.
 """
 
 import dataclasses

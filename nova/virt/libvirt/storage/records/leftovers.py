@@ -82,10 +82,9 @@ def note_undeleted(connection, disks):
     done away with.
 
     :param connection: this host's libvirt
-    :param disks: the instance's InstanceDisks, which are saved; broken ones
-        are done away with
+    :param disks: the instance's InstanceDisks; the caller saves them. Broken
+        ones are done away with.
     """
-    instance = disks.instance
     try:
         left = {(record.pool, record.volume) for _name, record in disks.items()
                 if record.host == CONF.host and
@@ -95,18 +94,13 @@ def note_undeleted(connection, disks):
         disks.clear()
         left = set()
     try:
-        try:
-            for volume in ownership.get_volumes(
-                    connection, instance.uuid, disks=disks):
-                left.add((volume.pool.name, volume.name))
-        except exception.StoragePoolError as e:
-            LOG.error('What else is left of the disks on this host is not '
-                      'known: %s', e, instance=instance)
-        note(disks, CONF.host, sorted(left))
-        disks.save(instance._context)
+        for volume in ownership.get_volumes(
+                connection, disks.instance.uuid, disks=disks):
+            left.add((volume.pool.name, volume.name))
     except exception.NovaException as e:
-        LOG.error('What is left of the disks on this host is not noted: %s', e,
-                  instance=instance)
+        LOG.error('What else is left of the disks on this host is not known: '
+                  '%s', e, instance=disks.instance)
+    note(disks, CONF.host, sorted(left))
 
 
 def _may_be_there(connection, record):

@@ -298,11 +298,16 @@ def _originals(disks):
                 is_evacuated and not record.is_on_ceph)}
 
 
+def _is_everywhere(record):
+    """Whether all hosts see a disk."""
+    return (record.is_on_ceph or
+            record.backend == fields.LibvirtDiskBackend.RBD)
+
+
 def _discard(image, record):
     """Drop what an earlier try has left of a disk."""
-    on_this_host = record.host == CONF.host or record.is_on_ceph or (
-        record.backend == fields.LibvirtDiskBackend.RBD)
-    if not record.is_building or not on_this_host:
+    if not record.is_building or (
+            record.host != CONF.host and not _is_everywhere(record)):
         return
     if record.is_in_pool:
         image.delete()
@@ -485,6 +490,19 @@ def arrived(disks, moved: list[dict]) -> None:
             disks.set(name, record)
 
 
+def adopt(disks) -> None:
+    """Note that disks on Ceph are this host's, which runs the guest.
+
+    All hosts see them. The destination of a move, or of an evacuation, was
+    killed, or Ceph didn't answer, before that was on record.
+    """
+    for name, record in disks.items():
+        if (_is_everywhere(record) and not record.is_building and
+                record.host != CONF.host):
+            record.host, record.migration_id = CONF.host, None
+            disks.set(name, record)
+
+
 def went_back(disks) -> None:
     """Note that the disks are again what they were on this host.
 
@@ -495,15 +513,23 @@ def went_back(disks) -> None:
         before = record.previous
         if record.host == CONF.host:
             if (name == 'disk.local' and record.is_in_pool and
-                    not size_of(disks.instance, name, None)):
+                    _is_brought(disks.instance, name)):
                 _leave(disks, name, record, CONF.host)
             continue
         if before is not None and before.host == CONF.host:
             disks.set(name, before)
-        else:
+        elif not _is_everywhere(record) or record.is_building or (
+                _is_brought(disks.instance, name)):
             # Made on the other host: not here.
             _leave(disks, name, record, CONF.host)
+    adopt(disks)
     _note_sizes(disks)
+
+
+def _is_brought(instance, name):
+    """Whether a flavor that is given up has brought a disk."""
+    return name in ('disk.local', 'disk.swap') and not size_of(
+        instance, name, None)
 
 
 def _leave(disks, name, record, host):

@@ -85,7 +85,10 @@ class LocalDisksTestCase(test.NoDBTestCase):
         """:param previous: the backend of the root disk before the resize"""
         self.api._has_pools = True
         self.image_backend.reset_mock()
-        self.patch('move.source.confirm', new=mock.Mock())
+        forget = self.patch('move.source.confirm', new=mock.Mock())
+        self.image_backend.by_name.side_effect = (
+            lambda *args, **kwargs: self.assertFalse(forget.called) or
+            mock.Mock())
         root = metadata.LibvirtDiskMetadata(backend='libvirt-storage-rbd')
         if previous:
             root.previous = metadata.LibvirtDiskMetadata(backend=previous)
@@ -838,6 +841,31 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.instance.task_state = task_state
         self.assertFalse(self.api.delete(self.instance))
         self.assertEqual(expected, note.called)
+
+    @ddt.data(True, False)
+    def test_delete_notes_in_one_save(self, is_there):
+        """Killed between two, a hard reboot would start what is left."""
+        self.api._has_pools = True
+        self.patch('pool.ownership.delete_volumes', return_value=False)
+        self.patch('pool.ownership.get_volumes', return_value=iter(()))
+        self.patch('pool.pool.StoragePool.find')
+        self.instance.task_state = task_states.REBUILDING
+        disks = metadata.InstanceDisks(
+            self.instance, {}, mock.Mock(driver_info=None))
+        disks.set('disk', metadata.LibvirtDiskMetadata(
+            backend='libvirt-storage', format='raw', size=1, state='ready',
+            host='here', pool='p', volume='v'))
+        self.patch('records.lifecycle.of_instance', return_value=disks)
+
+        def save(_context):
+            saved.append((disks.get('disk'), disks.leftovers))
+            if not is_there:
+                raise exception.BDMNotFound(id='i')
+
+        saved = []
+        disks.save = save
+        self.assertFalse(self.api.delete(self.instance, {}))
+        self.assertEqual([(None, [('here', 'p', 'v')])], saved)
 
     def _volume(self, name, pool='p'):
         volume = mock.Mock()

@@ -57,7 +57,8 @@ class LogicalDiskTestCase(base.PoolsTestCase):
         self.stub_out('nova.virt.libvirt.utils.fetch_image', self._fetch)
         self.useFixture(fixtures.MockPatch('nova.privsep.path.utime'))
         self.base_info = mock.Mock(
-            file_format='raw', virtual_size=5000, backing_file=None,
+            # as qemu-img rounds 5000 bytes
+            file_format='raw', virtual_size=5120, backing_file=None,
             format_specific=None)
         self.useFixture(fixtures.MockPatchObject(
             images, 'qemu_img_info', return_value=self.base_info))

@@ -23,9 +23,11 @@ from nova import exception
 from nova import objects
 from nova.objects import fields
 from nova.tests.fixtures import ceph
+from nova.tests.fixtures import libvirt_storage
 from nova.tests.unit.virt.libvirt.storage.pool import base
 from nova.virt import images
 from nova.virt.libvirt import imagebackend
+from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import api
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import image_rbd
@@ -148,6 +150,7 @@ class WhichTestCase(RbdDiskTestCase):
         """A new disk would be an empty one."""
         self.images['%s_disk' % uuids.instance] = ceph.StoredImage(1)
         self.instance.task_state = 'rebuild_spawning'
+        self.instance.host = 'there'
         record = self.image().metadata(MIB)
         self.assertEqual(('%s_disk' % uuids.instance, 'ready'),
                          (record.volume, record.state))
@@ -213,13 +216,14 @@ class RebuildTestCase(RbdDiskTestCase):
     def disks(self):
         return metadata.InstanceDisks.from_bdms(self.instance, [self.bdm])
 
-    def rebuild(self):
+    def rebuild(self, then=lambda: None):
         """What the driver does first; :returns: the new disk's record"""
         self.instance.task_state = 'rebuilding'
         with mock.patch.object(lifecycle, 'of_instance',
                                side_effect=lambda *args: self.disks()):
             self.api.delete(self.instance)
             self.api.forget(mock.sentinel.context, self.instance, {})
+        then()
         self.instance.task_state = 'rebuild_spawning'
         return self.backends.by_name(self.instance, 'disk', disk_info_mapping={
             'taken': leftovers.names(self.disks())}).metadata(MIB)
@@ -244,6 +248,14 @@ class RebuildTestCase(RbdDiskTestCase):
         leftovers.delete(self.conn, disks)
         self.assertEqual([], disks.leftovers)
         self.assertNotIn('%s_disk' % uuids.instance, self.images)
+
+    def test_ceph_is_away_for_a_moment(self):
+        """The rebuilt server doesn't get the disk that it had."""
+        self.ceph.answers = False
+        record = self.rebuild(
+            then=lambda: setattr(self.ceph, 'answers', True))
+        self.assertEqual(('%s_disk.1' % uuids.instance, 'building'),
+                         (record.volume, record.state))
 
     def test_broken_record(self):
         """A rebuild is the way out of it."""
@@ -307,6 +319,43 @@ class CreateTestCase(RbdDiskTestCase):
         self.assertRaises(exception.ImageUnacceptable, self.create)
         self.assertEqual([], self.fetched)
 
+    def base_of_overlays(self):
+        """Disks in files lie on it, though new ones are on Ceph."""
+        base = os.path.join(CONF.instances_path, '_base',
+                            imagecache.get_cache_fname(uuids.image))
+        os.makedirs(os.path.dirname(base), exist_ok=True)
+        with open(base, 'wb') as f:
+            f.write(libvirt_storage.qcow2_header(20 * MIB))
+        return base
+
+    def test_clone_beside_overlays(self):
+        base = self.base_of_overlays()
+        self.create()
+        self.assertEqual(('images', uuids.image, 'snap'), self.disk.parent)
+        self.assertTrue(os.path.exists(base))
+
+    def test_import_beside_overlays(self):
+        base = self.base_of_overlays()
+        self.meta['locations'] = []
+        self.useFixture(fixtures.MockPatchObject(
+            images, 'qemu_img_info', return_value=mock.Mock(
+                file_format='qcow2', backing_file=None,
+                format_specific=None)))
+        convert = self.useFixture(fixtures.MockPatchObject(
+            images, 'convert_image',
+            side_effect=lambda source, dest, *formats: self._fetch(dest))).mock
+        self.create()
+        self.assertEqual(b'image', self.disk.content)
+        convert.assert_called_once_with(base, mock.ANY, 'qcow2', 'raw')
+        self.assertFalse(os.path.exists(convert.call_args.args[1]))
+        self.assertTrue(os.path.exists(base))
+
+    def test_never_import_beside_overlays(self):
+        self.flags(group='workarounds', never_download_image_if_on_rbd=True)
+        self.base_of_overlays()
+        self.meta['locations'] = []
+        self.assertRaises(exception.ImageUnacceptable, self.create)
+
     def test_copy_to_the_store_of_this_ceph(self):
         self.flags(group='libvirt', images_rbd_glance_store_name='near',
                    images_rbd_glance_copy_poll_interval=0)
@@ -349,11 +398,19 @@ class LaterTestCase(RbdDiskTestCase):
 
     def test_revert_of_a_resize(self):
         made = self.create()
+        # A resize has left one that was never ended.
+        self.disk.content = b'long ago'
+        made.create_snap('nova-resize')
         self.disk.content = b'before'
         made.create_snap('nova-resize')
         made.create_from_image(mock.sentinel.context, uuids.image, 96 * MIB)
         self.assertEqual(96 * MIB, self.disk.size)
         self.disk.content = b'after'
+        # Its service was killed: no other host has had the disk.
+        self.instance.task_state = 'resize_migrating'
+        made.rollback_to_snap('nova-resize')
+        self.assertEqual(b'after', self.disk.content)
+        self.instance.task_state = 'resize_reverting'
         made.rollback_to_snap('nova-resize')
         made.remove_snap('nova-resize')
         self.assertEqual((b'before', 48 * MIB, {}), (
@@ -389,6 +446,7 @@ class LaterTestCase(RbdDiskTestCase):
     def test_revert_of_what_was_copied_out_of_ceph(self):
         """Nobody has written to it since."""
         made = self.create()
+        self.instance.task_state = 'resize_reverting'
         self.offered('%s/nova' % self.ceph.fsid)
         self.assertRaises(exception.SnapshotNotFound,
                           made.rollback_to_snap, 'nova-resize')

@@ -15,6 +15,7 @@ from unittest import mock
 
 import ddt
 from oslo_utils.fixture import uuidsentinel as uuids
+from oslo_utils import units
 
 from nova import exception
 from nova import objects
@@ -546,6 +547,99 @@ class RebootTestCase(OperationTestCase):
             ['take_up', 'settle', 'transition', 'transition().run'],
             self.bring_in_order())
 
+    @ddt.data(('libvirt-storage', 1), ('rbd', 0))
+    @ddt.unpack
+    def test_disks_of_a_rescue_that_has_failed(self, backend, expected):
+        self.records.set('disk', record())
+        self.records.set('disk.rescue', record(
+            'disk.rescue', backend=backend, state='building'))
+        delete = self.patch(
+            'nova.virt.libvirt.storage.pool.ownership.delete_volumes')
+        self.bring_in_order()
+        self.assertEqual(
+            ['disk'], [name for name, _record in self.records.items()])
+        self.assertEqual(expected * [mock.call(
+            mock.ANY, self.instance, rescue=True, disks=self.records)],
+            delete.mock_calls)
+
+    def _fail_to_resize(self, *mapping):
+        """To a flavor with all disks, from one with the root disk alone."""
+        flavor = {'root_gb': 1, 'ephemeral_gb': 2, 'swap': 3}
+        self.instance.flavor = objects.Flavor(**flavor)
+        self.instance.old_flavor = objects.Flavor(
+            **{**flavor, 'ephemeral_gb': 0, 'swap': 0})
+        self.instance.os_type, self.instance.vm_mode = 'linux', None
+        self.patch('nova.virt.libvirt.blockinfo.get_disk_info', return_value={
+            'mapping': dict.fromkeys(mapping, {})})
+        self.records.set('disk', record())
+        self.made, self.images = [], []
+        self.local.image_backend.by_name.side_effect = self._image
+
+    def _image(self, instance, name, image_type, disk_info_mapping):
+        image = mock.Mock(is_block_dev=False)
+        image.metadata.side_effect = lambda size: record(
+            name, state='building', size=size)
+        image.create_from_func.side_effect = (
+            lambda func, size, **kwargs: self.made.append(
+                (name, size, func.func, func.keywords)))
+        self.images.append((name, disk_info_mapping))
+        return image
+
+    def _finish(self, *mapping):
+        disks, driver = self.of(reboot.Reboot), mock.Mock()
+        with mock.patch.object(disks, 'move_to_pools'), mock.patch(
+                'nova.virt.libvirt.storage.move.source.settle'):
+            disks.bring_in_order(
+                {'mapping': dict.fromkeys(mapping, {})}, None, driver)
+        return driver
+
+    def test_disks_that_a_failed_resize_has_not_begun(self):
+        mapping = 'disk', 'disk.local', 'disk.swap', 'root'
+        self._fail_to_resize(*mapping)
+        leftovers.note(self.records, 'there', [('p', 'left')])
+        driver = self._finish(*mapping)
+        self.assertEqual(
+            [{'left'}] * 2, [taken['taken'] for _name, taken in self.images
+                             if 'taken' in taken])
+        swap, local = sorted(self.made, key=lambda made: made[1])
+        self.assertEqual(
+            ('disk.swap', 3 * units.Mi, driver._create_swap), swap[:3])
+        self.assertEqual(3, swap[3]['swap_mb'])
+        self.assertEqual(
+            ('disk.local', 2 * units.Gi, driver._create_ephemeral), local[:3])
+        self.assertEqual(2, local[3]['ephemeral_size'])
+        # Finished with the guest.
+        self.assertEqual(['disk.local', 'disk.swap'],
+                         sorted(self.records.building()))
+
+    def test_disk_that_a_failed_resize_has_begun(self):
+        self._fail_to_resize('disk', 'disk.local')
+        self.records.set('disk.local', record('disk.local', state='building'))
+        self.check()
+        # The guest has had it.
+        self.instance.old_flavor.ephemeral_gb = 1
+        self.assertRaises(exception.DiskNotFinished, self.check)
+
+    def test_older_compute_has_sent_the_disks(self):
+        self._fail_to_resize('disk', 'disk.local')
+        self.records.clear()
+        self._finish('disk', 'disk.local')
+        self.assertEqual([], self.images)
+
+    @ddt.data(('active', True), ('error', True), ('resized', False))
+    @ddt.unpack
+    def test_snapshot_of_a_resize(self, vm_state, expected):
+        """One that may be reverted yet is started with its host."""
+        self.instance.vm_state = vm_state
+        self.records.set('disk', record(backend='libvirt-storage-rbd'))
+        image = self.local.image_backend.by_name.return_value
+        self.bring_in_order()
+        self.assertEqual(expected, image.remove_snap.called)
+        # The guest starts without it.
+        image.remove_snap.side_effect = self.off
+        self.bring_in_order()
+        self.assertEqual(expected, 'is left' in self.stdlog.logger.output)
+
     def test_disks_that_came(self):
         # finish_migration has failed; a hard reboot is the way out.
         self.records.set('disk', record(
@@ -605,7 +699,7 @@ class RebootTestCase(OperationTestCase):
     def test_made_on_ceph_for_a_flavor_that_is_given_up(self):
         for name in ('source.abandon', 'guest_files.restore_nvram'):
             self.patch('nova.virt.libvirt.storage.move.%s' % name)
-        self.instance.flavor = objects.Flavor(root_gb=1)
+        self.instance.flavor = objects.Flavor(root_gb=1, swap=0)
         swap = record('disk.swap', host='there',
                       backend='libvirt-storage-rbd')
         self.records.set('disk.swap', swap)

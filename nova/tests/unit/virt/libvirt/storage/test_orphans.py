@@ -220,9 +220,11 @@ class OrphansTestCase(OrphansTestBase):
         self.disks.set('disk', self.record('here'))
         self.assertEqual([], self.swept())
 
-    def test_noted_as_left_where_there_is_a_guest(self):
+    @ddt.data(None, 'other')
+    def test_noted_as_left_where_there_is_a_guest(self, volume):
         # An operator may have settled a live migration the wrong way.
         self.keep(hours=0)
+        self.disks.set('disk', self.record('there', volume))
         self.guests.append(uuids.instance)
         self.assertEqual([orphans.Kind.UNKNOWN], self.kinds())
         self.assertEqual([], self.swept())

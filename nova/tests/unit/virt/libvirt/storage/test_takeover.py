@@ -84,6 +84,30 @@ class TakeOverTestCase(base.PoolsTestCase):
         self.assertFalse(self.take_over())
         self.assertEqual(self.LEGACY, self.places())
 
+    def test_pool_that_is_on_ceph_no_more(self):
+        self.add_pool('files')
+        self.flags(group='libvirt', images_type='rbd')
+        for name in self.LEGACY:
+            self.disks.set(name, self.record(
+                'libvirt-storage-rbd', pool='files',
+                volume='%s_%s' % (UUID, name)))
+        before = self.places()
+        self.assertFalse(self.take_over())
+        self.assertEqual(before, self.places())
+
+    def test_disks_that_are_not_whole_or_of_a_rescue(self):
+        others = {'disk.rescue': 'ready', 'disk.eph0': 'building'}
+        for name, state in others.items():
+            record = self.record('rbd')
+            record.state = state
+            self.disks.set(name, record)
+            self.assertTrue(self.take_over())
+            self.assertEqual(
+                {**self.POOLED, name: ('rbd', None, None)}, self.places())
+            self.disks.clear(name)
+            for legacy in self.LEGACY:
+                self.disks.set(legacy, self.record('rbd'))
+
     def test_all_or_none(self):
         del self.ceph.pools['nova'][UUID + '_disk.config']
         self.assertFalse(self.take_over())

@@ -557,6 +557,15 @@ class RefusalTestCase(IntakeTestBase):
         self.ask('close', **self.place())
         self.exports[0].end.assert_called_once_with()
 
+    def test_what_comes_to_another_host(self):
+        """What has its name here is kept, and none of that migration's."""
+        self.on_its_way('disk', host='third')
+        self.refused('create', length=1, mode=0o644, **self.place())
+        self.dest.pools[POOL][self.name] = {'length': 5, 'allocation': 5}
+        self.refused('open', connections=1, aes=True, **self.place())
+        self.refused('delete', places=[[POOL, self.name]])
+        self.assertIn(self.name, self.dest.pools[POOL])
+
     def test_disk_that_was_taken_over(self):
         self.create()
         self.on_its_way('disk', state='ready')

@@ -145,6 +145,18 @@ class TestReceive(ReceiveTestCase):
         self.receiver().receive(come)
         self.assertEqual(test_plan.test_settle.NAMES, self.ours(self.dest))
 
+    def test_given_up_in_a_pool_that_both_hosts_see(self):
+        """A volume that was found there is the guest's disk."""
+        self.source.pools[POOL]['probe'] = {'length': 1}
+        self.plan()
+        self.dest.pools[POOL] = self.source.pools[POOL]
+        receiver = self.receiver()
+        with mock.patch.object(receiver, '_find', side_effect=self._give_up):
+            receiver.receive(mock.Mock())
+        self.assertEqual([*test_plan.test_settle.NAMES, 'probe'],
+                         self.ours(self.source))
+        self.assert_disks('source')
+
     def test_given_up_and_deleted(self):
         self.as_overlay('disk', BASE)
         self.plan()
@@ -406,6 +418,15 @@ class TestCheck(ReceiveTestCase):
         self.plan()
         self.note_left('dest', self.volume_name('disk'))
         self.data.is_shared_instance_path = True
+        directory = os.path.join(
+            two_hosts.CONF.instances_path, uuids.instance)
+        os.mkdir(directory)
+        self.receiver().check()
+        self.assertTrue(os.path.exists(directory))
+
+    def test_directory_of_a_server_that_is_here(self):
+        self.plan()
+        self.instance.host = 'dest'
         directory = os.path.join(
             two_hosts.CONF.instances_path, uuids.instance)
         os.mkdir(directory)

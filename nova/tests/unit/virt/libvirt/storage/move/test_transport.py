@@ -147,6 +147,19 @@ class MoveTestBase(test_peers.ServicePeerBase, test_move.OutgoingTestCase):
 @ddt.ddt
 class MoveTestCase(MoveTestBase):
 
+    def test_where_a_disk_is_taken_back(self):
+        """By the host that it came from alone, which still has it."""
+        record = self.disks.get('disk')
+        record.previous = record.obj_clone()
+        record.previous.host = 'third'
+        record.host, record.state, record.migration_id = 'dest', 'building', 7
+        self.disks.set('disk', record)
+        undo.restore(self.disks, self.migration)
+        self.assertEqual('dest', self.disks.get('disk').host)
+        record.previous.host = 'source'
+        undo.restore(self.disks, self.migration)
+        self.assertEqual('source', self.disks.get('disk').host)
+
     def test_move(self):
         self.move()
         self.assertEqual({name: ('building', 'dest', name, 'source')

@@ -64,7 +64,6 @@ class UndeletedTestCase(base.PoolsTestCase):
 
         with mock.patch.object(ownership, 'get_volumes', side_effect=find):
             leftovers.note_undeleted(self.conn, self.disks)
-        self.disks.save.assert_called_once()
         return sorted(volume for _p, volume in leftovers.on_host(
             self.disks, 'here'))
 
@@ -90,16 +89,31 @@ class UndeletedTestCase(base.PoolsTestCase):
         self.record('disk', backend='libvirt-storage-rbd')
         self.assertEqual([], self.note())
 
-    def test_instance_is_gone(self):
-        self.record('disk')
-        self.disks.save.side_effect = exception.BDMNotFound(id='i')
-        self.assertEqual([DISK], self.note())
-
     def test_what_is_there(self):
         self.record('disk')
         self.there[DISK] = True
         self.assertEqual([DISK, DISK + '.swap'],
                          self.note(DISK, DISK + '.swap'))
+
+    def test_record_that_nobody_can_read(self):
+        """It goes, so that there is a place for the notes."""
+        self.disks._root.driver_info = 'broken'
+        self.assertEqual([DISK], self.note(DISK))
+        self.assertEqual([], self.disks.items())
+
+    def test_swap_that_the_instance_has(self):
+        """One that it has no more is deleted by what is noted of it."""
+        swap = '%s_disk.swap' % uuids.instance
+        with mock.patch.object(
+                leftovers.setup, 'pool_of') as pool_of, mock.patch.object(
+                    ownership, 'names_of', return_value=[swap]):
+            pool_of.return_value.name = 'p'
+            leftovers.note_swap(self.conn, self.disks)
+            self.assertEqual([('here', 'p', swap)], self.disks.leftovers)
+            self.disks.leftovers = []
+            self.record('disk.swap', volume=swap)
+            leftovers.note_swap(self.conn, self.disks)
+        self.assertEqual([], self.disks.leftovers)
 
     def test_broken_record(self):
         self.record('disk')

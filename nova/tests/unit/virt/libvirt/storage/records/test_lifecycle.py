@@ -591,12 +591,36 @@ class TestMoves(RecordsTestCase):
     def test_made_on_ceph_and_back(self, name, host, size, is_left):
         """It is seen from here, whichever host has made it."""
         self.instance.flavor.ephemeral_gb = size
+        self.instance.flavor.swap = size
         disks = self.disks(self.record())
         disks.set(name, self.ceph_record(host=host))
         records.went_back(disks)
         self.assertEqual(not is_left, disks.get(name) is not None)
         self.assertEqual([('here', 'p', 'v')] if is_left else [],
                          [tuple(left) for left in disks.leftovers])
+
+    @ddt.data('disk', 'disk.eph0', 'disk.config', 'disk.local', 'disk.swap')
+    def test_on_ceph_all_the_time(self, name):
+        """That a move to this host has come was never on record."""
+        self.instance.flavor.ephemeral_gb = self.instance.flavor.swap = 1
+        disks = self.disks(self.record())
+        disks.set(name, self.ceph_record(host='other', migration_id=7))
+        records.went_back(disks)
+        self.assertEqual([], disks.leftovers)
+        self.assertEqual(('here', None), (
+            disks.get(name).host, disks.get(name).migration_id))
+
+    @ddt.data(('ready', 'libvirt-storage-rbd'), ('ready', 'rbd'),
+              ('building', 'rbd'))
+    @ddt.unpack
+    def test_adopt(self, state, backend):
+        disks = self.disks(self.record(host='other'))
+        disks.set('disk.swap', self.record(
+            backend=backend, host='other', state=state))
+        records.adopt(disks)
+        self.assertEqual(
+            ('other', 'here' if state == 'ready' else 'other'),
+            tuple(record.host for _name, record in disks.items()))
 
     @ddt.data(('here', 0, True), ('other', 0, False), ('here', 1, False))
     @ddt.unpack

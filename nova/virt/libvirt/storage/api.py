@@ -517,8 +517,10 @@ class LocalDisks:
         if not self._has_pools:
             return
         root = metadata.InstanceDisks.load(context, instance).get('disk')
-        if (root is not None and root.is_on_ceph and
-                not root.came_into_ceph):
+        # The driver does it with images_type = rbd.
+        if (root is not None and lifecycle.is_everywhere(root) and
+                not root.came_into_ceph and
+                CONF.libvirt.images_type != 'rbd'):
             self._local.image_backend.by_name(
                 instance, 'disk',
                 disk_info_mapping={'metadata': root}).remove_snap(

@@ -210,14 +210,17 @@ class Reboot(Return):
         lifecycle.forget_unfinished(self.records, self.image, unwanted)
         lifecycle.adopt(self.records)
         self._end_rescue()
-        self._begin_brought(disk_info)
+        self._begin_brought(disk_info, guest_config)
         self.take_up(disk_info, guest_config,
                      remade=lifecycle.REMADE | self._brought())
         self.make_unfinished(driver)
         # From here on the source's copies are no longer kept.
         self.look_again()
+        root = self.records.get('disk')
+        was_moved = root is not None and root.previous is not None
         source.settle(self._context, self._instance, self.records)
-        self._remove_snapshot()
+        if was_moved:
+            self._remove_snapshot(root)
         self.move_to_pools(disk_info)
 
     def _brought(self):
@@ -225,18 +228,22 @@ class Reboot(Return):
 
         The guest has never had them.
         """
-        old = self._instance.old_flavor
-        if not old:
+        if 'old_flavor' not in self._instance or (
+                not self._instance.old_flavor):
             return set()
+        old = self._instance.old_flavor
         return {name for name, size in (('disk.local', old.ephemeral_gb),
                                         ('disk.swap', old.swap)) if not size}
 
-    def _begin_brought(self, disk_info):
+    def _begin_brought(self, disk_info, guest_config):
         """Record those of them that the resize has failed to begin."""
-        if not self.records.items():
-            return     # An older compute has sent the instance.
-        for name in self._brought() & set(disk_info['mapping']):
-            if self.records.get(name) is None:
+        for name in self._brought():
+            # An older compute, on this host then, may have made it.
+            if (name in disk_info['mapping'] and
+                    self.records.get(name) is None and
+                    unrecorded.made_before_records(
+                        self._instance, name, guest_config,
+                        self._configured()) is None):
                 image = self.image(name, {
                     **disk_info['mapping'][name],
                     'taken': leftovers.names(self.records)})
@@ -245,10 +252,9 @@ class Reboot(Return):
                 if record.is_in_pool:
                     self.records.set(name, record)
 
-    def _remove_snapshot(self):
+    def _remove_snapshot(self, root):
         """Remove what a resize went back to, had it been reverted."""
-        root = self.records.get('disk')
-        if root is None or not root.is_on_ceph or (
+        if not lifecycle.is_everywhere(root) or (
                 self._instance.vm_state == vm_states.RESIZED):
             return
         try:

@@ -93,10 +93,12 @@ def note_undeleted(connection, disks):
     except exception.InvalidDiskMetadata:
         disks.clear()
         left = set()
+    has_gone = ownership.has_gone_with_images(disks.instance)
     try:
         for volume in ownership.get_volumes(
                 connection, disks.instance.uuid, disks=disks):
-            left.add((volume.pool.name, volume.name))
+            if not (volume.pool.kind().is_ceph and has_gone):
+                left.add((volume.pool.name, volume.name))
     except exception.NovaException as e:
         LOG.error('What else is left of the disks on this host is not known: '
                   '%s', e, instance=disks.instance)
@@ -110,6 +112,16 @@ def _may_be_there(connection, record):
             connection, record.pool, CONF.host).find(record.volume) is not None
     except exception.NovaException:
         return True
+
+
+def _is_ceph(connection, pool_name):
+    """Whether what another host has in a pool of this name may be here."""
+    try:
+        return storage_pool.StoragePool(
+            connection, pool_name, CONF.host).kind().is_ceph
+    except exception.NovaException:
+        # Then nothing can be deleted there, either.
+        return False
 
 
 def on_host(disks, host):
@@ -147,7 +159,9 @@ def delete(connection, disks, keep=frozenset()):
     places = set(on_host(disks, CONF.host)) - keep
     in_use = {(record.pool, record.volume) for _name, known in disks.items()
               for record in (known, known.previous)
-              if record is not None and record.host == CONF.host}
+              if record is not None and (
+                  record.host == CONF.host or record.is_on_ceph and
+                  _is_ceph(connection, record.pool))}
     still = delete_volumes(
         connection, CONF.host, places - in_use, disks.instance)
     forget(disks, CONF.host, places - set(still))

@@ -298,7 +298,7 @@ def _originals(disks):
                 is_evacuated and not record.is_on_ceph)}
 
 
-def _is_everywhere(record):
+def is_everywhere(record):
     """Whether all hosts see a disk."""
     return (record.is_on_ceph or
             record.backend == fields.LibvirtDiskBackend.RBD)
@@ -307,7 +307,7 @@ def _is_everywhere(record):
 def _discard(image, record):
     """Drop what an earlier try has left of a disk."""
     if not record.is_building or (
-            record.host != CONF.host and not _is_everywhere(record)):
+            record.host != CONF.host and not is_everywhere(record)):
         return
     if record.is_in_pool:
         image.delete()
@@ -497,7 +497,7 @@ def adopt(disks) -> None:
     killed, or Ceph didn't answer, before that was on record.
     """
     for name, record in disks.items():
-        if (_is_everywhere(record) and not record.is_building and
+        if (is_everywhere(record) and not record.is_building and
                 record.host != CONF.host):
             record.host, record.migration_id = CONF.host, None
             disks.set(name, record)
@@ -518,7 +518,7 @@ def went_back(disks) -> None:
             continue
         if before is not None and before.host == CONF.host:
             disks.set(name, before)
-        elif not _is_everywhere(record) or record.is_building or (
+        elif not is_everywhere(record) or record.is_building or (
                 _is_brought(disks.instance, name)):
             # Made on the other host: not here.
             _leave(disks, name, record, CONF.host)

@@ -81,7 +81,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
 
     # Cold migration and resize
 
-    def _confirm(self, previous):
+    def _confirm(self, previous, backend='libvirt-storage-rbd'):
         """:param previous: the backend of the root disk before the resize"""
         self.api._has_pools = True
         self.image_backend.reset_mock()
@@ -89,7 +89,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.image_backend.by_name.side_effect = (
             lambda *args, **kwargs: self.assertFalse(forget.called) or
             mock.Mock())
-        root = metadata.LibvirtDiskMetadata(backend='libvirt-storage-rbd')
+        root = metadata.LibvirtDiskMetadata(backend=backend)
         if previous:
             root.previous = metadata.LibvirtDiskMetadata(backend=previous)
         self.patch('records.metadata.InstanceDisks.load',
@@ -100,6 +100,13 @@ class LocalDisksTestCase(test.NoDBTestCase):
     def test_confirm_removes_the_snapshot(self):
         self.assertTrue(self._confirm(None))
         self.assertTrue(self._confirm('libvirt-storage-rbd'))
+
+    def test_confirm_of_images_outside_of_the_pools(self):
+        self.assertFalse(self._confirm('qcow2', 'qcow2'))
+        self.assertTrue(self._confirm('rbd', 'rbd'))
+        self.flags(images_type='rbd', group='libvirt')
+        # The driver does.
+        self.assertFalse(self._confirm('rbd', 'rbd'))
 
     def test_confirm_of_what_came_into_ceph(self):
         """This host need not have such a pool."""
@@ -848,6 +855,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.api._has_pools = True
         self.patch('pool.ownership.delete_volumes', return_value=False)
         self.patch('pool.ownership.get_volumes', return_value=iter(()))
+        self.patch('pool.ownership.has_gone_with_images', return_value=False)
         self.patch('pool.pool.StoragePool.find')
         self.instance.task_state = task_states.REBUILDING
         disks = metadata.InstanceDisks(

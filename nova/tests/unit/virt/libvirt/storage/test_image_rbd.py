@@ -14,6 +14,7 @@
 import os
 from unittest import mock
 
+import ddt
 import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
 from oslo_utils import units
@@ -191,6 +192,7 @@ class WhichTestCase(RbdDiskTestCase):
                          (record.volume, record.state))
 
 
+@ddt.ddt
 class RebuildTestCase(RbdDiskTestCase):
 
     def setUp(self):
@@ -256,6 +258,27 @@ class RebuildTestCase(RbdDiskTestCase):
             then=lambda: setattr(self.ceph, 'answers', True))
         self.assertEqual(('%s_disk.1' % uuids.instance, 'building'),
                          (record.volume, record.state))
+
+    @ddt.data('here', 'there')
+    def test_source_of_an_evacuation_is_back(self, host):
+        """The images are another host's, or will be."""
+        self.stub_out('nova.objects.MigrationList.get_by_filters',
+                      lambda *args: [mock.Mock(status='accepted')])
+        self.instance.host = host
+        with mock.patch('nova.virt.libvirt.storage.pool.ownership.'
+                        'delete_volumes', return_value=False):
+            self.rebuild()
+        self.assertEqual([], self.disks().leftovers)
+
+    def test_noted_where_it_is_another_hosts_disk(self):
+        disks = self.disks()
+        record = disks.get('disk')
+        record.host = 'there'
+        disks.set('disk', record)
+        leftovers.note(disks, 'here', [('ceph', record.volume)])
+        leftovers.delete(self.conn, disks)
+        self.assertIn(record.volume, self.images)
+        self.assertEqual([], disks.leftovers)
 
     def test_broken_record(self):
         """A rebuild is the way out of it."""

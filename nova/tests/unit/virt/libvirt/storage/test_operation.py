@@ -620,18 +620,33 @@ class RebootTestCase(OperationTestCase):
         self.instance.old_flavor.ephemeral_gb = 1
         self.assertRaises(exception.DiskNotFinished, self.check)
 
-    def test_older_compute_has_sent_the_disks(self):
+    def test_older_compute_has_made_the_disk(self):
+        """It keeps no records, and the guest has written to the file."""
         self._fail_to_resize('disk', 'disk.local')
-        self.records.clear()
+        directory = os.path.join(reboot.CONF.instances_path, uuids.instance)
+        os.mkdir(directory)
+        with open(os.path.join(directory, 'disk.local'), 'w'):
+            pass
         self._finish('disk', 'disk.local')
-        self.assertEqual([], self.images)
+        self.assertEqual([], self.made)
+        self.assertFalse(self.records.get('disk.local').is_in_pool)
 
-    @ddt.data(('active', True), ('error', True), ('resized', False))
+    def test_volume_backed_instance(self):
+        """It has had no records until now."""
+        self._fail_to_resize('disk.swap')
+        self.records.clear()
+        self._finish('disk.swap')
+        self.assertEqual(['disk.swap'], [made[0] for made in self.made])
+
+    @ddt.data(('active', 'libvirt-storage-rbd', True),
+              ('error', 'rbd', True), ('error', 'qcow2', False),
+              ('resized', 'libvirt-storage-rbd', False))
     @ddt.unpack
-    def test_snapshot_of_a_resize(self, vm_state, expected):
+    def test_snapshot_of_a_resize(self, vm_state, backend, expected):
         """One that may be reverted yet is started with its host."""
         self.instance.vm_state = vm_state
-        self.records.set('disk', record(backend='libvirt-storage-rbd'))
+        self.records.set('disk', record(
+            backend=backend, previous=record(backend=backend, host='there')))
         image = self.local.image_backend.by_name.return_value
         self.bring_in_order()
         self.assertEqual(expected, image.remove_snap.called)
@@ -639,6 +654,13 @@ class RebootTestCase(OperationTestCase):
         image.remove_snap.side_effect = self.off
         self.bring_in_order()
         self.assertEqual(expected, 'is left' in self.stdlog.logger.output)
+
+    def test_snapshot_of_a_revert_that_has_failed(self):
+        """An operator may go back to it."""
+        self.instance.vm_state = 'error'
+        self.records.set('disk', record(backend='libvirt-storage-rbd'))
+        self.bring_in_order()
+        self.local.image_backend.by_name.assert_not_called()
 
     def test_disks_that_came(self):
         # finish_migration has failed; a hard reboot is the way out.

@@ -13,6 +13,7 @@
 from unittest import mock
 
 import ddt
+import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import exception
@@ -35,6 +36,8 @@ class UndeletedTestCase(base.PoolsTestCase):
             objects.Instance(uuid=uuids.instance), {},
             mock.Mock(driver_info=None))
         self.disks.save = mock.Mock()
+        self.useFixture(fixtures.MockPatchObject(
+            ownership, 'has_gone_with_images', return_value=False))
         # By name, whether a volume is there, None if that can't be told
         self.there = {}
         self.stub_out('nova.virt.libvirt.storage.pool.pool.StoragePool.find',

@@ -518,7 +518,7 @@ class LocalDisks:
             return
         root = metadata.InstanceDisks.load(context, instance).get('disk')
         # The driver does it with images_type = rbd.
-        if (root is not None and lifecycle.is_everywhere(root) and
+        if (root is not None and root.is_everywhere and
                 not root.came_into_ceph and
                 CONF.libvirt.images_type != 'rbd'):
             self._local.image_backend.by_name(

@@ -284,12 +284,7 @@ class LibvirtStorage(imagebackend.Image):
                 self._preallocate(size)
             return
 
-        # The volume may be anybody's, so the file is made elsewhere.
-        generated = os.path.join(
-            libvirt_utils.get_instance_path(self.instance),
-            self.volume_name + '.part')
-        fileutils.ensure_tree(os.path.dirname(generated))
-        try:
+        with self._scratch_file() as generated:
             func(target=generated)
             length = os.path.getsize(generated)
             with self._created(self._create_empty,
@@ -298,8 +293,20 @@ class LibvirtStorage(imagebackend.Image):
                 clearing.clear_rest(volume, length)
                 self._grow(size)
                 self._preallocate(size or length)
+
+    @contextlib.contextmanager
+    def _scratch_file(self):
+        """Give the path of a file for what becomes the disk's content.
+
+        The volume may be anybody's, so it is made elsewhere.
+        """
+        path = os.path.join(libvirt_utils.get_instance_path(self.instance),
+                            self.volume_name + '.part')
+        fileutils.ensure_tree(os.path.dirname(path))
+        try:
+            yield path
         finally:
-            fileutils.delete_if_exists(generated)
+            fileutils.delete_if_exists(path)
 
     def _write(self, volume, path, source_format):
         """Write an image to a new volume of the disk's format."""
@@ -311,14 +318,9 @@ class LibvirtStorage(imagebackend.Image):
         if source_format == RAW:
             self._upload(volume, path)
             return
-        converted = os.path.join(
-            libvirt_utils.get_instance_path(self.instance),
-            self.volume_name + '.part')
-        try:
+        with self._scratch_file() as converted:
             images.convert_image(path, converted, source_format, RAW)
             self._upload(volume, converted)
-        finally:
-            fileutils.delete_if_exists(converted)
 
     def _upload(self, volume, path):
         # A hole gives back what was allocated to the volume. It is allocated

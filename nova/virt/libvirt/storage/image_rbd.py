@@ -22,7 +22,6 @@ of the one backend becomes one of the other by its record alone.
 import os
 
 from oslo_log import log as logging
-from oslo_utils import fileutils
 
 from nova.compute import task_states
 import nova.conf
@@ -38,7 +37,6 @@ from nova.virt.libvirt.storage.pool import ceph as ceph_pool
 from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import metadata
-from nova.virt.libvirt import utils as libvirt_utils
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -117,16 +115,11 @@ class LibvirtStorageRbd(imagebackend.Rbd, image.LibvirtStorage):
             LOG.debug('Image %(image)s is not cloned: %(reason)s',
                       {'image': image_id, 'reason': e},
                       instance=self.instance)
-        raw = os.path.join(libvirt_utils.get_instance_path(self.instance),
-                           self.volume_name + '.part')
-        fileutils.ensure_tree(os.path.dirname(raw))
-        try:
+        with self._scratch_file() as raw:
             images.convert_image(
                 base, raw, self._inspect_base(base).file_format,
                 fields.LibvirtDiskFormat.RAW)
             self.driver.import_image(raw, self.rbd_name)
-        finally:
-            fileutils.delete_if_exists(raw)
 
     @property
     def ceph(self) -> ceph_pool.CephPool:

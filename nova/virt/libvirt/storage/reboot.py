@@ -254,7 +254,7 @@ class Reboot(Return):
 
     def _remove_snapshot(self, root):
         """Remove what a resize went back to, had it been reverted."""
-        if not lifecycle.is_everywhere(root) or (
+        if not root.is_everywhere or (
                 self._instance.vm_state == vm_states.RESIZED):
             return
         try:

@@ -161,9 +161,8 @@ def take_back(disks, guest_config, configured):
             continue
         if record.is_building:
             leftovers.note_disk(disks, record)
-        elif (record.is_on_ceph or
-                record.backend == fields.LibvirtDiskBackend.RBD):
-            own = record    # one and the same on all hosts
+        elif record.is_everywhere:
+            own = record
             own.host = CONF.host
         own.size = record.size
         disks.set(name, own)

@@ -157,11 +157,14 @@ def delete(connection, disks, keep=frozenset()):
     :param keep: set of (pool, volume) which stay for now, and noted
     """
     places = set(on_host(disks, CONF.host)) - keep
-    in_use = {(record.pool, record.volume) for _name, known in disks.items()
-              for record in (known, known.previous)
-              if record is not None and (
-                  record.host == CONF.host or record.is_on_ceph and
-                  _is_ceph(connection, record.pool))}
+    known = [record for _name, disk in disks.items()
+             for record in (disk, disk.previous) if record is not None]
+    in_use = {(record.pool, record.volume) for record in known
+              if record.host == CONF.host}
+    on_ceph = {(record.pool, record.volume) for record in known
+               if record.is_on_ceph}
+    in_use |= {place for place in places & on_ceph
+               if _is_ceph(connection, place[0])}
     still = delete_volumes(
         connection, CONF.host, places - in_use, disks.instance)
     forget(disks, CONF.host, places - set(still))

@@ -298,16 +298,10 @@ def _originals(disks):
                 is_evacuated and not record.is_on_ceph)}
 
 
-def is_everywhere(record):
-    """Whether all hosts see a disk."""
-    return (record.is_on_ceph or
-            record.backend == fields.LibvirtDiskBackend.RBD)
-
-
 def _discard(image, record):
     """Drop what an earlier try has left of a disk."""
     if not record.is_building or (
-            record.host != CONF.host and not is_everywhere(record)):
+            record.host != CONF.host and not record.is_everywhere):
         return
     if record.is_in_pool:
         image.delete()
@@ -497,7 +491,7 @@ def adopt(disks) -> None:
     killed, or Ceph didn't answer, before that was on record.
     """
     for name, record in disks.items():
-        if (is_everywhere(record) and not record.is_building and
+        if (record.is_everywhere and not record.is_building and
                 record.host != CONF.host):
             record.host, record.migration_id = CONF.host, None
             disks.set(name, record)
@@ -518,7 +512,7 @@ def went_back(disks) -> None:
             continue
         if before is not None and before.host == CONF.host:
             disks.set(name, before)
-        elif not is_everywhere(record) or record.is_building or (
+        elif not record.is_everywhere or record.is_building or (
                 _is_brought(disks.instance, name)):
             # Made on the other host: not here.
             _leave(disks, name, record, CONF.host)

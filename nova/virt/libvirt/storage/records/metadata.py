@@ -169,6 +169,12 @@ class LibvirtDiskMetadata(base.NovaObject):
         return self.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE_RBD
 
     @property
+    def is_everywhere(self) -> bool:
+        """Whether all hosts see the disk, as a volume of a pool or not."""
+        return (self.is_on_ceph or
+                self.backend == fields.LibvirtDiskBackend.RBD)
+
+    @property
     def came_into_ceph(self) -> bool:
         """Whether that was made for a move, beside its original.
 

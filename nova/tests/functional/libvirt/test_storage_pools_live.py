@@ -16,7 +16,9 @@ import os
 from unittest import mock
 
 import fixtures
+import oslo_messaging
 
+from nova import exception
 from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.tests.fixtures import libvirt_hosts
 from nova.tests.functional.api import client
@@ -269,6 +271,47 @@ class TestLiveMigration(LiveTestBase):
             server['id']).isActive())
         self.assertEqual([], self.leftovers(server))
 
+    def _receive_late(self, server):
+        """Have compute2 hang before anything is on record.
+
+        :returns: a function that has it go on
+        """
+        disks = self.computes['compute2'].manager.driver._local_disks
+        late = []
+
+        def hang(*args):
+            late.extend(args)
+            raise oslo_messaging.MessagingTimeout('its pool is silent')
+
+        with mock.patch.object(disks, 'receive_live', hang):
+            self._live_migrate(server, 'failed', 'ACTIVE', host='compute2',
+                               wait_for_fault_key=False)
+
+        def go_on(domain=None):
+            with self.hosts.on('compute2'):
+                self.assertRaisesRegex(
+                    exception.MigrationError, 'was over', disks.receive_live,
+                    *late)
+
+        return go_on
+
+    def test_destination_is_ready_when_the_server_goes_elsewhere(self):
+        self.start_compute('compute3')
+        server = self.boot_with_all()
+        self.migrations.during = self._receive_late(server)
+        self._live_migrate(server, host='compute3')
+        self.assert_moved(server, 'compute3', 'compute1')
+        self.assertEqual([], self.volumes('compute2', server))
+
+    def test_destination_is_ready_when_the_server_has_gone_elsewhere(self):
+        self.start_compute('compute3')
+        server = self.boot_with_all()
+        go_on = self._receive_late(server)
+        self._live_migrate(server, host='compute3')
+        go_on()
+        self.assert_moved(server, 'compute3', 'compute1')
+        self.assertEqual([], self.volumes('compute2', server))
+
     def test_source_is_killed_before_it_cleans_up(self):
         server = self.boot_with_all()
         driver = self.computes['compute1'].manager.driver
@@ -389,6 +432,37 @@ class TestSharedPools(LiveTestBase):
         self.migrations.during = fail
         self.fail_to_migrate(server)
         self.assert_shared(server, 'compute1', *VOLUMES)
+
+    def test_guest_runs_there_and_nobody_has_told(self):
+        """The link is cut at the very end; QEMU there holds the disks."""
+        server = self.boot_shared('root', 'ephemeral', 'swap', 'config')
+
+        def lose(domain):
+            params = self.migrations.params[-1]
+            guest = self.connections['compute2'].createXML(
+                params['destination_xml'], 0)
+            guest.persistent_xml = params['persistent_xml']
+            domain._state = fakelibvirt.VIR_DOMAIN_PAUSED
+            domain.state = lambda flags=0: [
+                domain._state, fakelibvirt.VIR_DOMAIN_PAUSED_MIGRATION]
+            domain.isActive = lambda: 1
+            raise self.migrations.error(38, 'end of file while reading')
+
+        self.migrations.during = lose
+        self._live_migrate(server, 'error', 'ERROR', host='compute2',
+                           wait_for_fault_key=False)
+        self.assertTrue(self.connections['compute2'].lookupByUUIDString(
+            server['id']).isActive())
+        self.assertEqual(
+            {('compute1', 'compute2')},
+            {(record.host, record.next.host)
+             for record in self.records(server).values()})
+        instance = moves.objects.Instance.get_by_uuid(
+            self.context, server['id'])
+        with self.hosts.on('compute1'):
+            self.assertRaises(
+                exception.DisksMayBeElsewhere,
+                self.computes['compute1'].manager.driver.unpause, instance)
 
     def test_root_alone(self):
         server = self.boot_shared('root')

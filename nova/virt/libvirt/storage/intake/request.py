@@ -246,8 +246,13 @@ class Request:
         :raises: exception.StorageIntakeRefused
         """
         disks = self._disks()
+        # What is made here once the server has come is on no migration's
+        # record either.
+        mine = {self.migration.id}
+        if self.instance.host == self.migration.source_compute:
+            mine.add(None)
         allowed = {(record.pool, record.volume) for record in self._coming()
-                   if not self._is_of_another(record)}
+                   if record.migration_id in mine}
         allowed.update(leftovers.on_host(disks, CONF.host))
         found, places = [], self.get('places', list)
         if len(places) > _MOST_PLACES:

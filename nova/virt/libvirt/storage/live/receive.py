@@ -179,6 +179,9 @@ class Receiver:
         for disk in self._data.disks:
             self._check_disk(disk)
         self._choose_names()
+        # That may have taken long.
+        self._disks = metadata.InstanceDisks.load(
+            self._context, self._instance)
         self._check_awaited()
         self._save_next()
         try:

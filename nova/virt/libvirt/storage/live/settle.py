@@ -35,6 +35,8 @@ killed: who goes on
         here, and only an operator can look on B
     libvirt on A, when all has been sent and the guest isn't undefined yet: the
         same; what is left is paused or off, because it has migrated
+    the link between both libvirts, when all has been sent: the same, if A
+        can't resume the guest; it stays paused
     A as a whole: the same; what is left is off, and nothing says why. No
         third host starts the instance either
     post-copy, when the link is lost: the same; the guest is on B
@@ -70,6 +72,9 @@ LOG = logging.getLogger(__name__)
 # How often, and at which intervals in seconds, libvirt is asked whether it has
 # ended a migration.
 _LOOKS, _POLL = 60, 0.5
+
+# VIR_DOMAIN_PAUSED_API_ERROR (libvirt 9.2): it couldn't resume the guest.
+_PAUSED_API_ERROR = 14
 
 MADE = fields.LibvirtLiveMigrateDiskWay.MADE
 
@@ -198,7 +203,7 @@ def _may_have_gone(host, guest):
                           libvirt.VIR_DOMAIN_SHUTOFF_DAEMON)
     if guest.get_power_state(host) != power_state.PAUSED:
         return False
-    if reason == libvirt.VIR_DOMAIN_PAUSED_MIGRATION:
+    if reason in (libvirt.VIR_DOMAIN_PAUSED_MIGRATION, _PAUSED_API_ERROR):
         return not _is_moving(guest)
     return reason in (libvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
                       libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED)

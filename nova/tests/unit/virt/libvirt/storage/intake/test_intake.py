@@ -261,6 +261,16 @@ class IntakeTestCase(IntakeTestBase):
             places=[[POOL, self.name]])))
         self.assertIn(self.name, self.dest.pools[POOL])
 
+    def test_what_is_made_here_of_a_server_that_came_once(self):
+        """Such a disk is on no migration's record either."""
+        self.create()
+        self.on_its_way('disk', migration_id=None, previous=None)
+        self.instance.host = 'dest'
+        self.migration.status = 'confirmed'
+        self.assertIn('may be a disk', self.refused(
+            'delete', places=[[POOL, self.name]]))
+        self.assertEqual([self.name], list(self.dest.pools[POOL]))
+
     def test_leftovers_may_be_deleted(self):
         left = '%s_disk.7' % self.instance.uuid
         self.dest.pools[POOL][left] = {'length': 5, 'allocation': 5}

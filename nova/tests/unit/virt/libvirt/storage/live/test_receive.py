@@ -379,6 +379,23 @@ class TestCheck(ReceiveTestCase):
         self.assertEqual(status == 'preparing', all(
             record.next for _name, record in self.load().items()))
 
+    def test_what_has_changed_since_it_was_read_stays(self):
+        """To list a pool can take minutes."""
+        self.plan()
+
+        def file_names(pool):
+            disk = (disks := self.load()).get('disk')
+            disk.size += 1
+            disks.set('disk', disk)
+            disks.save(self.context)
+            return set()
+
+        size = self.load().get('disk').size
+        with mock.patch.object(receive.storage_pool.StoragePool,
+                               'file_names', file_names):
+            self.receive()
+        self.assertLess(size, self.load().get('disk').size)
+
     def test_leftovers_of_an_earlier_one(self):
         self.plan()
         self.begin()

@@ -188,6 +188,8 @@ class SettleTestCase(LiveTestCase):
 
     @ddt.data((fakelibvirt.VIR_DOMAIN_PAUSED_MIGRATION,
                fakelibvirt.VIR_DOMAIN_JOB_NONE),
+              (fakelibvirt.VIR_DOMAIN_PAUSED_API_ERROR,
+               fakelibvirt.VIR_DOMAIN_JOB_NONE),
               (fakelibvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
                fakelibvirt.VIR_DOMAIN_JOB_UNBOUNDED),
               (fakelibvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED,

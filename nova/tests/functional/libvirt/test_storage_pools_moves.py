@@ -264,6 +264,28 @@ class TestMoves(MovesTestBase):
         self.assert_deleted(server)
 
 
+class TestLargerThanFlavor(MovesTestBase):
+
+    def test_migrate_again(self):
+        """As a resize of a legacy disk that has failed leaves it."""
+        server = self.boot()
+        self.raw_pool('compute1').storageVolLookupByName(
+            server['id'] + '_disk').resize(3 << 30)
+        instance = objects.Instance.get_by_uuid(self.context, server['id'])
+        disks = storage_pools.metadata.InstanceDisks.load(
+            self.context, instance)
+        record = disks.get('disk')
+        record.size = 3 << 30
+        disks.set('disk', record)
+        disks.save(self.context)
+        for _time in range(2):
+            self._migrate_server(server)
+            self._confirm_resize(server)
+        self._migrate_server(server)
+        self._revert_resize(server)
+        self.assertEqual(3 << 30, self.records(server)['disk'].size)
+
+
 @ddt.ddt
 class TestEvacuationFails(MovesTestBase):
     """The host that was left is back, and has all of the disks."""

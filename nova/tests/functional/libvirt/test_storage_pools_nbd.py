@@ -16,9 +16,11 @@ Played are qemu-nbd and the pump; ports are opened on loopback addresses.
 
 import os
 import typing as ty
+from unittest import mock
 
 import fixtures
 
+from nova import exception
 from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.tests.fixtures import libvirt_hosts
 from nova.tests.functional.libvirt import storage_pools
@@ -80,6 +82,32 @@ class TestMovesOverNbd(NbdTestBase):
         self.assert_waits(server)
         self._confirm_resize(server)
         self.assert_settled(server, 'compute2', 'compute1')
+
+
+class TestFailedResizeOverNbd(NbdTestBase):
+
+    # An error on a host is none of the API.
+    CAST_AS_CALL = False
+
+    def test_migrate_afterwards(self):
+        """The disk has grown, and to libvirt it is a raw file yet."""
+        server = self.boot()
+        # compute1 has the guest defined.
+        self.start_compute('compute3')
+        fakelibvirt.PEERS.clear()
+        with mock.patch(moves.TestEvacuationFails.XML,
+                        side_effect=exception.InternalError('no')):
+            self.api.post_server_action(server['id'], {'resize': {
+                'flavorRef': self.flavor(disk=3)}})
+            server = self._wait_for_state_change(server, 'ERROR')
+        self._reboot_server(server, hard=True)
+        self.assertEqual(3 << 30, self.records(server)['disk'].size)
+        host = server['OS-EXT-SRV-ATTR:host']
+        self.api.post_server_action(server['id'], {'migrate': {
+            'host': 'compute2' if host == 'compute3' else 'compute3'}})
+        self._wait_for_state_change(server, 'VERIFY_RESIZE')
+        self._confirm_resize(server)
+        self.assertEqual(3 << 30, self.records(server)['disk'].size)
 
 
 class TestRefusalsOverNbd(NbdTestBase):

@@ -504,6 +504,9 @@ class LibvirtStorage(imagebackend.Image):
             # What libvirt calls the capacity may be read from a header that
             # the guest has written.
             return volume.physical()
+        if self._get_libvirt_format(volume) != QCOW2:
+            # To libvirt it is as large as its file.
+            return content.look_at_qcow2(volume.path).virtual_size
         return volume.info().capacity
 
     def _grow(self, size):

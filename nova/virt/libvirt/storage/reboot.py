@@ -218,6 +218,8 @@ class Reboot(Return):
         self.look_again()
         root = self.records.get('disk')
         was_moved = root is not None and root.previous is not None
+        if was_moved and root.host == CONF.host:
+            lifecycle.note_grown(self.records, self.image)
         source.settle(self._context, self._instance, self.records)
         if was_moved:
             self._remove_snapshot(root)

@@ -340,24 +340,51 @@ def finished(disks, image_of, suffix='') -> None:
     """
     measure(disks, image_of)
     if not suffix:
-        _note_sizes(disks)
+        for name, record in _of_flavor(disks):
+            note_size(disks, name, size_of(disks.instance, name, None))
     disks.mark(READY, [name for name, _record in disks.items()
                        if name.endswith('.rescue') == bool(suffix)])
 
 
-def _note_sizes(disks):
-    """Some disks have the flavor's sizes, before and after a resize.
+def _of_flavor(disks):
+    """Name and record of the disks that have the flavor's sizes.
 
-    An ephemeral disk with a mapping has the size that the mapping says.
+    An ephemeral disk with a mapping has the size that the mapping says, and a
+    logical volume isn't resized.
     """
-    for name in ('disk', 'disk.local'):
-        record = disks.get(name)
-        if record is None or record.backend == fields.LibvirtDiskBackend.LVM:
-            continue  # a logical volume isn't resized
-        size = size_of(disks.instance, name, None)
-        if size and size != record.size:
-            record.size = size
-            disks.set(name, record)
+    found = [(name, disks.get(name)) for name in ('disk', 'disk.local')]
+    return [(name, record) for name, record in found if record is not None and
+            record.backend != fields.LibvirtDiskBackend.LVM]
+
+
+def note_size(disks, name, size) -> None:
+    """Note how much a disk has grown. None ever shrinks.
+
+    That of a legacy host may be larger than its flavor says.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    :param size: in bytes; 0 if that isn't known
+    """
+    record = disks.get(name)
+    if size > (record.size or 0):
+        record.size = size
+        disks.set(name, record)
+
+
+def note_grown(disks, image_of) -> None:
+    """Note the sizes of disks that grew for a flavor, and then that failed.
+
+    The instance has its old flavor again.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    :param image_of: gives the Image of a disk's name and disk_info mapping
+    :raises: exception.StorageVolumeError, UnsafeDiskContent and others if a
+        disk can't be looked at
+    """
+    for name, record in _of_flavor(disks):
+        if record.is_in_pool and not record.is_building:
+            note_size(disks, name, image_of(
+                name, {'metadata': record}).get_disk_size(record.volume))
 
 
 def measure(disks, image_of) -> None:
@@ -517,7 +544,12 @@ def went_back(disks) -> None:
             # Made on the other host: not here.
             _leave(disks, name, record, CONF.host)
     adopt(disks)
-    _note_sizes(disks)
+    for name, record in _of_flavor(disks):
+        size = size_of(disks.instance, name, None)
+        # A volume that has grown was another one.
+        if size and (not record.is_in_pool or record.is_on_ceph):
+            record.size = size
+            disks.set(name, record)
 
 
 def _is_brought(instance, name):

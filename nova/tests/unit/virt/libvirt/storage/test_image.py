@@ -635,6 +635,15 @@ class LibvirtStorageTestCase(ImageTestCase):
         image.create_from_func(func, 4096)
         func.assert_not_called()
 
+    def test_size_of_an_overlay_that_libvirt_takes_for_raw(self):
+        """As one is that has come over NBD, until the pool is refreshed."""
+        image = self._new()
+        self.disks.add(image.volume_name, 'raw', self.SIZE)
+        with mock.patch('nova.virt.libvirt.storage.content.look_at_qcow2',
+                        return_value=mock.Mock(virtual_size=7)) as look:
+            self.assertEqual(7, image.get_disk_size(None))
+        look.assert_called_once_with(image.path)
+
     def _hostile(self, seen='qcow2', encryption=None):
         """A raw disk with a header which its guest has written."""
         self.flags(use_cow_images=False)

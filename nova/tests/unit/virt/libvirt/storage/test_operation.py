@@ -48,6 +48,8 @@ class OperationTestCase(test.NoDBTestCase):
         self.local = operation.LocalHost(
             mock.Mock(), mock.Mock(), mock.Mock(), 'qemu:///system',
             mock.Mock())
+        self.local.image_backend.by_name.return_value.get_disk_size = (
+            lambda volume: 1)
         self.guest = self.local.host.get_guest.return_value
         self.guest.is_active.return_value = False
         self.instance = objects.Instance(

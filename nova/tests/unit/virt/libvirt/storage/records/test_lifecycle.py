@@ -468,6 +468,22 @@ class TestFinished(RecordsTestCase):
         self.assertEqual((3 * units.Gi, units.Gi), (
             disks.get('disk.local').size, disks.get('disk.eph0').size))
 
+    def test_larger_than_the_flavor(self):
+        """As a resize of a legacy disk that has failed leaves it."""
+        disks = self.disks(self.record(size=8 * units.Gi))
+        self.finish(disks)
+        self.assertEqual(8 * units.Gi, disks.get('disk').size)
+
+    @ddt.data((8, 8), (2, 2), (1, 2))
+    @ddt.unpack
+    def test_grown_for_what_has_failed(self, is_, noted):
+        disks = self.disks(self.record(
+            backend='libvirt-storage', pool='p', size=2 * units.Gi,
+            volume=self.instance.uuid + '_disk'))
+        image = mock.Mock(get_disk_size=lambda volume: is_ * units.Gi)
+        records.note_grown(disks, lambda name, mapping: image)
+        self.assertEqual(noted * units.Gi, disks.get('disk').size)
+
     @ddt.data({'backend': 'lvm'}, {'root_gb': 0})
     def test_not_resized(self, given):
         self.instance.flavor.root_gb = given.pop('root_gb', 7)
@@ -844,6 +860,14 @@ class TestMoves(RecordsTestCase):
         disks = self.disks(self.record(size=20 * units.Gi))
         records.went_back(disks)
         self.assertEqual(7 * units.Gi, disks.get('disk').size)
+
+    def test_size_after_a_revert_of_a_disk_that_was_larger(self):
+        disks = self.disks(self.record(
+            backend='libvirt-storage', pool='p',
+            volume=self.instance.uuid + '_disk',
+            size=8 * units.Gi))
+        records.went_back(disks)
+        self.assertEqual(8 * units.Gi, disks.get('disk').size)
 
     def test_live_migrated_with_a_broken_record(self):
         disks = self.disks(self.record(host='other'))

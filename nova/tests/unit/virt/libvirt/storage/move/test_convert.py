@@ -43,6 +43,11 @@ def _is_running(pid):
         return False
 
 
+def _name_of(pid):
+    with open('/proc/%d/comm' % pid) as f:
+        return f.read().strip()
+
+
 class ConvertTestCase(test.NoDBTestCase):
 
     def setUp(self):
@@ -154,9 +159,14 @@ class ConvertTestCase(test.NoDBTestCase):
         self.addCleanup(service.wait)
         self.addCleanup(service.kill)
         pid = int(service.stdout.readline())
-        self.assertTrue(_is_running(pid))
+        # Until setpriv has become the command, it may not have asked yet for
+        # what it is to get.
+        self._wait_until(lambda: _name_of(pid) == 'sleep')
         service.kill()
+        self._wait_until(lambda: not _is_running(pid))
+
+    def _wait_until(self, condition):
         until = time.monotonic() + 10
-        while _is_running(pid):
+        while not condition():
             self.assertLess(time.monotonic(), until)
             time.sleep(.01)

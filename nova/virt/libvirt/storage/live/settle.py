@@ -56,6 +56,7 @@ from nova import exception
 from nova.i18n import _
 from nova import objects
 from nova.objects import fields
+from nova.virt.libvirt import migration as libvirt_migrate
 from nova.virt.libvirt.storage.records import evacuation
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import lifecycle
@@ -72,9 +73,6 @@ LOG = logging.getLogger(__name__)
 # How often, and at which intervals in seconds, libvirt is asked whether it has
 # ended a migration.
 _LOOKS, _POLL = 60, 0.5
-
-# VIR_DOMAIN_PAUSED_API_ERROR (libvirt 9.2): it couldn't resume the guest.
-_PAUSED_API_ERROR = 14
 
 MADE = fields.LibvirtLiveMigrateDiskWay.MADE
 
@@ -203,7 +201,8 @@ def _may_have_gone(host, guest):
                           libvirt.VIR_DOMAIN_SHUTOFF_DAEMON)
     if guest.get_power_state(host) != power_state.PAUSED:
         return False
-    if reason in (libvirt.VIR_DOMAIN_PAUSED_MIGRATION, _PAUSED_API_ERROR):
+    if reason in (libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
+                  libvirt_migrate.PAUSED_API_ERROR):
         return not _is_moving(guest)
     return reason in (libvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
                       libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED)

@@ -341,7 +341,8 @@ def finished(disks, image_of, suffix='') -> None:
     measure(disks, image_of)
     if not suffix:
         for name, record in _of_flavor(disks):
-            note_size(disks, name, size_of(disks.instance, name, None))
+            _note_size(disks, name, record,
+                       size_of(disks.instance, name, None))
     disks.mark(READY, [name for name, _record in disks.items()
                        if name.endswith('.rescue') == bool(suffix)])
 
@@ -357,15 +358,13 @@ def _of_flavor(disks):
             record.backend != fields.LibvirtDiskBackend.LVM]
 
 
-def note_size(disks, name, size) -> None:
+def _note_size(disks, name, record, size):
     """Note how much a disk has grown. None ever shrinks.
 
     That of a legacy host may be larger than its flavor says.
 
-    :param disks: the instance's InstanceDisks; the caller saves them
     :param size: in bytes; 0 if that isn't known
     """
-    record = disks.get(name)
     if size > (record.size or 0):
         record.size = size
         disks.set(name, record)
@@ -383,8 +382,9 @@ def note_grown(disks, image_of) -> None:
     """
     for name, record in _of_flavor(disks):
         if record.is_in_pool and not record.is_building:
-            note_size(disks, name, image_of(
-                name, {'metadata': record}).get_disk_size(record.volume))
+            image = image_of(name, {'metadata': record})
+            _note_size(disks, name, record,
+                       image.get_disk_size(record.volume))
 
 
 def measure(disks, image_of) -> None:

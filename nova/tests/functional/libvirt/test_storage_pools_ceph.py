@@ -16,6 +16,7 @@ from unittest import mock
 
 import fixtures
 
+from nova.compute import instance_actions
 from nova import exception
 from nova import objects
 from nova.tests.fixtures import ceph
@@ -360,6 +361,9 @@ class TestCephCutOff(CephTestBase):
             self.api.post_server_action(
                 server['id'], {'migrate': {'host': 'compute1'}})
             self.assertTrue(killed.wait(60))
+            # It sets the task state when it is over.
+            self._wait_for_action_fail_completion(
+                server, instance_actions.MIGRATE, 'compute_resize_instance')
             self._wait_for_server_parameter(
                 server, {'OS-EXT-STS:task_state': None})
 

@@ -28,6 +28,10 @@ BASE = storage_pools.BASE
 ALL = {'disk': 'qcow2', 'disk_eph0': 'qcow2', 'disk_swap': 'qcow2',
        'disk_config': 'qcow2'}
 VOLUMES = ['disk', 'disk.config', 'disk.eph0', 'disk.swap']
+# What an evacuated server gets has other names than what it had.
+EVACUATED = {name: (image_format, name.replace('_', '.') + '.1')
+             for name, image_format in ALL.items()}
+EVACUATED_VOLUMES = [name + '.1' for name in VOLUMES]
 
 
 class MovesTestBase(storage_pools.StoragePoolsTestBase):
@@ -255,12 +259,14 @@ class TestMoves(MovesTestBase):
             {('compute2', 'ready', None)},
             {(record.host, record.state, record.previous)
              for record in records.values()})
-        self.assertEqual(VOLUMES, self.volumes('compute2', server))
+        self.assertEqual(
+            EVACUATED_VOLUMES, self.volumes('compute2', server))
         self.assertEqual(VOLUMES, self.volumes('compute1', server))
         self.restart_compute_service('compute1')
         self.force_down('compute1', False)
         self.assert_nothing_left(server, 'compute1')
-        self.assertEqual(VOLUMES, self.volumes('compute2', server))
+        self.assertEqual(
+            EVACUATED_VOLUMES, self.volumes('compute2', server))
         self.assert_deleted(server)
 
 
@@ -325,9 +331,7 @@ class TestEvacuationFails(MovesTestBase):
         self.api.post_server_action(
             server['id'], {'os-resetState': {'state': 'active'}})
         self._migrate_server(server)
-        # What was begun there has the other name until it is deleted.
-        self.assert_written(
-            'compute2', server, '.1' if failing == self.XML else '')
+        self.assert_written('compute2', server)
 
     @ddt.data(XML, LAUNCH)
     def test_evacuate_again(self, failing):
@@ -337,7 +341,7 @@ class TestEvacuationFails(MovesTestBase):
         self.force_down('compute1', True)
         self._evacuate_server(server, expected_host='compute2',
                               expected_state='ACTIVE')
-        self.assert_ready('compute2', server, **ALL)
+        self.assert_ready('compute2', server, **EVACUATED)
 
     def test_evacuate_to_where_an_unshelve_has_failed(self):
         """What was begun there isn't the disk."""
@@ -360,6 +364,146 @@ class TestEvacuationFails(MovesTestBase):
             self.records(server)['disk'].volume)
         self.assertNotEqual(
             b'stale', volume._file().read(storage_pools.GUEST, 5))
+
+
+@ddt.ddt
+class TestStaleDisks(MovesTestBase):
+    """What a host has kept is no disk of an instance that comes to it."""
+
+    # An error on a host is none of the API.
+    CAST_AS_CALL = False
+
+    LAUNCH = TestEvacuationFails.LAUNCH
+    DELETE = 'nova.virt.libvirt.storage.pool.ownership.delete_volume'
+
+    def evacuate(self, server, source, dest, status='done'):
+        self.computes[source].stop()
+        self.force_down(source, True)
+        return self._evacuate_server(server, expected_host=dest,
+                                     expected_migration_status=status)
+
+    def unshelve(self, server, host):
+        self.api.post_server_action(server['id'], {'unshelve': {'host': host}})
+
+    def fail_to_unshelve(self, server, host):
+        self.unshelve(server, host)
+        self._wait_for_action_fail_completion(
+            server, instance_actions.UNSHELVE, 'compute_unshelve_instance')
+        self._wait_for_server_parameter(
+            server, {'OS-EXT-STS:task_state': None})
+
+    def spoil(self, host, server):
+        for name in self.volumes(host, server):
+            self.write(host, server, name, b'stale!')
+
+    def assert_fresh(self, host, server):
+        volume = self.raw_pool(host).storageVolLookupByName(
+            self.records(server)['disk'].volume)
+        self.assertNotIn(
+            volume._file().read(storage_pools.GUEST, 6),
+            (b'rooted', b'stale!'))
+
+    def restart_without_pool(self, host):
+        pool = self.raw_pool(host)
+        pool.destroy()
+        with mock.patch.object(pool, 'create', side_effect=(
+                storage_pools.libvirt_storage.error(38, 'no such device'))):
+            self.restart_compute_service(host)
+        pool.create()
+        self.force_down(host, False)
+
+    def test_evacuated_from_and_back_to(self):
+        server = self.boot_with_all()
+        server = self.evacuate(server, 'compute1', 'compute2')
+        self.restart_without_pool('compute1')
+        self.assertEqual(VOLUMES, self.volumes('compute1', server))
+        self._run_periodics()  # The host can take instances again.
+        # That is the first one's; the helper looks at no other.
+        server = self.evacuate(server, 'compute2', 'compute1', 'completed')
+        self.assert_fresh('compute1', server)
+        self.assertEqual(
+            {'%s_%s.2' % (server['id'], name) for name in VOLUMES},
+            {record.volume for record in self.records(server).values()})
+
+    def test_evacuated_from_is_swept(self):
+        server = self.boot_with_all()
+        server = self.evacuate(server, 'compute1', 'compute2')
+        self.restart_without_pool('compute1')
+        with self.hosts.on('compute1'):
+            driver = self.computes['compute1'].manager.driver
+            driver._local_disks.sweep(self.context, driver)
+        self.assertEqual([], self.volumes('compute1', server))
+        self.assert_ready('compute2', server, **EVACUATED)
+
+    @ddt.data('unshelve', 'evacuate')
+    def test_spawn_has_failed(self, then):
+        server = self.boot_with_all()
+        self._shelve_server(server, expected_state='SHELVED_OFFLOADED')
+        with mock.patch(self.LAUNCH, side_effect=exception.InternalError(
+                'no')), mock.patch(self.DELETE, return_value=False):
+            self.fail_to_unshelve(server, 'compute2')
+        self.assertEqual(VOLUMES, self.volumes('compute2', server))
+        self.spoil('compute2', server)
+        if then == 'unshelve':
+            self.unshelve(server, 'compute2')
+        else:
+            self.unshelve(server, 'compute1')
+        server = self._wait_for_state_change(server, 'ACTIVE')
+        if then == 'evacuate':
+            self.evacuate(server, 'compute1', 'compute2')
+        self.assert_fresh('compute2', server)
+
+    def test_spawn_was_cut_off(self):
+        """The disks were made, and the service was killed."""
+        server = self.boot_with_all()
+        self._shelve_server(server, expected_state='SHELVED_OFFLOADED')
+        with mock.patch(self.LAUNCH, side_effect=exception.InternalError(
+                'no')), mock.patch(
+                    'nova.virt.libvirt.driver.LibvirtDriver.cleanup'):
+            self.fail_to_unshelve(server, 'compute2')
+        self.spoil('compute2', server)
+        self.unshelve(server, 'compute1')
+        server = self._wait_for_state_change(server, 'ACTIVE')
+        self.evacuate(server, 'compute1', 'compute2')
+        self.assert_fresh('compute2', server)
+
+    def test_rebuild_has_failed(self):
+        server = self.boot_with_all()
+        with mock.patch(self.LAUNCH, side_effect=exception.InternalError(
+                'no')), mock.patch(self.DELETE, return_value=False):
+            self.api.post_server_action(server['id'], {'rebuild': {
+                'imageRef': storage_pools.IMAGE}})
+            self._wait_for_state_change(server, 'ERROR')
+        self.spoil('compute1', server)
+        self.api.post_server_action(
+            server['id'], {'reboot': {'type': 'HARD'}})
+        self._wait_for_action_fail_completion(
+            server, instance_actions.REBOOT, 'compute_reboot_instance')
+        server = self._rebuild_server(server, storage_pools.IMAGE)
+        self.assert_fresh('compute1', server)
+        self._migrate_server(server)
+        self._confirm_resize(server)
+        self.assert_nothing_left(server, 'compute1')
+
+    @ddt.data(False, True)
+    def test_evacuation_has_failed(self, was_cut_off):
+        server = self.boot_with_all()
+        self.computes['compute1'].stop()
+        self.force_down('compute1', True)
+        fault = ('nova.virt.libvirt.driver.LibvirtDriver.cleanup'
+                 if was_cut_off else self.DELETE)
+        with mock.patch(self.LAUNCH, side_effect=exception.InternalError(
+                'no')), mock.patch(fault, return_value=False):
+            server = self._evacuate_server(
+                server, expected_state='ERROR',
+                expected_migration_status='failed')
+        self.spoil('compute2', server)
+        self.restart_compute_service('compute1')
+        self.force_down('compute1', False)
+        self._reboot_server(server, hard=True)
+        self.assert_written('compute1', server)
+        self.evacuate(server, 'compute1', 'compute2')
+        self.assert_fresh('compute2', server)
 
 
 class TestEvacuationToLegacy(MovesTestBase):
@@ -422,7 +566,8 @@ class TestEvacuationOfSharedRoots(MovesTestBase):
         self.assertEqual(['disk'], self.volumes('compute2', server, 'shared'))
         self.assertEqual(b'rooted', self.root('compute2', server).read(
             storage_pools.GUEST, 6))
-        self.assertEqual(VOLUMES[1:], self.volumes('compute2', server))
+        self.assertEqual(
+            EVACUATED_VOLUMES[1:], self.volumes('compute2', server))
         self.assertEqual(
             {('compute2', 'ready')}, {
                 (record.host, record.state)
@@ -438,7 +583,8 @@ class TestEvacuationOfSharedRoots(MovesTestBase):
             driver._local_disks.sweep(self.context, driver)
         self.assertEqual(['disk'], self.volumes('compute1', server, 'shared'))
         self.assertEqual([], self.volumes('compute1', server))
-        self.assertEqual(VOLUMES[1:], self.volumes('compute2', server))
+        self.assertEqual(
+            EVACUATED_VOLUMES[1:], self.volumes('compute2', server))
 
     def test_source_is_back(self):
         """Its guest has never ended; what it has was noted as replaced."""

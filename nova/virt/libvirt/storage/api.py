@@ -457,10 +457,12 @@ class LocalDisks:
             settle.settle(context, self._local.host, disks.records)
             disks.take_up_running()
             disks.move_to_pools(guest_is_off=False)
+            disks.refuse_logical_volumes()
         except (exception.InvalidDiskMetadata, exception.DiskNotFinished,
                 exception.DiskBeingCopied, exception.DisksMayBeElsewhere,
                 exception.DiskTransitionFailed,
-                exception.LiveMigrationNotEnded) as error:
+                exception.LiveMigrationNotEnded,
+                exception.MigrationPreCheckError) as error:
             raise exception.InstanceFaultRollback(error)
         return source.prepare(
             state.ThisHost(self._local.host, self._local.uri,
@@ -772,7 +774,7 @@ class LocalDisks:
         """
         records = lifecycle.of_instance(instance, block_device_info)
         is_gone = unconfigured.delete(
-            self._local.image_backend, instance, records)
+            self._connection(), self._local.image_backend, instance, records)
         if not self._has_pools:
             return is_gone
         # Nobody has to write to what is deleted.
@@ -796,7 +798,11 @@ class LocalDisks:
         is_gone = ownership.delete_volumes(
             self._connection(), instance, keep=others,
             disks=records) and is_gone
-        if not is_gone and lifecycle.is_destroying(instance):
+        if not is_gone and (lifecycle.is_destroying(instance) or
+                            ownership.is_making(instance)):
+            # What came with the call may be of before a rebuild.
+            records = lifecycle.of_new_disks(
+                instance._context, instance, block_device_info)
             leftovers.note_undeleted(self._connection(), records)
             # In one save: a guest must not start from what is left.
             lifecycle.forget(instance._context, records)
@@ -858,8 +864,8 @@ class LocalDisks:
 
     def forget(self, context, instance, block_device_info) -> None:
         """Take destroyed disks off the record."""
-        lifecycle.forget(
-            context, lifecycle.of_instance(instance, block_device_info))
+        lifecycle.forget(context, lifecycle.of_new_disks(
+            context, instance, block_device_info))
 
     # Shared storage
 

@@ -29,6 +29,7 @@ from oslo_utils import units
 
 import nova.conf
 from nova import exception
+from nova.i18n import _
 from nova.objects import fields
 from nova.virt.libvirt import blockinfo
 from nova.virt.libvirt import imagecache
@@ -470,6 +471,19 @@ class DiskOperation:
                 self._local.get_connection(), name, CONF.host),
             libvirt_utils.get_instance_path(self._instance),
             imagecache.ImageCacheManager().cache_dir, guest_is_off)
+
+    def refuse_logical_volumes(self) -> None:
+        """Refuse to migrate what Nova has made as logical volumes itself.
+
+        :raises: exception.MigrationPreCheckError
+        """
+        names = [name for name, record in self.records.items()
+                 if record.backend == fields.LibvirtDiskBackend.LVM]
+        if names:
+            raise exception.MigrationPreCheckError(reason=_(
+                'migration is not supported for logical volumes that are in '
+                'no storage pool, as %s are; see "From images_type = lvm" in '
+                'the guide to storage pools') % ', '.join(names))
 
     def _goes_to_ceph(self):
         """Whether a disk would move into a pool that takes no files."""

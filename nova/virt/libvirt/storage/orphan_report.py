@@ -81,9 +81,10 @@ def look(context: 'nova_context.RequestContext',
     unread: list[orphans.Unread] = []
     with _asking_conductor(), _connected() as connection:
         own = set(objects.InstanceList.get_uuids_by_host(context, CONF.host))
+        # Each is judged when it is its turn: a server may have come since.
+        deleted = orphans.sweep(context, connection, own) if delete else []
         found = orphans.find(context, connection, own, unread)
-        deleted = orphans.delete(connection, found) if delete else []
-    return Found(found, unread, deleted)
+    return Found([*deleted, *found], unread, deleted)
 
 
 @contextlib.contextmanager

@@ -169,7 +169,8 @@ class Capture:
         directory = CONF.libvirt.snapshots_directory
         fileutils.ensure_tree(directory)
         try:
-            memory_file.check_room(directory, _memory(domain))
+            memory_file.check_room(
+                directory, _memory(domain) + watch_guest.RESERVE)
         except memory_file.Unusable as e:
             raise exception.LiveImageRefused(
                 instance_uuid=self._instance.uuid, reason=e) from e
@@ -208,7 +209,8 @@ class Capture:
         guest = self._guest()
         with watch_guest.Watch(
                 guest, self._host, CONF.libvirt.live_image_timeout,
-                self._instance) as watch:
+                self._instance, self._path('memory'),
+                _memory(domain)) as watch:
             guest.save_memory_live(
                 _memory_snapshot(domain, self._path('memory')))
             self._step = 'disk'

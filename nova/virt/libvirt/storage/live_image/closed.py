@@ -21,6 +21,8 @@ What names something of a host nevertheless, such as the source of a disk, is
 replaced by :mod:`definition`; what is that here has no entry of its own.
 """
 
+import collections
+
 from nova.i18n import _
 from nova.virt.libvirt.storage.live_image import memory_file
 from nova.virt.libvirt.storage.live_image import refusal
@@ -82,6 +84,11 @@ _RULES = (
                  "[@unit and @unit != 'KiB'] | "
                  "cpu/numa[not(sum(cell/@memory) = ../../memory)]",
                  _('its memory is counted otherwise than libvirt does')),
+    # The driver asks for one.
+    refusal.Rule("iothreads[not(. <= 1)] | iothreadids[iothread[2]]",
+                 _('it has more threads for disks than Nova gives')),
+    refusal.Rule("os/smbios[not(@mode='sysinfo' or @mode='emulate')]",
+                 _('it is told what its host is')),
     refusal.Rule("*[starts-with(name(), 'on_') and contains(., 'coredump')] | "
                  "devices/watchdog[@action='dump']",
                  _('it leaves its memory on the host when it crashes')),
@@ -98,10 +105,23 @@ def check(domain) -> None:
     found = [rule.reason for rule in (*refusal.RULES, *_RULES)
              if domain.xpath(rule.xpath)]
     found += [_('it has an element %s') % tag for tag in _unknown(domain)]
+    found += [_('it has more than one element %s') % tag
+              for tag in _repeated(domain)]
+    if domain.getroottree().docinfo.doctype:
+        found.append(_('it has a document type'))
     if found:
         raise memory_file.Unfit(
             _('its definition was not written by Nova: %s') %
             '; '.join(found))
+
+
+def _repeated(domain):
+    """Of two elements libvirt reads one or the other, or parts of both."""
+    counted = collections.Counter(
+        str(element.tag) for element in domain.iterchildren('*'))
+    # There is one of each security driver.
+    del counted['seclabel']
+    return sorted(tag for tag, number in counted.items() if number > 1)
 
 
 def _unknown(domain):

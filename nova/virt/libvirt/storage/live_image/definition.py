@@ -20,8 +20,10 @@ new ones when it goes on.
 """
 
 import copy
+import math
 
 from lxml import etree
+from oslo_utils import units
 from oslo_utils import uuidutils
 
 from nova.i18n import _
@@ -38,6 +40,9 @@ _REPLACED = ('name', 'uuid', 'title', 'description', 'metadata', 'sysinfo',
              'os/kernel', 'os/initrd')
 # Of disks likewise.
 _DISK_REPLACED = ('driver', 'source', 'backingStore', 'iotune')
+
+# What libvirt gives a guest's screen beyond what it is told to, at the most.
+_VIDEO_KIB = 256 * units.Ki
 
 
 class _Values(list):
@@ -131,6 +136,9 @@ def _compare(description, saved, wanted, instance_uuid):
                       wanted.findtext('memory'))
     different.compare(_('CPUs'), saved.findtext('vcpu'),
                       wanted.findtext('vcpu'))
+    if _video_memory(saved) > _video_memory(wanted) + _VIDEO_KIB:
+        different.compare(_('video memory (KiB)'), _video_memory(saved),
+                          _video_memory(wanted))
     different.compare(_('memory (MiB)'), description.memory_mb,
                       int(wanted.findtext('memory')) // 1024)
     different.compare(_('disks'), _disks(saved), _disks(wanted))
@@ -140,6 +148,16 @@ def _compare(description, saved, wanted, instance_uuid):
     refused = refusal.reasons(instance_uuid, wanted)
     if refused:
         raise memory_file.Unusable('; '.join(refused))
+
+
+def _video_memory(domain):
+    """In KiB, as libvirt counts it; infinite if it can't be read."""
+    try:
+        return sum(map(int, domain.xpath(' | '.join(
+            'devices/video/model/@' + name
+            for name in ('ram', 'vram', 'vram64', 'vgamem')))))
+    except ValueError:
+        return math.inf
 
 
 def _disks(domain):

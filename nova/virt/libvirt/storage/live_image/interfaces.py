@@ -24,6 +24,7 @@ from oslo_log import log as logging
 
 import nova.conf
 from nova.i18n import _
+from nova import objects
 from nova.virt.libvirt.storage.live_image import refusal
 
 CONF = nova.conf.CONF
@@ -40,6 +41,8 @@ class Interfaces:
 
     :ivar get_guest: gives the Guest
     :ivar vifs: the instance's, as in its network_info
+    :ivar get_vifs: gives those that it has now: Nova drops one whose port was
+        deleted, whatever is done to the instance
     :ivar detach: takes one out of the running guest, and out of the network;
         the driver's, which retries
     :ivar attach: plugs one and puts it into the guest
@@ -48,6 +51,7 @@ class Interfaces:
     """
     get_guest: ty.Callable
     vifs: ty.Sequence
+    get_vifs: ty.Callable
     detach: ty.Callable
     attach: ty.Callable
     define: ty.Callable
@@ -73,11 +77,12 @@ class Interfaces:
         """
         present = self._addresses()
         defined = self._addresses(dump_inactive=True)
-        error = None
-        for vif in self.vifs:
+        error, attached = None, []
+        for vif in self._wanted():
             try:
                 if vif['address'] not in present:
                     self.attach(vif)
+                    attached.append(vif)
                     continue
                 # Out of the network, perhaps, and never out of the guest.
                 self.plug(vif)
@@ -89,8 +94,24 @@ class Interfaces:
                 LOG.error('Interface %(mac)s could not be put back: '
                           '%(error)s', {'mac': vif['address'], 'error': e})
                 error = e
+        if attached:
+            wanted = self._wanted()
+            for vif in attached:
+                if vif not in wanted:
+                    # While it was attached
+                    self.detach(vif)
         if error is not None:
             raise error
+
+    def _wanted(self):
+        """Those whose ports are still there."""
+        try:
+            now = {vif['address'] for vif in self.get_vifs()}
+        except Exception as e:
+            LOG.warning('All interfaces are put back, as it is not known which '
+                        'ports were deleted: %s', e)
+            return list(self.vifs)
+        return [vif for vif in self.vifs if vif['address'] in now]
 
     def _addresses(self, dump_inactive=False):
         """Of the guest as it runs, or as it is defined."""
@@ -110,12 +131,18 @@ def of(host, driver, context, instance) -> Interfaces:
         get_guest=functools.partial(host.get_guest, instance),
         # The ports stay bound: Neutron isn't asked.
         vifs=instance.get_network_info(),
+        get_vifs=functools.partial(_get_vifs, context, instance.uuid),
         detach=functools.partial(driver.detach_interface, context, instance),
         attach=functools.partial(driver.attach_interface, context, instance,
                                  instance.image_meta),
         define=functools.partial(
             _define, host, driver.vif_driver, instance),
         plug=functools.partial(driver.vif_driver.plug, instance))
+
+
+def _get_vifs(context, instance_uuid):
+    return objects.InstanceInfoCache.get_by_instance_uuid(
+        context, instance_uuid).network_info
 
 
 def _define(host, vif_driver, instance, vif):

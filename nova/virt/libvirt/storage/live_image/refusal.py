@@ -79,7 +79,8 @@ RULES = (
 def parse(xml: str):
     """:returns: the definition as an lxml element"""
     parser = etree.XMLParser(resolve_entities=False, no_network=True,
-                             remove_blank_text=True)
+                             remove_blank_text=True, remove_comments=True,
+                             remove_pis=True)
     return etree.fromstring(xml, parser)
 
 

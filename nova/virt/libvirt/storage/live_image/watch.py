@@ -9,30 +9,43 @@
 #    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 #    License for the specific language governing permissions and limitations
 #    under the License.
-"""See for how long a guest stands still while its memory is saved."""
+"""Watch a guest while its memory is saved: what it takes, and how long."""
 
+import os
 import threading
 import time
 
 from oslo_log import log as logging
+from oslo_utils import units
 
 from nova.compute import power_state
+from nova.virt.libvirt import utils as libvirt_utils
 
 LOG = logging.getLogger(__name__)
 
 POLL = 0.02  # seconds
 
+#: What is left to the others in the file system, in bytes.
+RESERVE = 256 * units.Mi
+
 
 class Watch:
     """See for how long a guest stands still, and hurry it on if need be.
 
+    QEMU appends what the guest changes while its memory is written: the file
+    is as long as the guest likes, until that is paused.
+
     :param limit: after so many seconds the guest is paused, so that its
         memory comes to an end; after as many more the job is aborted
+    :param path: where the memory is written
+    :param size: of the memory, in bytes. Beyond twice of it the guest is
+        paused; with less room than RESERVE the job is aborted.
     """
 
-    def __init__(self, guest, host, limit, instance):
+    def __init__(self, guest, host, limit, instance, path, size):
         self._guest, self._host = guest, host
         self._limit, self._instance = limit, instance
+        self._path, self._size = path, size
         self._over = threading.Event()
         self._paused = 0.0
         self._resumed = 0.0
@@ -53,23 +66,40 @@ class Watch:
 
     def _run(self):
         begun = seen = time.monotonic()
-        actions = [(2 * self._limit, self._guest.abort_job),
-                   (self._limit, self._guest.pause)]
+        actions = [self._guest.abort_job, self._guest.pause]
         while not self._over.wait(POLL):
             try:
                 if not self._paused and self._is_paused():
                     self._paused = seen
                 seen = time.monotonic()
-                if actions and seen - begun > actions[-1][0]:
-                    _limit, action = actions.pop()
-                    LOG.warning('Saving the memory takes longer than '
-                                '%d s: %s', _limit, action.__name__,
+                wanted, reason = self._wanted(seen - begun)
+                if wanted in actions:
+                    del actions[actions.index(wanted):]
+                    LOG.warning('Saving the memory takes %(reason)s: '
+                                '%(action)s', {'reason': reason,
+                                               'action': wanted.__name__},
                                 instance=self._instance)
-                    action()
+                    wanted()
             except Exception as e:
                 # Who waits for the job gets to know what is wrong.
                 LOG.debug('The guest that is being saved can not be watched: '
                           '%s', e, instance=self._instance)
+
+    def _wanted(self, seconds):
+        """:returns: what is to be done by now, None for nothing; why"""
+        if seconds > 2 * self._limit:
+            return self._guest.abort_job, 'more than %d s' % (2 * self._limit)
+        if os.path.exists(self._path):
+            free = libvirt_utils.get_fs_info(
+                os.path.dirname(self._path))['free']
+            if free < RESERVE:
+                return self._guest.abort_job, (
+                    'all but %d bytes of %s' % (free, self._path))
+            if os.path.getsize(self._path) > 2 * self._size:
+                return self._guest.pause, 'twice its size'
+        if seconds > self._limit:
+            return self._guest.pause, 'more than %d s' % self._limit
+        return None, ''
 
     def _is_paused(self):
         return self._guest.get_power_state(self._host) == power_state.PAUSED

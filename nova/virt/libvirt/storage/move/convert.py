@@ -30,7 +30,9 @@ CONF = nova.conf.CONF
 _INTERVAL = 0.2
 # The kernel ends the program when the thread ends that has started it: left
 # alone it would go on to write, and nobody could delete what it has open.
-_ENDED_WITH_US = ('setpriv', '--pdeathsig', 'KILL', '--')
+# That is told too late if it has ended before.
+_ENDED_WITH_US = ('setpriv', '--pdeathsig', 'KILL', '--',
+                  'sh', '-c', 'test "$PPID" = "$0" && exec "$@"')
 # Of what a program says on its standard error.
 _LONGEST_ERROR = 500
 # What "qemu-img -p" writes again and again, and bytes in which one of it is.
@@ -59,8 +61,8 @@ def run(command: list[str], watch: dict, names: dict,
     with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as said:
         try:
             process = subprocess.Popen(
-                [*_ENDED_WITH_US, *command], stdin=subprocess.DEVNULL,
-                stdout=said, stderr=errors, cwd='/')
+                [*_ENDED_WITH_US, str(os.getpid()), *command],
+                stdin=subprocess.DEVNULL, stdout=said, stderr=errors, cwd='/')
         except OSError as e:
             raise _failed(names, e) from e
         watch['on_start'](process.pid)

@@ -267,6 +267,18 @@ def has_gone_with_images(instance) -> bool:
             instance.task_state not in _DELETING and _is_evacuated(instance))
 
 
+def is_making(instance) -> bool:
+    """Whether this host was to make an instance's disks, and gives them up.
+
+    One from which the instance is being evacuated isn't.
+
+    :param instance: the Instance, as the caller has it
+    """
+    return (instance.task_state == task_states.SPAWNING or
+            instance.task_state == task_states.REBUILD_SPAWNING and (
+                instance.host != CONF.host or not _is_evacuated(instance)))
+
+
 def _is_evacuated(instance):
     """Whether another host starts it with its disks, in place of this one.
 

@@ -46,6 +46,20 @@ def check(volume) -> None:
             snapshots=', '.join(sorted(found)))
 
 
+def is_gone(volume) -> bool:
+    """Whether LVM has a volume no more that libvirt still knows.
+
+    Nova's own lvremove may have taken it, or an operator's.
+
+    :param volume: a StorageVolume of this host
+    """
+    try:
+        return volume.pool.kind().has_snapshots and volume.name not in {
+            name for name, _origin in _told(volume)}
+    except exception.NovaException:
+        return False
+
+
 def _told(volume):
     """What LVM says now, as (name, name of its origin or '')."""
     pool = volume.pool

@@ -233,6 +233,9 @@ class StorageVolume:
                 with self.libvirt_errors():
                     _delete(self.raw)
         except exception.StorageVolumeError as e:
+            if self.pool.host == CONF.host and snapshots.is_gone(self):
+                self.pool.refresh()
+                return
             if self.pool.host != CONF.host or not errors.is_no_directory(
                     e.__cause__):
                 raise

@@ -147,7 +147,7 @@ def _has_changed_nothing(migration):
 def take_back(disks, guest_config, configured):
     """Have the disks on record as a guest has them, where has_failed().
 
-    What the destination has begun to make is noted as left there.
+    What the destination has made is noted as left there.
 
     :param disks: the instance's InstanceDisks; the caller saves them
     :param guest_config: the guest's LibvirtConfigGuest, as it is here; None
@@ -159,11 +159,13 @@ def take_back(disks, guest_config, configured):
             disks.instance, name, guest_config, configured)
         if own is None:
             continue
-        if record.is_building:
-            leftovers.note_disk(disks, record)
-        elif record.is_everywhere:
+        if record.is_everywhere and not record.is_building:
             own = record
             own.host = CONF.host
+        elif record.is_building or (
+                (record.pool, record.volume) != (own.pool, own.volume)):
+            # Whole or not, it is none of the disks any more.
+            leftovers.note_disk(disks, record)
         own.size = record.size
         disks.set(name, own)
         if own.is_in_pool:

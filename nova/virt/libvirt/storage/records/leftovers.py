@@ -124,6 +124,18 @@ def _is_ceph(connection, pool_name):
         return False
 
 
+def _outside_of_pools(disks):
+    """Names of an instance's disks that Nova makes itself, and no pool has.
+
+    A pool over the same volume group, or Ceph pool, shows them all the same.
+    """
+    return {'%s_%s' % (disks.instance.uuid, name)
+            for name, record in disks.items()
+            if record.backend == fields.LibvirtDiskBackend.RBD or
+            record.backend == fields.LibvirtDiskBackend.LVM and
+            record.host == CONF.host}
+
+
 def on_host(disks, host):
     """Return what is noted as left on a host, as list of (pool, volume)."""
     return [(pool, volume) for where, pool, volume in disks.leftovers
@@ -165,6 +177,8 @@ def delete(connection, disks, keep=frozenset()):
                if record.is_on_ceph}
     in_use |= {place for place in places & on_ceph
                if _is_ceph(connection, place[0])}
+    in_use |= {place for place in places
+               if place[1] in _outside_of_pools(disks)}
     still = delete_volumes(
         connection, CONF.host, places - in_use, disks.instance)
     forget(disks, CONF.host, places - set(still))

@@ -23,7 +23,8 @@ spawn, rebuild,                        image of Ceph that is there; ready and
 evacuation, rescue,                    there: stays, of this host; ready and
 on arrival                             not there: building; building: what
                                        there is on this host is deleted, and
-                                       it is building again
+                                       it is building again. Another host's,
+                                       not there, is noted as left
 they are made          finished()      ready, with its size
 cold migration and     arrived()       of this host, previous: what it was
 resize, on arrival
@@ -142,6 +143,10 @@ def take_up(disks, disk_mapping, guest_config, configured,
         if record is not None:
             record.size = size_of(disks.instance, name, block_device_info)
             disks.set(name, record)
+            if record.is_in_pool:
+                # An evacuation has failed that was to replace it.
+                leftovers.forget(
+                    disks, CONF.host, [(record.pool, record.volume)])
     attach(disks, disk_mapping)
 
 
@@ -184,7 +189,7 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
         name of another host's disk is not that disk.
     :returns: the names of those that are there
     """
-    there, moved, replaced = [], False, []
+    there = []
     take_up(disks, disk_mapping, guest_config, configured, block_device_info)
     # By a compute that keeps no records
     is_sent = not disks.items() and (
@@ -201,17 +206,15 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
             if is_there:
                 if record.host != CONF.host:
                     # Evacuated, and on storage that both hosts see.
-                    moved, record.host = True, CONF.host
+                    record.host = CONF.host
                     disks.set(name, record)
                 there.append(name)
                 continue
             if image is not None:
                 _discard(image, record)
-            if (record.is_building and record.host != CONF.host and
-                    record.previous is None):
-                # It has failed to unshelve, or to take the instance in.
+            if record.host != CONF.host:
+                # It was evacuated, or has failed to take the instance in.
                 leftovers.note_disk(disks, record)
-            replaced.append(record)
         image = image_of(name, {
             **{key: value for key, value in mapping.items()
                if key != 'metadata'},
@@ -235,8 +238,6 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
             fresh.previous = record.previous
             fresh.migration_id = record.migration_id
         disks.set(name, fresh)
-    if moved:
-        _note_replaced(disks, replaced)
     attach(disks, disk_mapping)
     return there
 
@@ -267,21 +268,6 @@ def _look_for(record, is_old, open_image):
         if record.host == CONF.host or record.backend != lacking:
             raise
     return None, False
-
-
-def _note_replaced(disks, replaced):
-    """Have other hosts delete the disks that were made anew here.
-
-    A host from which an instance was evacuated deletes none of its disks when
-    it is back, if the new host sees one of them.
-
-    :param replaced: the records that these disks had
-    """
-    if _task_state(disks.instance) != task_states.REBUILD_SPAWNING:
-        return
-    for record in replaced:
-        if record.host != CONF.host:
-            leftovers.note_disk(disks, record)
 
 
 def _originals(disks):

@@ -504,11 +504,12 @@ class LocalDisksTestCase(test.NoDBTestCase):
             mock.sentinel.context, self.instance, mock.sentinel.migration)
         self.assertEqual(refusal, e.inner_exception)
 
-    @ddt.data('take_up_running', 'move_to_pools')
+    @ddt.data('take_up_running', 'move_to_pools', 'refuse_logical_volumes')
     def test_depart_is_refused_while_the_guest_runs(self, step):
         refusal = exception.DiskTransitionFailed(
             instance=uuids.instance, reason='a test')
-        for name in ('take_up_running', 'move_to_pools'):
+        for name in ('take_up_running', 'move_to_pools',
+                     'refuse_logical_volumes'):
             self.patch('operation.DiskOperation.%s' % name,
                        side_effect=refusal if name == step else None)
         prepare = self.patch('move.source.prepare')
@@ -521,6 +522,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
     def test_depart(self):
         self.patch('operation.DiskOperation.take_up_running')
         move = self.patch('operation.DiskOperation.move_to_pools')
+        self.patch('operation.DiskOperation.refuse_logical_volumes')
         prepare = self.patch('move.source.prepare')
         self.assertEqual(
             prepare.return_value,
@@ -838,7 +840,8 @@ class LocalDisksTestCase(test.NoDBTestCase):
 
     @ddt.data((task_states.DELETING, False), (task_states.REBUILDING, True),
               (task_states.SHELVING, True),
-              (task_states.SHELVING_OFFLOADING, True))
+              (task_states.SHELVING_OFFLOADING, True),
+              (task_states.SPAWNING, True))
     @ddt.unpack
     def test_delete_what_cant_be_deleted(self, task_state, expected):
         """When it comes back, what is left isn't its disk."""
@@ -848,6 +851,20 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.instance.task_state = task_state
         self.assertFalse(self.api.delete(self.instance))
         self.assertEqual(expected, note.called)
+
+    def test_rebuild_that_fails(self):
+        """What it brings along are the records of what it has destroyed."""
+        self.api._has_pools = True
+        self.patch('pool.ownership.delete_volumes', return_value=False)
+        note = self.patch('records.leftovers.note_undeleted')
+        forget = self.patch('records.lifecycle.forget')
+        self.patch('pool.ownership.is_making', return_value=True)
+        new = self.patch('records.metadata.InstanceDisks.load').return_value
+        self.instance.task_state = task_states.REBUILD_SPAWNING
+        self.assertFalse(self.api.delete(self.instance, {}))
+        self.api.forget(mock.sentinel.context, self.instance, {})
+        note.assert_called_once_with(self.conn, new)
+        self.assertEqual([mock.call(mock.ANY, new)] * 2, forget.mock_calls)
 
     @ddt.data(True, False)
     def test_delete_notes_in_one_save(self, is_there):

@@ -271,6 +271,16 @@ class DiskOperationTestCase(OperationTestCase):
         self.assertRaises(exception.DiskTransitionFailed, self._move,
                           guest_is_off=False)
 
+    def test_logical_volumes_do_not_migrate(self):
+        """Nothing is copied that nobody can copy, the guest being off."""
+        self.records.set('disk', record())
+        self.of().refuse_logical_volumes()
+        self.records.set('disk.local', record(
+            backend='lvm', pool=None, volume=None))
+        e = self.assertRaises(exception.MigrationPreCheckError,
+                              self.of().refuse_logical_volumes)
+        self.assertIn('as disk.local are', str(e))
+
     def test_files_do_not_go_into_ceph(self):
         pool_of = self.patch(
             'nova.virt.libvirt.storage.pool.setup.pool_of')

@@ -40,16 +40,21 @@ class OrphanReportTestCase(test.NoDBTestCase):
             for kind in orphans.Kind]
         self.find = mock.Mock(side_effect=self.finds)
         self.stub_out('nova.virt.libvirt.storage.orphans.find', self.find)
-        self.delete = mock.Mock(side_effect=lambda connection, found: [
-            orphan for orphan in found
-            if orphan.kind is orphans.Kind.LEFT_OVER])
-        self.stub_out('nova.virt.libvirt.storage.orphans.delete', self.delete)
+        self.sweep = mock.Mock(side_effect=self.sweeps)
+        self.stub_out('nova.virt.libvirt.storage.orphans.sweep', self.sweep)
 
     def own(self, context, host):
         # From whom the instances are, and not from a database.
         self.asked.append(objects_base.NovaObject.indirection_api)
         self.assertEqual('here', host)
         return [uuids.own]
+
+    def sweeps(self, context, connection, own):
+        self.find.assert_not_called()
+        gone = [orphan for orphan in self.found
+                if orphan.kind is orphans.Kind.LEFT_OVER]
+        self.found = [orphan for orphan in self.found if orphan not in gone]
+        return gone
 
     def finds(self, context, connection, own, unread):
         self.assertEqual({uuids.own}, own)
@@ -65,13 +70,16 @@ class OrphanReportTestCase(test.NoDBTestCase):
         self.assertEqual(self.found, found.orphans)
         self.assertEqual(self.found[:1], found.left_over)
         self.assertEqual(['other'], [unread.pool for unread in found.unread])
-        self.delete.assert_not_called()
+        self.sweep.assert_not_called()
         self.libvirt.open.assert_called_once_with('qemu:///system')
         self.libvirt.open.return_value.close.assert_called_once_with()
 
     def test_delete(self):
+        """By what is known of each when it is its turn."""
+        before = self.found
         found = orphan_report.look(self.context, delete=True)
-        self.assertEqual(self.found[:1], found.deleted)
+        self.assertEqual(before[:1], found.deleted)
+        self.assertEqual(before, found.orphans)
         self.assertEqual([], found.left_over)
 
     def test_uri(self):

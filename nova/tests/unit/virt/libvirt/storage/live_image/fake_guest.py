@@ -51,6 +51,8 @@ class Guest:
         self.state = power_state.RUNNING
         self.job = False
         self.slow = None
+        # Of the ports that Neutron has.
+        self.ports = list(MACS)
 
     def step(self, name):
         self.steps.append(name)
@@ -151,5 +153,6 @@ class Guest:
 
 def interfaces_of(guest):
     return interfaces.Interfaces(
-        lambda: guest, [{'address': mac} for mac in MACS], guest.detach,
+        lambda: guest, [{'address': mac} for mac in MACS],
+        lambda: [{'address': mac} for mac in guest.ports], guest.detach,
         guest.attach, guest.define, guest.plug)

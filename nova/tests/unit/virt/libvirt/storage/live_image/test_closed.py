@@ -46,6 +46,47 @@ class ClosedTestCase(test.NoDBTestCase):
         return test_definition.SAVED.replace(
             '</devices>', devices + '</devices>' + top)
 
+    @ddt.data(
+        ('<features>', '<os><kernel>/etc/shadow</kernel><initrd>/other'
+         '</initrd></os><features>', 'more than one element os'),
+        ('</devices>', '</devices><devices/>',
+         'more than one element devices'),
+        ("mode='sysinfo'", "mode='host'", 'told what its host is'),
+        ('<cputune>', '<iothreads>100000</iothreads><cputune>',
+         'more threads for disks'),
+        ('<cputune>', "<iothreadids><iothread id='1'/><iothread id='2'/>"
+         '</iothreadids><cputune>', 'more threads for disks'),
+        ('<domain ', '<!DOCTYPE domain [<!ENTITY a "0">]><domain ',
+         'document type'))
+    @ddt.unpack
+    def test_what_is_read_otherwise(self, old, new, reason):
+        """Than libvirt does, or costs the host."""
+        saved = test_definition.SAVED.strip().replace(old, new, 1)
+        self.assertNotEqual(test_definition.SAVED.strip(), saved)
+        e = self.assertRaises(memory_file.Unfit, self._make, saved)
+        self.assertIn(reason, str(e))
+
+    def test_what_every_guest_has(self):
+        self._make(self._with(
+            top="<seclabel type='none' model='selinux'/>"
+                '<iothreads>1</iothreads>'))
+
+    @ddt.data(('262144<', '262144<!-- -->000<'),
+              ('>1</vcpu', '>1<?a b?>6</vcpu'),
+              ("model type='cirrus'", "model type='qxl' ram='16777216'"),
+              ("model type='cirrus'", "model type='qxl' vram=' 16777216 '"),
+              ("model type='cirrus'", "model type='qxl' vram='lots'"))
+    @ddt.unpack
+    def test_more_than_the_flavor_gives(self, old, new):
+        saved = test_definition.SAVED.replace(old, new, 1)
+        self.assertNotEqual(test_definition.SAVED, saved)
+        self.assertRaises(memory_file.Unusable, self._make, saved)
+
+    def test_screen_of_libvirts_making(self):
+        self._make(test_definition.SAVED.replace(
+            "model type='cirrus'", "model type='qxl' ram='65536' vram='65536' "
+            "vgamem='16384' heads='1' primary='yes'"))
+
     def test_what_nova_gives(self):
         made = self._make(self._with(HARMLESS))
         self.assertEqual(

@@ -39,6 +39,32 @@ class InterfacesTestCase(test.NoDBTestCase):
         # The one that was there came to no second time.
         self.assertEqual(2, len(self.guest.macs))
 
+    def test_port_that_was_deleted(self):
+        self.interfaces.take_out()
+        self.guest.ports.remove(MACS[0])
+        self.interfaces.put_back()
+        self.assertEqual([MACS[1]], self.guest.macs)
+        self.assertEqual([MACS[1]], self.guest.defined)
+
+    def test_port_that_is_deleted_meanwhile(self):
+        self.interfaces.take_out()
+        attach = self.interfaces.attach
+
+        def and_delete(vif):
+            attach(vif)
+            self.guest.ports.remove(vif['address'])
+
+        self.interfaces.attach = and_delete
+        self.interfaces.put_back()
+        self.assertEqual(([], []), (self.guest.macs, self.guest.defined))
+
+    def test_ports_are_not_known(self):
+        """The database may be away; a guest needs its network."""
+        self.interfaces.take_out()
+        self.interfaces.get_vifs = mock.Mock(side_effect=OSError('down'))
+        self.interfaces.put_back()
+        self.assertEqual(list(MACS), self.guest.macs)
+
     def test_one_that_did_not_come_out(self):
         """The driver has unplugged it all the same."""
         self.guest.fails['detach'] = exception.DeviceDetachFailed(
@@ -68,6 +94,11 @@ class InterfacesTestCase(test.NoDBTestCase):
         host, instance, nic = mock.Mock(), mock.Mock(), mock.sentinel.nic
         found = interfaces.of(host, driver, mock.sentinel.context, instance)
         self.assertEqual(instance.get_network_info.return_value, found.vifs)
+        with mock.patch('nova.objects.InstanceInfoCache.'
+                        'get_by_instance_uuid') as cache:
+            self.assertEqual(cache.return_value.network_info,
+                             found.get_vifs())
+        cache.assert_called_once_with(mock.sentinel.context, instance.uuid)
         self.assertEqual(host.get_guest.return_value, found.get_guest())
         host.get_guest.assert_called_once_with(instance)
         found.detach(nic)

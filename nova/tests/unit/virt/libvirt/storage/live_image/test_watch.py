@@ -10,21 +10,31 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+import os
 import threading
 import time
 from unittest import mock
 
 import fixtures
+from oslo_utils import units
 
 from nova.compute import power_state
 from nova import test
 from nova.virt.libvirt.storage.live_image import watch
 
 
+SIZE = units.Mi
+
+
 class WatchTestCase(test.NoDBTestCase):
 
     def setUp(self):
         super().setUp()
+        self.folder = self.useFixture(fixtures.TempDir()).path
+        self.path = os.path.join(self.folder, 'memory')
+        self.free = units.Gi
+        self.stub_out('nova.virt.libvirt.utils.get_fs_info',
+                      lambda folder: {'free': self.free})
         self.useFixture(fixtures.MockPatchObject(watch, 'POLL', 0.001))
         self.guest = mock.Mock()
         self.guest.abort_job.__name__ = 'abort_job'
@@ -45,7 +55,8 @@ class WatchTestCase(test.NoDBTestCase):
             self.assertTrue(self.polled.wait(20))
 
     def _watch(self, limit=100):
-        return watch.Watch(self.guest, mock.sentinel.host, limit, None)
+        return watch.Watch(self.guest, mock.sentinel.host, limit, None,
+                           self.path, SIZE)
 
     def test_pause(self):
         with self._watch() as watched:
@@ -70,6 +81,36 @@ class WatchTestCase(test.NoDBTestCase):
             self.assertTrue(self.polled.wait(20))
             time.sleep(0.01)
         self.assertGreater(watched.pause(), 0)
+
+    def _write(self, length):
+        with open(self.path, 'wb') as f:
+            f.truncate(length)
+
+    def _called(self):
+        return [name for name, _args, _kwargs in self.guest.mock_calls
+                if name != 'get_power_state']
+
+    def test_guest_that_changes_its_memory(self):
+        with self._watch():
+            self._write(2 * SIZE)
+            self._wait_for_polls()
+            self.guest.pause.assert_not_called()
+            self._write(2 * SIZE + 1)
+            self._wait_for_polls()
+        self.assertEqual(['pause'], self._called())
+
+    def test_no_room(self):
+        """For other guests, whose disks may be there."""
+        self._write(1)
+        self.free = watch.RESERVE
+        with self._watch():
+            self._wait_for_polls()
+            self.guest.abort_job.assert_not_called()
+            self.free -= 1
+            self._wait_for_polls()
+            self._write(2 * SIZE + 1)
+            self._wait_for_polls()
+        self.assertEqual(['abort_job'], self._called())
 
     def test_limits(self):
         with self._watch(limit=0.1):

@@ -17,6 +17,8 @@ import sys
 import time
 from unittest import mock
 
+import fixtures
+
 from nova import exception
 from nova import test
 from nova.virt.libvirt.storage.move import convert
@@ -41,11 +43,6 @@ def _is_running(pid):
             return f.read().rpartition(')')[2].split()[0] != 'Z'
     except OSError:
         return False
-
-
-def _name_of(pid):
-    with open('/proc/%d/comm' % pid) as f:
-        return f.read().strip()
 
 
 class ConvertTestCase(test.NoDBTestCase):
@@ -140,7 +137,15 @@ class ConvertTestCase(test.NoDBTestCase):
     def test_no_such_program(self):
         e = self.assertRaises(exception.StorageTransferError, self.run_it,
                               '/nowhere/qemu-img')
-        self.assertIn('No such file', str(e))
+        self.assertIn('/nowhere/qemu-img: not found', str(e))
+
+    def test_service_has_ended_before(self):
+        """The kernel was asked too late to end what it has started."""
+        path = os.path.join(self.useFixture(fixtures.TempDir()).path, 'made')
+        self.stub_out('os.getpid', lambda: 1)
+        self.assertRaises(exception.StorageTransferError, convert.run,
+                          ['touch', path], self.watch, NAMES)
+        self.assertFalse(os.path.exists(path))
 
     def test_nothing_can_be_started(self):
         self.stub_out('nova.virt.libvirt.storage.move.convert._ENDED_WITH_US',
@@ -159,9 +164,6 @@ class ConvertTestCase(test.NoDBTestCase):
         self.addCleanup(service.wait)
         self.addCleanup(service.kill)
         pid = int(service.stdout.readline())
-        # Until setpriv has become the command, it may not have asked yet for
-        # what it is to get.
-        self._wait_until(lambda: _name_of(pid) == 'sleep')
         service.kill()
         self._wait_until(lambda: not _is_running(pid))
 

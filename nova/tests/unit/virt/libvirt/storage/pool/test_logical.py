@@ -315,9 +315,23 @@ class ClearingTestCase(OldBlocksTestCase):
         self.group.opened.add('v')
         e = self.assertRaises(exception.StorageVolumeError, volume.delete)
         self.assertIn('in use', str(e))
+        with mock.patch('nova.privsep.fs.lvorigins', side_effect=[
+                self.group.lvorigins('vg'),
+                processutils.ProcessExecutionError('no LVM')]):
+            self.assertRaises(exception.StorageVolumeError, volume.delete)
+        self.assertIsNotNone(self.pool.find('v'))
         self.group.opened.clear()
         volume.delete()
         self.assertEqual({}, self.group.devices)
+
+    def test_gone_and_libvirt_is_not_told(self):
+        """Nova's own lvremove takes volumes whose names libvirt knows."""
+        for how in ('zero', 'none'):
+            self.flags(volume_clear=how, group='libvirt')
+            volume = self.pool.create(self.wanted())
+            del self.group.devices['v']
+            volume.delete()
+            self.assertIsNone(self.pool.find('v'))
 
     def test_gone(self):
         volume = self.pool.create(self.wanted())

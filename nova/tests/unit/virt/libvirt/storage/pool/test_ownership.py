@@ -13,8 +13,10 @@
 from unittest import mock
 
 import ddt
+import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
 
+from nova.compute import task_states
 from nova import exception
 from nova import objects
 from nova.tests.unit.virt.libvirt.storage.pool import base
@@ -180,6 +182,28 @@ class DeleteTestCase(OwnershipTestCase):
         self.assertTrue(ownership.delete_named(self.pool(DISKS), name))
         self.assertTrue(ownership.delete_named(self.pool(DISKS), name))
         self.assertFalse(ownership.delete_named(self.pool('gone'), name))
+
+
+@ddt.ddt
+class MakingTestCase(OwnershipTestCase):
+
+    @ddt.data(
+        (task_states.SPAWNING, 'there', None, True),
+        (task_states.DELETING, 'here', None, False),
+        (None, 'here', None, False),
+        # A rebuild, here and on the destination of an evacuation
+        (task_states.REBUILD_SPAWNING, 'here', None, True),
+        (task_states.REBUILD_SPAWNING, 'there', 'pre-migrating', True),
+        # The source of one is back.
+        (task_states.REBUILD_SPAWNING, 'here', 'pre-migrating', False))
+    @ddt.unpack
+    def test_is_making(self, task_state, host, evacuation, expected):
+        self.flags(host='here')
+        self.useFixture(fixtures.MockPatch(
+            'nova.objects.MigrationList.get_by_filters',
+            return_value=[mock.Mock(status=evacuation)] if evacuation else []))
+        self.instance.task_state, self.instance.host = task_state, host
+        self.assertEqual(expected, ownership.is_making(self.instance))
 
 
 class FindTestCase(OwnershipTestCase):

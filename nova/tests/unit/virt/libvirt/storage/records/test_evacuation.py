@@ -150,6 +150,14 @@ class TakeBackTestCase(test_lifecycle.RecordsTestCase):
              [('there', 'q', self.VOLUME)]),
             self.take_back(self.volume(), **self.in_pool(state='building')))
 
+    def test_whole_volume_that_was_made_anew(self):
+        volume = self.VOLUME + '.1'
+        self.assertEqual(
+            (('libvirt-storage', 'qcow2', 'ready', 'here'),
+             [('there', 'p', volume)]),
+            self.take_back(self.volume(), **self.in_pool(
+                pool='p', volume=volume)))
+
     def test_volume_that_both_see(self):
         self.assertEqual(
             (('libvirt-storage', 'qcow2', 'ready', 'here'), []),

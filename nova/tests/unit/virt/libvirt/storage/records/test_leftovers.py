@@ -118,6 +118,22 @@ class UndeletedTestCase(base.PoolsTestCase):
             leftovers.note_swap(self.conn, self.disks)
         self.assertEqual([], self.disks.leftovers)
 
+    @ddt.data(('lvm', 'here', False), ('rbd', 'there', False),
+              ('lvm', 'there', True), ('flat', 'here', True))
+    @ddt.unpack
+    def test_disk_outside_of_pools_has_the_name(
+            self, backend, host, is_deleted):
+        """It was made by Nova itself when that had deleted the leftover."""
+        self.record('disk', backend=backend, host=host, pool=None,
+                    volume=None)
+        self.disks.leftovers = [('here', 'p', DISK)]
+        with mock.patch.object(
+                leftovers, 'delete_volumes', return_value=[]) as delete:
+            leftovers.delete(self.conn, self.disks)
+        self.assertEqual({('here', 'p', DISK)[1:]} if is_deleted else set(),
+                         delete.call_args.args[2])
+        self.assertEqual([], self.disks.leftovers)
+
     def test_broken_record(self):
         self.record('disk')
         with mock.patch.object(

@@ -127,6 +127,16 @@ class TestTakeUp(RecordsTestCase):
         self.assertIs(disks.get('disk'), self.mapping['disk']['metadata'])
         self.assertNotIn('metadata', self.mapping['root'])
 
+    def test_disk_that_is_noted_as_left(self):
+        """An evacuation has failed, and its destination's records went."""
+        volume, disks = uuids.instance + '_disk', self.disks()
+        other = ('there', 'p', volume)
+        disks.leftovers = [('here', 'p', volume), other]
+        self.take_up(disks, self.guest(
+            'disk', 'volume', 'qcow2', source_pool='p', source_volume=volume))
+        self.assertEqual(volume, disks.get('disk').volume)
+        self.assertEqual([other], disks.leftovers)
+
     def test_second_time_nothing_is_saved(self):
         self.write('disk')
         self.take_up(self.disks())
@@ -326,20 +336,17 @@ class TestBegin(RecordsTestCase):
             disks.get('disk').host, disks.get('disk').state))
         self.assertTrue(os.path.exists(path))
 
-    @ddt.data((True, task_states.REBUILD_SPAWNING, True),
-              # With all of its own, a host deletes them when it is back.
-              (False, task_states.REBUILD_SPAWNING, False),
-              (True, task_states.SPAWNING, False))
-    @ddt.unpack
-    def test_evacuated_with_a_part_of_its_disks(
-            self, is_shared, task_state, is_left):
-        self.instance.task_state = task_state
+    @ddt.data(True, False)
+    def test_made_anew_where_they_are_not(self, is_shared):
+        """What the other host has left would pass for them some day."""
+        taken = {}
         disks = self.disks(*[self.record(
             backend='libvirt-storage', host='other', pool='p',
             volume='%s_%s' % (uuids.instance, name))
             for name in ('disk', 'disk.swap')])
 
         def image_of(name, mapping):
+            taken[name] = mapping.get('taken')
             image = mock.Mock()
             image.exists.return_value = is_shared and name == 'disk'
             image.metadata.return_value = self.record(
@@ -349,9 +356,11 @@ class TestBegin(RecordsTestCase):
 
         records.begin(disks, self.mapping, None, image_of, 'qcow2', {})
         self.assertEqual('here', disks.get('disk.swap').host)
-        self.assertEqual(
-            [('other', 'p', uuids.instance + '_disk.swap')] if is_left else [],
-            [tuple(left) for left in disks.leftovers])
+        left = {'%s_%s' % (uuids.instance, name)
+                for name in ('disk', 'disk.swap')[is_shared:]}
+        self.assertEqual({('other', 'p', volume) for volume in left},
+                         {tuple(place) for place in disks.leftovers})
+        self.assertEqual(left, taken['disk.swap'])
 
     @ddt.data(('here', 'ready'), ('other', 'building'))
     @ddt.unpack

@@ -75,9 +75,10 @@ class Compute(mover.Compute):
             get_guest()._domain.attachDeviceFlags(
                 interface(vif['address']), 2)
 
+        vifs = [{'address': mac} for mac in macs]
         return interfaces.Interfaces(
-            get_guest, [{'address': mac} for mac in macs], detach, attach,
-            define, lambda vif: None)
+            get_guest, vifs, lambda: vifs, detach, attach, define,
+            lambda vif: None)
 
     def _die(self, step):
         if step == self._die_at:
@@ -92,8 +93,8 @@ class Compute(mover.Compute):
                            ('begin_backup', 'disk'), ('resume', 'resumed'),
                            ('abort_job', 'ended')):
             self._die_behind(cls, name, step)
-        from nova.virt import images
-        self._die_behind(images, 'convert_image', 'copied')
+        import nova.privsep.qemu
+        self._die_behind(nova.privsep.qemu, 'run_while_it_copies', 'copied')
 
     def _die_behind(self, owner, name, step):
         method = getattr(owner, name)

@@ -14,8 +14,8 @@
 
 The driver deletes logical volumes and images of Ceph if they are what it is
 configured to make. Those of instances from before are known by their records.
-Logical volumes are known by their names, too: one that can't be deleted loses its
-record, and on a host that was evacuated the records are of another one.
+Logical volumes are known by their names, too: one that can't be deleted loses
+its record, and on a host that was evacuated the records are of another one.
 """
 
 import os
@@ -54,7 +54,7 @@ def delete(connection, image_backend, instance, disks) -> bool:
     except exception.InvalidDiskMetadata as e:
         LOG.warning('%s', e, instance=instance)
         others = []
-    if instance.task_state == task_states.RESIZE_REVERTING:
+    if others and instance.task_state == task_states.RESIZE_REVERTING:
         return True  # the source goes on with them
     if any(record.backend == _RBD for _name, record in others) and (
             ownership.has_gone_with_images(instance)):
@@ -89,7 +89,8 @@ def _delete_logical_volumes(connection, instance):
     group = CONF.libvirt.images_volume_group
     directory = os.path.join('/dev', group or '')
     if (not group or CONF.libvirt.images_type == _LVM or
-            not os.path.exists(directory)):
+            not os.path.exists(directory) or
+            instance.task_state == task_states.RESIZE_REVERTING):
         return True
     try:
         if _has_pool_over(connection, group):
@@ -101,9 +102,10 @@ def _delete_logical_volumes(connection, instance):
                 dmcrypt.delete_volume(dmcrypt.volume_name(name))
         lvm.remove_volumes([os.path.join(directory, name) for name in names])
     except Exception as e:
-        LOG.error('Logical volumes of the instance may be left in volume group '
-                  '%(group)s, which [libvirt]/images_volume_group names: '
-                  '%(error)s', {'group': group, 'error': e}, instance=instance)
+        LOG.error('Logical volumes of the instance may be left in volume '
+                  'group %(group)s, which [libvirt]/images_volume_group '
+                  'names: %(error)s', {'group': group, 'error': e},
+                  instance=instance)
         return False
     return True
 

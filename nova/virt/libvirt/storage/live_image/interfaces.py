@@ -108,8 +108,8 @@ class Interfaces:
         try:
             now = {vif['address'] for vif in self.get_vifs()}
         except Exception as e:
-            LOG.warning('All interfaces are put back, as it is not known which '
-                        'ports were deleted: %s', e)
+            LOG.warning('All interfaces are put back, as it is not known '
+                        'which ports were deleted: %s', e)
             return list(self.vifs)
         return [vif for vif in self.vifs if vif['address'] in now]
 

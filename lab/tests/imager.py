@@ -16,6 +16,7 @@ no image service: interfaces are ethernet devices, images are files. Asked as
 mover.py is.
 """
 
+import functools
 import hashlib
 import os
 import signal
@@ -50,14 +51,15 @@ class Compute(mover.Compute):
 
     def _interfaces(self, uuid, macs):
         from nova.virt.libvirt.storage.live_image import interfaces
+        from nova.virt.libvirt.storage.live_image import under_way
         instance = self._instance(uuid)
 
         def get_guest():
             return self.host.get_guest(instance)
 
-        def attach(vif):
+        def attach(vif, place):
             get_guest()._domain.attachDeviceFlags(
-                interface(vif['address']), 3)
+                interface(vif['address'], place), 3)
             self._die('attached')
 
         def detach(vif):
@@ -78,7 +80,9 @@ class Compute(mover.Compute):
         vifs = [{'address': mac} for mac in macs]
         return interfaces.Interfaces(
             get_guest, vifs, lambda: vifs, detach, attach, define,
-            lambda vif: None)
+            lambda vif: None,
+            functools.partial(under_way.keep_places, uuid),
+            functools.partial(under_way.places, uuid))
 
     def _die(self, step):
         if step == self._die_at:
@@ -190,9 +194,11 @@ class Compute(mover.Compute):
         return times
 
 
-def interface(mac):
+def interface(mac, place=None):
+    address = '' if place is None else "<address %s/>" % ' '.join(
+        "%s='%s'" % pair for pair in place.items())
     return ("<interface type='ethernet'><mac address='%s'/>"
-            "<model type='virtio'/></interface>" % mac)
+            "<model type='virtio'/>%s</interface>" % (mac, address))
 
 
 if __name__ == '__main__':

@@ -64,7 +64,9 @@ DOMAIN = '''
       <source pool='{pool}' volume='{uuid}_disk.config'/>
       <target dev='hda' bus='ide'/></disk>
     <interface type='ethernet'><mac address='{mac}'/>
-      <model type='virtio'/></interface>
+      <model type='virtio'/>
+      <address type='pci' domain='0' bus='0' slot='{slot}' function='0'/>
+    </interface>
     <serial type='pty'><log file='{folder}/{name}.log' append='off'/></serial>
     <graphics type='vnc' autoport='yes' listen='127.0.0.1'/>
     <video><model type='cirrus'/></video>
@@ -91,7 +93,9 @@ class Guest:
         self.mac = MAC % number
         self.xml = DOMAIN.format(
             name=self.name, uuid=self.uuid, genid=genid, memory=memory,
-            pool=mover.DISKS, mac=self.mac, folder=FOLDER)
+            pool=mover.DISKS, mac=self.mac, folder=FOLDER,
+            # Others before it are free.
+            slot='0x0a')
         self._commands = 0
 
     @contextlib.contextmanager

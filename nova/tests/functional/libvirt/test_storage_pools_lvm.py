@@ -13,6 +13,8 @@
 """Servers on volume groups of several hosts, and between those and files."""
 
 import os
+import shutil
+from unittest import mock
 
 import fixtures
 from oslo_utils import units
@@ -230,6 +232,43 @@ class TestIntoGroup(GroupsTestBase):
         self._migrate_server(server)
         self._revert_resize(server)
         self.assert_settled(server, 'compute1')
+
+
+class TestFilesStay(GroupsTestBase):
+    """Servers from before whose hosts have volume groups for new disks."""
+
+    images_types = {'compute1': 'qcow2', 'compute2': 'qcow2'}
+
+    def copy(self, source, target, *args, **kwargs):
+        target = target.replace(self.directories['compute1'],
+                                self.directories['compute2'])
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        shutil.copy(source, target)
+
+    def test_migrate(self):
+        server = self.boot()
+        for host in self.connections:
+            self.set_option(host, 'images_type', 'libvirt-storage')
+            self.restart_compute_service(host)
+        self._reboot_server(server, hard=True)
+        for what in ('create_dir', 'create_file', 'remove_dir',
+                     'remove_file'):
+            self.stub_out('nova.virt.libvirt.volume.remotefs.'
+                          'RemoteFilesystem.' + what, mock.Mock())
+        self.stub_out('nova.virt.libvirt.utils.copy_image', self.copy)
+        self._migrate_server(server)
+        self._confirm_resize(server)
+        self.assertEqual({'compute2'}, {
+            record.host for record in self.records(server).values()})
+        self.assertFalse(
+            {record.backend for record in self.records(server).values()} -
+            {'flat', 'qcow2'})
+        for host in self.connections:
+            self.assertEqual({}, self.group(host).devices)
+        self._reboot_server(server, hard=True)
+        self.assertEqual(['disk'], [
+            name for name in os.listdir(self.instance_path(
+                'compute2', server)) if name == 'disk'])
 
 
 class RefusedTestBase(storage_pools.Refusals, GroupsTestBase):

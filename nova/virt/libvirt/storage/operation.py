@@ -455,7 +455,7 @@ class DiskOperation:
                 not self.records.has_mappings):
             return None
         try:
-            if self._goes_to_ceph():
+            if self._stays_in_files():
                 return None
         except exception.StoragePoolError as e:
             if not guest_is_off:
@@ -485,16 +485,21 @@ class DiskOperation:
                 'no storage pool, as %s are; see "From images_type = lvm" in '
                 'the guide to storage pools') % ', '.join(names))
 
-    def _goes_to_ceph(self):
-        """Whether a disk would move into a pool that takes no files."""
+    def _stays_in_files(self):
+        """Whether a disk would move into a pool that takes no files.
+
+        All of the disks move, or none.
+        """
         connection = self._local.get_connection()
         for name, record in self.records.items():
+            if record.backend not in metadata.FILE_BACKENDS:
+                continue
             pool = setup.pool_of(connection, name)
-            if (record.backend in metadata.FILE_BACKENDS and
-                    pool.exists() and pool.kind().is_ceph):
+            if pool.exists() and not transition.takes(
+                    pool.kind(), name, record):
                 LOG.info('Disk %(name)s stays a file: storage pool %(pool)s '
-                         'is over Ceph, into which no disk can move yet',
-                         {'name': name, 'pool': pool.name},
+                         'is over Ceph or a volume group, into which it can '
+                         'not move', {'name': name, 'pool': pool.name},
                          instance=self._instance)
                 return True
         return False

@@ -107,6 +107,21 @@ def _ending(path):
     return tuple((path or '').split(os.sep)[-2:])
 
 
+def takes(kind, name, record) -> bool:
+    """Whether a pool can have a file as its volume.
+
+    A directory gets another name of it. Into a volume group, swap and config
+    drives are copied if they are raw.
+
+    :param kind: the pool's PoolKind
+    :param name: the disk's
+    :param record: of the file
+    """
+    return kind.is_directory or (
+        kind.is_volume_group and disk_kinds.of_disk(name).is_remade and
+        record.format == fields.LibvirtDiskFormat.RAW)
+
+
 def is_due(disks: 'metadata.InstanceDisks') -> bool:
     """Whether an instance has files that can go to a pool.
 

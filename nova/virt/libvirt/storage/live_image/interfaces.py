@@ -20,12 +20,14 @@ import dataclasses
 import functools
 import typing as ty
 
+from lxml import etree
 from oslo_log import log as logging
 
 import nova.conf
 from nova.i18n import _
 from nova import objects
 from nova.virt.libvirt.storage.live_image import refusal
+from nova.virt.libvirt.storage.live_image import under_way
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -45,9 +47,12 @@ class Interfaces:
         deleted, whatever is done to the instance
     :ivar detach: takes one out of the running guest, and out of the network;
         the driver's, which retries
-    :ivar attach: plugs one and puts it into the guest
+    :ivar attach: plugs one and puts it into the guest, at the attributes of
+        an address, or anywhere if there are none
     :ivar define: puts one into the guest's definition alone
     :ivar plug: plugs one that the guest has
+    :ivar keep_places: remembers by MAC address at what address each was
+    :ivar places: gives what is remembered
     """
     get_guest: ty.Callable
     vifs: ty.Sequence
@@ -56,6 +61,8 @@ class Interfaces:
     attach: ty.Callable
     define: ty.Callable
     plug: ty.Callable
+    keep_places: ty.Callable
+    places: ty.Callable
 
     def take_out(self) -> None:
         """Take all out of the guest.
@@ -63,6 +70,7 @@ class Interfaces:
         :raises: what detach raises; StillThere if one is left, as one is
             that is none of the instance's
         """
+        self.keep_places(self._places())
         for vif in self.vifs:
             self.detach(vif)
         left = self._addresses()
@@ -77,11 +85,12 @@ class Interfaces:
         """
         present = self._addresses()
         defined = self._addresses(dump_inactive=True)
+        places = self.places()
         error, attached = None, []
         for vif in self._wanted():
             try:
                 if vif['address'] not in present:
-                    self.attach(vif)
+                    self.attach(vif, places.get(vif['address']))
                     attached.append(vif)
                     continue
                 # Out of the network, perhaps, and never out of the guest.
@@ -113,6 +122,14 @@ class Interfaces:
             return list(self.vifs)
         return [vif for vif in self.vifs if vif['address'] in now]
 
+    def _places(self):
+        """A guest may know an interface by its PCI address."""
+        domain = refusal.parse(self.get_guest().get_xml_desc())
+        return {
+            interface.find('mac').get('address'): dict(address.attrib)
+            for interface in domain.iterfind('devices/interface')
+            for address in interface.iterfind('address')}
+
     def _addresses(self, dump_inactive=False):
         """Of the guest as it runs, or as it is defined."""
         domain = refusal.parse(self.get_guest().get_xml_desc(
@@ -133,11 +150,12 @@ def of(host, driver, context, instance) -> Interfaces:
         vifs=instance.get_network_info(),
         get_vifs=functools.partial(_get_vifs, context, instance.uuid),
         detach=functools.partial(driver.detach_interface, context, instance),
-        attach=functools.partial(driver.attach_interface, context, instance,
-                                 instance.image_meta),
+        attach=functools.partial(_attach, host, driver, context, instance),
         define=functools.partial(
             _define, host, driver.vif_driver, instance),
-        plug=functools.partial(driver.vif_driver.plug, instance))
+        plug=functools.partial(driver.vif_driver.plug, instance),
+        keep_places=functools.partial(under_way.keep_places, instance.uuid),
+        places=functools.partial(under_way.places, instance.uuid))
 
 
 def _get_vifs(context, instance_uuid):
@@ -145,9 +163,57 @@ def _get_vifs(context, instance_uuid):
         context, instance_uuid).network_info
 
 
-def _define(host, vif_driver, instance, vif):
-    """Have an interface that a guest runs with in its definition, too."""
-    config = vif_driver.get_config(
+def _config(vif_driver, instance, vif):
+    return vif_driver.get_config(
         instance, vif, instance.image_meta, instance.flavor,
         CONF.libvirt.virt_type)
-    host.get_guest(instance).attach_device(config, persistent=True)
+
+
+class _Placed:
+    """The configuration of an interface that has an address."""
+
+    def __init__(self, config, place):
+        self._config, self._place = config, place
+
+    def to_xml(self):
+        interface = self._config.format_dom()
+        etree.SubElement(interface, 'address', **self._place)
+        return etree.tostring(interface, encoding='unicode')
+
+
+def _attach(host, driver, context, instance, vif, place):
+    """Plug an interface and put it into the guest, where it was if it may.
+
+    What Nova has on record of the guest's devices stays right then.
+    """
+    if place is None or not _attach_at(host, driver, instance, vif, place):
+        driver.attach_interface(context, instance, instance.image_meta, vif)
+        return
+    try:
+        host.get_guest(instance).set_metadata(driver._get_guest_config_meta(
+            driver.get_instance_driver_metadata(
+                instance, _get_vifs(context, instance.uuid))))
+    except Exception as e:
+        LOG.warning("The guest's metadata lacks interface %(mac)s: %(error)s",
+                    {'mac': vif['address'], 'error': e}, instance=instance)
+
+
+def _attach_at(host, driver, instance, vif, place):
+    guest = host.get_guest(instance)
+    driver.vif_driver.plug(instance, vif)
+    config = _config(driver.vif_driver, instance, vif)
+    try:
+        guest.attach_device(_Placed(config, place), persistent=True,
+                            live=guest.is_active())
+    except Exception as e:
+        LOG.warning('Interface %(mac)s is put back at another address than it '
+                    'had: %(error)s', {'mac': vif['address'], 'error': e},
+                    instance=instance)
+        return False
+    return True
+
+
+def _define(host, vif_driver, instance, vif):
+    """Have an interface that a guest runs with in its definition, too."""
+    host.get_guest(instance).attach_device(
+        _config(vif_driver, instance, vif), persistent=True)

@@ -22,6 +22,7 @@ import os
 import shutil
 import stat
 
+from oslo_serialization import jsonutils
 from oslo_utils import fileutils
 from oslo_utils import uuidutils
 
@@ -33,6 +34,7 @@ CONF = nova.conf.CONF
 _PREFIX = 'live-image-'
 _HOST = 'host'
 _EXPORT = 'export'
+_PLACES = 'places'
 
 # UUIDs of the instances that this process is saving.
 _open: set[str] = set()
@@ -67,6 +69,25 @@ def begin(instance_uuid: str) -> str:
 def close(instance_uuid: str) -> None:
     """Say that this process has done with a capture, ended or not."""
     _open.discard(instance_uuid)
+
+
+def keep_places(instance_uuid: str, places: dict[str, dict]) -> None:
+    """Remember where the interfaces of a guest are that are taken out.
+
+    :param places: MAC address -> attributes of the interface's address
+    :raises: OSError
+    """
+    with open(os.path.join(directory(instance_uuid), _PLACES), 'w') as f:
+        f.write(jsonutils.dumps(places))
+
+
+def places(instance_uuid: str) -> dict[str, dict]:
+    """:returns: what keep_places() was given; nothing if it never was"""
+    try:
+        with open(os.path.join(directory(instance_uuid), _PLACES)) as f:
+            return jsonutils.loads(f.read())
+    except (OSError, ValueError):
+        return {}
 
 
 def export(instance_uuid: str) -> str:

@@ -23,6 +23,7 @@ from nova.objects import fields
 from nova import test
 from nova.virt.libvirt import config as vconfig
 from nova.virt.libvirt.storage import operation
+from nova.virt.libvirt.storage.pool import kinds
 from nova.virt.libvirt.storage import reboot
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import metadata
@@ -281,13 +282,21 @@ class DiskOperationTestCase(OperationTestCase):
                               self.of().refuse_logical_volumes)
         self.assertIn('as disk.local are', str(e))
 
-    def test_files_do_not_go_into_ceph(self):
-        pool_of = self.patch(
-            'nova.virt.libvirt.storage.pool.setup.pool_of')
-        self.records.set('disk', record(backend='qcow2', format='qcow2'))
-        for is_ceph in (True, False):
-            pool_of.return_value.kind.return_value.is_ceph = is_ceph
-            self.assertEqual(not is_ceph, self._move().run.called)
+    @ddt.data(('dir', 'disk', 'qcow2', True), ('netfs', 'disk', 'raw', True),
+              ('rbd', 'disk', 'qcow2', False),
+              ('rbd', 'disk.config', 'raw', False),
+              ('logical', 'disk', 'raw', False),
+              ('logical', 'disk.swap', 'qcow2', False),
+              # That of an instance with logical volumes
+              ('logical', 'disk.config', 'raw', True))
+    @ddt.unpack
+    def test_files_go_into_directories(self, pool_type, name, image_format,
+                                       expected):
+        """Elsewhere an instance keeps them, and migrates with them."""
+        pool_of = self.patch('nova.virt.libvirt.storage.pool.setup.pool_of')
+        pool_of.return_value.kind.return_value = kinds.of_type(pool_type)
+        self.records.set(name, record(backend='flat', format=image_format))
+        self.assertEqual(expected, self._move().run.called)
 
     def test_libvirt_does_not_say_what_pool_it_is(self):
         # Its storage daemon may be away; the files need none.

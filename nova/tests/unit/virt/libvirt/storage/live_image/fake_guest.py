@@ -53,6 +53,8 @@ class Guest:
         self.slow = None
         # Of the ports that Neutron has.
         self.ports = list(MACS)
+        # MAC -> where it was put back, or is to be; what is remembered
+        self.places, self.kept = {}, {}
 
     def step(self, name):
         self.steps.append(name)
@@ -63,9 +65,9 @@ class Guest:
         xml = test_definition.SAVED.replace(
             "<interface type='bridge'><mac address='fa:16:3e:00:00:01'/>"
             "</interface>", ''.join(
-                "<interface type='bridge'><mac address='%s'/></interface>" %
-                mac for mac in (
-                    self.defined if dump_inactive else self.macs)))
+                "<interface type='bridge'><mac address='%s'/><address "
+                "type='pci' slot='0x%s'/></interface>" % (mac, mac[-2:])
+                for mac in (self.defined if dump_inactive else self.macs)))
         if self.has_come_live and not (dump_inactive or definition):
             return xml.replace("<disk type='volume'", "<disk type='file'")
         return xml
@@ -138,8 +140,9 @@ class Guest:
         self.step('detach')
         self.macs.remove(vif['address'])
 
-    def attach(self, vif):
+    def attach(self, vif, place):
         self.step('attach')
+        self.places[vif['address']] = place
         self.macs.append(vif['address'])
         self.defined.append(vif['address'])
 
@@ -155,4 +158,5 @@ def interfaces_of(guest):
     return interfaces.Interfaces(
         lambda: guest, [{'address': mac} for mac in MACS],
         lambda: [{'address': mac} for mac in guest.ports], guest.detach,
-        guest.attach, guest.define, guest.plug)
+        guest.attach, guest.define, guest.plug, guest.kept.update,
+        lambda: guest.kept)

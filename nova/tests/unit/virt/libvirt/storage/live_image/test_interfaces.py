@@ -12,11 +12,17 @@
 
 from unittest import mock
 
+import fixtures
+from lxml import etree
+from oslo_utils.fixture import uuidsentinel as uuids
+
 from nova import exception
 from nova import test
 from nova.tests.unit.virt.libvirt.storage.live_image import fake_guest
+from nova.virt.libvirt import config as vconfig
 from nova.virt.libvirt import driver as libvirt_driver
 from nova.virt.libvirt.storage.live_image import interfaces
+from nova.virt.libvirt.storage.live_image import under_way
 from nova.virt.libvirt import vif
 
 MACS = fake_guest.MACS
@@ -50,8 +56,8 @@ class InterfacesTestCase(test.NoDBTestCase):
         self.interfaces.take_out()
         attach = self.interfaces.attach
 
-        def and_delete(vif):
-            attach(vif)
+        def and_delete(vif, place):
+            attach(vif, place)
             self.guest.ports.remove(vif['address'])
 
         self.interfaces.attach = and_delete
@@ -85,6 +91,60 @@ class InterfacesTestCase(test.NoDBTestCase):
                                   self.interfaces.take_out)
         self.assertIn('52:54:00:00:00:01', str(error))
 
+    def test_where_they_were(self):
+        """A guest may know an interface by its PCI address."""
+        self.interfaces.take_out()
+        self.interfaces.put_back()
+        self.assertEqual(
+            {mac: {'type': 'pci', 'slot': '0x' + mac[-2:]} for mac in MACS},
+            self.guest.places)
+
+    def _attach_at(self, error=None, metadata_error=None):
+        driver = mock.create_autospec(
+            libvirt_driver.LibvirtDriver, instance=True,
+            vif_driver=mock.create_autospec(
+                vif.LibvirtGenericVIFDriver, instance=True))
+        host, instance, nic = mock.Mock(), mock.Mock(), {'address': MACS[0]}
+        config = driver.vif_driver.get_config.return_value = (
+            vconfig.LibvirtConfigGuestInterface())
+        config.net_type, config.source_dev = 'bridge', 'br'
+        config.mac_addr, config.target_dev = MACS[0], 'tap'
+        guest = host.get_guest.return_value
+        guest.attach_device.side_effect = error
+        guest.set_metadata.side_effect = metadata_error
+        cache = self.useFixture(fixtures.MockPatch(
+            'nova.objects.InstanceInfoCache.get_by_instance_uuid')).mock
+        interfaces.of(host, driver, mock.sentinel.context, instance).attach(
+            nic, {'type': 'pci', 'slot': '0x08'})
+        driver.vif_driver.plug.assert_called_once_with(instance, nic)
+        call = guest.attach_device.mock_calls[0]
+        self.assertEqual({'persistent': True,
+                          'live': guest.is_active.return_value}, call.kwargs)
+        found = etree.fromstring(call.args[0].to_xml())
+        self.assertEqual((MACS[0], {'type': 'pci', 'slot': '0x08'}), (
+            found.find('mac').get('address'),
+            dict(found.find('address').attrib)))
+        if not error:
+            driver.attach_interface.assert_not_called()
+            driver.get_instance_driver_metadata.assert_called_once_with(
+                instance, cache.return_value.network_info)
+            guest.set_metadata.assert_called_once_with(
+                driver._get_guest_config_meta.return_value)
+        else:
+            driver.attach_interface.assert_called_once_with(
+                mock.sentinel.context, instance, instance.image_meta, nic)
+
+    def test_attach_at_an_address(self):
+        self._attach_at()
+
+    def test_address_that_is_taken(self):
+        self._attach_at(error=OSError('in use'))
+        self.assertIn('at another address than it had: in use',
+                      self.stdlog.logger.output)
+
+    def test_metadata_that_can_not_be_set(self):
+        self._attach_at(metadata_error=OSError('no'))
+
     def test_of_an_instance(self):
         """The driver's methods and signatures."""
         driver = mock.create_autospec(
@@ -92,6 +152,14 @@ class InterfacesTestCase(test.NoDBTestCase):
             vif_driver=mock.create_autospec(
                 vif.LibvirtGenericVIFDriver, instance=True))
         host, instance, nic = mock.Mock(), mock.Mock(), mock.sentinel.nic
+        instance.uuid = uuids.instance
+        self.flags(snapshots_directory=self.useFixture(
+            fixtures.TempDir()).path, group='libvirt')
+        under_way.begin(uuids.instance)
+        self.addCleanup(under_way.close, uuids.instance)
+        self.assertEqual({}, interfaces.of(
+            host, driver, mock.sentinel.context, instance).places())
+        instance.get_network_info.reset_mock()
         found = interfaces.of(host, driver, mock.sentinel.context, instance)
         self.assertEqual(instance.get_network_info.return_value, found.vifs)
         with mock.patch('nova.objects.InstanceInfoCache.'
@@ -104,9 +172,11 @@ class InterfacesTestCase(test.NoDBTestCase):
         found.detach(nic)
         driver.detach_interface.assert_called_once_with(
             mock.sentinel.context, instance, nic)
-        found.attach(nic)
+        found.attach(nic, None)
         driver.attach_interface.assert_called_once_with(
             mock.sentinel.context, instance, instance.image_meta, nic)
+        found.keep_places({'a': {'type': 'pci'}})
+        self.assertEqual({'a': {'type': 'pci'}}, found.places())
         found.plug(nic)
         driver.vif_driver.plug.assert_called_once_with(instance, nic)
         # The guest that runs has it already.

@@ -45,6 +45,16 @@ class UnderWayTestCase(test.NoDBTestCase):
         under_way.end(uuids.instance)
         self.assertEqual([], under_way.instances())
 
+    def test_places(self):
+        under_way.begin(uuids.instance)
+        self.assertEqual({}, under_way.places(uuids.instance))
+        places = {'fa:16:3e:00:00:01': {'type': 'pci', 'slot': '0x08'}}
+        under_way.keep_places(uuids.instance, places)
+        self.assertEqual(places, under_way.places(uuids.instance))
+        path = os.path.join(under_way.directory(uuids.instance), 'places')
+        os.truncate(path, 9)
+        self.assertEqual({}, under_way.places(uuids.instance))
+
     def test_left(self):
         """Of this process, or of one that was killed."""
         under_way.begin(uuids.instance)

@@ -12,6 +12,9 @@
 """Servers that are saved with their memory, and others that go on from it."""
 
 import time
+from xml.etree import ElementTree
+
+import libvirt
 
 from lab import config
 from lab import live_images
@@ -21,6 +24,7 @@ from lab.tests import cloud_case
 from lab.tests.cloud_case import CloudTestCase
 from lab.tests.cloud_case import SERIES
 
+INACTIVE = libvirt.VIR_DOMAIN_XML_INACTIVE
 MEMORY_ID = live_images.MEMORY_ID
 
 
@@ -308,11 +312,24 @@ class TestNics(LiveImagesCase):
             (interface['mac'], interface['address']))
         return interface['mac'], interface['address']
 
+    def places(self, server, flags):
+        """:returns: MAC -> PCI address, as libvirt has them"""
+        with server.domain() as domain:
+            root = ElementTree.fromstring(domain.XMLDesc(flags))
+        return {interface.find('mac').get('address'):
+                interface.find('address').attrib
+                for interface in root.iterfind('devices/interface')}
+
     def test_interfaces(self):
         source = self.boot(network=True)
         known = [self.assert_reached(source)]
+        before = [self.places(source, flags) for flags in (0, INACTIVE)]
         image = self.capture(source)
         self.assertEqual(known, [self.assert_reached(source)])
+        self.assertEqual(
+            before, [self.places(source, flags) for flags in (0, INACTIVE)])
+        self.assertNotIn('at another address',
+                         self.service_log(source.host))
         for host in config.HOSTS:
             clone = self.clone(image, host, network=True)
             known.append(self.assert_reached(clone))

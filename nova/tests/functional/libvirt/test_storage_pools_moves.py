@@ -425,6 +425,23 @@ class TestStaleDisks(MovesTestBase):
             {'%s_%s.2' % (server['id'], name) for name in VOLUMES},
             {record.volume for record in self.records(server).values()})
 
+    def test_evacuated_there_and_back(self):
+        """Notes of what is gone don't pile up."""
+        server = self.boot_with_all()
+        server = self.evacuate(server, 'compute1', 'compute2')
+        self.restart_compute_service('compute1')
+        self.force_down('compute1', False)
+        self.assert_nothing_left(server, 'compute1')
+        server = self.evacuate(server, 'compute2', 'compute1', 'completed')
+        self.assert_ready('compute1', server, **ALL)
+        instance = objects.Instance.get_by_uuid(self.context, server['id'])
+        disks = storage_pools.metadata.InstanceDisks.load(
+            self.context, instance)
+        self.assertEqual(
+            {('compute2', '%s_%s' % (server['id'], name))
+             for name in EVACUATED_VOLUMES},
+            {(host, volume) for host, _pool, volume in disks.leftovers})
+
     def test_evacuated_from_is_swept(self):
         server = self.boot_with_all()
         server = self.evacuate(server, 'compute1', 'compute2')

@@ -43,6 +43,7 @@ from nova.virt.libvirt.storage.pool import health
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
 from nova.virt.libvirt.storage.records import evacuation
+from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
 from nova.virt.libvirt.storage.records import unrecorded
@@ -282,6 +283,8 @@ class DiskOperation:
             lifecycle.arrived(self.records, jsonutils.loads(moved_disks))
             # Whatever fails, the instance is here.
             self.records.save(self._context)
+        elif leftovers.on_host(self.records, CONF.host):
+            leftovers.forget_gone(self._local.get_connection(), self.records)
         stale = undo.after_evacuation(self._instance, self.records)
         instance_dir = libvirt_utils.get_instance_path(self._instance)
         is_new = not os.path.exists(instance_dir)

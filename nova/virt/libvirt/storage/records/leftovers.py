@@ -89,7 +89,7 @@ def note_undeleted(connection, disks):
         left = {(record.pool, record.volume) for _name, record in disks.items()
                 if record.host == CONF.host and
                 record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and
-                _may_be_there(connection, record)}
+                _may_be_there(connection, record.pool, record.volume)}
     except exception.InvalidDiskMetadata:
         disks.clear()
         left = set()
@@ -105,11 +105,11 @@ def note_undeleted(connection, disks):
     note(disks, CONF.host, sorted(left))
 
 
-def _may_be_there(connection, record):
+def _may_be_there(connection, pool_name, name):
     """Whether a volume is in its pool, or that can't be told."""
     try:
-        return storage_pool.StoragePool(
-            connection, record.pool, CONF.host).find(record.volume) is not None
+        return storage_pool.StoragePool(connection, pool_name, CONF.host).find(
+            name, refresh=True) is not None
     except exception.NovaException:
         return True
 
@@ -158,6 +158,20 @@ def forget(disks, host, places):
     """
     gone = {(host, pool, volume) for pool, volume in places}
     disks.leftovers = [left for left in disks.leftovers if left not in gone]
+
+
+def forget_gone(connection, disks):
+    """Take off the notes what this host has no more.
+
+    One from which an instance was evacuated deletes what it has when it is
+    back, and notes are the new host's to make.
+
+    :param connection: this host's libvirt
+    :param disks: the instance's InstanceDisks; the caller saves them
+    """
+    forget(disks, CONF.host, [
+        (pool_name, name) for pool_name, name in on_host(disks, CONF.host)
+        if not _may_be_there(connection, pool_name, name)])
 
 
 def delete(connection, disks, keep=frozenset()):

@@ -127,6 +127,23 @@ class DiskOperationTestCase(OperationTestCase):
                          mock_begin.call_args.args[-1])
         self.records.save.assert_called_once_with(mock.sentinel.context)
 
+    @ddt.data((None, 'here', True), (None, 'there', False),
+              # What comes beside the disks is noted until it is whole.
+              ('[]', 'here', False))
+    @ddt.unpack
+    @mock.patch('nova.virt.libvirt.storage.records.lifecycle.arrived')
+    @mock.patch('nova.virt.libvirt.storage.records.lifecycle.begin')
+    @mock.patch('nova.virt.libvirt.storage.records.leftovers.forget_gone')
+    def test_begin_where_the_instance_was_before(
+            self, moved_disks, host, expected, mock_forget, mock_begin,
+            mock_arrived):
+        """It has deleted what it had, when it was back."""
+        self.records.leftovers = [(host, 'p', '%s_disk' % uuids.instance)]
+        self.of().begin({'mapping': {}}, moved_disks=moved_disks)
+        self.assertEqual(
+            [mock.call(self.local.host.get_connection.return_value,
+                       self.records)] * expected, mock_forget.mock_calls)
+
     @mock.patch('nova.virt.libvirt.storage.records.lifecycle.begin')
     def test_begin_leaves_the_directory_to_the_driver(self, mock_begin):
         directory = os.path.join(

@@ -43,7 +43,8 @@ class UndeletedTestCase(base.PoolsTestCase):
         self.stub_out('nova.virt.libvirt.storage.pool.pool.StoragePool.find',
                       self.find_volume)
 
-    def find_volume(self, _pool, name):
+    def find_volume(self, _pool, name, refresh):
+        self.assertTrue(refresh)
         found = self.there.get(name)
         if found is None:
             raise exception.StoragePoolError(
@@ -69,6 +70,14 @@ class UndeletedTestCase(base.PoolsTestCase):
             leftovers.note_undeleted(self.conn, self.disks)
         return sorted(volume for _p, volume in leftovers.on_host(
             self.disks, 'here'))
+
+    def test_forget_gone(self):
+        self.there = {DISK: True, DISK + '.1': False}
+        kept = [('here', 'p', DISK), ('here', 'p', DISK + '.off'),
+                ('there', 'p', DISK + '.1')]
+        self.disks.leftovers = [*kept, ('here', 'p', DISK + '.1')]
+        leftovers.forget_gone(self.conn, self.disks)
+        self.assertEqual(kept, self.disks.leftovers)
 
     def test_pool_that_can_not_be_read(self):
         """Then the records alone tell of it, and they are cleared next."""

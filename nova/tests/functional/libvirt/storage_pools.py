@@ -12,6 +12,7 @@
 """Two computes with libvirt storage pools of their own."""
 
 import os
+from unittest import mock
 
 import fixtures
 from oslo_utils import units
@@ -164,6 +165,13 @@ class StoragePoolsTestBase(base.ServersTestBase):
     def set_option(self, hostname, name, value, group='libvirt'):
         """Set an option for one host."""
         self.hosts.options[hostname][group, name] = value
+
+    def stub_remote_files(self):
+        """Let nobody log in to another host to make its directories."""
+        for what in ('create_dir', 'create_file', 'remove_dir',
+                     'remove_file'):
+            self.stub_out('nova.virt.libvirt.volume.remotefs.'
+                          'RemoteFilesystem.' + what, mock.Mock())
 
     def boot(self, host='compute1', flavor=None, **flavor_kwargs):
         flavor = flavor or self.flavor(**flavor_kwargs)

@@ -632,10 +632,7 @@ class TestTakeOver(CephTestBase):
 
     def upgrade_one(self):
         """The other host sends its servers by SSH."""
-        for what in ('create_dir', 'create_file', 'remove_dir',
-                     'remove_file'):
-            self.stub_out('nova.virt.libvirt.volume.remotefs.'
-                          'RemoteFilesystem.' + what, mock.Mock())
+        self.stub_remote_files()
         self.set_option('compute2', 'images_type', 'libvirt-storage')
         self.restart_compute_service('compute2')
 

@@ -14,7 +14,6 @@
 
 import os
 import shutil
-from unittest import mock
 
 import fixtures
 from oslo_utils import units
@@ -251,10 +250,7 @@ class TestFilesStay(GroupsTestBase):
             self.set_option(host, 'images_type', 'libvirt-storage')
             self.restart_compute_service(host)
         self._reboot_server(server, hard=True)
-        for what in ('create_dir', 'create_file', 'remove_dir',
-                     'remove_file'):
-            self.stub_out('nova.virt.libvirt.volume.remotefs.'
-                          'RemoteFilesystem.' + what, mock.Mock())
+        self.stub_remote_files()
         self.stub_out('nova.virt.libvirt.utils.copy_image', self.copy)
         self._migrate_server(server)
         self._confirm_resize(server)

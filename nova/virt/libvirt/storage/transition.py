@@ -238,11 +238,7 @@ class Transition:
                 self._refuse(_('disk %s was never finished') % name)
             pool = self._get_pool(
                 record.pool or setup.pool_name_for(name))
-            # swap or a config drive
-            is_small = disk_kinds.of_disk(name).is_remade
-            if pool.directory() is None and not (
-                    is_small and
-                    record.format == fields.LibvirtDiskFormat.RAW):
+            if not takes(pool.kind(), name, record):
                 self._refuse(_(
                     'name a pool that is a directory for it in nova.conf. '
                     'Disk %(name)s is a file, and storage pool %(pool)s '

@@ -233,13 +233,14 @@ class StorageVolume:
                 with self.libvirt_errors():
                     _delete(self.raw)
         except exception.StorageVolumeError as e:
-            if self.pool.host == CONF.host and snapshots.is_gone(self):
-                self.pool.refresh()
-                return
-            if self.pool.host != CONF.host or not errors.is_no_directory(
-                    e.__cause__):
+            if self.pool.host != CONF.host:
                 raise
-            self._remove_file()
+            if snapshots.is_gone(self):
+                self.pool.refresh()
+            elif errors.is_no_directory(e.__cause__):
+                self._remove_file()
+            else:
+                raise
 
     def _remove_file(self):
         LOG.warning('libvirt takes volume %(volume)s of storage pool %(pool)s '

@@ -191,8 +191,8 @@ def delete(connection, disks, keep=frozenset()):
                if record.is_on_ceph}
     in_use |= {place for place in places & on_ceph
                if _is_ceph(connection, place[0])}
-    in_use |= {place for place in places
-               if place[1] in _outside_of_pools(disks)}
+    outside = _outside_of_pools(disks)
+    in_use |= {place for place in places if place[1] in outside}
     still = delete_volumes(
         connection, CONF.host, places - in_use, disks.instance)
     forget(disks, CONF.host, places - set(still))

@@ -113,16 +113,20 @@ def stestr(tally: Tally, title: str, cwd: pathlib.Path, where: list[str],
                 [*python, '-m', 'stestr', *where, 'run', '--subunit',
                  *what], cwd=cwd, stdout=subprocess.PIPE, stderr=errors,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **(env or {})}) as process:
+                env={**os.environ, 'PYTHONFAULTHANDLER': '1',
+                     **(env or {})}) as process:
             counter = _Counter(tally, line)
             subunit.ByteStreamToStreamResult(
                 process.stdout, non_subunit_name='output').run(counter)
-            for test in sorted(filter(None, counter.begun)):
-                counter.counts['failed'] += 1
-                tally.failures.append((test, 'did not end: its worker died'))
+            died = sorted(filter(None, counter.begun))
+            counter.counts['failed'] += len(died)
             line.text = counter.told()
         errors.seek(0)
         said = errors.read().decode(errors='replace')
+    last_words = ''.join(counter.texts.get(None, ())) + said
+    for test in died:
+        tally.failures.append((
+            test, 'did not end: its worker died\n' + last_words))
     tally.passed += counter.counts['passed']
     tally.skipped += counter.counts['skipped']
     tally.failed += counter.counts['failed']

@@ -50,7 +50,8 @@ DIES = '''
 
 class TestDies(unittest.TestCase):
     def test_dies(self):
-        os._exit(3)
+        os.write(2, b'last words')
+        os.abort()
 '''
 
 
@@ -91,8 +92,11 @@ class TestStestr(RunnerTest):
     def test_worker_that_dies(self):
         self.run_tests(TESTS + DIES, 'test_dies')
         self.assertEqual(0, self.tally.passed)
-        self.assertGreater(self.tally.failed, 0)
+        self.assertEqual(1, self.tally.failed)
         self.assertEqual(1, self.tally.report())
+        # What it died of, and where it was.
+        for words in 'last words', 'Fatal Python error: Aborted', 'in test_dies':
+            self.assertIn(words, self.said.getvalue())
 
     def test_module_that_can_not_be_imported(self):
         self.run_tests('import no_such_module')

@@ -5,7 +5,7 @@ RUN = PYTHONPATH=tools $(PYTHON) -m runner
 
 .DEFAULT_GOAL := help
 .PHONY: help ready tree save check series wheel test style unit functional \
-	newer-python each lab lab-down lab-test bench demo
+	newer-python sanitize each lab lab-down lab-test bench demo
 
 help:         ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -40,6 +40,9 @@ unit:         ## Nova's unit tests that the series can affect, alone
 
 newer-python: ## the unit tests on the Python of the next Debian, compiled there
 	@$(RUN) newer_python
+
+sanitize:     ## the pump's tests under the compiler's sanitizers of memory, undefined behaviour and threads
+	@$(RUN) sanitize
 
 functional:   ## Nova's functional tests of the libvirt driver, and ours
 	@$(RUN) functional

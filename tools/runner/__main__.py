@@ -30,7 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog='runner')
     parser.add_argument('command', choices=(
         'system', 'prepare', 'test', 'tools', 'style', 'unit', 'functional',
-        'newer_python', 'lab', 'each', 'wheel', 'dist'))
+        'newer_python', 'sanitize', 'lab', 'each', 'wheel', 'dist'))
     parser.add_argument('--all', action='store_true',
                         help='each: all unit tests on every commit')
     parser.add_argument('--first', type=int, default=1, metavar='N',

@@ -12,23 +12,27 @@
 
 """What is run, in which order; works in the venv."""
 
+import contextlib
 import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 
 from . import counting
 from . import machine
 from . import newer_python as newer_python_
+from . import sanitizer
 from .progress import Line
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TREE = ROOT / 'tree'
 TESTS = tomllib.loads((ROOT / 'tools/series.toml').read_text())['tests']
 UNIT = 'nova.tests.unit.'
+PUMP = 'virt/libvirt/storage/pump'
 # Where an interpreter finds what it does first in Nova's tests.
 START = 'runner/start'
 ENVIRONMENT = {**TESTS['environment'],
@@ -202,12 +206,7 @@ def each(tally, everything, first=1, last=None):
     :param first: the number of the commit to begin with
     :param last: the number of the commit to end with
     """
-    work = ROOT / 'build' / 'each'
-    _git('worktree', 'remove', '--force', work, check=False)
-    shutil.rmtree(work, ignore_errors=True)
-    _git('worktree', 'prune')
-    _git('worktree', 'add', '--quiet', '--detach', work, 'base')
-    try:
+    with _worktree('each', 'base') as work:
         commits = _git('rev-list', '--reverse', 'base..HEAD')
         for number, commit in enumerate(commits[first - 1:last], first):
             _git('checkout', '--quiet', '--force', commit, cwd=work)
@@ -220,6 +219,43 @@ def each(tally, everything, first=1, last=None):
                 now - then for now, then in zip(tally.sums(), before))
             print(result, flush=True)
             tally.notes.append(result)
+
+
+def sanitize(tally):
+    """The pump's tests, with the pump compiled for each sanitizer."""
+    with _worktree('sanitize', 'HEAD') as work:
+        for kind in sanitizer.KINDS:
+            _one_sanitizer(tally, work, kind)
+
+
+def _one_sanitizer(tally, work, kind):
+    title = kind.name + ' sanitizer'
+    with tempfile.TemporaryDirectory() as folder:
+        reports = pathlib.Path(folder)
+        try:
+            python = sanitizer.prepare(
+                kind, work, reports, ROOT / 'build/log')
+        except machine.NotReady as error:
+            tally.add(title, False, str(error))
+            return
+        counting.stestr(tally, title, work, [
+            '--test-path', UNIT.replace('.', '/') + PUMP, '--top-dir', '.'], [
+            *WORKERS, *kind.leave_out], env={
+                **ENVIRONMENT, **sanitizer.environment(python)})
+        found = sanitizer.found(reports)
+        tally.add(title + ' reports', not found, found)
+
+
+@contextlib.contextmanager
+def _worktree(name, commit):
+    """A checkout of its own, in build/, for as long as it is used."""
+    work = ROOT / 'build' / name
+    _git('worktree', 'remove', '--force', work, check=False)
+    shutil.rmtree(work, ignore_errors=True)
+    _git('worktree', 'prune')
+    _git('worktree', 'add', '--quiet', '--detach', work, commit)
+    try:
+        yield work
     finally:
         _git('worktree', 'remove', '--force', work)
 

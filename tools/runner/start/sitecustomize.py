@@ -21,6 +21,8 @@ sixth of the CPU seconds of the driver's tests.
 import copy
 import functools
 import gc
+import os
+import sys
 
 gc.set_threshold(50_000, 50, 1000)
 
@@ -43,3 +45,9 @@ except ImportError:  # an interpreter that a test starts, of the system's
     pass
 else:
     yaml.safe_load = _remember(yaml.safe_load)
+
+# By make sanitize: what it preloads is for the pump alone, which runs in this
+# process and in those of its workers.
+if 'SANITIZED_PYTHON' in os.environ:
+    sys.executable = os.environ['SANITIZED_PYTHON']
+    os.environ.pop('LD_PRELOAD', None)

@@ -239,32 +239,39 @@ class TestFilesStay(GroupsTestBase):
     images_types = {'compute1': 'qcow2', 'compute2': 'qcow2'}
 
     def copy(self, source, target, *args, **kwargs):
-        target = target.replace(self.directories['compute1'],
-                                self.directories['compute2'])
+        target = target.replace(self.directories[self.source],
+                                self.directories[self.dest])
         os.makedirs(os.path.dirname(target), exist_ok=True)
         shutil.copy(source, target)
 
+    def migrate(self, server, source, dest):
+        self.source, self.dest = source, dest
+        self._migrate_server(server)
+        self._confirm_resize(server)
+        records = self.records(server)
+        self.assertEqual(
+            {dest}, {record.host for record in records.values()})
+        self.assertFalse(
+            {record.backend for record in records.values()} -
+            {'flat', 'qcow2'})
+        for host in self.connections:
+            self.assertEqual({}, self.group(host).devices)
+        self._reboot_server(server, hard=True)
+        self.assertLessEqual(
+            {'disk', *records}, set(os.listdir(self.instance_path(
+                dest, server))))
+
     def test_migrate(self):
-        server = self.boot()
+        """There and back: what is made anew is a file as well."""
+        server = self.boot(ephemeral=1, swap=64)
         for host in self.connections:
             self.set_option(host, 'images_type', 'libvirt-storage')
             self.restart_compute_service(host)
         self._reboot_server(server, hard=True)
         self.stub_remote_files()
         self.stub_out('nova.virt.libvirt.utils.copy_image', self.copy)
-        self._migrate_server(server)
-        self._confirm_resize(server)
-        self.assertEqual({'compute2'}, {
-            record.host for record in self.records(server).values()})
-        self.assertFalse(
-            {record.backend for record in self.records(server).values()} -
-            {'flat', 'qcow2'})
-        for host in self.connections:
-            self.assertEqual({}, self.group(host).devices)
-        self._reboot_server(server, hard=True)
-        self.assertEqual(['disk'], [
-            name for name in os.listdir(self.instance_path(
-                'compute2', server)) if name == 'disk'])
+        self.migrate(server, 'compute1', 'compute2')
+        self.migrate(server, 'compute2', 'compute1')
 
 
 class RefusedTestBase(storage_pools.Refusals, GroupsTestBase):

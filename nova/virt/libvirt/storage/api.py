@@ -774,20 +774,22 @@ class LocalDisks:
         """
         records = lifecycle.of_instance(instance, block_device_info)
         is_gone = unconfigured.delete(
-            self._connection(), self._local.image_backend, instance, records)
+            self._connection, self._local.image_backend, instance, records,
+            makes_pool_disks() or bool(self._pools_found))
         if not self._has_pools:
             return is_gone
         # Nobody has to write to what is deleted.
         self._local.intake.close(instance)
         others: ty.Collection[tuple[str, str]] = ()
-        if cells.has_two(instance):
+        if cells.has_two(instance) or ownership.is_elsewhere(instance):
             try:
                 others = cells.of_the_other(
                     nova_context.get_admin_context(), self._connection(),
-                    records)
+                    lifecycle.of_new_disks(
+                        instance._context, instance, block_device_info))
             except exception.NovaException as e:
                 LOG.error('The disks stay on this host, as it is not known '
-                          'which of them another cell has: %s', e,
+                          'which of them another host has: %s', e,
                           instance=instance)
                 return False
         if instance.task_state == task_states.RESIZE_REVERTING:
@@ -803,7 +805,7 @@ class LocalDisks:
             # What came with the call may be of before a rebuild.
             records = lifecycle.of_new_disks(
                 instance._context, instance, block_device_info)
-            leftovers.note_undeleted(self._connection(), records)
+            leftovers.note_undeleted(self._connection(), records, others)
             # In one save: a guest must not start from what is left.
             lifecycle.forget(instance._context, records)
         return is_gone
@@ -859,7 +861,12 @@ class LocalDisks:
         :returns: False if something is left and should be tried again
         """
         if 'deleted' in instance and instance.deleted:
-            return self.delete(instance)
+            try:
+                return self.delete(instance)
+            except exception.HypervisorUnavailable as e:
+                LOG.error('Disks of the instance may be left; it will be '
+                          'tried later: %s', e, instance=instance)
+                return False
         return True
 
     def forget(self, context, instance, block_device_info) -> None:

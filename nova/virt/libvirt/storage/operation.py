@@ -174,11 +174,21 @@ class DiskOperation:
         """
         if mapping is None:
             mapping = self.mapping(name)
+        image_type = None
+        if 'metadata' not in (mapping or {}) and self._makes_files(name):
+            image_type = 'qcow2' if CONF.use_cow_images else 'flat'
+        elif name.startswith('disk.config'):
+            image_type = config_drive_image_type()
         return self._local.image_backend.by_name(
-            self._instance, name,
-            config_drive_image_type() if name.startswith('disk.config')
-            else None,
-            disk_info_mapping=mapping)
+            self._instance, name, image_type, disk_info_mapping=mapping)
+
+    def _makes_files(self, name):
+        """Whether a new disk is a file, since others have to stay files.
+
+        Volumes and files together can't be migrated.
+        """
+        return (CONF.libvirt.images_type == 'libvirt-storage' and
+                not name.endswith('.rescue') and self._stays_in_files())
 
     def mapping(self, name: str) -> dict | None:
         """What an image backend needs of a disk that is on record."""
@@ -291,6 +301,8 @@ class DiskOperation:
         self.there = lifecycle.begin(
             self.records, disk_info['mapping'], guest_config, self.image,
             self._configured(), self._block_device_info, suffix, stale)
+        evacuation.refuse_other_names(
+            self._local.get_connection, self.records)
         if is_new and os.path.isdir(instance_dir):
             # Some backends make it when they are asked about a disk; it is
             # _create_image's to make, which tells who must clean it up.
@@ -312,6 +324,11 @@ class DiskOperation:
         self.records.save(self._context)
         # The guest is started next.
         self.look_again()
+
+    def made(self) -> None:
+        """Let go of the disks that an evacuation has made anew: it is over."""
+        if evacuation.forget_replaced(self.records):
+            self.records.save(self._context)
 
     def make_unfinished(self, driver) -> None:
         """Make what holds nothing of the guest, and was never finished.
@@ -486,7 +503,8 @@ class DiskOperation:
             raise exception.MigrationPreCheckError(reason=_(
                 'migration is not supported for logical volumes that are in '
                 'no storage pool, as %s are; see "From images_type = lvm" in '
-                'the guide to storage pools') % ', '.join(names))
+                '"Moving local disks into libvirt storage pools" in the admin '
+                'guide') % ', '.join(names))
 
     def _stays_in_files(self):
         """Whether a disk would move into a pool that takes no files.

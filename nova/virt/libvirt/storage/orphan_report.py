@@ -40,13 +40,16 @@ CONF = nova.conf.CONF
 class Found(ty.NamedTuple):
     """What lies in a host's storage pools, and beside them.
 
-    :ivar orphans: list of orphans.Orphan
+    :ivar orphans: list of orphans.Orphan; after deleting, those that were
+        tried
     :ivar unread: list of orphans.Unread: there may be more in these pools
     :ivar deleted: those of the orphans that are gone by now
+    :ivar error: what has ended the deleting before its time
     """
     orphans: list[orphans.Orphan]
     unread: list[orphans.Unread]
     deleted: list[orphans.Orphan]
+    error: Exception | None = None
 
     @property
     def left_over(self) -> list[orphans.Orphan]:
@@ -76,15 +79,23 @@ def look(context: 'nova_context.RequestContext',
     :param delete: whether to delete those that are certainly left over
     :raises: libvirt.libvirtError if this host's libvirt can't be asked,
         exception.StoragePoolError, messaging.MessagingTimeout if no conductor
-        answers
+        answers; once something may be deleted, Found.error tells it
     """
     unread: list[orphans.Unread] = []
+    tried: list[tuple[orphans.Orphan, bool]] = []
+    error = None
     with _asking_conductor(), _connected() as connection:
         own = set(objects.InstanceList.get_uuids_by_host(context, CONF.host))
-        # Each is judged when it is its turn: a server may have come since.
-        deleted = orphans.sweep(context, connection, own) if delete else []
-        found = orphans.find(context, connection, own, unread)
-    return Found([*deleted, *found], unread, deleted)
+        if not delete:
+            return Found(orphans.find(context, connection, own, unread),
+                         unread, [])
+        try:
+            # Each is judged when it is its turn: a server may have come since.
+            orphans.sweep(context, connection, own, tried, unread)
+        except Exception as e:
+            error = e
+    return Found([orphan for orphan, _is_gone in tried], unread,
+                 [orphan for orphan, is_gone in tried if is_gone], error)
 
 
 @contextlib.contextmanager

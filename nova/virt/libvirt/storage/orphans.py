@@ -146,15 +146,23 @@ def _unknown(place):
     return Kind.UNKNOWN
 
 
-def sweep(context, connection, own) -> list[Orphan]:
+def sweep(context, connection, own,
+          tried: list[tuple[Orphan, bool]] | None = None,
+          unread: list[Unread] | None = None) -> list[Orphan]:
     """Delete what is certainly left over, each with a log line.
 
     :param context: as for find(), as are the others
+    :param tried: gets what was tried to delete, and whether it is gone, one
+        by one, if given
     :returns: what is gone
     """
+    tried = [] if tried is None else tried
     # What is known of an instance is as new as can be: a move may begin.
-    return [gone for orphan in _find(context, connection, own, [])
-            for gone in delete(connection, [orphan])]
+    for orphan in _find(context, connection, own,
+                        [] if unread is None else unread):
+        if orphan.kind is Kind.LEFT_OVER:
+            tried.append((orphan, bool(delete(connection, [orphan]))))
+    return [orphan for orphan, is_gone in tried if is_gone]
 
 
 def delete(connection, orphans: list[Orphan]) -> list[Orphan]:

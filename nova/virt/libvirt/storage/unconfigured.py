@@ -16,6 +16,7 @@ The driver deletes logical volumes and images of Ceph if they are what it is
 configured to make. Those of instances from before are known by their records.
 Logical volumes are known by their names, too: one that can't be deleted loses
 its record, and on a host that was evacuated the records are of another one.
+So are images of a deleted instance.
 """
 
 import os
@@ -25,11 +26,14 @@ from oslo_log import log as logging
 from nova.compute import task_states
 import nova.conf
 from nova import exception
+from nova.i18n import _
 from nova.objects import fields
+from nova.storage import rbd_utils
 from nova.virt.libvirt.storage import dmcrypt
 from nova.virt.libvirt.storage import lvm
 from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.pool import setup
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -38,12 +42,18 @@ _LVM = fields.LibvirtDiskBackend.LVM
 _RBD = fields.LibvirtDiskBackend.RBD
 
 
-def delete(connection, image_backend, instance, disks) -> bool:
+class _StillThere(Exception):
+    """An image that Ceph hasn't deleted."""
+
+
+def delete(get_connection, image_backend, instance, disks,
+           has_pools: bool) -> bool:
     """Delete such disks of an instance on this host.
 
-    :param connection: this host's libvirt
+    :param get_connection: gives this host's libvirt, if that is needed
     :param image_backend: the Backend of nova.virt.libvirt.imagebackend
     :param disks: the instance's InstanceDisks
+    :param has_pools: whether this host makes, or is known to have, pools
     :returns: False if something is left and should be tried again
     """
     try:
@@ -68,8 +78,7 @@ def delete(connection, image_backend, instance, disks) -> bool:
             if not image.exists():
                 continue
             if record.backend == _RBD:
-                # It tries again while somebody looks at the image.
-                image.driver.cleanup_volumes(image.rbd_name.__eq__)
+                _delete_images(image.driver, [image.rbd_name])
             else:
                 image.discard()
         except Exception as e:
@@ -78,13 +87,61 @@ def delete(connection, image_backend, instance, disks) -> bool:
                       '%(error)s', {'name': name, 'backend': record.backend,
                                     'error': e}, instance=instance)
             is_gone = False
-    return _delete_logical_volumes(connection, instance) and is_gone
+    is_gone = _delete_images_of_deleted(
+        get_connection, instance, disks, has_pools) and is_gone
+    return _delete_logical_volumes(
+        get_connection, instance, disks, has_pools) and is_gone
 
 
-def _delete_logical_volumes(connection, instance):
+def _delete_images(driver, names):
+    # It tries again while somebody looks at an image, and doesn't say so.
+    driver.cleanup_volumes(names.__contains__)
+    for name in names:
+        if driver.exists(name):
+            raise _StillThere(_(
+                "it is open somewhere, or has snapshots; when rbd status and "
+                "rbd snap ls show no more of that, delete it by rbd rm "
+                "%(pool)s/%(image)s") % {
+                    'pool': CONF.libvirt.images_rbd_pool, 'image': name})
+
+
+def _delete_images_of_deleted(get_connection, instance, disks, has_pools):
+    """Delete those that have the name of a deleted instance's disks.
+
+    One that was busy has lost its record when it is tried again. Where a pool
+    shows them they go with its volumes.
+    """
+    pool = CONF.libvirt.images_rbd_pool
+    if ('deleted' not in instance or not instance.deleted or
+            CONF.libvirt.images_type == _RBD or
+            not CONF.libvirt.images_rbd_ceph_conf):
+        return True
+    try:
+        if ownership.has_gone_with_images(instance) or _has_pool_over(
+                get_connection(), _RBD, pool, disks, has_pools):
+            return True
+        driver = rbd_utils.RBDDriver()
+        try:
+            with rbd_utils.RADOSClient(driver) as client:
+                names = [name for name in
+                         rbd_utils.RbdProxy().list(client.ioctx)
+                         if name.startswith('%s_' % instance.uuid)]
+        except rbd_utils.rados.ObjectNotFound:
+            return True  # images_rbd_pool has a default, and may not be there
+        _delete_images(driver, names)
+    except Exception as e:
+        LOG.error('Images of the instance may be left in Ceph pool %(pool)s, '
+                  'which [libvirt]/images_rbd_pool names: %(error)s',
+                  {'pool': pool, 'error': e}, instance=instance)
+        return False
+    return True
+
+
+def _delete_logical_volumes(get_connection, instance, disks, has_pools):
     """Delete those that have the name of an instance's disks.
 
-    Where a pool shows them they go with its volumes.
+    Where a pool shows them they go with its volumes, which is in vain while
+    Nova's own encryption has them open.
     """
     group = CONF.libvirt.images_volume_group
     directory = os.path.join('/dev', group or '')
@@ -93,14 +150,23 @@ def _delete_logical_volumes(connection, instance):
             instance.task_state == task_states.RESIZE_REVERTING):
         return True
     try:
-        if _has_pool_over(connection, group):
-            return True
         names = [name for name in lvm.list_volumes(group)
                  if name.startswith('%s_' % instance.uuid)]
         if instance.ephemeral_key_uuid is not None:
             for name in names:
                 dmcrypt.delete_volume(dmcrypt.volume_name(name))
-        lvm.remove_volumes([os.path.join(directory, name) for name in names])
+        if not names or _has_pool_over(
+                get_connection(), _LVM, group, disks, has_pools):
+            return True
+        kept = _of_other_hosts(instance, disks).intersection(names)
+        if kept:
+            LOG.warning('Another host has disks of the names of these logical '
+                        'volumes, which stay; if it does not share the volume '
+                        'group, delete them: lvremove %s', ' '.join(
+                            '%s/%s' % (group, name) for name in sorted(kept)),
+                        instance=instance)
+        lvm.remove_volumes([os.path.join(directory, name)
+                            for name in names if name not in kept])
     except Exception as e:
         LOG.error('Logical volumes of the instance may be left in volume '
                   'group %(group)s, which [libvirt]/images_volume_group '
@@ -110,10 +176,36 @@ def _delete_logical_volumes(connection, instance):
     return True
 
 
-def _has_pool_over(connection, group):
+def _of_other_hosts(instance, disks):
+    """Names of the logical volumes that are disks on another host.
+
+    After an evacuation, where hosts share the volume group. An instance that
+    is deleted has no disks anywhere.
+    """
+    if ('deleted' in instance and instance.deleted or
+            instance.task_state == task_states.DELETING):
+        return set()
+    return {'%s_%s' % (instance.uuid, name) for name, record in disks.items()
+            if record.backend == _LVM and record.host != CONF.host}
+
+
+def _has_pool_over(connection, backend, source, disks, has_pools):
+    """Whether one of ownership.places() shows what a backend makes.
+
+    :param source: the volume group, or Ceph pool, that it makes it in
+    """
     try:
         pools = storage_pool.list_pools(connection, CONF.host)
     except exception.StoragePoolError:
+        if has_pools:
+            raise
         return False  # This libvirt may have no storage driver.
-    return any(pool.kind().is_volume_group and
-               pool.config().source.name == group for pool in pools)
+    known = {*setup.pool_names(), *ownership.pools_on_record(disks)}
+
+    def shows(pool):
+        kind = pool.kind()
+        is_such = kind.is_ceph if backend == _RBD else kind.is_volume_group
+        return is_such and pool.config().source.name == source
+
+    return any((pool.name in known or pool.is_active()) and shows(pool)
+               for pool in pools)

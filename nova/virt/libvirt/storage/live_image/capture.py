@@ -185,6 +185,8 @@ class Capture:
         self._is_right = is_right = False
         try:
             try:
+                self._step = 'places'
+                self._interfaces.remember_places()
                 self._step = 'interfaces'
                 self._interfaces.take_out()
                 pause = self._stop_for_a_moment(domain)
@@ -255,6 +257,12 @@ class Capture:
             return _("This libvirt and QEMU can't copy a disk right after the "
                      "memory; libvirt 9.0 with QEMU 7.2 and libvirt 12.8 with "
                      "QEMU 11.1 can, 11.3 with 10.0 can't: %s") % error
+        if self._step == 'places':
+            return _('nothing was taken from the guest; see to %(directory)s '
+                     'of host %(host)s, where the addresses of its interfaces '
+                     'are to be kept: %(error)s') % {
+                         'directory': self._directory, 'host': CONF.host,
+                         'error': error}
         if self._step == 'interfaces' and not isinstance(
                 error, guest_nics.StillThere):
             # QEMU takes no request back, and ends it at the guest's reset.

@@ -64,6 +64,22 @@ _PLACES = ' or '.join('@' + name for name in (
     'path', 'file', 'dev', 'socket', 'rendernode', 'host', 'serverName'))
 
 _RULES = (
+    refusal.Rule('self::*[not(self::domain[memory > 0 and vcpu > 0 and '
+                 'os/type and devices])]',
+                 _('it lacks what every guest has')),
+    # By which it is found among the instance's.
+    refusal.Rule("devices/disk[count(target) != 1 or not(target/@dev) or "
+                 "contains(target/@dev, ' ')]",
+                 _('a disk has no name, or more than one')),
+    # libvirt takes an attribute whatever its prefix is, and what is written
+    # in all of an element where text is expected.
+    refusal.Rule('(self::* | *[not(self::metadata)]/descendant-or-self::*)'
+                 '[namespace-uri() or @*[namespace-uri()]]',
+                 _('it has names that are not of libvirt')),
+    refusal.Rule('*[not(self::metadata)]/descendant-or-self::*'
+                 '[* and text()[normalize-space()]] | (genid | memory | '
+                 'currentMemory | maxMemory | vcpu | iothreads)[*]',
+                 _('it has elements in the midst of text')),
     refusal.Rule('devices/*[%s]//*[%s] | devices/*[%s][%s]' % ((
         ' and '.join('not(self::%s)' % kind for kind, parts in
                      _DEVICES.items() if parts is None or kind in _REPLACED),
@@ -85,8 +101,12 @@ _RULES = (
                  "cpu/numa[not(sum(cell/@memory) = ../../memory)]",
                  _('its memory is counted otherwise than libvirt does')),
     # The driver asks for one.
-    refusal.Rule("iothreads[not(. <= 1)] | iothreadids[iothread[2]]",
+    refusal.Rule("iothreads[not(. <= 1)] | iothreadids[iothread[2]] | "
+                 "iothreadids/iothread[*] | "
+                 "iothreadids/iothread/@*[name() != 'id']",
                  _('it has more threads for disks than Nova gives')),
+    refusal.Rule("devices/video/driver[@name='vhostuser']",
+                 _('its screen is a process of its host')),
     refusal.Rule("os/smbios[not(@mode='sysinfo' or @mode='emulate')]",
                  _('it is told what its host is')),
     refusal.Rule("*[starts-with(name(), 'on_') and contains(., 'coredump')] | "

@@ -20,7 +20,6 @@ new ones when it goes on.
 """
 
 import copy
-import math
 
 from lxml import etree
 from oslo_utils import units
@@ -37,7 +36,7 @@ SNAPSHOT = 'live'
 # Elements that are the instance's own or are limits of the host's making.
 _REPLACED = ('name', 'uuid', 'title', 'description', 'metadata', 'sysinfo',
              'memtune', 'blkiotune', 'cputune', 'resource', 'seclabel',
-             'os/kernel', 'os/initrd')
+             'memoryBacking', 'features/tcg', 'os/kernel', 'os/initrd')
 # Of disks likewise.
 _DISK_REPLACED = ('driver', 'source', 'backingStore', 'iotune')
 
@@ -83,8 +82,15 @@ def make(description: memory_file.Description, own: str,
 
 
 def machine_of(description: memory_file.Description) -> tuple[str, str]:
-    """:returns: architecture and type of machine, e.g. pc-i440fx-7.2"""
-    kind = refusal.parse(description.domain).find('os/type')
+    """Tell the machine that the guest had.
+
+    :returns: architecture and type of machine, e.g. pc-i440fx-7.2
+    :raises: memory_file.Unfit if its definition doesn't say it
+    """
+    kind = refusal.parse(description.domain).find('os/type[@arch][@machine]')
+    if kind is None:
+        raise memory_file.Unfit(
+            _('its definition does not name a type of machine'))
     return kind.get('arch'), kind.get('machine')
 
 
@@ -132,10 +138,9 @@ def _compare(description, saved, wanted, instance_uuid):
     different.compare(_('architecture'), saved.find('os/type').get('arch'),
                       wanted.find('os/type').get('arch',
                       saved.find('os/type').get('arch')))
-    different.compare(_('memory (KiB)'), saved.findtext('memory'),
-                      wanted.findtext('memory'))
-    different.compare(_('CPUs'), saved.findtext('vcpu'),
-                      wanted.findtext('vcpu'))
+    for what, path in ((_('memory (KiB)'), 'string(memory)'),
+                       (_('CPUs'), 'string(vcpu)')):
+        different.compare(what, saved.xpath(path), wanted.xpath(path))
     if _video_memory(saved) > _video_memory(wanted) + _VIDEO_KIB:
         different.compare(_('video memory (KiB)'), _video_memory(saved),
                           _video_memory(wanted))
@@ -151,13 +156,14 @@ def _compare(description, saved, wanted, instance_uuid):
 
 
 def _video_memory(domain):
-    """In KiB, as libvirt counts it; infinite if it can't be read."""
+    """In KiB, as libvirt counts it."""
     try:
         return sum(map(int, domain.xpath(' | '.join(
             'devices/video/model/@' + name
             for name in ('ram', 'vram', 'vram64', 'vgamem')))))
-    except ValueError:
-        return math.inf
+    except ValueError as e:
+        raise memory_file.Unfit(
+            _('its video memory can not be read: %s') % e) from e
 
 
 def _disks(domain):
@@ -172,6 +178,8 @@ def _replace(saved, wanted, path):
     """Put the other one's elements in the place of these."""
     parent_path, _slash, tag = path.rpartition('/')
     parent = saved.find(parent_path) if parent_path else saved
+    if parent is None:
+        return
     for old in parent.findall(tag):
         parent.remove(old)
     for new in wanted.findall(path):
@@ -265,9 +273,13 @@ def _make_local(graphics):
 
 
 def _replace_randomness(saved, wanted):
-    """The device is the guest's, and where its bytes come from the host's."""
+    """The device is the guest's, and source and rate of its bytes are not."""
     ours = wanted.find('devices/rng/backend')
+    for rate in saved.findall('devices/rng/rate'):
+        rate.getparent().remove(rate)
     for backend in saved.findall('devices/rng/backend'):
+        for rate in wanted.findall('devices/rng/rate'):
+            backend.addprevious(copy.deepcopy(rate))
         if ours is None:
             new = etree.Element('backend', model='random')
             new.text = '/dev/urandom'

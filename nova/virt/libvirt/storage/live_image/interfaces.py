@@ -53,6 +53,7 @@ class Interfaces:
     :ivar plug: plugs one that the guest has
     :ivar keep_places: remembers by MAC address at what address each was
     :ivar places: gives what is remembered
+    :ivar attached: MAC addresses of those that this has put into the guest
     """
     get_guest: ty.Callable
     vifs: ty.Sequence
@@ -63,6 +64,14 @@ class Interfaces:
     plug: ty.Callable
     keep_places: ty.Callable
     places: ty.Callable
+    attached: set[str] = dataclasses.field(default_factory=set)
+
+    def remember_places(self) -> None:
+        """Remember where all are, before they are taken out.
+
+        :raises: OSError
+        """
+        self.keep_places(self._places())
 
     def take_out(self) -> None:
         """Take all out of the guest.
@@ -70,7 +79,6 @@ class Interfaces:
         :raises: what detach raises; StillThere if one is left, as one is
             that is none of the instance's
         """
-        self.keep_places(self._places())
         for vif in self.vifs:
             self.detach(vif)
         left = self._addresses()
@@ -79,19 +87,20 @@ class Interfaces:
                              ', '.join(sorted(left)))
 
     def put_back(self) -> None:
-        """Let the guest have all that it lacks.
+        """Let the guest have all that it lacks, and none without a port.
 
         :raises: what went wrong with the last one, when all were tried
         """
         present = self._addresses()
         defined = self._addresses(dump_inactive=True)
         places = self.places()
-        error, attached = None, []
+        error = None
         for vif in self._wanted():
             try:
                 if vif['address'] not in present:
+                    self.attached.add(vif['address'])
                     self.attach(vif, places.get(vif['address']))
-                    attached.append(vif)
+                    present.add(vif['address'])
                     continue
                 # Out of the network, perhaps, and never out of the guest.
                 self.plug(vif)
@@ -103,12 +112,19 @@ class Interfaces:
                 LOG.error('Interface %(mac)s could not be put back: '
                           '%(error)s', {'mac': vif['address'], 'error': e})
                 error = e
-        if attached:
-            wanted = self._wanted()
-            for vif in attached:
-                if vif not in wanted:
-                    # While it was attached
-                    self.detach(vif)
+        wanted = self._wanted()
+        for vif in self.vifs:
+            if vif in wanted or (
+                    vif['address'] not in self.attached & present):
+                continue
+            # Its port was deleted while it was attached, now or the last time.
+            try:
+                self.detach(vif)
+            except Exception as e:
+                LOG.error('Interface %(mac)s, whose port was deleted, could '
+                          'not be taken out: %(error)s',
+                          {'mac': vif['address'], 'error': e})
+                error = e
         if error is not None:
             raise error
 

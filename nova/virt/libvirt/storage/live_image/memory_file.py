@@ -80,14 +80,15 @@ def check_room(directory: str, needed: int) -> None:
     """Refuse what would fill a file system that guests write to.
 
     :param directory: where a memory is about to be written
-    :param needed: its bytes
+    :param needed: its bytes, and what is to be left to others
     :raises: Unusable
     """
     available = libvirt_utils.get_fs_info(directory)['free']
     if needed > available:
         raise Unusable(_(
             'make room in %(directory)s of host %(host)s: %(available)d '
-            'bytes are available, and the memory takes %(needed)d') % {
+            'bytes are available, and a memory is written there if '
+            '%(needed)d are') % {
                 'directory': directory, 'host': CONF.host,
                 'available': available, 'needed': needed})
 

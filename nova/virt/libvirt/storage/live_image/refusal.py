@@ -22,6 +22,7 @@ from lxml import etree
 
 from nova import exception
 from nova.i18n import _
+from nova.virt.libvirt.storage.live_image import memory_file
 
 ROOT_DISK = 'disk'
 CONFIG_DRIVE = 'disk.config'
@@ -77,11 +78,19 @@ RULES = (
 
 
 def parse(xml: str):
-    """:returns: the definition as an lxml element"""
+    """Read a definition.
+
+    :returns: an lxml element
+    :raises: memory_file.Unfit if it isn't well-formed
+    """
     parser = etree.XMLParser(resolve_entities=False, no_network=True,
                              remove_blank_text=True, remove_comments=True,
                              remove_pis=True)
-    return etree.fromstring(xml, parser)
+    try:
+        return etree.fromstring(xml, parser)
+    except (etree.XMLSyntaxError, ValueError) as e:
+        raise memory_file.Unfit(
+            _('its definition can not be read: %s') % e) from e
 
 
 def disk_name(instance_uuid: str, disk) -> str | None:

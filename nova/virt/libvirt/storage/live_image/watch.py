@@ -66,20 +66,31 @@ class Watch:
 
     def _run(self):
         begun = seen = time.monotonic()
-        actions = [self._guest.abort_job, self._guest.pause]
+        actions, tried = [self._guest.abort_job, self._guest.pause], set()
         while not self._over.wait(POLL):
             try:
                 if not self._paused and self._is_paused():
                     self._paused = seen
                 seen = time.monotonic()
                 wanted, reason = self._wanted(seen - begun)
-                if wanted in actions:
-                    del actions[actions.index(wanted):]
+                if wanted not in actions:
+                    continue
+                if wanted not in tried:
                     LOG.warning('Saving the memory takes %(reason)s: '
                                 '%(action)s', {'reason': reason,
                                                'action': wanted.__name__},
                                 instance=self._instance)
+                try:
                     wanted()
+                    del actions[actions.index(wanted):]
+                except Exception as e:
+                    # The next poll tries again, and doesn't fill the log.
+                    if wanted not in tried:
+                        LOG.warning('%(action)s has failed and is tried '
+                                    'again: %(error)s', {
+                                        'action': wanted.__name__,
+                                        'error': e}, instance=self._instance)
+                tried.add(wanted)
             except Exception as e:
                 # Who waits for the job gets to know what is wrong.
                 LOG.debug('The guest that is being saved can not be watched: '

@@ -267,6 +267,18 @@ def has_gone_with_images(instance) -> bool:
             instance.task_state not in _DELETING and _is_evacuated(instance))
 
 
+def is_elsewhere(instance) -> bool:
+    """Whether an instance is another host's, which may have its disks.
+
+    It was evacuated from here, or an evacuation to here has failed.
+
+    :param instance: the Instance, as the caller has it
+    """
+    is_deleted = 'deleted' in instance and instance.deleted
+    return (instance.host != CONF.host and not is_deleted and
+            instance.task_state not in _DELETING)
+
+
 def is_making(instance) -> bool:
     """Whether this host was to make an instance's disks, and gives them up.
 

@@ -42,11 +42,13 @@ def has_two(instance) -> bool:
 
 
 def of_the_other(context, connection, disks) -> set[tuple[str, str]]:
-    """What may be a disk of the other cell's copy of an instance.
+    """What may be a disk of an instance that another host has.
+
+    Be it of the other cell's copy, or one that is evacuated.
 
     :param context: an admin's
     :param connection: this host's libvirt
-    :param disks: the InstanceDisks of this cell's copy; read if it has none
+    :param disks: the InstanceDisks, of this cell's copy; read if it has none
     :returns: set of (pool, volume)
     :raises: exception.StoragePoolError, exception.InvalidDiskMetadata; then
         nothing may be deleted
@@ -54,8 +56,10 @@ def of_the_other(context, connection, disks) -> set[tuple[str, str]]:
     if not disks.has_mappings:
         disks = metadata.InstanceDisks.load(context, disks.instance)
     own = {(record.pool, record.volume) for _name, known in disks.items()
-           for record in (known, known.previous)
-           if record is not None and record.host == CONF.host}
+           for record in (known, known.previous, known.next)
+           if record is not None and record.host == CONF.host and (
+               # one volume that both hosts of a live migration see
+               record is not known.next or record.is_building)}
     # What is noted as left may be gone, and its name the other's by now.
     places = {(volume.pool.name, volume.name) for volume in
               ownership.get_volumes(connection, disks.instance.uuid,

@@ -15,8 +15,12 @@ from oslo_log import log as logging
 
 from nova.compute import task_states
 import nova.conf
+from nova import exception
 from nova import objects
 from nova.objects import fields
+from nova.virt.libvirt.storage.pool import ownership
+from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.records import keeping
 from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import unrecorded
@@ -48,6 +52,74 @@ def _is_half_copied(name, record):
     """
     return (record.is_building and record.previous is not None and
             kinds.is_copied(name))
+
+
+def is_replacing(instance, record):
+    """Whether a disk is made anew by an evacuation, which isn't over.
+
+    Its previous is the disk until the instance is with the new one.
+    """
+    return (record.previous is not None and record.migration_id is None and
+            'host' in instance and
+            record.previous.host == instance.host != record.host)
+
+
+def replace(disks, record, fresh):
+    """Have a disk made anew, on the host that an instance is evacuated to.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    :param record: of the disk, with its host
+    :param fresh: the record of the new one
+    """
+    instance = disks.instance
+    if ('task_state' in instance and
+            instance.task_state == task_states.REBUILD_SPAWNING and
+            record.host == instance.host and not record.is_building and
+            record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and
+            record.previous is None and record.next is None):
+        fresh.previous = record
+    else:
+        leftovers.note_disk(disks, record)
+
+
+def refuse_other_names(get_connection, disks):
+    """Refuse to make a disk anew whose pool is here, by another name.
+
+    :param get_connection: gives this host's libvirt
+    :param disks: the instance's InstanceDisks
+    :raises: exception.StoragePoolNamedOtherwise,
+        exception.StoragePoolError if that can't be told
+    """
+    for name, record in disks.items():
+        if (not is_replacing(disks.instance, record) or
+                record.backend != fields.LibvirtDiskBackend.LIBVIRT_STORAGE or
+                record.pool == record.previous.pool):
+            continue
+        connection = get_connection()
+        pool = storage_pool.StoragePool(connection, record.pool, CONF.host)
+        if not keeping.is_private(connection, pool.name) and (
+                ownership.find(pool, record.previous.volume) is not None):
+            raise exception.StoragePoolNamedOtherwise(
+                pool=pool.name, host=CONF.host, disk=name,
+                volume=record.previous.volume, other=record.previous.pool,
+                source=record.previous.host)
+
+
+def forget_replaced(disks) -> bool:
+    """Let disks that an evacuation has made anew be the disks.
+
+    Those of the host that is left are noted as left.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    :returns: whether there were any
+    """
+    replacing = [(name, record) for name, record in disks.items()
+                 if is_replacing(disks.instance, record)]
+    for name, record in replacing:
+        leftovers.note_disk(disks, record.previous)
+        record.previous = None
+        disks.set(name, record)
+    return bool(replacing)
 
 
 def is_copy(coming, host):
@@ -130,7 +202,9 @@ def has_failed(last, disks):
 
 def _hosts(disks):
     return {known.host for _name, record in disks.items()
-            for known in (record, record.previous) if known is not None}
+            for known in (record, record.previous)
+            if known is record or known is not None and
+            not is_replacing(disks.instance, record)}
 
 
 def _has_changed_nothing(migration):
@@ -211,14 +285,20 @@ def after_evacuation(instance, disks):
     :returns: old_copies(); none unless it is evacuated
     """
     if instance.task_state != task_states.REBUILD_SPAWNING or all(
-            record.host == CONF.host and record.previous is None and
-            record.next is None for _name, record in disks.items()):
+            record.host == CONF.host and record.next is None and (
+                record.previous is None or is_replacing(instance, record))
+            for _name, record in disks.items()):
         return set()
     places = old_copies(instance, disks)
     forget_next(disks)
     for name, record in disks.items():
         previous = record.previous
-        if _is_half_copied(name, record):
+        if is_replacing(instance, record):
+            if record.host != CONF.host:
+                # That host was to make it, and has failed.
+                leftovers.note_disk(disks, record)
+                disks.set(name, previous)
+        elif _is_half_copied(name, record):
             LOG.warning('The copy of disk %(name)s on host %(copy)s was never '
                         'verified; the disk is volume %(volume)s in '
                         'storage pool %(pool)s of host %(host)s',

@@ -20,6 +20,7 @@ from oslo_log import log as logging
 import nova.conf
 from nova import exception
 from nova.objects import fields
+from nova.virt.libvirt.storage.pool import kinds
 from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
@@ -74,7 +75,7 @@ def note_swap(connection, disks):
     note(disks, CONF.host, [(pool.name, name) for name in names])
 
 
-def note_undeleted(connection, disks):
+def note_undeleted(connection, disks, keep=()):
     """Note what a rebuild or a shelve was to delete, and couldn't.
 
     It would be taken for the disk of an instance that is evacuated to this
@@ -84,6 +85,7 @@ def note_undeleted(connection, disks):
     :param connection: this host's libvirt
     :param disks: the instance's InstanceDisks; the caller saves them. Broken
         ones are done away with.
+    :param keep: (pool, volume) of those which were to stay
     """
     try:
         left = {(record.pool, record.volume) for _name, record in disks.items()
@@ -97,8 +99,10 @@ def note_undeleted(connection, disks):
     try:
         for volume in ownership.get_volumes(
                 connection, disks.instance.uuid, disks=disks):
-            if not (volume.pool.kind().is_ceph and has_gone):
-                left.add((volume.pool.name, volume.name))
+            place = volume.pool.name, volume.name
+            if place not in keep and not (
+                    volume.pool.kind().is_ceph and has_gone):
+                left.add(place)
     except exception.NovaException as e:
         LOG.error('What else is left of the disks on this host is not known: '
                   '%s', e, instance=disks.instance)
@@ -114,24 +118,28 @@ def _may_be_there(connection, pool_name, name):
         return True
 
 
-def _is_ceph(connection, pool_name):
-    """Whether what another host has in a pool of this name may be here."""
+def _kind_of(connection, pool_name):
+    """The PoolKind of a pool, which tells what else may be seen in it."""
     try:
         return storage_pool.StoragePool(
-            connection, pool_name, CONF.host).kind().is_ceph
+            connection, pool_name, CONF.host).kind()
     except exception.NovaException:
         # Then nothing can be deleted there, either.
-        return False
+        return kinds.of_type(None)
 
 
-def _outside_of_pools(disks):
+def _outside_of_pools(disks, kind):
     """Names of an instance's disks that Nova makes itself, and no pool has.
 
     A pool over the same volume group, or Ceph pool, shows them all the same.
+
+    :param kind: PoolKind of the pool that is looked into
     """
     return {'%s_%s' % (disks.instance.uuid, name)
             for name, record in disks.items()
-            if record.backend == fields.LibvirtDiskBackend.RBD or
+            if kind.is_ceph and
+            record.backend == fields.LibvirtDiskBackend.RBD or
+            kind.is_volume_group and
             record.backend == fields.LibvirtDiskBackend.LVM and
             record.host == CONF.host}
 
@@ -189,10 +197,11 @@ def delete(connection, disks, keep=frozenset()):
               if record.host == CONF.host}
     on_ceph = {(record.pool, record.volume) for record in known
                if record.is_on_ceph}
-    in_use |= {place for place in places & on_ceph
-               if _is_ceph(connection, place[0])}
-    outside = _outside_of_pools(disks)
-    in_use |= {place for place in places if place[1] in outside}
+    for place in places:
+        kind = _kind_of(connection, place[0])
+        if kind.is_ceph and place in on_ceph or (
+                place[1] in _outside_of_pools(disks, kind)):
+            in_use.add(place)
     still = delete_volumes(
         connection, CONF.host, places - in_use, disks.instance)
     forget(disks, CONF.host, places - set(still))

@@ -54,6 +54,7 @@ import nova.conf
 from nova import exception
 from nova.objects import fields
 from nova.virt import driver
+from nova.virt.libvirt.storage.records import evacuation
 from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import metadata
@@ -212,15 +213,13 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
                 continue
             if image is not None:
                 _discard(image, record)
-            if record.host != CONF.host:
-                # It was evacuated, or has failed to take the instance in.
-                leftovers.note_disk(disks, record)
         image = image_of(name, {
             **{key: value for key, value in mapping.items()
                if key != 'metadata'},
             'is_sent': is_sent,
             # names that can't be had though no volume has them
-            'taken': leftovers.names(disks) | _originals(disks)})
+            'taken': (leftovers.names(disks) | _originals(disks) |
+                      _elsewhere(disks.instance, record))})
         fresh = image.metadata(
             size_of(disks.instance, name, block_device_info))
         if (name.startswith('disk.config') and
@@ -237,6 +236,9 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
             # Made anew after a move: the other host's is still kept.
             fresh.previous = record.previous
             fresh.migration_id = record.migration_id
+            if record.host != CONF.host:
+                # It was evacuated, or has failed to take the instance in.
+                evacuation.replace(disks, record, fresh)
         disks.set(name, fresh)
     attach(disks, disk_mapping)
     return there
@@ -282,6 +284,15 @@ def _originals(disks):
             if record.previous is not None and record.previous.is_on_ceph and (
                 record.came_into_ceph or
                 is_evacuated and not record.is_on_ceph)}
+
+
+def _elsewhere(instance, record):
+    """The name of another host's volume, in place of which one is made."""
+    if record is not None and evacuation.is_replacing(instance, record):
+        record = record.previous
+    is_in_use = (record is not None and record.host != CONF.host and
+                 record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE)
+    return {record.volume} if is_in_use else set()
 
 
 def _discard(image, record):
@@ -409,7 +420,9 @@ def destroyed(disks) -> None:
     origins = {record.previous.host for _name, record in own
                if record.previous is not None} - {CONF.host}
     for name, record in own:
-        if reverting and record.previous is not None:
+        if evacuation.is_replacing(disks.instance, record):
+            disks.set(name, record.previous)
+        elif reverting and record.previous is not None:
             disks.set(name, record.previous)
         elif reverting and len(origins) == 1:
             _leave(disks, name, record, *origins)

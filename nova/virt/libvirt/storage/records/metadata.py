@@ -102,7 +102,7 @@ class LibvirtDiskMetadata(base.NovaObject):
     :ivar pool: the storage pool's name; unset for path-based backends
     :ivar volume: the volume's name there
     :ivar previous: the copy which is kept until a resize is confirmed or
-        reverted
+        reverted; the disk itself while an evacuation makes it anew
     :ivar next: where the disk is going while its guest runs; it becomes the
         record once the guest runs there. It is ``building`` where that is a
         copy, ``ready`` where both hosts see one and the same volume

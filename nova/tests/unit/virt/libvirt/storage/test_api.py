@@ -67,7 +67,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.instance = objects.Instance(
             id=1, uuid=uuids.instance, image_ref=uuids.image,
             system_metadata={}, task_state=None, trusted_certs=None,
-            deleted=False)
+            deleted=False, host='here')
 
     def patch(self, target, **kwargs):
         patcher = mock.patch(STORAGE + target, **kwargs)
@@ -838,6 +838,19 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.assertEqual(is_gone, self.api.delete(self.instance))
         self.assertEqual(2, delete.call_count)
 
+    @ddt.data(('libvirt-storage', None, True), ('qcow2', True, True),
+              ('qcow2', False, False), ('qcow2', None, False))
+    @ddt.unpack
+    def test_delete_knows_of_pools(self, images_type, found, expected):
+        """Those that libvirt doesn't tell of now may show the disks."""
+        self.flags(images_type=images_type, group='libvirt')
+        self.api._has_pools = found
+        self.patch('pool.ownership.has_pools', return_value=False)
+        self.patch('pool.ownership.delete_volumes', return_value=True)
+        delete = self.patch('unconfigured.delete', return_value=True)
+        self.api.delete(self.instance)
+        self.assertIs(expected, delete.call_args.args[-1])
+
     @ddt.data((task_states.DELETING, False), (task_states.REBUILDING, True),
               (task_states.SHELVING, True),
               (task_states.SHELVING_OFFLOADING, True),
@@ -863,7 +876,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.instance.task_state = task_states.REBUILD_SPAWNING
         self.assertFalse(self.api.delete(self.instance, {}))
         self.api.forget(mock.sentinel.context, self.instance, {})
-        note.assert_called_once_with(self.conn, new)
+        note.assert_called_once_with(self.conn, new, ())
         self.assertEqual([mock.call(mock.ANY, new)] * 2, forget.mock_calls)
 
     @ddt.data(True, False)
@@ -933,6 +946,36 @@ class LocalDisksTestCase(test.NoDBTestCase):
         get.assert_called_once_with(mock.ANY, 7)
         own.delete.assert_called_once_with()
         self.assertEqual(is_private, other.delete.called)
+
+    @ddt.data((None, 'there', False, True),
+              (None, 'there', True, False),
+              (task_states.REBUILD_SPAWNING, 'there', False, True),
+              (task_states.DELETING, 'there', False, False),
+              (None, 'here', False, False))
+    @ddt.unpack
+    def test_delete_what_another_host_may_have(
+            self, task_state, host, is_private, stays):
+        """Hosts that share a pool with one that an evacuation left, or met."""
+        self.api._has_pools = True
+        own, other, came = [
+            self._volume(name) for name in ('disk.1', 'disk', 'disk.2')]
+        self.patch('pool.ownership.get_volumes', side_effect=(
+            lambda *args, **kwargs: iter([own, other, came])))
+        self.patch('records.keeping.is_private', return_value=is_private)
+        disks = metadata.InstanceDisks(
+            self.instance, {}, mock.Mock(driver_info=None))
+        disks.set('disk', metadata.LibvirtDiskMetadata(
+            backend='libvirt-storage', format='raw', size=1, state='ready',
+            host='here', pool='p', volume=own.name))
+        coming = disks.get('disk').obj_clone()
+        coming.volume, coming.state = came.name, 'building'
+        disks.get('disk').next = coming
+        self.patch('records.metadata.InstanceDisks.load', return_value=disks)
+        self.instance.task_state, self.instance.host = task_state, host
+        self.assertTrue(self.api.delete(self.instance, {}))
+        own.delete.assert_called_once_with()
+        came.delete.assert_called_once_with()
+        self.assertEqual(not stays, other.delete.called)
 
     def test_delete_in_one_of_two_cells_without_records(self):
         self.api._has_pools = True
@@ -1119,6 +1162,19 @@ class LocalDisksTestCase(test.NoDBTestCase):
         delete.assert_not_called()
         self.instance.deleted = True
         self.assertFalse(self.api.delete_of_deleted(self.instance))
+
+    @ddt.data((False, True), (True, False), (None, False))
+    @ddt.unpack
+    def test_delete_of_deleted_without_libvirt(self, has_pools, expected):
+        """The compute manager's loop over instances catches nothing."""
+        self.api._has_pools = has_pools
+        self.host.get_connection.side_effect = (
+            exception.HypervisorUnavailable())
+        self.instance.deleted = True
+        self.assertIs(expected, self.api.delete_of_deleted(self.instance))
+        self.assertEqual(
+            not expected,
+            'Connection to the hypervisor' in self.stdlog.logger.output)
 
     def test_probes(self):
         make = self.patch('pool.sharing.make_probes', return_value=['p'])

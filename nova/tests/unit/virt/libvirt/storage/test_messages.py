@@ -58,6 +58,7 @@ ADVICE = re.compile(
     r"Remove the cause|Check the network|Try again|Revert the resize|"
     r"Mend the export of storage pool|Start storage pool p+ on host h+ anew|"
     r"Set \[libvirt\]/images_type to|Give user u+|Let user u+ on host|"
+    r"Give the storage pool of disk|"
     r"Make room in storage pool|"
     r"Use a volume group of its own|Look with lvs on host h+|"
     r"Check that Ceph answers host h+|Look with rbd status|"

@@ -127,6 +127,33 @@ class DiskOperationTestCase(OperationTestCase):
                          mock_begin.call_args.args[-1])
         self.records.save.assert_called_once_with(mock.sentinel.context)
 
+    @ddt.data(True, False)
+    @mock.patch('nova.virt.libvirt.storage.records.evacuation.'
+                'forget_replaced')
+    def test_made(self, is_evacuated, mock_forget):
+        mock_forget.return_value = is_evacuated
+        self.of().made()
+        mock_forget.assert_called_once_with(self.records)
+        self.assertEqual([mock.call(mock.sentinel.context)] * is_evacuated,
+                         self.records.save.mock_calls)
+
+    @ddt.data(
+        ('disk.swap', {}, True, 'qcow2'), ('disk.swap', {}, False, None),
+        ('disk.config', {}, True, 'qcow2'),
+        ('disk.config', {}, False, 'libvirt-storage'),
+        ('disk.swap', {'metadata': 'known'}, True, None),
+        ('disk.rescue', {}, True, None))
+    @ddt.unpack
+    def test_new_disk_of_an_instance_that_keeps_files(
+            self, name, mapping, stays, image_type):
+        """Volumes and files together could not be migrated."""
+        self.flags(images_type='libvirt-storage', group='libvirt')
+        with mock.patch.object(operation.DiskOperation, '_stays_in_files',
+                               return_value=stays):
+            self.of().image(name, mapping)
+        self.local.image_backend.by_name.assert_called_once_with(
+            self.instance, name, image_type, disk_info_mapping=mapping)
+
     @ddt.data((None, 'here', True), (None, 'there', False),
               # What comes beside the disks is noted until it is whole.
               ('[]', 'here', False))

@@ -15,6 +15,7 @@ from unittest import mock
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import context
+from nova import exception
 from nova.objects import base as objects_base
 from nova import test
 from nova.virt.libvirt.storage import orphan_report
@@ -42,6 +43,7 @@ class OrphanReportTestCase(test.NoDBTestCase):
         self.stub_out('nova.virt.libvirt.storage.orphans.find', self.find)
         self.sweep = mock.Mock(side_effect=self.sweeps)
         self.stub_out('nova.virt.libvirt.storage.orphans.sweep', self.sweep)
+        self.error = None
 
     def own(self, context, host):
         # From whom the instances are, and not from a database.
@@ -49,12 +51,15 @@ class OrphanReportTestCase(test.NoDBTestCase):
         self.assertEqual('here', host)
         return [uuids.own]
 
-    def sweeps(self, context, connection, own):
-        self.find.assert_not_called()
-        gone = [orphan for orphan in self.found
-                if orphan.kind is orphans.Kind.LEFT_OVER]
-        self.found = [orphan for orphan in self.found if orphan not in gone]
-        return gone
+    def sweeps(self, context, connection, own, tried, unread):
+        self.assertEqual({uuids.own}, own)
+        self.assertIs(self.libvirt.open.return_value, connection)
+        unread.append(orphans.Unread('other', 'it is not active'))
+        for orphan in self.found:
+            if orphan.kind is orphans.Kind.LEFT_OVER:
+                tried.append((orphan, orphan.volume != 'busy'))
+        if self.error:
+            raise self.error
 
     def finds(self, context, connection, own, unread):
         self.assertEqual({uuids.own}, own)
@@ -75,12 +80,24 @@ class OrphanReportTestCase(test.NoDBTestCase):
         self.libvirt.open.return_value.close.assert_called_once_with()
 
     def test_delete(self):
-        """By what is known of each when it is its turn."""
-        before = self.found
+        """What is left over since nobody has tried to delete."""
+        [gone] = self.found[:1]
+        busy = gone._replace(volume='busy')
+        self.found.append(busy)
         found = orphan_report.look(self.context, delete=True)
-        self.assertEqual(before[:1], found.deleted)
-        self.assertEqual(before, found.orphans)
-        self.assertEqual([], found.left_over)
+        self.assertEqual([gone], found.deleted)
+        self.assertEqual([gone, busy], found.orphans)
+        self.assertEqual([busy], found.left_over)
+        self.assertEqual(['other'], [unread.pool for unread in found.unread])
+        self.assertIsNone(found.error)
+        self.find.assert_not_called()
+
+    def test_delete_fails_halfway(self):
+        self.error = exception.StoragePoolError(
+            pool='pool', host='here', code=1, reason='went away')
+        found = orphan_report.look(self.context, delete=True)
+        self.assertEqual(self.found[:1], found.deleted)
+        self.assertIs(self.error, found.error)
 
     def test_uri(self):
         self.flags(connection_uri='qemu+unix:///system', group='libvirt')

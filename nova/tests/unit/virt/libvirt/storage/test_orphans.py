@@ -382,9 +382,30 @@ class OrphansTestCase(OrphansTestBase):
         self.instance.deleted = True
         self.volumes[0].delete.side_effect = exception.StorageVolumeError(
             pool=POOL, host='here', volume=self.disk, reason='busy', code=1)
-        self.assertEqual(
-            [], orphans.sweep(self.context, self.connection, ()))
+        tried, unread = [], []
+        self.assertEqual([], orphans.sweep(
+            self.context, self.connection, (), tried, unread))
         self.volumes[0].delete.assert_called_once()
+        self.assertEqual([(self.disk, False)], [
+            (orphan.volume, is_gone) for orphan, is_gone in tried])
+        self.assertEqual([], unread)
+
+    def test_sweep_fails_halfway(self):
+        """What is gone by then is told of."""
+        self.instance.deleted = True
+        self.add('%s_disk' % uuids.second)
+        self.get.side_effect = [self.instance, ValueError('no answer')]
+        tried = []
+        self.assertRaises(ValueError, orphans.sweep, self.context,
+                          self.connection, (), tried)
+        self.assertEqual([(self.disk, True)], [
+            (orphan.volume, is_gone) for orphan, is_gone in tried])
+
+    def test_sweep_passes_over_what_is_off(self):
+        self.pool.is_active.return_value = False
+        unread = []
+        orphans.sweep(self.context, self.connection, (), unread=unread)
+        self.assertEqual([POOL], [pool.pool for pool in unread])
 
 
 @ddt.ddt

@@ -134,6 +134,56 @@ class LiveBootTestCase(test.NoDBTestCase):
         self._assert_unusable('no machine of type pc-i440fx-7.2 (x86_64)',
                               self._boot().check_host)
 
+    @ddt.data(('<domain', "can not be read"),
+              ("<?xml version='1.0' encoding='utf-8'?><domain/>",
+               'can not be read'),
+              ('<domain>&a;</domain>', 'can not be read'),
+              ('\ud800', 'can not be read'),
+              ('', 'can not be read'),
+              ('<domain/>', 'does not name a type of machine'),
+              ("<domain><os><type arch='x86_64'>hvm</type></os></domain>",
+               'does not name a type of machine'))
+    @ddt.unpack
+    def test_definition_that_can_not_be_read(self, domain, text):
+        """Nor could any other host, so none is tried."""
+        self._keep(domain=domain)
+        error = self.assertRaises(exception.LiveImageUnfit,
+                                  self._boot().check_host)
+        self.assertIn(text, str(error))
+
+    @ddt.data(
+        ('</domain>', ''),
+        ("<target dev='vda' bus='virtio'/>", ''),
+        ("<target dev='vda' bus='virtio'/>", "<target bus='virtio'/>"),
+        ("<target dev='vda' bus='virtio'/>",
+         "<target dev='vda'/><target dev='vdb'/>"),
+        ("</devices>", '<disk/></devices>'),
+        ("<os><type arch='x86_64' machine='pc-i440fx-7.2'>hvm</type>",
+         '<os>'),
+        ("<memory unit='KiB'>262144</memory>", ''),
+        ("<memory unit='KiB'>262144</memory>", '<memory>much</memory>'),
+        ("<vcpu placement='static' cpuset='0-3'>1</vcpu>", ''),
+        ("<model type='cirrus'/>", "<model type='qxl' ram='lots'/>"),
+        ('domain', 'else'))
+    @ddt.unpack
+    def test_definition_that_is_malformed(self, old, new):
+        domain = test_definition.SAVED.replace(old, new)
+        self.assertNotEqual(test_definition.SAVED, domain)
+        self._keep(domain=domain)
+        self.assertRaises(exception.LiveImageUnfit, self._boot().define,
+                          test_definition.WANTED)
+
+    def test_disk_that_is_named_like_two(self):
+        """Where disks are compared it reads like what the flavor asks for."""
+        saved = refusal.parse(test_definition.SAVED)
+        disk, cdrom = saved.findall('devices/disk')
+        disk.getparent().remove(disk)
+        cdrom.find('target').set('dev', 'hda (ide), disk vda')
+        cdrom.find('target').set('bus', 'virtio')
+        self._keep(domain=etree.tostring(saved, encoding='unicode'))
+        self.assertRaises(exception.LiveImageUnfit, self._boot().define,
+                          test_definition.WANTED)
+
     def test_older_qemu(self):
         self._keep(qemu_version=7002001)
         self._assert_unusable('7002001 in the image, 7002000 here',

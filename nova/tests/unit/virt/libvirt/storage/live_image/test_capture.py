@@ -10,6 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+import errno
 import os
 import time
 from unittest import mock
@@ -149,6 +150,9 @@ class CaptureTestCase(test.NoDBTestCase):
             error = self.assertRaises(exception.LiveImageRefused,
                                       self._capture().__enter__)
             self.assertIn('make room in %s' % self.folder, str(error)[:200])
+            # Twice what the memory takes
+            self.assertIn('a memory is written there if %d are' % (
+                512 * units.Mi), str(error))
             self.assertEqual([], self.guest.steps)
         else:
             with self._capture():
@@ -299,6 +303,26 @@ class CaptureTestCase(test.NoDBTestCase):
             self.assertEqual(set(MACS), set(self.guest.macs))
         self._assert_right()
 
+    def test_interface_without_a_port_is_not_left_in_the_guest(self):
+        """It came back while its port was deleted, and wasn't out at once."""
+        self.interfaces.take_out()
+        attach, detach = self.interfaces.attach, self.interfaces.detach
+        failures = [exception.DeviceDetachFailed(device='nic', reason='slow')]
+
+        def and_delete(vif, place):
+            attach(vif, place)
+            self.guest.ports.remove(vif['address'])
+
+        def fail_once(vif):
+            if failures:
+                raise failures.pop()
+            detach(vif)
+        self.interfaces.attach = and_delete
+        self.interfaces.detach = fail_once
+        self.assertTrue(capture.put_right(self.host, self.instance,
+                                          self.interfaces))
+        self.assertEqual([], self.guest.macs)
+
     def test_interfaces_are_put_back_though_it_can_not_go_on(self):
         self.guest.fails['resume'] = fakelibvirt.libvirtError('no')
         with mock.patch.object(capture, '_let_go_on',
@@ -306,6 +330,18 @@ class CaptureTestCase(test.NoDBTestCase):
             self.assertRaises(exception.LiveImageGuestNotRight,
                               self._capture().__enter__)
         self.assertEqual(set(MACS), set(self.guest.macs))
+
+    def test_places_of_interfaces_that_can_not_be_kept(self):
+        with mock.patch.object(self.interfaces, 'keep_places', side_effect=(
+                OSError(errno.ENOSPC, 'No space left'))):
+            error = self.assertRaises(exception.LiveImageCaptureFailed,
+                                      self._capture().__enter__)
+        for text in ('in step places: nothing was taken from the guest',
+                     self.folder, 'No space left'):
+            self.assertIn(text, str(error))
+        self.assertNotIn('may lose an interface', str(error))
+        self.assertNotIn('detach', self.guest.steps)
+        self._assert_right()
 
     def test_guest_that_does_not_give_up_an_interface(self):
         self.guest.fails['detach'] = exception.DeviceDetachFailed(

@@ -56,6 +56,25 @@ class ClosedTestCase(test.NoDBTestCase):
          'more threads for disks'),
         ('<cputune>', "<iothreadids><iothread id='1'/><iothread id='2'/>"
          '</iothreadids><cputune>', 'more threads for disks'),
+        ('<cputune>', "<iothreads>1</iothreads><iothreadids><iothread id='1' "
+         "thread_pool_min='100000' thread_pool_max='100000'/></iothreadids>"
+         '<cputune>', 'more threads for disks'),
+        ('<cputune>', "<iothreadids><iothread id='1'><poll max='9'/>"
+         '</iothread></iothreadids><cputune>', 'more threads for disks'),
+        ('262144<', '262144<x/>000<', 'in the midst of text'),
+        ('>262144</memory', '><x>262144000</x></memory',
+         'in the midst of text'),
+        ('>1</vcpu', '>1<x/>6</vcpu', 'in the midst of text'),
+        ('</genid', '<x/></genid', 'in the midst of text'),
+        ('Nehalem<', 'Nehalem<x/>-IBRS<', 'in the midst of text'),
+        ('<cputune>', '<iothreads>1<x/>000</iothreads><cputune>',
+         'in the midst of text'),
+        # libvirt takes the first attribute of that name.
+        ('</devices>', "<audio id='1' xmlns:x='u' x:type='file' type='none' "
+         "x:path='/etc/nova/nova.conf'/></devices>", 'not of libvirt'),
+        ("<domain type='kvm'", "<domain xmlns:x='u' x:type='xen' type='kvm'",
+         'not of libvirt'),
+        ('<acpi/>', "<x:acpi xmlns:x='u'/>", 'not of libvirt'),
         ('<domain ', '<!DOCTYPE domain [<!ENTITY a "0">]><domain ',
          'document type'))
     @ddt.unpack
@@ -82,6 +101,32 @@ class ClosedTestCase(test.NoDBTestCase):
         self.assertNotEqual(test_definition.SAVED, saved)
         self.assertRaises(memory_file.Unusable, self._make, saved)
 
+    def test_what_metadata_is_like(self):
+        """Nobody reads it before it is replaced."""
+        self._make(test_definition.SAVED.replace(
+            '<nova:name>theirs', "<nova:name nova:a='b'>th<b/>eirs"))
+
+    def test_what_the_host_decides(self):
+        """Memory that is locked or prefetched, and QEMU's own."""
+        theirs = self._with(
+            top="<memoryBacking><locked/><allocation mode='immediate' "
+                "threads='9999'/></memoryBacking>").replace(
+            '<acpi/>', "<acpi/><tcg><tb-cache unit='MiB'>99999</tb-cache>"
+                       '</tcg>')
+        made = self._make(theirs)
+        self.assertEqual([], made.xpath('memoryBacking | features/tcg'))
+        self.assertIsNotNone(made.find('features/acpi'))
+        made = self._make(theirs, test_definition.WANTED.replace(
+            '<cputune>', '<memoryBacking><nosharepages/></memoryBacking>'
+            '<features><tcg><tb-cache>7</tb-cache></tcg></features>'
+            '<cputune>'))
+        self.assertEqual('7', made.findtext('features/tcg/tb-cache'))
+        self.assertEqual(['nosharepages'], [
+            element.tag for element in made.find('memoryBacking')])
+        # There may be none for it to be in.
+        self._make(test_definition.SAVED.replace(
+            '<features><acpi/><apic/></features>', ''))
+
     def test_screen_of_libvirts_making(self):
         self._make(test_definition.SAVED.replace(
             "model type='cirrus'", "model type='qxl' ram='65536' vram='65536' "
@@ -107,6 +152,7 @@ class ClosedTestCase(test.NoDBTestCase):
         "<audio id='2' type='oss'><input dev='/dev/dsp'/></audio>",
         "<video><model type='virtio'><acceleration "
         "rendernode='/dev/dri/renderD128'/></model></video>",
+        "<video><driver name='vhostuser'/><model type='virtio'/></video>",
         "<graphics type='egl-headless'><gl rendernode='/dev/dri/x'/>"
         "</graphics>",
         "<graphics type='sdl' display=':0' xauth='/root/.Xauthority'/>",
@@ -161,6 +207,18 @@ class ClosedTestCase(test.NoDBTestCase):
                 '</devices>', (rng % ours if ours else '') + '</devices>'))
             self.assertEqual([ours or '/dev/urandom'],
                              made.xpath('devices/rng/backend/text()'))
+
+    def test_randomness_is_as_much_as_the_flavor_gives(self):
+        rng = ("<rng model='virtio'>%s<backend model='random'>/dev/urandom"
+               "</backend></rng></devices>")
+        rate = "<rate bytes='%d' period='1000'/>"
+        for theirs, ours in (('', rate % 9), (rate % 99, rate % 9),
+                             (rate % 99, '')):
+            made = self._make(
+                test_definition.SAVED.replace('</devices>', rng % theirs),
+                test_definition.WANTED.replace('</devices>', rng % ours))
+            self.assertEqual(['9'] if ours else [],
+                             made.xpath('devices/rng/rate/@bytes'))
 
     def test_display_that_the_instance_has_not(self):
         theirs = test_definition.SAVED.replace(

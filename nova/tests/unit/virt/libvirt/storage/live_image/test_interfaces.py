@@ -52,7 +52,7 @@ class InterfacesTestCase(test.NoDBTestCase):
         self.assertEqual([MACS[1]], self.guest.macs)
         self.assertEqual([MACS[1]], self.guest.defined)
 
-    def test_port_that_is_deleted_meanwhile(self):
+    def _delete_ports_meanwhile(self):
         self.interfaces.take_out()
         attach = self.interfaces.attach
 
@@ -61,6 +61,29 @@ class InterfacesTestCase(test.NoDBTestCase):
             self.guest.ports.remove(vif['address'])
 
         self.interfaces.attach = and_delete
+
+    def test_port_that_is_deleted_meanwhile(self):
+        self._delete_ports_meanwhile()
+        self.interfaces.put_back()
+        self.assertEqual(([], []), (self.guest.macs, self.guest.defined))
+
+    def test_interface_that_never_left(self):
+        """What Nova knows of its port may be wrong for a moment."""
+        self.interfaces.get_vifs = lambda: []
+        with mock.patch.object(self.interfaces, 'detach') as detach:
+            self.interfaces.put_back()
+        detach.assert_not_called()
+
+    def test_port_that_is_deleted_and_interface_that_stays(self):
+        """The others are taken out, and so is that one the next time."""
+        self._delete_ports_meanwhile()
+        failed = exception.DeviceDetachFailed(device='nic', reason='slow')
+        with mock.patch.object(self.interfaces, 'detach', side_effect=[
+                failed, None]) as detach:
+            self.assertIs(failed, self.assertRaises(
+                exception.DeviceDetachFailed, self.interfaces.put_back))
+        self.assertEqual([mock.call({'address': mac}) for mac in MACS],
+                         detach.mock_calls)
         self.interfaces.put_back()
         self.assertEqual(([], []), (self.guest.macs, self.guest.defined))
 
@@ -93,6 +116,7 @@ class InterfacesTestCase(test.NoDBTestCase):
 
     def test_where_they_were(self):
         """A guest may know an interface by its PCI address."""
+        self.interfaces.remember_places()
         self.interfaces.take_out()
         self.interfaces.put_back()
         self.assertEqual(

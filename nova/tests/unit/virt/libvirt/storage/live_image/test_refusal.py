@@ -15,6 +15,7 @@ import ddt
 from nova.compute import utils as compute_utils
 from nova import exception
 from nova import test
+from nova.virt.libvirt.storage.live_image import memory_file
 from nova.virt.libvirt.storage.live_image import refusal
 
 UUID = '5d1c4d11-6f3a-4c5e-9a70-0f6f2c1d8e01'
@@ -140,3 +141,6 @@ class RefusalTestCase(test.NoDBTestCase):
             '<!DOCTYPE d [<!ENTITY x SYSTEM "/etc/passwd">]>'
             '<domain><name>&x;</name></domain>')
         self.assertNotIn('root:', found.findtext('name') or '')
+
+    def test_what_is_no_xml(self):
+        self.assertRaises(memory_file.Unfit, refusal.parse, '<domain>')

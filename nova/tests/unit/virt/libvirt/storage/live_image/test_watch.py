@@ -112,6 +112,24 @@ class WatchTestCase(test.NoDBTestCase):
             self._wait_for_polls()
         self.assertEqual(['abort_job'], self._called())
 
+    def test_action_that_fails(self):
+        """libvirt may be held up by another call for a moment."""
+        self.guest.pause.side_effect = [OSError('lock')] * 3 + [None]
+        self.guest.abort_job.side_effect = [OSError('busy'), None]
+        with self._watch():
+            self._write(2 * SIZE + 1)
+            for _polls in range(3):
+                self._wait_for_polls()
+            self.assertEqual(['pause'] * 4, self._called())
+            self.free = 0
+            for _polls in range(3):
+                self._wait_for_polls()
+        self.assertEqual(['pause'] * 4 + ['abort_job'] * 2, self._called())
+        for text in ('twice its size: pause', 'pause has failed and is tried '
+                     'again: lock', 'abort_job has failed and is tried again: '
+                     'busy'):
+            self.assertEqual(1, self.stdlog.logger.output.count(text), text)
+
     def test_limits(self):
         with self._watch(limit=0.1):
             while not self.guest.abort_job.called:

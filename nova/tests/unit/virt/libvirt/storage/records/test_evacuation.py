@@ -16,12 +16,14 @@ import ddt
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova.compute import task_states
+from nova import exception
 from nova import objects
 from nova import test
 from nova.tests.unit.virt.libvirt.storage.move import two_hosts
 from nova.tests.unit.virt.libvirt.storage.records import test_lifecycle
 from nova.virt.libvirt.storage.records import evacuation
 from nova.virt.libvirt.storage.records import leftovers
+from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
 
 POOL = two_hosts.POOL
@@ -182,6 +184,127 @@ class TakeBackTestCase(test_lifecycle.RecordsTestCase):
     def test_no_guest(self):
         found, _left = self.take_back(None, **self.in_pool())
         self.assertEqual('there', found[-1])
+
+
+@ddt.ddt
+class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
+    """This host makes a disk in place of that of one which is down."""
+
+    OLD = '%s_disk' % uuids.instance
+    NEW = OLD + '.1'
+
+    def setUp(self):
+        super().setUp()
+        self.instance.task_state = task_states.REBUILD_SPAWNING
+        self.instance.host = 'down'
+
+    def volume(self, host, name, pool='p', **kwargs):
+        return self.record(backend='libvirt-storage', pool=pool, volume=name,
+                           host=host, **kwargs)
+
+    def begin(self, disks):
+        image = mock.Mock()
+        image.exists.return_value = False
+        image.metadata.side_effect = lambda size: self.volume(
+            'here', self.NEW, state='building')
+        self.taken = []
+
+        def image_of(name, mapping):
+            self.taken += mapping.get('taken', ())
+            return image
+
+        lifecycle.begin(disks, {'disk': {'dev': 'vda'}}, None, image_of,
+                        'qcow2', {})
+
+    def begun(self, host='here', state='ready'):
+        return self.disks(self.volume(
+            host, self.NEW, state=state, previous=self.volume(
+                'down', self.OLD)))
+
+    def told(self, disks):
+        record = disks.get('disk')
+        return (record.host, record.volume, record.state,
+                record.previous and record.previous.host,
+                [tuple(left) for left in disks.leftovers])
+
+    def test_what_it_was_is_known_until_it_is_over(self):
+        disks = self.disks(self.volume('down', self.OLD))
+        self.begin(disks)
+        self.assertEqual([self.OLD], self.taken)
+        self.assertEqual(
+            ('here', self.NEW, 'building', 'down', []), self.told(disks))
+        self.assertTrue(evacuation.forget_replaced(disks))
+        self.assertEqual(('here', self.NEW, 'building', None,
+                          [('down', 'p', self.OLD)]), self.told(disks))
+        self.assertFalse(evacuation.forget_replaced(disks))
+
+    @ddt.data(('down', task_states.RESIZE_FINISH, 'ready'),
+              ('other', task_states.REBUILD_SPAWNING, 'ready'),
+              ('down', task_states.REBUILD_SPAWNING, 'building'))
+    @ddt.unpack
+    def test_noted_at_once_what_is_no_disk(self, host, task_state, state):
+        self.instance.task_state = task_state
+        disks = self.disks(self.volume(host, self.OLD, state=state))
+        self.begin(disks)
+        self.assertEqual(('here', self.NEW, 'building', None,
+                          [(host, 'p', self.OLD)]), self.told(disks))
+
+    @ddt.data('building', 'ready')
+    def test_destroyed(self, state):
+        disks = self.begun(state=state)
+        lifecycle.destroyed(disks)
+        self.assertEqual(
+            ('down', self.OLD, 'ready', None, []), self.told(disks))
+
+    @ddt.data('building', 'ready')
+    def test_another_host_was_to_make_it(self, state):
+        disks = self.begun('dead', state)
+        self.assertEqual(
+            set(), evacuation.after_evacuation(self.instance, disks))
+        self.assertEqual(('down', self.OLD, 'ready', None,
+                          [('dead', 'p', self.NEW)]), self.told(disks))
+
+    @ddt.data('building', 'ready')
+    def test_this_host_tries_again(self, state):
+        """What is whole is used, what isn't is made anew; of one name."""
+        disks = self.begun(state=state)
+        self.assertEqual(
+            set(), evacuation.after_evacuation(self.instance, disks))
+        self.begin(disks)
+        self.assertEqual([self.OLD], self.taken)
+        self.assertEqual(
+            ('here', self.NEW, 'building', 'down', []), self.told(disks))
+
+    def test_host_is_back_before_that_is_over(self):
+        """It takes its disks back if the evacuation has failed."""
+        self.flags(host='down')
+        last = objects.Migration(
+            id=1, migration_type='evacuation', status='failed',
+            source_compute='down', dest_compute='dead')
+        disks = self.begun('dead')
+        with mock.patch.object(objects.MigrationList, 'get_by_filters',
+                               return_value=[last]):
+            self.assertTrue(evacuation.has_failed(
+                evacuation.find_unsettled(
+                    self.context, self.instance, disks), disks))
+
+    @ddt.data(('p', 'q', False, True), ('p', 'p', False, False),
+              ('p', 'q', True, False))
+    @ddt.unpack
+    def test_pool_of_another_name(self, old, new, is_private, is_refused):
+        disks = self.disks(self.volume(
+            'here', self.NEW, new, previous=self.volume(
+                'down', self.OLD, old)))
+        self.stub_out('nova.virt.libvirt.storage.records.keeping.is_private',
+                      lambda connection, name: is_private)
+        found = mock.Mock(return_value=mock.Mock())
+        self.stub_out('nova.virt.libvirt.storage.pool.ownership.find', found)
+        if is_refused:
+            self.assertRaises(
+                exception.StoragePoolNamedOtherwise,
+                evacuation.refuse_other_names, mock.Mock(), disks)
+            found.return_value = None
+        evacuation.refuse_other_names(mock.Mock(), disks)
 
 
 @ddt.ddt

@@ -57,7 +57,7 @@ class UndeletedTestCase(base.PoolsTestCase):
             'state': 'ready', 'host': 'here', 'pool': 'p', 'volume': DISK,
             **values}))
 
-    def note(self, *volumes, error=None):
+    def note(self, *volumes, error=None, keep=()):
         def find(*args, **kwargs):
             for name in volumes:
                 volume = mock.Mock()
@@ -67,7 +67,7 @@ class UndeletedTestCase(base.PoolsTestCase):
                 raise error
 
         with mock.patch.object(ownership, 'get_volumes', side_effect=find):
-            leftovers.note_undeleted(self.conn, self.disks)
+            leftovers.note_undeleted(self.conn, self.disks, keep)
         return sorted(volume for _p, volume in leftovers.on_host(
             self.disks, 'here'))
 
@@ -78,6 +78,11 @@ class UndeletedTestCase(base.PoolsTestCase):
         self.disks.leftovers = [*kept, ('here', 'p', DISK + '.1')]
         leftovers.forget_gone(self.conn, self.disks)
         self.assertEqual(kept, self.disks.leftovers)
+
+    def test_what_was_to_stay(self):
+        """In a pool that hosts share it is another one's disk."""
+        self.assertEqual([DISK + '.1'], self.note(
+            DISK, DISK + '.1', keep={('p', DISK)}))
 
     def test_pool_that_can_not_be_read(self):
         """Then the records alone tell of it, and they are cleared next."""
@@ -127,12 +132,21 @@ class UndeletedTestCase(base.PoolsTestCase):
             leftovers.note_swap(self.conn, self.disks)
         self.assertEqual([], self.disks.leftovers)
 
-    @ddt.data(('lvm', 'here', False), ('rbd', 'there', False),
-              ('lvm', 'there', True), ('flat', 'here', True))
+    @ddt.data(('lvm', 'here', 'logical', False),
+              ('rbd', 'there', 'rbd', False),
+              ('lvm', 'there', 'logical', True),
+              ('lvm', 'here', 'dir', True), ('rbd', 'here', 'dir', True),
+              ('lvm', 'here', 'rbd', True), ('rbd', 'here', 'logical', True),
+              ('lvm', 'here', None, True), ('flat', 'here', 'dir', True))
     @ddt.unpack
     def test_disk_outside_of_pools_has_the_name(
-            self, backend, host, is_deleted):
-        """It was made by Nova itself when that had deleted the leftover."""
+            self, backend, host, kind, is_deleted):
+        """It was made by Nova itself when that had deleted the leftover.
+
+        Only a pool over what Nova makes it in shows it.
+        """
+        if kind is not None:
+            self.add_pool('p', kind=kind, active=False)
         self.record('disk', backend=backend, host=host, pool=None,
                     volume=None)
         self.disks.leftovers = [('here', 'p', DISK)]

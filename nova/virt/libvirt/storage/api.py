@@ -60,6 +60,7 @@ from nova.virt.libvirt.storage.pool import sharing
 from nova.virt.libvirt.storage.pool import usage
 from nova.virt.libvirt.storage import reboot
 from nova.virt.libvirt.storage.records import cells
+from nova.virt.libvirt.storage.records import evacuation
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
@@ -782,16 +783,23 @@ class LocalDisks:
         self._local.intake.close(instance)
         others: ty.Collection[tuple[str, str]] = ()
         if cells.has_two(instance) or ownership.is_elsewhere(instance):
+            now = lifecycle.of_new_disks(
+                instance._context, instance, block_device_info)
             try:
                 others = cells.of_the_other(
-                    nova_context.get_admin_context(), self._connection(),
-                    lifecycle.of_new_disks(
-                        instance._context, instance, block_device_info))
+                    nova_context.get_admin_context(), self._connection(), now)
             except exception.NovaException as e:
                 LOG.error('The disks stay on this host, as it is not known '
                           'which of them another host has: %s', e,
                           instance=instance)
+                if ownership.is_making(instance):
+                    leftovers.note_own(now)
+                    lifecycle.forget(instance._context, now)
                 return False
+        elif not (ownership.is_going(instance) or
+                  lifecycle.is_destroying(instance)):
+            # It is being evacuated, which may fail.
+            others = evacuation.replaced(records, CONF.host)
         if instance.task_state == task_states.RESIZE_REVERTING:
             keep = source.kept(records)
             return destination.give_back(

@@ -27,6 +27,7 @@ from oslo_log import log as logging
 from oslo_serialization import jsonutils
 from oslo_utils import units
 
+from nova.compute import task_states
 import nova.conf
 from nova import exception
 from nova.i18n import _
@@ -240,6 +241,8 @@ class DiskOperation:
 
         :raises: exception.InvalidDiskMetadata
         """
+        if self._instance.task_state not in task_states.rebuild_states:
+            evacuation.give_up(self.records)
         last = evacuation.find_unsettled(
             self._context, self._instance, self.records)
         if evacuation.has_come(last, self.records):

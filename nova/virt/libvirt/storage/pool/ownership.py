@@ -274,9 +274,17 @@ def is_elsewhere(instance) -> bool:
 
     :param instance: the Instance, as the caller has it
     """
-    is_deleted = 'deleted' in instance and instance.deleted
-    return (instance.host != CONF.host and not is_deleted and
-            instance.task_state not in _DELETING)
+    return ('host' in instance and instance.host != CONF.host and
+            not is_going(instance))
+
+
+def is_going(instance) -> bool:
+    """Whether an instance is deleted, or is about to be.
+
+    :param instance: the Instance, as the caller has it
+    """
+    return ('deleted' in instance and instance.deleted or
+            instance.task_state in _DELETING)
 
 
 def is_making(instance) -> bool:

@@ -58,8 +58,9 @@ def of_the_other(context, connection, disks) -> set[tuple[str, str]]:
     own = {(record.pool, record.volume) for _name, known in disks.items()
            for record in (known, known.previous, known.next)
            if record is not None and record.host == CONF.host and (
-               # one volume that both hosts of a live migration see
-               record is not known.next or record.is_building)}
+               # one volume that both hosts see
+               record is not known.next or record.is_building) and not (
+                   record is known and known.is_where_it_was)}
     # What is noted as left may be gone, and its name the other's by now.
     places = {(volume.pool.name, volume.name) for volume in
               ownership.get_volumes(connection, disks.instance.uuid,

@@ -71,15 +71,64 @@ def replace(disks, record, fresh):
     :param record: of the disk, with its host
     :param fresh: the record of the new one
     """
-    instance = disks.instance
-    if ('task_state' in instance and
-            instance.task_state == task_states.REBUILD_SPAWNING and
-            record.host == instance.host and not record.is_building and
-            record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and
-            record.previous is None and record.next is None):
+    if _is_left(disks.instance, record):
         fresh.previous = record
     else:
         leftovers.note_disk(disks, record)
+
+
+def take_over(disks, name, record):
+    """Take over a disk that the host which is left sees as well.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    :param record: of the disk, with its host
+    """
+    if _is_left(disks.instance, record):
+        record.previous = record.obj_clone()
+    record.host = CONF.host
+    disks.set(name, record)
+
+
+def _is_left(instance, record):
+    """Whether this is the disk of the host that an evacuation leaves."""
+    return ('task_state' in instance and
+            instance.task_state == task_states.REBUILD_SPAWNING and
+            record.host == instance.host and not record.is_building and
+            record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and
+            record.previous is None and record.next is None)
+
+
+def replaced(disks, host):
+    """What a host has of the disks that is_replacing() tells of.
+
+    :param disks: the instance's InstanceDisks
+    :returns: set of (pool, volume)
+    """
+    try:
+        return {(record.previous.pool, record.previous.volume)
+                for _name, record in disks.items()
+                if is_replacing(disks.instance, record) and
+                record.previous.host == host}
+    except exception.InvalidDiskMetadata as e:
+        LOG.warning('%s', e, instance=disks.instance)
+        return set()
+
+
+def give_up(disks):
+    """Have the disks of this host be the disks: an evacuation has failed.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    """
+    for name, record in disks.items():
+        if (is_replacing(disks.instance, record) and
+                record.previous.host == CONF.host):
+            _restore(disks, name, record)
+
+
+def _restore(disks, name, record):
+    if not record.is_where_it_was:
+        leftovers.note_disk(disks, record)
+    disks.set(name, record.previous)
 
 
 def refuse_other_names(get_connection, disks):
@@ -94,6 +143,9 @@ def refuse_other_names(get_connection, disks):
         if (not is_replacing(disks.instance, record) or
                 record.backend != fields.LibvirtDiskBackend.LIBVIRT_STORAGE or
                 record.pool == record.previous.pool):
+            continue
+        place = record.pool, record.previous.volume
+        if place in leftovers.on_host(disks, CONF.host):
             continue
         connection = get_connection()
         pool = storage_pool.StoragePool(connection, record.pool, CONF.host)
@@ -116,7 +168,8 @@ def forget_replaced(disks) -> bool:
     replacing = [(name, record) for name, record in disks.items()
                  if is_replacing(disks.instance, record)]
     for name, record in replacing:
-        leftovers.note_disk(disks, record.previous)
+        if not record.is_where_it_was:
+            leftovers.note_disk(disks, record.previous)
         record.previous = None
         disks.set(name, record)
     return bool(replacing)
@@ -296,8 +349,7 @@ def after_evacuation(instance, disks):
         if is_replacing(instance, record):
             if record.host != CONF.host:
                 # That host was to make it, and has failed.
-                leftovers.note_disk(disks, record)
-                disks.set(name, previous)
+                _restore(disks, name, record)
         elif _is_half_copied(name, record):
             LOG.warning('The copy of disk %(name)s on host %(copy)s was never '
                         'verified; the disk is volume %(volume)s in '

@@ -52,6 +52,19 @@ def note_disk(disks, record):
         note(disks, record.host, [(record.pool, record.volume)])
 
 
+def note_own(disks):
+    """Note what this host has begun to make, and can't delete now.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    """
+    try:
+        for _name, record in disks.items():
+            if record.host == CONF.host:
+                note_disk(disks, record)
+    except exception.InvalidDiskMetadata as e:
+        LOG.warning('%s', e, instance=disks.instance)
+
+
 def note_swap(connection, disks):
     """Note the swap disk of a flavor which the instance doesn't have now.
 

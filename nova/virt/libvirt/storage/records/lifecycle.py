@@ -207,8 +207,7 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
             if is_there:
                 if record.host != CONF.host:
                     # Evacuated, and on storage that both hosts see.
-                    record.host = CONF.host
-                    disks.set(name, record)
+                    evacuation.take_over(disks, name, record)
                 there.append(name)
                 continue
             if image is not None:
@@ -407,6 +406,8 @@ def destroyed(disks) -> None:
     destroyed, and is left to the host that gets the instance back.
     """
     try:
+        if is_destroying(disks.instance):
+            evacuation.give_up(disks)
         own = [(name, record) for name, record in disks.items()
                if record.host == CONF.host]
     except exception.InvalidDiskMetadata as error:

@@ -196,6 +196,13 @@ class LibvirtDiskMetadata(base.NovaObject):
         return (self.previous is not None and self.previous.is_in_pool and (
             not self.is_on_ceph or self.came_into_ceph))
 
+    @property
+    def is_where_it_was(self) -> bool:
+        """Whether its previous is that very volume, which two hosts see."""
+        return self.previous is not None and (
+            (self.pool, self.volume) ==
+            (self.previous.pool, self.previous.volume))
+
     def holds_no_disk(self) -> bool:
         """Whether this is only the place of what has no mapping."""
         return self.backend is None

@@ -876,7 +876,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.instance.task_state = task_states.REBUILD_SPAWNING
         self.assertFalse(self.api.delete(self.instance, {}))
         self.api.forget(mock.sentinel.context, self.instance, {})
-        note.assert_called_once_with(self.conn, new, ())
+        note.assert_called_once_with(self.conn, new, set())
         self.assertEqual([mock.call(mock.ANY, new)] * 2, forget.mock_calls)
 
     @ddt.data(True, False)
@@ -976,6 +976,43 @@ class LocalDisksTestCase(test.NoDBTestCase):
         own.delete.assert_called_once_with()
         came.delete.assert_called_once_with()
         self.assertEqual(not stays, other.delete.called)
+
+    @ddt.data((task_states.REBUILD_SPAWNING, True), (None, True),
+              (task_states.REBUILDING, False), (task_states.DELETING, False))
+    @ddt.unpack
+    def test_delete_what_is_being_evacuated(self, task_state, stays):
+        """This host is back before that has failed, or is over."""
+        self.api._has_pools = True
+        replaced = self.patch('records.evacuation.replaced',
+                              return_value={('p', 'v')})
+        self.patch('records.metadata.InstanceDisks.load')
+        delete = self.patch('pool.ownership.delete_volumes')
+        self.instance.task_state = task_state
+        self.api.delete(self.instance, {})
+        self.assertEqual({('p', 'v')} if stays else (),
+                         delete.call_args.kwargs['keep'])
+        self.assertEqual(stays, replaced.called)
+
+    @ddt.data(True, False)
+    def test_delete_while_a_pool_can_not_be_read(self, is_making):
+        """What was made for an evacuation that fails is noted."""
+        self.api._has_pools = True
+        self.patch('pool.ownership.get_volumes', side_effect=(
+            exception.StoragePoolError(pool='p', host='here', code=38,
+                                       reason='no disk')))
+        disks = metadata.InstanceDisks(
+            self.instance, {}, mock.Mock(driver_info=None))
+        disks.set('disk', metadata.LibvirtDiskMetadata(
+            backend='libvirt-storage', format='raw', size=1, state='building',
+            host='here', pool='p', volume='v'))
+        disks.save = mock.Mock()
+        self.patch('records.metadata.InstanceDisks.load', return_value=disks)
+        self.instance.host = 'down'
+        self.instance.task_state = (
+            task_states.REBUILD_SPAWNING if is_making else None)
+        self.assertFalse(self.api.delete(self.instance, {}))
+        self.assertEqual([('here', 'p', 'v')] * is_making, disks.leftovers)
+        self.assertEqual(not is_making, disks.get('disk') is not None)
 
     def test_delete_in_one_of_two_cells_without_records(self):
         self.api._has_pools = True

@@ -17,6 +17,7 @@ import ddt
 from oslo_utils.fixture import uuidsentinel as uuids
 from oslo_utils import units
 
+from nova.compute import task_states
 from nova import exception
 from nova import objects
 from nova.objects import fields
@@ -126,6 +127,19 @@ class DiskOperationTestCase(OperationTestCase):
         self.assertEqual(mock_after.return_value,
                          mock_begin.call_args.args[-1])
         self.records.save.assert_called_once_with(mock.sentinel.context)
+
+    @ddt.data((None, True), (task_states.REBUILD_SPAWNING, False))
+    @ddt.unpack
+    @mock.patch('nova.virt.libvirt.storage.records.evacuation.find_unsettled',
+                return_value=None)
+    @mock.patch('nova.virt.libvirt.storage.records.evacuation.give_up')
+    def test_settle_evacuation(
+            self, task_state, is_over, mock_give_up, mock_find):
+        disks = self.of()
+        self.instance.task_state = task_state
+        disks.settle_evacuation()
+        self.assertEqual([mock.call(self.records)] * is_over,
+                         mock_give_up.mock_calls)
 
     @ddt.data(True, False)
     @mock.patch('nova.virt.libvirt.storage.records.evacuation.'

@@ -202,9 +202,9 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
         return self.record(backend='libvirt-storage', pool=pool, volume=name,
                            host=host, **kwargs)
 
-    def begin(self, disks):
+    def begin(self, disks, is_there=False):
         image = mock.Mock()
-        image.exists.return_value = False
+        image.exists.return_value = is_there
         image.metadata.side_effect = lambda size: self.volume(
             'here', self.NEW, state='building')
         self.taken = []
@@ -275,6 +275,60 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
         self.assertEqual(
             ('here', self.NEW, 'building', 'down', []), self.told(disks))
 
+    def test_hosts_that_share_the_pool(self):
+        """It is one disk, whichever of them has it, and never left over."""
+        disks = self.disks(self.volume('down', self.OLD))
+        self.begin(disks, is_there=True)
+        begun = ('here', self.OLD, 'ready', 'down', [])
+        self.assertEqual(begun, self.told(disks))
+        self.begin(disks, is_there=True)
+        self.assertEqual(begun, self.told(disks))
+        self.assertTrue(evacuation.forget_replaced(disks))
+        self.assertEqual(
+            ('here', self.OLD, 'ready', None, []), self.told(disks))
+
+    @ddt.data('here', 'dead')
+    def test_host_that_shares_the_pool_has_failed(self, host):
+        known = self.volume('down', self.OLD)
+        disks = self.disks(self.volume(host, self.OLD, previous=known))
+        if host == 'here':
+            lifecycle.destroyed(disks)
+        else:
+            evacuation.after_evacuation(self.instance, disks)
+        self.assertEqual(
+            ('down', self.OLD, 'ready', None, []), self.told(disks))
+
+    @ddt.data(('down', [('dead', 'p', NEW)]), ('here', []))
+    @ddt.unpack
+    def test_give_up(self, host, left):
+        self.flags(host=host)
+        disks = self.begun('dead')
+        evacuation.give_up(disks)
+        self.assertEqual(
+            ('down', self.OLD, 'ready', None, left) if left else
+            ('dead', self.NEW, 'ready', 'down', []), self.told(disks))
+
+    @ddt.data(task_states.REBUILDING, task_states.SHELVING)
+    def test_destroyed_where_it_still_is(self, task_state):
+        """Nothing brings it back later, when an evacuation has failed."""
+        self.flags(host='down')
+        self.instance.task_state = task_state
+        disks = self.begun('dead', 'building')
+        lifecycle.destroyed(disks)
+        self.assertIsNone(disks.get('disk'))
+        self.assertEqual([('dead', 'p', self.NEW)],
+                         [tuple(left) for left in disks.leftovers])
+
+    @ddt.data(('down', {('p', OLD)}), ('here', set()))
+    @ddt.unpack
+    def test_replaced(self, host, expected):
+        self.assertEqual(
+            expected, evacuation.replaced(self.begun(), host))
+        record = self.begun().get('disk')
+        record.migration_id = 7
+        self.assertEqual(
+            set(), evacuation.replaced(self.disks(record), host))
+
     def test_host_is_back_before_that_is_over(self):
         """It takes its disks back if the evacuation has failed."""
         self.flags(host='down')
@@ -288,13 +342,15 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
                 evacuation.find_unsettled(
                     self.context, self.instance, disks), disks))
 
-    @ddt.data(('p', 'q', False, True), ('p', 'p', False, False),
-              ('p', 'q', True, False))
+    @ddt.data(('p', 'q', False, False, True), ('p', 'p', False, False, False),
+              ('p', 'q', True, False, False), ('p', 'q', False, True, False))
     @ddt.unpack
-    def test_pool_of_another_name(self, old, new, is_private, is_refused):
+    def test_pool_of_another_name(
+            self, old, new, is_private, is_left, is_refused):
         disks = self.disks(self.volume(
             'here', self.NEW, new, previous=self.volume(
                 'down', self.OLD, old)))
+        leftovers.note(disks, 'here', [(new, self.OLD)] * is_left)
         self.stub_out('nova.virt.libvirt.storage.records.keeping.is_private',
                       lambda connection, name: is_private)
         found = mock.Mock(return_value=mock.Mock())

@@ -799,7 +799,7 @@ class LocalDisks:
         elif not (ownership.is_going(instance) or
                   lifecycle.is_destroying(instance)):
             # It is being evacuated, which may fail.
-            others = evacuation.replaced(records, CONF.host)
+            others = evacuation.replaced(records, CONF.host) or ()
         if instance.task_state == task_states.RESIZE_REVERTING:
             keep = source.kept(records)
             return destination.give_back(

@@ -241,7 +241,8 @@ class DiskOperation:
 
         :raises: exception.InvalidDiskMetadata
         """
-        if self._instance.task_state not in task_states.rebuild_states:
+        if 'task_state' not in self._instance or (
+                self._instance.task_state not in task_states.rebuild_states):
             evacuation.give_up(self.records)
         last = evacuation.find_unsettled(
             self._context, self._instance, self.records)

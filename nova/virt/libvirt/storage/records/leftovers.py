@@ -59,7 +59,7 @@ def note_own(disks):
     """
     try:
         for _name, record in disks.items():
-            if record.host == CONF.host:
+            if record.host == CONF.host and not record.is_where_it_was:
                 note_disk(disks, record)
     except exception.InvalidDiskMetadata as e:
         LOG.warning('%s', e, instance=disks.instance)
@@ -104,6 +104,7 @@ def note_undeleted(connection, disks, keep=()):
         left = {(record.pool, record.volume) for _name, record in disks.items()
                 if record.host == CONF.host and
                 record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and
+                not record.is_where_it_was and
                 _may_be_there(connection, record.pool, record.volume)}
     except exception.InvalidDiskMetadata:
         disks.clear()

@@ -876,7 +876,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.instance.task_state = task_states.REBUILD_SPAWNING
         self.assertFalse(self.api.delete(self.instance, {}))
         self.api.forget(mock.sentinel.context, self.instance, {})
-        note.assert_called_once_with(self.conn, new, set())
+        note.assert_called_once_with(self.conn, new, ())
         self.assertEqual([mock.call(mock.ANY, new)] * 2, forget.mock_calls)
 
     @ddt.data(True, False)

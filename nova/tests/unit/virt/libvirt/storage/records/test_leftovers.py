@@ -79,6 +79,16 @@ class UndeletedTestCase(base.PoolsTestCase):
         leftovers.forget_gone(self.conn, self.disks)
         self.assertEqual(kept, self.disks.leftovers)
 
+    def test_disk_of_two_hosts(self):
+        """An evacuation that has failed has taken it over."""
+        self.there = {DISK: True}
+        self.record('disk', previous=metadata.LibvirtDiskMetadata(
+            backend='libvirt-storage', format='raw', size=1, state='ready',
+            host='down', pool='p', volume=DISK))
+        self.assertEqual([], self.note())
+        leftovers.note_own(self.disks)
+        self.assertEqual([], self.disks.leftovers)
+
     def test_what_was_to_stay(self):
         """In a pool that hosts share it is another one's disk."""
         self.assertEqual([DISK + '.1'], self.note(

@@ -912,6 +912,14 @@ class LocalDisksTestCase(test.NoDBTestCase):
         volume.pool.kind.return_value.is_ceph = False
         return volume
 
+    def _on_record(self, volume, state='ready'):
+        disks = metadata.InstanceDisks(
+            self.instance, {}, mock.Mock(driver_info=None))
+        disks.set('disk', metadata.LibvirtDiskMetadata(
+            backend='libvirt-storage', format='raw', size=1, state=state,
+            host='here', pool='p', volume=volume))
+        return disks
+
     @ddt.data((None, False), (None, True),
               (task_states.RESIZE_REVERTING, False),
               (task_states.RESIZE_REVERTING, True))
@@ -924,11 +932,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.patch('pool.ownership.get_volumes',
                    side_effect=lambda *args, **kwargs: iter([own, other]))
         self.patch('records.keeping.is_private', return_value=is_private)
-        disks = metadata.InstanceDisks(
-            self.instance, {}, mock.Mock(driver_info=None))
-        disks.set('disk', metadata.LibvirtDiskMetadata(
-            backend='libvirt-storage', format='raw', size=1, state='ready',
-            host='here', pool='p', volume=own.name))
+        disks = self._on_record(own.name)
         disks.save = mock.Mock()
         if task_state:
             self.patch('records.lifecycle.of_instance', return_value=disks)
@@ -962,11 +966,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.patch('pool.ownership.get_volumes', side_effect=(
             lambda *args, **kwargs: iter([own, other, came])))
         self.patch('records.keeping.is_private', return_value=is_private)
-        disks = metadata.InstanceDisks(
-            self.instance, {}, mock.Mock(driver_info=None))
-        disks.set('disk', metadata.LibvirtDiskMetadata(
-            backend='libvirt-storage', format='raw', size=1, state='ready',
-            host='here', pool='p', volume=own.name))
+        disks = self._on_record(own.name)
         coming = disks.get('disk').obj_clone()
         coming.volume, coming.state = came.name, 'building'
         disks.get('disk').next = coming
@@ -1000,11 +1000,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.patch('pool.ownership.get_volumes', side_effect=(
             exception.StoragePoolError(pool='p', host='here', code=38,
                                        reason='no disk')))
-        disks = metadata.InstanceDisks(
-            self.instance, {}, mock.Mock(driver_info=None))
-        disks.set('disk', metadata.LibvirtDiskMetadata(
-            backend='libvirt-storage', format='raw', size=1, state='building',
-            host='here', pool='p', volume='v'))
+        disks = self._on_record('v', state='building')
         disks.save = mock.Mock()
         self.patch('records.metadata.InstanceDisks.load', return_value=disks)
         self.instance.host = 'down'

@@ -91,7 +91,7 @@ def take_over(disks, name, record):
 
 def _is_left(instance, record):
     """Whether this is the disk of the host that an evacuation leaves."""
-    return ('task_state' in instance and
+    return ('task_state' in instance and 'host' in instance and
             instance.task_state == task_states.REBUILD_SPAWNING and
             record.host == instance.host and not record.is_building and
             record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and

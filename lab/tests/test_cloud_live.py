@@ -227,8 +227,11 @@ class TestAfterwards(LiveCase):
             domain.destroy()
         with self.cloud.forced_down('host-b'):
             server.api.evacuate_server(server.id, host='host-a')
+            # It has settled a moment before the API says where.
+            self.wait_for(
+                lambda: self.settled(server).compute_host == 'host-a', 30,
+                'the server on host-a')
             found = self.settled(server)
-            self.assertEqual('host-a', found.compute_host)
             if found.status == 'SHUTOFF':
                 server.start()
             server._awake = False

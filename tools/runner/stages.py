@@ -300,7 +300,7 @@ def tests_of(tree: pathlib.Path, files: list[str],
     """The unit tests among files, and those of the modules among them.
 
     :param of_package: for a module without tests of its own name all tests of
-        its package
+        its package, and for what tests share those that import it
     """
     found = set()
     for path in map(pathlib.PurePath, files):
@@ -311,6 +311,8 @@ def tests_of(tree: pathlib.Path, files: list[str],
         elif path.is_relative_to('nova/tests/unit') and path.name.startswith(
                 'test_') and (tree / path).exists():
             found.add(path)
+        elif of_package:
+            found |= _tests_that_import(tree, path)
     return sorted(_module(str(path)) for path in found)
 
 
@@ -321,6 +323,14 @@ def _tests_of_module(tree, path, of_package):
         return {own}
     return {folder / test.name for test in (tree / folder).glob('test_*.py')
             if of_package}
+
+
+def _tests_that_import(tree, path):
+    importing = re.compile(r'^from %s import %s\b' % (
+        re.escape(_module(str(path.parent))), re.escape(path.stem)), re.M)
+    return {pathlib.PurePath(test.relative_to(tree))
+            for test in (tree / UNIT.replace('.', '/')).rglob('test_*.py')
+            if importing.search(test.read_text())}
 
 
 def _common_folder(names):

@@ -199,6 +199,22 @@ class TestStages(RunnerTest):
             stages.tests_of(self.top, ['nova/virt/c.py', 'nova/gone/d.py'],
                             of_package=True))
 
+    def test_tests_that_import_what_they_share(self):
+        folder = self.top / 'nova/tests/unit/virt'
+        folder.mkdir(parents=True)
+        (folder / 'test_a.py').write_text(
+            'from nova.tests.fixtures import fake as fake_x\n')
+        (folder / 'test_b.py').write_text(
+            'from nova.tests.unit.virt import base\n')
+        (folder / 'test_c.py').write_text(
+            'from nova.tests.fixtures import fake_too\n')
+        for path, test in (('nova/tests/fixtures/fake.py', 'test_a'),
+                           ('nova/tests/unit/virt/base.py', 'test_b')):
+            self.assertEqual(
+                ['nova.tests.unit.virt.' + test],
+                stages.tests_of(self.top, [path], of_package=True))
+            self.assertEqual([], stages.tests_of(self.top, [path]))
+
     def test_start_of_an_interpreter(self):
         """A test that changes what it has read changes nobody else's."""
         done = subprocess.run(

@@ -375,6 +375,8 @@ class TestStaleDisks(MovesTestBase):
 
     LAUNCH = TestEvacuationFails.LAUNCH
     DELETE = 'nova.virt.libvirt.storage.pool.ownership.delete_volume'
+    # What spawn does when it has failed
+    CLEANUP = 'nova.virt.libvirt.driver.LibvirtDriver._cleanup'
 
     def evacuate(self, server, source, dest, status='done'):
         self.computes[source].stop()
@@ -391,6 +393,9 @@ class TestStaleDisks(MovesTestBase):
             server, instance_actions.UNSHELVE, 'compute_unshelve_instance')
         self._wait_for_server_parameter(
             server, {'OS-EXT-STS:task_state': None})
+
+    def undefine(self, host, server):
+        self.connections[host].lookupByUUIDString(server['id']).undefine()
 
     def spoil(self, host, server):
         for name in self.volumes(host, server):
@@ -475,9 +480,9 @@ class TestStaleDisks(MovesTestBase):
         server = self.boot_with_all()
         self._shelve_server(server, expected_state='SHELVED_OFFLOADED')
         with mock.patch(self.LAUNCH, side_effect=exception.InternalError(
-                'no')), mock.patch(
-                    'nova.virt.libvirt.driver.LibvirtDriver.cleanup'):
+                'no')), mock.patch(self.CLEANUP):
             self.fail_to_unshelve(server, 'compute2')
+        self.undefine('compute2', server)
         self.spoil('compute2', server)
         self.unshelve(server, 'compute1')
         server = self._wait_for_state_change(server, 'ACTIVE')
@@ -507,13 +512,14 @@ class TestStaleDisks(MovesTestBase):
         server = self.boot_with_all()
         self.computes['compute1'].stop()
         self.force_down('compute1', True)
-        fault = ('nova.virt.libvirt.driver.LibvirtDriver.cleanup'
-                 if was_cut_off else self.DELETE)
+        fault = self.CLEANUP if was_cut_off else self.DELETE
         with mock.patch(self.LAUNCH, side_effect=exception.InternalError(
                 'no')), mock.patch(fault, return_value=False):
             server = self._evacuate_server(
                 server, expected_state='ERROR',
                 expected_migration_status='failed')
+        if was_cut_off:
+            self.undefine('compute2', server)
         self.spoil('compute2', server)
         self.restart_compute_service('compute1')
         self.force_down('compute1', False)

@@ -229,6 +229,9 @@ class LocalDisks:
         :raises: exception.DisksMayBeElsewhere,
             exception.InvalidDiskMetadata, exception.LiveMigrationNotEnded
         """
+        if CONF.libvirt.virt_type not in setup.VIRT_TYPES:
+            # libvirt's LXC can't be asked for what a guest's job is.
+            return
         settle.check_stays(
             self._local.host, instance,
             lambda: metadata.InstanceDisks.load(
@@ -331,7 +334,7 @@ class LocalDisks:
         """
         if not (CONF.libvirt.live_images and makes_pool_disks() and
                 CONF.use_cow_images and
-                CONF.libvirt.virt_type in ('kvm', 'qemu')):
+                CONF.libvirt.virt_type in setup.VIRT_TYPES):
             return False
         try:
             return setup.pool_of(
@@ -357,18 +360,20 @@ class LocalDisks:
                 instance_uuid=instance.uuid,
                 reason=_('set [libvirt]/live_images on its host, and hard '
                          'reboot it'))
-        with capture.Capture(self._local.host, instance, interfaces.of(
-                self._local.host, driver, context, instance)) as saved:
-            # The guest runs again as before.
-            update_task_state(
-                task_state=task_states.IMAGE_UPLOADING,
-                expected_state=task_states.IMAGE_PENDING_UPLOAD)
-            try:
-                spawn.open_store(image_api).publish(
-                    context, image_id, metadata, saved)
-            except memory_file.Unusable as e:
-                raise exception.LiveImageRefused(
-                    instance_uuid=instance.uuid, reason=e)
+        store = spawn.open_store(image_api)
+        nics = interfaces.of(self._local.host, driver, context, instance)
+        try:
+            # While the guest runs yet.
+            store.check_user()
+            with capture.Capture(self._local.host, instance, nics) as saved:
+                # The guest runs again as before.
+                update_task_state(
+                    task_state=task_states.IMAGE_UPLOADING,
+                    expected_state=task_states.IMAGE_PENDING_UPLOAD)
+                store.publish(context, image_id, metadata, saved)
+        except memory_file.Unusable as e:
+            raise exception.LiveImageRefused(
+                instance_uuid=instance.uuid, reason=e)
         LOG.info('Saved with its memory', instance=instance)
 
     def recover_live(self, context, instances, driver) -> None:
@@ -427,7 +432,7 @@ class LocalDisks:
                 metadata.InstanceDisks.load(context, instance))
             # A pool may have been defined since this service was started.
             self._has_pools = self._has_pools or None
-        except exception.NovaException as e:
+        except Exception as e:
             # Nothing has happened to the instance yet.
             raise exception.InstanceFaultRollback(e)
 
@@ -459,11 +464,7 @@ class LocalDisks:
             disks.take_up_running()
             disks.move_to_pools(guest_is_off=False)
             disks.refuse_logical_volumes()
-        except (exception.InvalidDiskMetadata, exception.DiskNotFinished,
-                exception.DiskBeingCopied, exception.DisksMayBeElsewhere,
-                exception.DiskTransitionFailed,
-                exception.LiveMigrationNotEnded,
-                exception.MigrationPreCheckError) as error:
+        except Exception as error:
             raise exception.InstanceFaultRollback(error)
         return source.prepare(
             state.ThisHost(self._local.host, self._local.uri,

@@ -299,6 +299,9 @@ class DiskOperation:
             self.records.save(self._context)
         elif leftovers.on_host(self.records, CONF.host):
             leftovers.forget_gone(self._local.get_connection(), self.records)
+        if suffix:
+            # The guest keeps its own disks.
+            self.settle_evacuation()
         stale = undo.after_evacuation(self._instance, self.records)
         instance_dir = libvirt_utils.get_instance_path(self._instance)
         is_new = not os.path.exists(instance_dir)

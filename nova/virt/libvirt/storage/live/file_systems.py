@@ -17,6 +17,8 @@ system, unless it copies the file.
 
 import os
 
+from nova.virt.libvirt.storage.pool import mounts
+
 # Of virFileIsSharedFSType in libvirt's src/util/virfile.c, as /proc calls
 # them.
 SHARED = frozenset((
@@ -32,18 +34,7 @@ def type_of(path: str) -> str:
 
     :returns: as /proc/self/mountinfo has it; empty if that is not known
     """
-    path = os.path.realpath(path)
-    found, longest = '', -1
-    with open('/proc/self/mountinfo') as mounts:
-        for line in mounts:
-            before, _separator, after = line.partition(' - ')
-            point = before.split()[4].encode().decode('unicode_escape')
-            is_above = path == point or path.startswith(
-                point.rstrip('/') + '/')
-            # Of mounts at one place the last is the one that is seen.
-            if is_above and len(point) >= longest:
-                found, longest = after.split()[0], len(point)
-    return found
+    return mounts.type_at(os.path.realpath(path))
 
 
 def is_shared(kind: str, connection) -> bool:

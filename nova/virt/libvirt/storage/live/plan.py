@@ -66,6 +66,9 @@ def refusing():
     except exception.NovaException as e:
         raise exception.MigrationPreCheckError(
             reason=e.format_message()) from e
+    except Exception as e:
+        LOG.exception('The check of a live migration has failed')
+        raise exception.MigrationPreCheckError(reason=e) from e
 
 
 def refused(reason, **values):

@@ -19,7 +19,7 @@ moment: record / next
     before: ready@A / -
     B is about to make the first volume: ready@A / building@B (ready@B where
         both see one volume)
-    QEMU copies, the guest moves: the same
+    QEMU copies, the guest moves: ready@A / building@B (or ready@B)
     A has cleaned up, or B has the guest: ready@B / -
     rolled back on B: ready@A / - (what B couldn't delete is noted as left)
 
@@ -27,19 +27,23 @@ killed: who goes on
     B, while it makes volumes: A rolls back; else A, when it next reads the
         records, notes the volumes as left, and B deletes them before the
         next migration to it
-    A, while QEMU copies, and back in time: the same. libvirt has gone on; A
-        ends that when it starts
+    A, while QEMU copies, and back in time: A. libvirt has gone on; A ends that
+        when it starts, and notes B's volumes as left when it next reads the
+        records
     A, and asked to end or start the guest while libvirt is at it: A ends
         the migration before
-    A, and back too late: nobody. Record and next stand, there is no guest
-        here, and only an operator can look on B
-    libvirt on A, when all has been sent and the guest isn't undefined yet: the
-        same; what is left is paused or off, because it has migrated
-    the link between both libvirts, when all has been sent: the same, if A
-        can't resume the guest; it stays paused
-    A as a whole: the same; what is left is off, and nothing says why. No
-        third host starts the instance either
-    post-copy, when the link is lost: the same; the guest is on B
+    A, and back too late: no one. The record and its next stay until an
+        operator has looked on B and runs nova-manage libvirt
+        settle_live_migration; there is no guest on A
+    libvirt on A, when all has been sent and the guest isn't undefined yet: no
+        one, until an operator settles it; A has a guest that is paused or off,
+        because it has migrated
+    the link between both libvirts, when all has been sent: no one, until an
+        operator settles it, if A can't resume the guest; it stays paused
+    A as a whole: no one, until an operator settles it; A has a guest that is
+        off, and nothing says why. No third host starts the instance either
+    post-copy, when the link is lost: no one, until an operator settles it; the
+        guest is on B
     A, before it has cleaned up: B has the guest and takes the records over;
         A's volumes are noted as left
     B, before it has taken over: A did, or B when it next reads the records
@@ -101,6 +105,7 @@ def promote(disks) -> None:
         coming = record.next.obj_clone()
         if coming.is_building:
             leftovers.note_disk(disks, record)
+        leftovers.note_original(disks, record)
         coming.state = fields.LibvirtDiskState.READY
         disks.set(name, coming)
         leftovers.forget(
@@ -324,9 +329,10 @@ def check_stays(host, instance, load) -> None:
     """Refuse to end or resume a guest that may run on the other host.
 
     Once it is off, it is as one whose migration has failed: started again.
-    One that is off or not here at all may be called so. But its disks, which
-    the guest may have where both hosts see them, mustn't be deleted, and
-    nothing may take its place. One that libvirt is about to move stays here.
+    A guest that is off, or not here, may be stopped again: nothing happens to
+    it. But its disks, which it may use on the other host where both see them,
+    mustn't be deleted, and nothing may take its place. A guest that libvirt is
+    about to move stays here.
 
     :param host: the Host of this compute
     :param load: returns the instance's InstanceDisks; called in doubt alone

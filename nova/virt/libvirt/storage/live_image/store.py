@@ -108,6 +108,14 @@ class Store:
         self._image_api = image_api
         self._cache = cache
 
+    @staticmethod
+    def check_user() -> None:
+        """Find out whether a memory could belong to Nova.
+
+        :raises: memory_file.Unusable if it couldn't
+        """
+        service_context()
+
     def publish(self, context, image_id: str, metadata: dict,
                 saved) -> None:
         """Give a saved guest to Glance: its disk as an image of the user's.
@@ -122,8 +130,6 @@ class Store:
         :raises: memory_file.Unusable, what the image API raises, OSError; the
             user's image is its caller's to delete
         """
-        # Before anything large is sent.
-        service_context()
         with open(saved.disk, 'rb') as disk:
             self._image_api.update(context, image_id, metadata, disk)
         with memory_file.Reader(saved.description, saved.memory) as reader:

@@ -147,7 +147,7 @@ class IntoCeph(item.Disk):
         image = self.pool.image(self.target)
         watch = transfer.watch(self, peers.Target(None), self.set_done)
         names = {'volume': self.source.name, 'length': self.length,
-                 'where': image.key}
+                 'where': image.key, 'side': 'destination'}
         LOG.info('Converting volume %(volume)s (%(length)d bytes, '
                  '%(allocation)d allocated) to image %(image)s of Ceph',
                  {'volume': self.source.name, 'length': self.length,
@@ -231,7 +231,7 @@ class OutOfCeph(item.Disk):
                  _path(image), volume.path],
                 transfer.watch(self, peers.Target(None), self.set_done),
                 {'volume': image.name, 'length': length, 'where': volume.path,
-                 'operation': 'qemu-img convert'})
+                 'side': 'source', 'operation': 'qemu-img convert'})
             try:
                 self.source, self.is_streamed = volume, True
                 super().send(transfer)

@@ -49,7 +49,8 @@ def run(command: list[str], watch: dict, names: dict,
     :param command: its name and arguments
     :param watch: what copy.Transfer.watch() gives
     :param names: of the exceptions: ``volume``, ``where``, ``length``
-        (bytes), and ``operation``, what is done
+        (bytes), ``side``, which host it is written for, and ``operation``,
+        what is done
     :param good: exit codes that are no error
     :param least: bytes of files that are no progress yet. The threads of
         librbd wake each other up by some, also while a Ceph keeps silent.
@@ -71,7 +72,8 @@ def run(command: list[str], watch: dict, names: dict,
             while process.poll() is None:
                 if watch['cancelled']():
                     raise exception.StorageTransferCancelled(
-                        transferred=0, side='source', reason='', **names)
+                        transferred=0, reason='',
+                        **{**names, 'side': 'source'})
                 done, told = _done(process.pid), _part(said)
                 if None in (done, before) or done - before > least or (
                         told > part):
@@ -80,7 +82,7 @@ def run(command: list[str], watch: dict, names: dict,
                     # Of a Ceph that is full each single write is waited for.
                     raise exception.StorageTransferCephStalled(
                         seconds=watch['stall_timeout'], transferred=0,
-                        host=CONF.host, side='destination', reason='', **names)
+                        host=CONF.host, reason='', **names)
                 if told > part:
                     part = told
                     watch['progress'](int(names['length'] * part))
@@ -122,6 +124,7 @@ def _part(said):
 
 def _failed(names, reason):
     return exception.StorageTransferError(
-        side='destination', transferred=0, reason=_(
-            "check that Ceph answers this host, and has room: %s") % reason,
-        **names)
+        transferred=0, reason=_(
+            "check that Ceph answers this host, and that there is room for "
+            "%(where)s: %(reason)s") % {
+                'where': names['where'], 'reason': reason}, **names)

@@ -172,7 +172,7 @@ class _TakeUp:
                 return future.result(timeout=_INTERVAL)
             except futures.TimeoutError:
                 if future.done():
-                    raise
+                    return future.result()
                 if future.cancel():
                     # It has got no thread, and may not for long.
                     return ask()

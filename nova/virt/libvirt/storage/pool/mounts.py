@@ -43,10 +43,11 @@ def source_at(path: str) -> str | None:
     return found
 
 
-def is_local(path: str) -> bool:
-    """Whether a directory is in a file system that no other host can see.
+def type_at(path: str) -> str:
+    """The type of the file system that a file or directory is in.
 
     :param path: an absolute path, links resolved
+    :returns: as /proc/self/mountinfo has it; empty if it isn't there
     :raises: OSError if that can't be found out
     """
     longest, found = '', ''
@@ -54,10 +55,20 @@ def is_local(path: str) -> bool:
         for line in f:
             before, _dash, after = line.partition(' - ')
             place = _unescaped(before.split(' ')[4])
+            # Of mounts at one place the last is the one that is seen.
             if len(place) >= len(longest) and (path + '/').startswith(
                     place.rstrip('/') + '/'):
                 longest, found = place, after.split(' ')[0]
-    return found in _LOCAL
+    return found
+
+
+def is_local(path: str) -> bool:
+    """Whether a directory is in a file system that no other host can see.
+
+    :param path: an absolute path, links resolved
+    :raises: OSError if that can't be found out
+    """
+    return type_at(path) in _LOCAL
 
 
 def _unescaped(text):

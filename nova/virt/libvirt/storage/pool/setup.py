@@ -33,6 +33,9 @@ from nova.virt.libvirt.storage.pool import pool as storage_pool
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
+# Of [libvirt]/virt_type, those whose disks can be in pools.
+VIRT_TYPES = ('kvm', 'qemu')
+
 # An empty file that says that a directory is, or was, Nova's image cache. Its
 # path may change, and older disks are laid over the images that stay there.
 CACHE_MARK = '.nova-image-cache'
@@ -98,7 +101,7 @@ def ensure_pools(conn, host: str) -> None:
         exception.StorageVirtTypeUnsupported, exception.InvalidConfiguration
     """
     _check_options(host)
-    if CONF.libvirt.virt_type not in ('kvm', 'qemu'):
+    if CONF.libvirt.virt_type not in VIRT_TYPES:
         raise exception.StorageVirtTypeUnsupported(
             host=host, virt_type=CONF.libvirt.virt_type)
     _check_user(host)

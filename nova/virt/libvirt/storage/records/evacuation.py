@@ -61,7 +61,7 @@ def is_replacing(instance, record):
     """
     return (record.previous is not None and record.migration_id is None and
             'host' in instance and
-            record.previous.host == instance.host != record.host)
+            record.host not in (instance.host, record.previous.host))
 
 
 def replace(disks, record, fresh):
@@ -74,6 +74,8 @@ def replace(disks, record, fresh):
     if _is_left(disks.instance, record):
         fresh.previous = record
     else:
+        fresh.previous = record.previous
+        fresh.migration_id = record.migration_id
         leftovers.note_disk(disks, record)
 
 
@@ -85,6 +87,7 @@ def take_over(disks, name, record):
     """
     if _is_left(disks.instance, record):
         record.previous = record.obj_clone()
+        record.migration_id = None
     record.host = CONF.host
     disks.set(name, record)
 
@@ -93,9 +96,9 @@ def _is_left(instance, record):
     """Whether this is the disk of the host that an evacuation leaves."""
     return ('task_state' in instance and 'host' in instance and
             instance.task_state == task_states.REBUILD_SPAWNING and
-            record.host == instance.host and not record.is_building and
+            not record.is_building and
             record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and
-            record.previous is None and record.next is None)
+            record.next is None)
 
 
 def replaced(disks, host):
@@ -121,7 +124,7 @@ def give_up(disks):
     """
     for name, record in disks.items():
         if (is_replacing(disks.instance, record) and
-                record.previous.host == CONF.host):
+                CONF.host in (record.previous.host, disks.instance.host)):
             _restore(disks, name, record)
 
 
@@ -168,8 +171,10 @@ def forget_replaced(disks) -> bool:
     replacing = [(name, record) for name, record in disks.items()
                  if is_replacing(disks.instance, record)]
     for name, record in replacing:
+        before = record.previous
         if not record.is_where_it_was:
-            leftovers.note_disk(disks, record.previous)
+            leftovers.note_disk(disks, before)
+        leftovers.note_original(disks, before)
         record.previous = None
         disks.set(name, record)
     return bool(replacing)
@@ -342,15 +347,17 @@ def after_evacuation(instance, disks):
                 record.previous is None or is_replacing(instance, record))
             for _name, record in disks.items()):
         return set()
+    for name, record in disks.items():
+        if is_replacing(instance, record) and record.host != CONF.host:
+            # That host was to make it, and has failed.
+            _restore(disks, name, record)
     places = old_copies(instance, disks)
     forget_next(disks)
     for name, record in disks.items():
         previous = record.previous
         if is_replacing(instance, record):
-            if record.host != CONF.host:
-                # That host was to make it, and has failed.
-                _restore(disks, name, record)
-        elif _is_half_copied(name, record):
+            continue
+        if _is_half_copied(name, record):
             LOG.warning('The copy of disk %(name)s on host %(copy)s was never '
                         'verified; the disk is volume %(volume)s in '
                         'storage pool %(pool)s of host %(host)s',

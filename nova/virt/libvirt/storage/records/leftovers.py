@@ -52,6 +52,18 @@ def note_disk(disks, record):
         note(disks, record.host, [(record.pool, record.volume)])
 
 
+def note_original(disks, record):
+    """Note what a disk was before a move that was never confirmed.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    :param record: of the disk; may have no previous
+    """
+    # A copy has a name of its own in a pool that both hosts see.
+    is_copy = record.migration_id is not None or not record.is_where_it_was
+    if record.has_original and is_copy:
+        note_disk(disks, record.previous)
+
+
 def note_own(disks):
     """Note what this host has begun to make, and can't delete now.
 
@@ -211,11 +223,11 @@ def delete(connection, disks, keep=frozenset()):
               if record.host == CONF.host}
     on_ceph = {(record.pool, record.volume) for record in known
                if record.is_on_ceph}
-    for place in places:
-        kind = _kind_of(connection, place[0])
-        if kind.is_ceph and place in on_ceph or (
-                place[1] in _outside_of_pools(disks, kind)):
-            in_use.add(place)
+    for pool in {pool for pool, _name in places}:
+        kind = _kind_of(connection, pool)
+        outside = _outside_of_pools(disks, kind)
+        in_use |= {place for place in places if place[0] == pool and (
+            kind.is_ceph and place in on_ceph or place[1] in outside)}
     still = delete_volumes(
         connection, CONF.host, places - in_use, disks.instance)
     forget(disks, CONF.host, places - set(still))

@@ -231,13 +231,13 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
             # instance is evacuated, or an older compute has sent it.
             fresh.state = READY
             there.append(name)
-        if record is not None:
+        if record is not None and record.host != CONF.host:
+            # It was evacuated, or has failed to take the instance in.
+            evacuation.replace(disks, record, fresh)
+        elif record is not None:
             # Made anew after a move: the other host's is still kept.
             fresh.previous = record.previous
             fresh.migration_id = record.migration_id
-            if record.host != CONF.host:
-                # It was evacuated, or has failed to take the instance in.
-                evacuation.replace(disks, record, fresh)
         disks.set(name, fresh)
     attach(disks, disk_mapping)
     return there

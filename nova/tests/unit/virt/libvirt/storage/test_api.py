@@ -22,6 +22,7 @@ from nova.conf import libvirt as libvirt_conf
 from nova import exception
 from nova import objects
 from nova import test
+from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.virt.libvirt import config as vconfig
 from nova.virt.libvirt import driver as libvirt_driver
 from nova.virt.libvirt import guest as libvirt_guest
@@ -187,15 +188,18 @@ class LocalDisksTestCase(test.NoDBTestCase):
             exception.LiveImageRefused, self._save_live)
         self.assertIn('[libvirt]/live_images', str(error))
 
-    def test_save_live_without_a_user_of_nova(self):
+    @ddt.data(('check_user', False), ('publish', True))
+    @ddt.unpack
+    def test_save_live_without_a_user_of_nova(self, step, is_captured):
         self.flags(live_images=True, group='libvirt')
-        self.patch('live_image.capture.Capture').return_value.__exit__ = (
-            mock.Mock(return_value=False))
-        self.patch('live_image.store.Store').return_value.publish = mock.Mock(
-            side_effect=memory_file.Unusable('no user'))
+        capture = self.patch('live_image.capture.Capture')
+        capture.return_value.__exit__ = mock.Mock(return_value=False)
+        setattr(self.patch('live_image.store.Store').return_value, step,
+                mock.Mock(side_effect=memory_file.Unusable('no user')))
         error = self.assertRaises(
             exception.LiveImageRefused, self._save_live)
         self.assertIn('no user', str(error))
+        self.assertIs(is_captured, capture.called)
 
     def cut_off(self, **kwargs):
         self.load = self.patch('records.metadata.InstanceDisks.load')
@@ -494,9 +498,10 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.api.offer(mock.sentinel.context, self.instance,
                        mock.sentinel.migration)
 
-    def test_offer_refused(self):
+    @ddt.data(exception.MigrationPreCheckError(reason='no pool'),
+              fakelibvirt.libvirtError('no answer'))
+    def test_offer_refused(self, refusal):
         # The instance stays as it is if there is no other host to try
-        refusal = exception.MigrationPreCheckError(reason='no pool')
         self.patch('move.destination.offer', side_effect=refusal)
         self.patch('records.metadata.InstanceDisks.load')
         e = self.assertRaises(
@@ -504,10 +509,13 @@ class LocalDisksTestCase(test.NoDBTestCase):
             mock.sentinel.context, self.instance, mock.sentinel.migration)
         self.assertEqual(refusal, e.inner_exception)
 
-    @ddt.data('take_up_running', 'move_to_pools', 'refuse_logical_volumes')
-    def test_depart_is_refused_while_the_guest_runs(self, step):
-        refusal = exception.DiskTransitionFailed(
-            instance=uuids.instance, reason='a test')
+    @ddt.data(
+        ('take_up_running', fakelibvirt.libvirtError('no answer')),
+        ('move_to_pools', exception.HypervisorUnavailable()),
+        ('refuse_logical_volumes', exception.DiskTransitionFailed(
+            instance='i', reason='a test')))
+    @ddt.unpack
+    def test_depart_is_refused_while_the_guest_runs(self, step, refusal):
         for name in ('take_up_running', 'move_to_pools',
                      'refuse_logical_volumes'):
             self.patch('operation.DiskOperation.%s' % name,
@@ -716,9 +724,10 @@ class LocalDisksTestCase(test.NoDBTestCase):
             objects.LibvirtLiveMigrateData()))
         is_overtaken.assert_not_called()
 
-    def test_live_migration_is_refused(self):
+    @ddt.data(exception.StoragePoolInactive(pool='p', host='here'),
+              FileNotFoundError(2, 'not there'))
+    def test_live_migration_is_refused(self, error):
         self.api._has_pools = True
-        error = exception.StoragePoolInactive(pool='p', host='here')
         for stub in ('operation.DiskOperation.take_up_running',
                      'live.offer.make', 'live.receive.Receiver.check'):
             self.patch(stub, side_effect=error)
@@ -1171,6 +1180,17 @@ class LocalDisksTestCase(test.NoDBTestCase):
                                return_value=[]):
             self.api.sweep(mock.sentinel.context, mock.sentinel.driver)
         self.assertIn('no daemon', self.stdlog.logger.output)
+
+    def test_guest_of_another_virt_type_stays(self):
+        """libvirt's LXC supports no call that asks for a job."""
+        self.flags(virt_type='lxc', group='libvirt')
+        self.api.check_stays(self.instance)
+        self.host.get_guest.assert_not_called()
+        self.flags(virt_type='kvm', group='libvirt')
+        self.host.get_guest.side_effect = exception.InstanceNotFound(
+            instance_id=uuids.instance)
+        self.api.check_stays(self.instance)
+        self.host.get_guest.assert_called()
 
     def test_check_pools(self):
         why = self.patch('pool.health.why_no_new_instance',

@@ -128,6 +128,16 @@ class DiskOperationTestCase(OperationTestCase):
                          mock_begin.call_args.args[-1])
         self.records.save.assert_called_once_with(mock.sentinel.context)
 
+    @ddt.data('', '.rescue')
+    @mock.patch('nova.virt.libvirt.storage.records.lifecycle.begin')
+    @mock.patch.object(operation.DiskOperation, 'settle_evacuation')
+    def test_begin_a_rescue(self, suffix, mock_settle, mock_begin):
+        """The guest gets its own disks, too, wherever those are on record."""
+        mock_settle.side_effect = mock_begin.assert_not_called
+        self.of().begin({'mapping': {}}, suffix=suffix)
+        self.assertEqual(bool(suffix), mock_settle.called)
+        mock_begin.assert_called_once()
+
     @ddt.data((None, True), (task_states.REBUILD_SPAWNING, False))
     @ddt.unpack
     @mock.patch('nova.virt.libvirt.storage.records.evacuation.find_unsettled',

@@ -198,12 +198,13 @@ class FileSystemsTestCase(test.NoDBTestCase):
 41 40 0:36 / /mnt/my\\040pools/a rw - fuse.glusterfs server:/vol rw
 42 22 0:37 / /mnt/b rw - xfs /dev/sdb rw
 43 22 0:38 / /mnt/b rw master:7 - ceph 192.0.2.1:/ rw
+44 22 0:39 / /mnt/dépôt rw - nfs4 server:/export rw
 """
 
     @ddt.data(('/var/lib/nova', 'ext4'), ('/mnt/my pools/disk', 'nfs4'),
               ('/mnt/my pools/a/disk', 'fuse.glusterfs'),
               ('/mnt/my pools/ab', 'nfs4'), ('/mnt/b', 'ceph'),
-              ('/mnt/bc', 'ext4'))
+              ('/mnt/bc', 'ext4'), ('/mnt/dépôt/disk', 'nfs4'))
     @ddt.unpack
     def test_type_of(self, path, expected):
         self.useFixture(fixtures.MonkeyPatch(

@@ -214,6 +214,21 @@ class TestReceive(ReceiveTestCase):
         self.assertEqual('dest:///', target.uri)
         taken.assert_called_once()
 
+    def test_image_that_came_otherwise(self):
+        """All servers that share the image cache would run with it."""
+        self.as_overlay('disk', BASE)
+        self.image_error = exception.ImageNotFound(image_id=uuids.image)
+        self.plan()
+        taken = self.useFixture(test_plan.fixtures.MockPatch(
+            'nova.virt.libvirt.storage.move.base_image.take')).mock
+        self.stub_out(
+            'nova.virt.libvirt.storage.pump.transfer.verify', mock.Mock(
+                side_effect=exception.StorageTransferMismatch(
+                    volume='v', where='here', reason='a test')))
+        self.assertRaises(exception.StorageTransferMismatch, self.receive)
+        taken.assert_not_called()
+        self.assertEqual({}, self.dest.pools[BASES])
+
     def test_shared_pool(self):
         self.source.pools[POOL]['probe'] = {'length': 1}
         self.plan()
@@ -346,6 +361,26 @@ class TestCheck(ReceiveTestCase):
         self.assertIn(field, str(error))
         self.assertEqual([], self.dest.log)
         self.assert_disks('source')
+
+    @ddt.data(('base', imagecache.get_cache_fname(uuids.another)),
+              ('name', '../disk'), ('format', 'vmdk'))
+    @ddt.unpack
+    def test_image_of_somebody_else(self, field, value):
+        """Nor is a record, which its source may have written."""
+        self.as_overlay('disk', BASE)
+        self.plan()
+        disk = {disk.name: disk for disk in self.data.disks}['disk']
+        if field != 'base':
+            disk.base = None
+        setattr(disk, field, value)
+        receiver = self.receiver()
+        record = self.load().get('disk')
+        if field == 'format':
+            record.format = value
+        with mock.patch.object(receiver._disks, 'get', return_value=record):
+            error = self.assertRaises(
+                exception.MigrationPreCheckError, receiver.check)
+        self.assertIn('because of its %s:' % field, str(error))
 
     def test_file_does_not_go_into_ceph(self):
         """Whatever a source says that knows no Ceph pools."""

@@ -41,7 +41,7 @@ class LiveTestCase(two_hosts.TwoHostsTestCase):
         self.guests = {'source': fakelibvirt.VIR_DOMAIN_JOB_NONE}
         # why they are off or paused, if they are
         self.off = self.paused = None
-        self.stored = POOL
+        self.stored, self.of_ceph = POOL, None
         self.abort = mock.Mock()
         self.stub_out(
             'nova.virt.libvirt.storage.live.settle.libvirt', fakelibvirt)
@@ -78,6 +78,9 @@ class LiveTestCase(two_hosts.TwoHostsTestCase):
             disk = guest_config.LibvirtConfigGuestDisk()
             disk.source_type, disk.source_pool = 'volume', self.stored
             disk.source_volume = self.volume_name(name)
+            if self.of_ceph is not None:
+                disk.source_type = 'network'
+                disk.source_name = self.of_ceph(name)
             devices.append(disk)
         guest.get_all_devices.side_effect = (
             lambda from_persistent_config: devices)
@@ -89,6 +92,7 @@ class LiveTestCase(two_hosts.TwoHostsTestCase):
         for name, record in disks.items():
             coming = record.obj_clone()
             coming.host, coming.state, coming.next = 'dest', state, None
+            coming.previous = coming.migration_id = None
             record.next = coming
             disks.set(name, record)
         disks.save(self.context)
@@ -437,6 +441,22 @@ class SettleTestCase(LiveTestCase):
         self.assert_disks('dest')
         self.assertEqual(4, len(self.left('source')))
 
+    def test_destination_takes_over_what_was_never_confirmed(self):
+        disks = self.load()
+        for name, record in disks.items():
+            record.migration_id, record.previous = 5, record.obj_clone()
+            record.previous.host = 'first'
+            disks.set(name, record)
+        disks.save(self.context)
+        self.begin()
+        self.copy()
+        self.move_guest()
+        self.settle('dest')
+        self.assertEqual(4, len(self.left('first')))
+        self.assertEqual(4, len(self.left('source')))
+        self.assertEqual([None] * 4, [
+            record.previous for _name, record in self.load().items()])
+
     def test_guest_on_the_destination_is_not_the_one(self):
         # It waits for the source's, or is of other disks.
         self.begin()
@@ -444,6 +464,24 @@ class SettleTestCase(LiveTestCase):
         self.stored = 'other'
         self.settle('dest')
         self.assert_disks('source', ('dest', 'building'))
+
+    @ddt.data(('other', False), ('nova', True))
+    @ddt.unpack
+    def test_guest_with_images_of_ceph(self, of_ceph, has_come):
+        self.begin()
+        disks = self.load()
+        for name, record in disks.items():
+            record.next.backend = 'libvirt-storage-rbd'
+            disks.set(name, record)
+        disks.save(self.context)
+        self.guests['dest'] = fakelibvirt.VIR_DOMAIN_JOB_NONE
+        self.of_ceph = {
+            'nova': lambda name: 'nova/' + self.volume_name(name),
+            'other': lambda name: 'nova/x_' + name}[of_ceph]
+        self.settle('dest')
+        self.assertEqual(
+            {'dest' if has_come else 'source'},
+            {record.host for _name, record in self.load().items()})
 
     def test_no_guest_on_the_destination(self):
         self.begin()

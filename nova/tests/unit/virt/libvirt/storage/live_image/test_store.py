@@ -141,10 +141,10 @@ class StoreTestCase(test.NoDBTestCase):
         properties = self.glance.create.mock_calls[0].args[1]['properties']
         self.assertEqual('project', properties['nova_live_project_id'])
 
-    def test_publish_without_a_user_of_nova(self):
+    def test_check_user(self):
+        self.store.check_user()
         self.get_auth.return_value = None
-        self.assertRaises(memory_file.Unusable, self._publish)
-        self.glance.update.assert_not_called()
+        self.assertRaises(memory_file.Unusable, self.store.check_user)
 
     def test_publish_fails_at_the_end(self):
         error = exception.ImageNotFound(image_id='x')

@@ -811,6 +811,13 @@ class KeptTestCase(AheadTestBase):
         self.assertEqual([(None, None)], self.known[1:][:1])
         self.assertNotIn('delete ' + self.name, self.dest.log)
 
+    def test_answer_that_comes_when_the_wait_ends(self):
+        future = mock.Mock()
+        future.done.return_value = True
+        future.result.side_effect = [futures.TimeoutError, 'answer']
+        self.assertEqual(
+            'answer', take_up._TakeUp._result(None, future, None))
+
     def test_it_is_written_over(self):
         outgoing = self.begin()
         self.assert_sent_into_it()

@@ -92,7 +92,7 @@ class ConvertedTestCase(test_ceph_images.CephTestCase):
         if self.fails and command[1] == self.fails:
             self.answers = not self.stays_silent
             raise exception.StorageTransferError(
-                side='destination', reason='no room', transferred=0, **names)
+                reason='no room', transferred=0, **names)
         if command[1] == 'convert':
             target.update(content=source['content'],
                           allocation=source['allocation'])
@@ -194,7 +194,8 @@ class IntoCephTestCase(ConvertedTestCase):
     @ddt.data('convert', 'compare')
     def test_failure(self, what):
         self.fails = what
-        self.assertRaises(exception.StorageTransferError, self.move)
+        error = self.assertRaises(exception.StorageTransferError, self.move)
+        self.assertIn('failed on the destination', str(error))
         self.assertEqual([], self.images())
         self.assert_stayed()
         self.nothing_of_a_move()
@@ -468,7 +469,8 @@ class OutOfCephTestCase(ConvertedTestCase):
 
     def test_failure(self):
         self.fails = 'convert'
-        self.assertRaises(exception.StorageTransferError, self.move)
+        error = self.assertRaises(exception.StorageTransferError, self.move)
+        self.assertIn('failed on the source', str(error))
         self.assertEqual([], self.spooled())
         self.assertEqual([], self.ours(self.dest))
         self.assertEqual(test_move.AT_SOURCE, self.places())

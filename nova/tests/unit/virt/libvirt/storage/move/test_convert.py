@@ -23,7 +23,8 @@ from nova import exception
 from nova import test
 from nova.virt.libvirt.storage.move import convert
 
-NAMES = {'volume': 'v', 'where': 'w', 'length': 10, 'operation': 'convert'}
+NAMES = {'volume': 'v', 'where': 'w', 'length': 10, 'operation': 'convert',
+         'side': 'source'}
 
 
 # Runs a program in a thread, as nova-compute does.
@@ -71,7 +72,8 @@ class ConvertTestCase(test.NoDBTestCase):
         e = self.assertRaises(
             exception.StorageTransferError, self.run_it,
             'sh', '-c', 'echo No space left >&2; exit 1')
-        self.assertIn('No space left', str(e))
+        self.assertIn('failed on the source', str(e))
+        self.assertIn('there is room for w: No space left', str(e))
         self.assertIn('convert', str(e))
 
     def test_exit_code_that_is_no_error(self):

@@ -63,7 +63,7 @@ ADVICE = re.compile(
     r'see the log of nova-compute there|check which host this migration is|'
     r'to a group of user u+|check the Kerberos ticket or keytab|'
     r'choose a host with the same Ceph pool under the same name|'
-    r'check that Ceph answers this host, and has room|'
+    r'check that Ceph answers this host, and that there is room for|'
     r"run 'setfacl -m u:u+:x [a-z/]+'|"
     r'Do not start a guest|evacuate the server there|'
     r'migrate the server cold|turn off \[libvirt\]/|'

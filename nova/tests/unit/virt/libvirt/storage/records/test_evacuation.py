@@ -239,7 +239,6 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
         self.assertFalse(evacuation.forget_replaced(disks))
 
     @ddt.data(('down', task_states.RESIZE_FINISH, 'ready'),
-              ('other', task_states.REBUILD_SPAWNING, 'ready'),
               ('down', task_states.REBUILD_SPAWNING, 'building'))
     @ddt.unpack
     def test_noted_at_once_what_is_no_disk(self, host, task_state, state):
@@ -248,6 +247,68 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
         self.begin(disks)
         self.assertEqual(('here', self.NEW, 'building', None,
                           [(host, 'p', self.OLD)]), self.told(disks))
+
+    def moved(self):
+        return self.disks(self.volume(
+            'down', self.OLD, migration_id=5,
+            previous=self.volume('first', self.OLD)))
+
+    @ddt.data(False, True)
+    def test_move_that_was_never_confirmed(self, is_there):
+        """What was kept for its revert is known as long."""
+        disks = self.moved()
+        self.begin(disks, is_there=is_there)
+        record = disks.get('disk')
+        self.assertEqual(
+            (None, 'here', 'down', 5, 'first', []),
+            (record.migration_id, record.host, record.previous.host,
+             record.previous.migration_id, record.previous.previous.host,
+             disks.leftovers))
+        self.assertTrue(evacuation.forget_replaced(disks))
+        left = [('first', 'p', self.OLD)]
+        if not is_there:
+            left.insert(0, ('down', 'p', self.OLD))
+        self.assertEqual(left, [tuple(left) for left in disks.leftovers])
+
+    @ddt.data('down', 'third')
+    def test_move_that_was_never_confirmed_goes_on(self, host):
+        disks = self.moved()
+        self.begin(disks)
+        self.flags(host=host)
+        if host == 'down':
+            evacuation.give_up(disks)
+        else:
+            evacuation.after_evacuation(self.instance, disks)
+        record = disks.get('disk')
+        self.assertEqual(
+            ('down', 'first', [('here', 'p', self.NEW)]),
+            (record.host, record.previous.host,
+             [tuple(left) for left in disks.leftovers]))
+
+    def test_disk_that_was_elsewhere(self):
+        """The instance has come to a host, and its disk hasn't."""
+        disks = self.disks(self.volume('first', self.OLD))
+        self.begin(disks)
+        begun = ('here', self.NEW, 'building', 'first', [])
+        self.assertEqual(begun, self.told(disks))
+        self.flags(host='third')
+        evacuation.give_up(disks)
+        self.assertEqual(begun, self.told(disks))
+        self.flags(host='down')
+        evacuation.give_up(disks)
+        self.assertEqual(('first', self.OLD, 'ready', None,
+                          [('here', 'p', self.NEW)]), self.told(disks))
+
+    @ddt.data((5, OLD, True), (None, OLD, False), (None, NEW, True))
+    @ddt.unpack
+    def test_note_original(self, migration_id, name, is_noted):
+        """One that two hosts see is the disk; a copy has its own name then."""
+        disks = self.disks(self.volume(
+            'here', self.OLD, migration_id=migration_id,
+            previous=self.volume('first', name)))
+        leftovers.note_original(disks, disks.get('disk'))
+        self.assertEqual([('first', 'p', name)] if is_noted else [],
+                         [tuple(left) for left in disks.leftovers])
 
     @ddt.data('building', 'ready')
     def test_destroyed(self, state):

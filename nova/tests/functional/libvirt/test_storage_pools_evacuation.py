@@ -238,6 +238,29 @@ class TestBetweenHostsThatShare(UnfinishedTestBase):
         self.assert_has_root(server)
 
 
+class TestSharedWithTheFirst(UnfinishedTestBase):
+    """Where the server is evacuated to, only what was kept is seen."""
+
+    SHARING = ('compute1', 'compute3')
+
+    def test_its_only_disk_is_no_leftover(self):
+        server = self.move(self.boot())
+        self.go_down('compute2')
+        server = self.evacuate_to(server, 'compute3', state='SHUTOFF')
+        volume = self.records(server)['disk'].volume
+        self.sweep('compute1')
+        self.undefine('compute1', server)
+        self.sweep('compute1')
+        self.api.post_server_action(
+            server['id'], {'migrate': {'host': 'compute1'}})
+        server = self._wait_for_state_change(server, 'VERIFY_RESIZE')
+        self.raw_pool('compute3', 'pool').refresh()
+        self.raw_pool('compute3', 'pool').storageVolLookupByName(volume)
+        # Nor is that of the host which is down.
+        self.come_back('compute2')
+        self.sweep('compute2')
+
+
 class TestByAnotherName(UnfinishedTestBase):
     """One directory under as many names as there are hosts."""
 

@@ -59,9 +59,13 @@ def is_replacing(instance, record):
 
     Its previous is the disk until the instance is with the new one.
     """
-    return (record.previous is not None and record.migration_id is None and
-            'host' in instance and
-            record.host not in (instance.host, record.previous.host))
+    previous = record.previous
+    return (previous is not None and record.migration_id is None and
+            record.next is None and 'host' in instance and
+            record.host not in (instance.host, previous.host) and
+            # Of what is no volume it is what was there before a migration.
+            previous.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and
+            not previous.is_building)
 
 
 def replace(disks, record, fresh):
@@ -96,7 +100,7 @@ def _is_left(instance, record):
     """Whether this is the disk of the host that an evacuation leaves."""
     return ('task_state' in instance and 'host' in instance and
             instance.task_state == task_states.REBUILD_SPAWNING and
-            not record.is_building and
+            instance.host != CONF.host and not record.is_building and
             record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and
             record.next is None)
 
@@ -174,7 +178,17 @@ def forget_replaced(disks) -> bool:
         before = record.previous
         if not record.is_where_it_was:
             leftovers.note_disk(disks, before)
-        leftovers.note_original(disks, before)
+        if not (record.is_where_it_was and before.is_where_it_was):
+            leftovers.note_original(disks, before)
+        elif before.migration_id is not None:
+            LOG.warning('Disk %(name)s may be from before the last migration: '
+                        'volume %(volume)s in storage pool %(pool)s is '
+                        "either host %(host)s's or what host %(source)s has "
+                        'kept. No copy is deleted.',
+                        {'name': name, 'volume': record.volume,
+                         'pool': record.pool, 'host': before.host,
+                         'source': before.previous.host},
+                        instance=disks.instance)
         record.previous = None
         disks.set(name, record)
     return bool(replacing)

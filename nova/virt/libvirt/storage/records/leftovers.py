@@ -61,7 +61,8 @@ def note_original(disks, record):
     # A copy has a name of its own in a pool that both hosts see.
     is_copy = record.migration_id is not None or not record.is_where_it_was
     if record.has_original and is_copy:
-        note_disk(disks, record.previous)
+        previous = record.previous
+        note(disks, previous.host, [(previous.pool, previous.volume)])
 
 
 def note_own(disks):

@@ -286,12 +286,14 @@ def _originals(disks):
 
 
 def _elsewhere(instance, record):
-    """The name of another host's volume, in place of which one is made."""
+    """The names of other hosts' volumes, in place of which one is made."""
     if record is not None and evacuation.is_replacing(instance, record):
         record = record.previous
-    is_in_use = (record is not None and record.host != CONF.host and
-                 record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE)
-    return {record.volume} if is_in_use else set()
+    if (record is None or record.host == CONF.host or
+            record.backend != fields.LibvirtDiskBackend.LIBVIRT_STORAGE):
+        return set()
+    return {known.volume for known in (
+        record, record.previous if record.has_original else record)}
 
 
 def _discard(image, record):

@@ -239,25 +239,34 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
         self.assertFalse(evacuation.forget_replaced(disks))
 
     @ddt.data(('down', task_states.RESIZE_FINISH, 'ready'),
-              ('down', task_states.REBUILD_SPAWNING, 'building'))
+              ('down', task_states.REBUILD_SPAWNING, 'building'),
+              # It is rebuilt where it is.
+              ('first', task_states.REBUILD_SPAWNING, 'ready'))
     @ddt.unpack
     def test_noted_at_once_what_is_no_disk(self, host, task_state, state):
         self.instance.task_state = task_state
+        if host == 'first':
+            self.instance.host = 'here'
         disks = self.disks(self.volume(host, self.OLD, state=state))
         self.begin(disks)
         self.assertEqual(('here', self.NEW, 'building', None,
                           [(host, 'p', self.OLD)]), self.told(disks))
 
-    def moved(self):
+    def moved(self, kept=OLD):
         return self.disks(self.volume(
             'down', self.OLD, migration_id=5,
-            previous=self.volume('first', self.OLD)))
+            previous=self.volume('first', kept)))
 
-    @ddt.data(False, True)
-    def test_move_that_was_never_confirmed(self, is_there):
+    @ddt.data((False, OLD, ['down', 'first']), (True, NEW, ['first']),
+              # What is there may be that of either host.
+              (True, OLD, []))
+    @ddt.unpack
+    def test_move_that_was_never_confirmed(self, is_there, kept, left):
         """What was kept for its revert is known as long."""
-        disks = self.moved()
+        disks = self.moved(kept)
         self.begin(disks, is_there=is_there)
+        if not is_there:
+            self.assertEqual([self.OLD], self.taken)
         record = disks.get('disk')
         self.assertEqual(
             (None, 'here', 'down', 5, 'first', []),
@@ -265,10 +274,28 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
              record.previous.migration_id, record.previous.previous.host,
              disks.leftovers))
         self.assertTrue(evacuation.forget_replaced(disks))
-        left = [('first', 'p', self.OLD)]
-        if not is_there:
-            left.insert(0, ('down', 'p', self.OLD))
-        self.assertEqual(left, [tuple(left) for left in disks.leftovers])
+        self.assertEqual(left, [host for host, _p, _v in disks.leftovers])
+        self.assertEqual(not left, 'what host first has kept' in
+                         self.stdlog.logger.output)
+
+    def test_names_of_all_that_is_left(self):
+        """A host that sees one of them would not delete it later."""
+        self.begin(self.moved(self.NEW))
+        self.assertEqual({self.OLD, self.NEW}, set(self.taken))
+
+    @ddt.data({'backend': 'qcow2', 'pool': None, 'volume': None},
+              {'state': 'building'})
+    def test_what_a_migration_has_left_is_not_replaced(self, values):
+        """Legacy disks are moved without the id of a migration."""
+        previous = self.volume('first', self.OLD)
+        for name, value in values.items():
+            setattr(previous, name, value)
+        record = self.volume('dead', self.NEW, previous=previous)
+        self.assertFalse(evacuation.is_replacing(self.instance, record))
+        record.previous = self.volume('first', self.OLD)
+        self.assertTrue(evacuation.is_replacing(self.instance, record))
+        record.next = self.volume('other', self.OLD)
+        self.assertFalse(evacuation.is_replacing(self.instance, record))
 
     @ddt.data('down', 'third')
     def test_move_that_was_never_confirmed_goes_on(self, host):
@@ -306,8 +333,18 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
         disks = self.disks(self.volume(
             'here', self.OLD, migration_id=migration_id,
             previous=self.volume('first', name)))
+        expected = [('first', 'p', name)] if is_noted else []
         leftovers.note_original(disks, disks.get('disk'))
-        self.assertEqual([('first', 'p', name)] if is_noted else [],
+        self.assertEqual(expected, [tuple(left) for left in disks.leftovers])
+
+    def test_note_original_on_ceph(self):
+        disks = self.disks(self.volume(
+            'here', self.OLD, migration_id=5,
+            previous=self.volume('first', self.OLD)))
+        record = disks.get('disk')
+        record.previous.backend = 'libvirt-storage-rbd'
+        leftovers.note_original(disks, record)
+        self.assertEqual([('first', 'p', self.OLD)],
                          [tuple(left) for left in disks.leftovers])
 
     @ddt.data('building', 'ready')

@@ -157,7 +157,7 @@ class IntoCephTestCase(ConvertedTestCase):
             f.write(b'base')
         self.move()
         convert = next(command for command in self.commands
-                       if self.volume_name('disk') in command[-2])
+                       if command[-2].endswith(self.volume_name('disk')))
         self.assertIn('qcow2', convert)
         record = self.load().get('disk')
         self.assertEqual(('raw', 'qcow2'),

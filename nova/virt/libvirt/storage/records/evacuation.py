@@ -122,13 +122,13 @@ def replaced(disks, host):
 
 
 def give_up(disks):
-    """Have the disks of this host be the disks: an evacuation has failed.
+    """Have disks be what they were before an evacuation from this host.
 
     :param disks: the instance's InstanceDisks; the caller saves them
     """
     for name, record in disks.items():
         if (is_replacing(disks.instance, record) and
-                CONF.host in (record.previous.host, disks.instance.host)):
+                disks.instance.host == CONF.host):
             _restore(disks, name, record)
 
 
@@ -180,7 +180,7 @@ def forget_replaced(disks) -> bool:
             leftovers.note_disk(disks, before)
         if not (record.is_where_it_was and before.is_where_it_was):
             leftovers.note_original(disks, before)
-        elif before.migration_id is not None:
+        else:
             LOG.warning('Disk %(name)s may be from before the last migration: '
                         'volume %(volume)s in storage pool %(pool)s is '
                         "either host %(host)s's or what host %(source)s has "

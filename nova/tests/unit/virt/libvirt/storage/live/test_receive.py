@@ -374,10 +374,13 @@ class TestCheck(ReceiveTestCase):
             disk.base = None
         setattr(disk, field, value)
         receiver = self.receiver()
-        record = self.load().get('disk')
+        known = receiver._disks.get
+        record = known('disk')
         if field == 'format':
             record.format = value
-        with mock.patch.object(receiver._disks, 'get', return_value=record):
+        with mock.patch.object(
+                receiver._disks, 'get', side_effect=lambda name: (
+                    record if name == disk.name else known(name))):
             error = self.assertRaises(
                 exception.MigrationPreCheckError, receiver.check)
         self.assertIn('because of its %s:' % field, str(error))

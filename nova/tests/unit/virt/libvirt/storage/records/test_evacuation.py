@@ -278,6 +278,35 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
         self.assertEqual(not left, 'what host first has kept' in
                          self.stdlog.logger.output)
 
+    @ddt.data(('dead', 'first', True), ('dead', 'down', True),
+              # A resize on one host, of before there was the id of a move.
+              ('dead', 'dead', False), ('down', 'first', False))
+    @ddt.unpack
+    def test_is_replacing(self, host, previous, expected):
+        record = self.volume(
+            host, self.NEW, previous=self.volume(previous, self.OLD))
+        self.assertIs(
+            expected, evacuation.is_replacing(self.instance, record))
+
+    def test_disk_of_a_move_that_has_come_to_another_host(self):
+        """What is made in its place has the same to go back to."""
+        self.instance.task_state = task_states.RESIZE_FINISH
+        disks = self.moved(self.NEW)
+        self.begin(disks)
+        record = disks.get('disk')
+        self.assertEqual(
+            ('here', 5, 'first', [('down', 'p', self.OLD)]),
+            (record.host, record.migration_id, record.previous.host,
+             [tuple(left) for left in disks.leftovers]))
+
+    def test_this_host_goes_on(self):
+        """It was killed when one of the disks was on record."""
+        swap = self.volume('down', '%s_disk.swap' % uuids.instance)
+        disks = self.disks(self.begun(state='building').get('disk'), swap)
+        evacuation.after_evacuation(self.instance, disks)
+        self.assertEqual(('here', self.NEW, 'building', 'down'),
+                         self.told(disks)[:-1])
+
     def test_names_of_all_that_is_left(self):
         """A host that sees one of them would not delete it later."""
         self.begin(self.moved(self.NEW))
@@ -346,6 +375,10 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
         leftovers.note_original(disks, record)
         self.assertEqual([('first', 'p', self.OLD)],
                          [tuple(left) for left in disks.leftovers])
+        # An image that has stayed in its Ceph pool is the disk.
+        record.backend, disks.leftovers = 'libvirt-storage-rbd', []
+        leftovers.note_original(disks, record)
+        self.assertEqual([], disks.leftovers)
 
     @ddt.data('building', 'ready')
     def test_destroyed(self, state):

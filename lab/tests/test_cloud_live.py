@@ -245,6 +245,28 @@ class TestAfterwards(LiveCase):
         server.command('keep-writing', 256)
         self.assert_moves(server, server.look())
 
+    def test_evacuation_is_cut_off(self):
+        """Its host is back with its disks, and nobody else has them."""
+        server, said = self.moved()
+        self.b.kill('nova-compute')
+        with server.domain('host-b') as domain:
+            domain.destroy()
+        with self.cloud.forced_down('host-b'):
+            server.api.evacuate_server(server.id, host='host-a')
+            self.wait_for(
+                lambda: server.get().task_state == 'rebuild_spawning', 30,
+                'the server on its way')
+            self.a.kill('nova-compute')
+            self.assertEqual('host-b', server.host)
+        self.cloud.start_compute('host-a')
+        server.api.reset_server_state(server.id, 'active')
+        server.hard_reboot()
+        said = server.testimony(after=said)
+        self.assert_data(said, data=test_cloud_moves.DATA)
+        self.assert_on_record(server, 'host-b')
+        server.command('keep-writing', 256)
+        self.assert_moves(server, server.look(), ['host-a'])
+
 
 class TestHostile(test_cloud_pool.TestHostile):
     """A header on every disk that the guest can write to."""

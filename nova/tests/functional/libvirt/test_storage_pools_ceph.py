@@ -14,12 +14,15 @@
 import threading
 from unittest import mock
 
+import ddt
 import fixtures
+from oslo_utils import units
 
 from nova.compute import instance_actions
 from nova import exception
 from nova import objects
 from nova.tests.fixtures import ceph
+from nova.tests.functional.api import client
 from nova.tests.functional.libvirt import storage_pools
 from nova.virt.libvirt import guest
 from nova.virt.libvirt.storage import api
@@ -112,7 +115,7 @@ class CephTestBase(storage_pools.StoragePoolsTestBase):
 
     def sources(self, host, server):
         found = self.computes[host].driver._host.get_guest(
-            objects.Instance.get_by_uuid(self.context, server['id']))
+            objects.Instance(uuid=server['id']))
         return {(disk.source_type, disk.source_protocol, disk.source_name)
                 for disk in found.get_all_disks()}
 
@@ -149,6 +152,7 @@ class CephTestBase(storage_pools.StoragePoolsTestBase):
         return images
 
 
+@ddt.ddt
 class TestCeph(CephTestBase):
 
     def assert_deleted(self, server):
@@ -260,6 +264,57 @@ class TestCeph(CephTestBase):
         self.restart_compute_service('compute2')
         self.force_down('compute2', False)
         self.assert_on('compute1', server)
+
+    @ddt.data('migrate', 'evacuate')
+    def test_swap_that_has_grown(self, action):
+        """It is larger than its flavor says when the resize is reverted."""
+        server = self.boot(swap=64)
+        self._resize_server(server, self.flavor(swap=128))
+        server = self._revert_resize(server)
+        if action == 'migrate':
+            self._migrate_server(server)
+        else:
+            self.computes['compute1'].stop()
+            self.force_down('compute1', True)
+            self._evacuate_server(server)
+        server = self.api.get_server(server['id'])
+        self.assertEqual('compute2', server['OS-EXT-SRV-ATTR:host'])
+        self.assertEqual(
+            128 * units.Mi, self.images[server['id'] + '_disk.swap'].size)
+
+    def test_deleted_while_it_is_on_no_host(self):
+        server = self.boot_with_all()
+        disk = self.images[server['id'] + '_disk']
+        disk.watchers = 1
+        self.flags(shelved_offload_time=0)
+        self._shelve_server(server)
+        self._delete_server(server)
+        self.assertEqual([disk], list(self.images.values()))
+        for watchers in (1, 0):
+            disk.watchers = watchers
+            with self.hosts.on('compute2'):
+                driver = self.computes['compute2'].manager.driver
+                driver._local_disks.sweep(self.context, driver)
+            self.assertEqual(watchers, len(self.images))
+
+    def test_pool_is_a_directory_now(self):
+        server = self.boot_with_all()
+        self.raw_pool('compute1').destroy()
+        self.raw_pool('compute1').undefine()
+        self.connections['compute1'].storagePoolDefineXML(
+            '<pool type="dir"><name>nova-disks-pool</name><target><path>%s'
+            '</path></target></pool>' % self.useFixture(
+                fixtures.TempDir()).path)
+        self.raw_pool('compute1').create()
+        self.restart_compute_service('compute1')
+        self.assertRaises(
+            client.OpenStackApiException, self._reboot_server, server,
+            hard=True)
+        self.assertTrue(self.connections['compute1'].lookupByUUIDString(
+            server['id']).isActive())
+        self._delete_server(server)
+        self.assertEqual(len(NAMES), len(self.images))
+        self.assertIn('is another one than that', self.stdlog.logger.output)
 
     def test_shelve(self):
         server = self.boot_with_all()

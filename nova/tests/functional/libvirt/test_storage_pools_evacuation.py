@@ -21,6 +21,7 @@ import ddt
 import fixtures
 
 from nova import exception
+from nova import objects
 from nova.tests.functional.libvirt import storage_pools
 from nova.tests.functional.libvirt import test_storage_pools_live
 from nova.tests.functional.libvirt import test_storage_pools_shared
@@ -119,6 +120,53 @@ class TestOnOneHost(UnfinishedTestBase):
         self.go_down('compute1')
         server = self.fail_to_evacuate(server, 'compute2', XML)
         self.come_back_to_its_disk(server)
+
+
+@ddt.ddt
+class TestBackInTime(UnfinishedTestBase):
+    """A host is back, and an evacuation from it was cut off."""
+
+    HOSTS = ('compute1', 'compute2')
+
+    @ddt.data(('accepted', 'rebuilding'), ('pre-migrating', None),
+              ('pre-migrating', 'rebuild_spawning'))
+    @ddt.unpack
+    def test_its_disks_stay(self, status, task_state):
+        server = self.boot()
+        self.write_root(server)
+        self.go_down('compute1')
+        with mock.patch('nova.compute.manager.ComputeManager.'
+                        '_rebuild_default_impl',
+                        side_effect=exception.InternalError('killed')):
+            self._evacuate_server(
+                server, {'host': 'compute2'}, expected_state='ERROR',
+                expected_migration_status='failed')
+        (migration,) = objects.MigrationList.get_by_filters(
+            self.context, {'instance_uuid': server['id']})
+        migration.status = status
+        migration.save()
+        instance = objects.Instance.get_by_uuid(self.context, server['id'])
+        instance.task_state = task_state
+        instance.save()
+        self.come_back('compute1')
+        self.reset_state(server)
+        self._reboot_server(server, hard=True)
+        self.assert_has_root(server)
+
+    def test_rebuild_afterwards(self):
+        """It is not taken for the evacuation."""
+        server = self.boot()
+        self.write_root(server)
+        self.force_down('compute1', True)
+        server = self.fail_to_evacuate(server, 'compute2', XML)
+        (migration,) = objects.MigrationList.get_by_filters(
+            self.context, {'instance_uuid': server['id']})
+        migration.status = 'accepted'
+        migration.save()
+        self.force_down('compute1', False)
+        self._rebuild_server(server, storage_pools.IMAGE)
+        self.assertNotEqual(
+            b'needed', self.root_file(server).read(storage_pools.GUEST, 6))
 
 
 class TestOnTwoHosts(UnfinishedTestBase):
@@ -259,6 +307,26 @@ class TestSharedWithTheFirst(UnfinishedTestBase):
         # Nor is that of the host which is down.
         self.come_back('compute2')
         self.sweep('compute2')
+
+    def test_what_a_confirm_could_not_delete(self):
+        """It has the name of the disk, and is taken for it."""
+        server = self.boot()
+        self.api.post_server_action(
+            server['id'], {'migrate': {'host': 'compute2'}})
+        server = self._wait_for_state_change(server, 'VERIFY_RESIZE')
+        with mock.patch('nova.virt.libvirt.storage.pool.volume.StorageVolume.'
+                        'delete', side_effect=exception.InternalError('busy')):
+            self._confirm_resize(server)
+        self.go_down('compute2')
+        self.raw_pool('compute3', 'pool').refresh()
+        server = self.evacuate_to(server, 'compute3', 'done', 'SHUTOFF')
+        self.write_root(server)
+        self.sweep('compute1')
+        # A check of its own, before anything is moved
+        self.api.post_server_action(
+            server['id'], {'migrate': {'host': 'compute1'}})
+        server = self._wait_for_state_change(server, 'VERIFY_RESIZE')
+        self.assert_has_root(server)
 
 
 class TestByAnotherName(UnfinishedTestBase):

@@ -60,7 +60,6 @@ from nova.virt.libvirt.storage.pool import sharing
 from nova.virt.libvirt.storage.pool import usage
 from nova.virt.libvirt.storage import reboot
 from nova.virt.libvirt.storage.records import cells
-from nova.virt.libvirt.storage.records import evacuation
 from nova.virt.libvirt.storage.records import leftovers
 from nova.virt.libvirt.storage.records import lifecycle
 from nova.virt.libvirt.storage.records import metadata
@@ -205,6 +204,11 @@ class LocalDisks:
             self._local.get_connection, CONF.host).disk_info(disk)
 
     # Making disks
+
+    @staticmethod
+    def is_cross_cell_move(instance) -> bool:
+        """Whether a resize moves, or has moved, an instance between cells."""
+        return cells.has_two(instance)
 
     def open(self, context, instance,
              block_device_info) -> operation.DiskOperation:
@@ -774,6 +778,10 @@ class LocalDisks:
             while a resize is reverted
         :returns: False if something is left and should be tried again
         """
+        if ownership.has_stayed(instance):
+            LOG.info('The disks of the instance stay: the evacuation from '
+                     'here is not over, or has failed', instance=instance)
+            return True
         records = lifecycle.of_instance(instance, block_device_info)
         is_gone = unconfigured.delete(
             self._connection, self._local.image_backend, instance, records,
@@ -783,7 +791,8 @@ class LocalDisks:
         # Nobody has to write to what is deleted.
         self._local.intake.close(instance)
         others: ty.Collection[tuple[str, str]] = ()
-        if cells.has_two(instance) or ownership.is_elsewhere(instance):
+        has_two = cells.has_two(instance)
+        if has_two or ownership.is_elsewhere(instance):
             now = lifecycle.of_new_disks(
                 instance._context, instance, block_device_info)
             try:
@@ -797,18 +806,14 @@ class LocalDisks:
                     leftovers.note_own(now)
                     lifecycle.forget(instance._context, now)
                 return False
-        elif not (ownership.is_going(instance) or
-                  lifecycle.is_destroying(instance)):
-            # It is being evacuated, which may fail.
-            others = evacuation.replaced(records, CONF.host) or ()
         if instance.task_state == task_states.RESIZE_REVERTING:
             keep = source.kept(records)
             return destination.give_back(
                 self._connection(), instance, records,
-                keep={*keep, *others} if others else keep)
+                keep={*keep, *others} if others else keep, is_copy=has_two)
         is_gone = ownership.delete_volumes(
-            self._connection(), instance, keep=others,
-            disks=records) and is_gone
+            self._connection(), instance, keep=others, disks=records,
+            is_copy=has_two) and is_gone
         if not is_gone and (lifecycle.is_destroying(instance) or
                             ownership.is_making(instance)):
             # What came with the call may be of before a rebuild.
@@ -880,8 +885,9 @@ class LocalDisks:
 
     def forget(self, context, instance, block_device_info) -> None:
         """Take destroyed disks off the record."""
-        lifecycle.forget(context, lifecycle.of_new_disks(
-            context, instance, block_device_info))
+        if not ownership.has_stayed(instance):
+            lifecycle.forget(context, lifecycle.of_new_disks(
+                context, instance, block_device_info))
 
     # Shared storage
 

@@ -210,7 +210,8 @@ class LibvirtStorage(imagebackend.Image):
         # there is another disk of that name.
         volume_name = pool.free_name(
             '%s_%s' % (self.instance.uuid, self.disk_name),
-            (self.disk_info_mapping or {}).get('taken', ()))
+            {*(self.disk_info_mapping or {}).get('taken', ()),
+             *pool.names_in_directory()})
         return metadata.LibvirtDiskMetadata(
             backend=fields.LibvirtDiskBackend.LIBVIRT_STORAGE,
             format=(self._get_new_format() if pool.kind().has_overlays
@@ -375,20 +376,14 @@ class LibvirtStorage(imagebackend.Image):
 
     @contextlib.contextmanager
     def _created(self, create, *args):
-        """Create the volume, and remove it again if the rest fails."""
-        try:
-            volume = create(*args)
-        except exception.StorageVolumeExists:
-            if self.record is None:
-                raise
-            # The record was saved before anything could be there under this
-            # name, so an earlier try has left it.
-            LOG.info('Removing unfinished volume %(volume)s from storage '
-                     'pool %(pool)s', {'volume': self.volume_name,
-                                       'pool': self.pool_name},
-                     instance=self.instance)
-            self.delete()
-            volume = create(*args)
+        """Create the volume, and remove it again if the rest fails.
+
+        What an earlier try has left was deleted before this one began: what
+        has the name now is another host's, and stays.
+
+        :raises: exception.StorageVolumeExists and others
+        """
+        volume = create(*args)
         self._path = volume.path
         try:
             yield volume

@@ -35,6 +35,7 @@ from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage.move import offer
 from nova.virt.libvirt.storage.pool import ceph as ceph_pool
 from nova.virt.libvirt.storage.pool import setup
+from nova.virt.libvirt.storage.records import cells
 from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import metadata
 
@@ -206,11 +207,18 @@ class LibvirtStorageRbd(imagebackend.Rbd, image.LibvirtStorage):
             ['%s:%s' % (ceph_pool.bracketed(host), port)
              for host, port in self.ceph.monitors])
 
+    def _verify_size(self, base, size, is_new):
+        # A disk stays as large as it is, whatever flavor it gets.
+        if is_new:
+            super()._verify_size(base, size, is_new)
+
     # What a revert of a resize goes back to
 
     def create_snap(self, name):
         # What this was converted from is kept until the resize is confirmed.
-        if self.record is None or not self.record.came_into_ceph:
+        # So is the image of the other cell, for whose instance it is made.
+        if self.record is None or not (
+                self.record.came_into_ceph or self.record.is_building):
             # One that a resize has left is of that time.
             self.remove_snap(name, ignore_errors=True)
             with self.ceph.errors(self.volume_name):
@@ -222,9 +230,11 @@ class LibvirtStorageRbd(imagebackend.Rbd, image.LibvirtStorage):
 
     def rollback_to_snap(self, name):
         # The source of a move that is undone when its service starts has no
-        # snapshot of it: the destination makes that.
+        # snapshot of it: the destination makes that. One in another cell has
+        # an image of its own.
         if (self.instance.task_state == task_states.RESIZE_REVERTING and
-                not self._was_copied()):
+                not self._was_copied() and
+                not cells.has_two(self.instance)):
             with self.ceph.errors(self.volume_name):
                 super().rollback_to_snap(name)
 

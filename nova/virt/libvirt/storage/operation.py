@@ -332,11 +332,6 @@ class DiskOperation:
         # The guest is started next.
         self.look_again()
 
-    def made(self) -> None:
-        """Let go of the disks that an evacuation has made anew: it is over."""
-        if evacuation.forget_replaced(self.records):
-            self.records.save(self._context)
-
     def make_unfinished(self, driver) -> None:
         """Make what holds nothing of the guest, and was never finished.
 

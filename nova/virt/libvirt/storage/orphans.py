@@ -105,11 +105,8 @@ def _find(context, connection, own, unread) -> ty.Iterator[Orphan]:
         if uuid not in own:
             by_uuid.setdefault(uuid, []).append((None, path))
     for pool in storage_pool.list_pools(connection, CONF.host):
-        for name in _names(pool, unread):
-            match = _OWNED.fullmatch(name)
-            if match and match['uuid'] not in own:
-                by_uuid.setdefault(match['uuid'], []).append(
-                    (pool.name, name))
+        for uuid, name in _owned(context, pool, own, unread):
+            by_uuid.setdefault(uuid, []).append((pool.name, name))
     elsewhere = _elsewhere(context, [
         uuid for uuid, places in by_uuid.items()
         if not any(pool is None or sharing.is_probe(volume)
@@ -119,6 +116,32 @@ def _find(context, connection, own, unread) -> ty.Iterator[Orphan]:
                  _kinds_of(context, connection, uuid))
         for place in places:
             yield Orphan(*place, uuid, kinds(place))
+
+
+def _owned(context, pool, own, unread) -> list[tuple[str, str]]:
+    """UUID and name of what is in a pool, of instances not on this host."""
+    matches = [_OWNED.fullmatch(name) for name in _names(pool, unread)]
+    found = [(match['uuid'], match.string) for match in matches
+             if match and match['uuid'] not in own]
+    if not found or not pool.kind().is_ceph:
+        return found
+    # Of what is every host's, or another cloud's, that which nobody has.
+    gone = _deleted(context, sorted({uuid for uuid, _name in found}))
+    return [(uuid, name) for uuid, name in found if uuid in gone]
+
+
+def _deleted(context, uuids) -> set[str]:
+    """Those instances that are deleted, and were on no other host then."""
+    found = set()
+    context = context.elevated(read_deleted='only')
+    for start in range(0, len(uuids), _AT_ONCE):
+        found.update(
+            instance.uuid for instance in objects.InstanceList.get_by_filters(
+                context, {'uuid': uuids[start:start + _AT_ONCE],
+                          'deleted': True, 'soft_deleted': False},
+                expected_attrs=[])
+            if instance.host in (None, CONF.host))
+    return found
 
 
 def _elsewhere(context, uuids) -> set[str]:
@@ -205,8 +228,8 @@ def _directories(unread):
 def _names(pool, unread):
     try:
         if pool.kind().is_ceph:
-            # What is there is every host's, or another cloud's.
-            return []
+            pool.ceph().check()
+            return sorted(pool.file_names())
         if pool.is_active():
             return [volume.name for volume in pool.volumes()]
         unread.append(Unread(pool.name, _('it is not active')))

@@ -318,7 +318,8 @@ class Transition:
             if disk.volume is None:
                 disk.volume = disk.pool.free_name(
                     '%s_%s' % (self._instance.uuid, disk.name),
-                    leftovers.names(self._disks))
+                    leftovers.names(self._disks) |
+                    disk.pool.names_in_directory())
             disk.record.pool = disk.pool.name
             disk.record.volume = disk.volume
             self._disks.set(disk.name, disk.record)

@@ -245,7 +245,7 @@ def is_due(instance, disks):
         extra.NAME in disks.extras for extra in item.EXTRAS)
 
 
-def give_back(connection, instance, disks, keep):
+def give_back(connection, instance, disks, keep, is_copy=False):
     """Delete this host's volumes of an instance whose move is reverted.
 
     The records name the source's volumes before the first one is deleted:
@@ -254,6 +254,7 @@ def give_back(connection, instance, disks, keep):
     :param connection: this host's libvirt
     :param disks: the instance's InstanceDisks
     :param keep: (pool, volume) of what stays
+    :param is_copy: whether the instance goes back to another cell
     :returns: False if something is left and should be tried again
     """
     places = [(record.pool, record.volume) for _name, record in disks.items()
@@ -268,7 +269,8 @@ def give_back(connection, instance, disks, keep):
         leftovers.note(disks, CONF.host, places)
         disks.save(instance._context)
     is_gone = ownership.delete_volumes(
-        connection, instance, keep={*keep, *staying}, disks=disks)
+        connection, instance, keep={*keep, *staying}, disks=disks,
+        is_copy=is_copy)
     if leftovers.delete_volumes(connection, CONF.host, images, instance):
         is_gone = False
     if places and is_gone:

@@ -40,21 +40,27 @@ def ready_for(get_connection, disks) -> None:
     :param disks: the instance's InstanceDisks
     :raises: exception.StoragePoolError if one of them can't be started,
         exception.StorageCephError if Ceph is away,
+        exception.StoragePoolIsAnother if it can't have the disks,
         exception.InvalidDiskMetadata
     """
     here = [record if record.host == CONF.host else record.previous
             for _name, record in disks.items()]
-    volumes: dict[str, list[str]] = {}
+    volumes: dict[str, list] = {}
     for record in here:
         if (record is not None and record.pool and
                 record.host == CONF.host):
-            volumes.setdefault(record.pool, []).append(record.volume)
+            volumes.setdefault(record.pool, []).append(record)
     if not volumes:
         return
     connection = get_connection()
     for name in sorted(volumes):
         pool = setup.pool_named(connection, name)
-        _start(pool, sorted(volumes[name]))
+        for record in volumes[name]:
+            if pool.kind().is_ceph != record.is_on_ceph:
+                raise exception.StoragePoolIsAnother(
+                    pool=name, host=CONF.host, volume=record.volume,
+                    type=pool.config().type)
+        _start(pool, sorted(record.volume for record in volumes[name]))
 
 
 def _start(pool, needed=()):

@@ -23,6 +23,7 @@ import re
 
 from oslo_log import log as logging
 
+from nova.compute import instance_actions
 from nova.compute import task_states
 import nova.conf
 import nova.context
@@ -40,6 +41,10 @@ _RESCUE_NAME = re.compile(r'\.rescue(\.\d+)?$')
 
 # Its disks go with it, wherever it is.
 _DELETING = (task_states.DELETING, task_states.SOFT_DELETING)
+
+# So do those of what is made, or taken in, here and given up.
+_DESTROYING = (task_states.SHELVING, task_states.SHELVING_OFFLOADING,
+               task_states.SPAWNING, task_states.RESIZE_REVERTING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +304,34 @@ def is_making(instance) -> bool:
                 instance.host != CONF.host or not _is_evacuated(instance)))
 
 
+def has_stayed(instance) -> bool:
+    """Whether an instance is this host's that was to be evacuated from here.
+
+    A compute service that starts destroys the guests of evacuations which are
+    done or not over. Those that were cut off stay so, and the instance has
+    its disks here alone.
+
+    :param instance: the Instance, as the caller has it
+    """
+    return ('host' in instance and instance.host == CONF.host and
+            not is_going(instance) and bool(_evacuations(instance)) and
+            _may_be_evacuated(instance))
+
+
+def _may_be_evacuated(instance):
+    """Whether what is done to an instance now may be its evacuation."""
+    if instance.task_state not in task_states.rebuild_states:
+        return instance.task_state not in _DESTROYING
+    # A rebuild where it is has the same states.
+    return next((
+        action.action for action in
+        objects.InstanceActionList.get_by_instance_uuid(
+            nova.context.get_admin_context(), instance.uuid)
+        if action.action in (instance_actions.EVACUATE,
+                             instance_actions.REBUILD)),
+        None) == instance_actions.EVACUATE
+
+
 def _is_evacuated(instance):
     """Whether another host starts it with its disks, in place of this one.
 
@@ -306,19 +339,49 @@ def _is_evacuated(instance):
     an operator has set its state to. A migration that is done stays so until
     this compute service is restarted; the instance may be back.
     """
-    context = nova.context.get_admin_context(read_deleted='yes')
-    found = {migration.status
-             for migration in objects.MigrationList.get_by_filters(context, {
-                 'instance_uuid': instance.uuid, 'source_compute': CONF.host,
-                 'migration_type': fields.MigrationType.EVACUATION,
-                 'status': ['accepted', 'pre-migrating', 'done']})}
-    return bool(found - {'done'}) or bool(found) and (
+    found = _evacuations(instance)
+    return bool(found - {'done'}) and _may_be_evacuated(instance) or (
+        bool(found) and
         objects.Instance.get_by_uuid(
-            context, instance.uuid, expected_attrs=[]).host != CONF.host)
+            nova.context.get_admin_context(read_deleted='yes'),
+            instance.uuid, expected_attrs=[]).host != CONF.host)
+
+
+def _evacuations(instance):
+    """What the compute service takes for an evacuation when it starts.
+
+    :returns: set of the states of those from here
+    """
+    context = nova.context.get_admin_context(read_deleted='yes')
+    return {migration.status
+            for migration in objects.MigrationList.get_by_filters(context, {
+                'instance_uuid': instance.uuid, 'source_compute': CONF.host,
+                'migration_type': fields.MigrationType.EVACUATION,
+                'status': ['accepted', 'pre-migrating', 'done']})}
+
+
+def _of_other_kinds(connection, disks):
+    """Records of this host's disks whose pool can't have them any more."""
+    if disks is None:
+        return
+    try:
+        records = [known for _name, record in disks.items()
+                   for known in (record, record.previous)
+                   if known is not None and known.is_in_pool and
+                   known.host == CONF.host]
+    except exception.InvalidDiskMetadata:
+        return
+    for record in records:
+        pool = storage_pool.StoragePool(connection, record.pool, CONF.host)
+        try:
+            if pool.kind().is_ceph != record.is_on_ceph:
+                yield record
+        except exception.StoragePoolError as e:
+            LOG.debug('%s', e)
 
 
 def delete_volumes(connection, instance, rescue=False, keep=(),
-                   disks=None) -> bool:
+                   disks=None, is_copy=False) -> bool:
     """Delete an instance's volumes on this host.
 
     :param connection: to the host's libvirt
@@ -326,9 +389,17 @@ def delete_volumes(connection, instance, rescue=False, keep=(),
     :param rescue: True to delete the disks of its rescue only
     :param keep: (pool name, volume name) of those which stay
     :param disks: the instance's InstanceDisks, if they are known
+    :param is_copy: whether another cell has the instance with images of its
+        own, which are in keep; then those here go, wherever it is
     :return: False if something is left and should be tried again
     """
-    complete, has_gone = True, None
+    complete, has_gone = True, False if is_copy else None
+    for record in _of_other_kinds(connection, disks):
+        LOG.error('Volume %(volume)s is left over: storage pool %(pool)s of '
+                  'host %(host)s is another one than that which it was made '
+                  'in', {'volume': record.volume, 'pool': record.pool,
+                         'host': CONF.host}, instance=instance)
+        complete = False
     try:
         for volume in get_volumes(connection, instance.uuid, rescue, disks):
             if (volume.pool.name, volume.name) in keep:

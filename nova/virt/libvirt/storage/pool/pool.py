@@ -444,6 +444,24 @@ class StoragePool:
             self.refresh()
             return {volume.name for volume in self.volumes()}
 
+    def names_in_directory(self) -> set[str]:
+        """Names of all files in the pool's directory, without a refresh.
+
+        Others that see it make files there of which libvirt doesn't know.
+
+        :returns: the empty set if the pool is no directory, or one that can't
+            be listed. libvirt makes no file in place of another.
+        """
+        path = self.directory()
+        if path is None:
+            return set()
+        try:
+            return set(nova.privsep.storage.names_in(path))
+        except OSError as e:
+            LOG.debug('The directory of storage pool %(pool)s can not be '
+                      'listed: %(error)s', {'pool': self.name, 'error': e})
+            return set()
+
     def backing_files(self) -> dict[str, str]:
         """What the pool's files name as backing files, whoever wrote that.
 

@@ -17,6 +17,7 @@ of both use, the disks of the other one have the same prefix.
 
 from oslo_log import log as logging
 
+from nova.compute import task_states
 import nova.conf
 from nova import exception
 from nova.virt.libvirt.storage.pool import ownership
@@ -27,11 +28,26 @@ CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
 
+def is_arriving(instance) -> bool:
+    """Whether this host makes the disks of an instance of another cell.
+
+    Within a cell the source has noted the new host by then.
+
+    :param instance: the Instance
+    """
+    return ('task_state' in instance and
+            instance.task_state == task_states.RESIZE_FINISH and
+            'host' in instance and instance.host != CONF.host)
+
+
 def has_two(instance) -> bool:
     """Whether another cell has a copy of an instance, too.
 
     :param instance: the Instance
     """
+    if is_arriving(instance):
+        # It comes without its migration context.
+        return True
     try:
         move = instance.migration_context
         return move is not None and move.is_cross_cell_move()

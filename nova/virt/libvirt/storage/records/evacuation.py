@@ -55,17 +55,12 @@ def _is_half_copied(name, record):
 
 
 def is_replacing(instance, record):
-    """Whether a disk is made anew by an evacuation, which isn't over.
+    """Whether an evacuation which isn't over has brought a disk.
 
     Its previous is the disk until the instance is with the new one.
     """
-    previous = record.previous
-    return (previous is not None and record.migration_id is None and
-            record.next is None and 'host' in instance and
-            record.host not in (instance.host, previous.host) and
-            # Of what is no volume it is what was there before a migration.
-            previous.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and
-            not previous.is_building)
+    return (record.previous is not None and record.previous.is_replaced and
+            'host' in instance and record.host != instance.host)
 
 
 def replace(disks, record, fresh):
@@ -76,7 +71,7 @@ def replace(disks, record, fresh):
     :param fresh: the record of the new one
     """
     if _is_left(disks.instance, record):
-        fresh.previous = record
+        fresh.previous = _as_replaced(record)
     else:
         fresh.previous = record.previous
         fresh.migration_id = record.migration_id
@@ -90,10 +85,40 @@ def take_over(disks, name, record):
     :param record: of the disk, with its host
     """
     if _is_left(disks.instance, record):
-        record.previous = record.obj_clone()
+        _keep_copies(disks, name, record)
+        record.previous = _as_replaced(record.obj_clone())
         record.migration_id = None
     record.host = CONF.host
     disks.set(name, record)
+
+
+def _as_replaced(record):
+    record.state = fields.LibvirtDiskState.REPLACED
+    return record
+
+
+def _keep_copies(disks, name, record):
+    """Have nobody delete what has a disk's name, and may be the disk now.
+
+    Where hosts have distinct pools, a copy that a move has left has the name
+    of the disk. This host sees one of the two.
+    """
+    place = record.pool, record.volume
+    copies = [host for host, *left in disks.leftovers
+              if tuple(left) == place and
+              host not in (CONF.host, record.host)]
+    for host in copies:
+        leftovers.forget(disks, host, [place])
+    if record.kept_copy is not None and record.is_where_it_was:
+        copies.append(record.kept_copy.host)
+    for host in copies:
+        LOG.warning('Disk %(name)s may be from before the last migration: '
+                    'volume %(volume)s in storage pool %(pool)s is either '
+                    "host %(host)s's or what host %(source)s has kept. No "
+                    'copy is deleted.',
+                    {'name': name, 'volume': record.volume,
+                     'pool': record.pool, 'host': record.host,
+                     'source': host}, instance=disks.instance)
 
 
 def _is_left(instance, record):
@@ -103,22 +128,6 @@ def _is_left(instance, record):
             instance.host != CONF.host and not record.is_building and
             record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and
             record.next is None)
-
-
-def replaced(disks, host):
-    """What a host has of the disks that is_replacing() tells of.
-
-    :param disks: the instance's InstanceDisks
-    :returns: set of (pool, volume)
-    """
-    try:
-        return {(record.previous.pool, record.previous.volume)
-                for _name, record in disks.items()
-                if is_replacing(disks.instance, record) and
-                record.previous.host == host}
-    except exception.InvalidDiskMetadata as e:
-        LOG.warning('%s', e, instance=disks.instance)
-        return set()
 
 
 def give_up(disks):
@@ -162,36 +171,6 @@ def refuse_other_names(get_connection, disks):
                 pool=pool.name, host=CONF.host, disk=name,
                 volume=record.previous.volume, other=record.previous.pool,
                 source=record.previous.host)
-
-
-def forget_replaced(disks) -> bool:
-    """Let disks that an evacuation has made anew be the disks.
-
-    Those of the host that is left are noted as left.
-
-    :param disks: the instance's InstanceDisks; the caller saves them
-    :returns: whether there were any
-    """
-    replacing = [(name, record) for name, record in disks.items()
-                 if is_replacing(disks.instance, record)]
-    for name, record in replacing:
-        before = record.previous
-        if not record.is_where_it_was:
-            leftovers.note_disk(disks, before)
-        if not (record.is_where_it_was and before.is_where_it_was):
-            leftovers.note_original(disks, before)
-        else:
-            LOG.warning('Disk %(name)s may be from before the last migration: '
-                        'volume %(volume)s in storage pool %(pool)s is '
-                        "either host %(host)s's or what host %(source)s has "
-                        'kept. No copy is deleted.',
-                        {'name': name, 'volume': record.volume,
-                         'pool': record.pool, 'host': before.host,
-                         'source': before.previous.host},
-                        instance=disks.instance)
-        record.previous = None
-        disks.set(name, record)
-    return bool(replacing)
 
 
 def is_copy(coming, host):

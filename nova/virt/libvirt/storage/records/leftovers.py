@@ -58,11 +58,9 @@ def note_original(disks, record):
     :param disks: the instance's InstanceDisks; the caller saves them
     :param record: of the disk; may have no previous
     """
-    # A copy has a name of its own in a pool that both hosts see.
-    is_copy = record.migration_id is not None or not record.is_where_it_was
-    if record.has_original and is_copy:
-        previous = record.previous
-        note(disks, previous.host, [(previous.pool, previous.volume)])
+    kept = record.kept_copy
+    if kept is not None:
+        note(disks, kept.host, [(kept.pool, kept.volume)])
 
 
 def note_own(disks):

@@ -54,6 +54,7 @@ import nova.conf
 from nova import exception
 from nova.objects import fields
 from nova.virt import driver
+from nova.virt.libvirt.storage.records import cells
 from nova.virt.libvirt.storage.records import evacuation
 from nova.virt.libvirt.storage.records import kinds
 from nova.virt.libvirt.storage.records import leftovers
@@ -192,9 +193,11 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
     """
     there = []
     take_up(disks, disk_mapping, guest_config, configured, block_device_info)
-    # By a compute that keeps no records
-    is_sent = not disks.items() and (
-        _task_state(disks.instance) == task_states.RESIZE_FINISH)
+    # By a compute that keeps no records. Another cell sends none: what has
+    # the name of a disk here is its own.
+    is_sent = (not disks.items() and
+               _task_state(disks.instance) == task_states.RESIZE_FINISH and
+               not cells.is_arriving(disks.instance))
     for name, mapping in local_disks(disk_mapping):
         if suffix and not name.endswith(suffix):
             continue

@@ -97,12 +97,14 @@ class LibvirtDiskMetadata(base.NovaObject):
     :ivar backend: the image backend that the disk is on
     :ivar format: the format of the disk's content, as the driver wrote it
     :ivar size: virtual size in bytes
-    :ivar state: ``building`` until the last byte is written
+    :ivar state: ``building`` until the last byte is written; of a previous,
+        ``replaced`` by an evacuation which is not over
     :ivar host: the compute service whose disk it is
     :ivar pool: the storage pool's name; unset for path-based backends
     :ivar volume: the volume's name there
     :ivar previous: the copy which is kept until a resize is confirmed or
-        reverted; the disk itself while an evacuation makes it anew
+        reverted; ``replaced``, the disk of the host that is left until an
+        evacuation is over
     :ivar next: where the disk is going while its guest runs; it becomes the
         record once the guest runs there. It is ``building`` where that is a
         copy, ``ready`` where both hosts see one and the same volume
@@ -118,8 +120,9 @@ class LibvirtDiskMetadata(base.NovaObject):
     """
     # Version 1.0: Initial version
     # Version 1.1: Added expected, migration_id, extras and leftovers
-    # Version 1.2: Added next; later libvirt-storage-rbd as a backend: who
-    #              doesn't know it refuses the records of such disks alone
+    # Version 1.2: Added next; later libvirt-storage-rbd as a backend, and
+    #              replaced as a state: who doesn't know them refuses the
+    #              records of such disks alone
     VERSION = '1.2'
 
     OBJ_PROJECT_NAMESPACE = 'nova.virt.libvirt'
@@ -157,6 +160,11 @@ class LibvirtDiskMetadata(base.NovaObject):
     @property
     def is_building(self) -> bool:
         return self.state == fields.LibvirtDiskState.BUILDING
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether this is a previous of what an evacuation has brought."""
+        return self.state == fields.LibvirtDiskState.REPLACED
 
     @property
     def is_in_pool(self) -> bool:
@@ -202,6 +210,26 @@ class LibvirtDiskMetadata(base.NovaObject):
         return self.previous is not None and (
             (self.pool, self.volume) ==
             (self.previous.pool, self.previous.volume))
+
+    @property
+    def kept_copy(self) -> 'LibvirtDiskMetadata | None':
+        """Its previous, if a move that was never confirmed has kept a copy."""
+        # A copy has a name of its own in a pool that both hosts see.
+        is_copy = self.migration_id is not None or not self.is_where_it_was
+        return self.previous if self.has_original and is_copy else None
+
+    def replaced(self) -> 'ty.Iterator[LibvirtDiskMetadata]':
+        """What an evacuation that is over has done away with.
+
+        The disk of the host that was left, and a copy which was kept there;
+        neither if both may be the disk, since all have one name.
+        """
+        before = self.previous
+        if not self.is_where_it_was:
+            yield before
+        if before.kept_copy is not None and not (
+                self.is_where_it_was and before.is_where_it_was):
+            yield before.kept_copy
 
     def holds_no_disk(self) -> bool:
         """Whether this is only the place of what has no mapping."""
@@ -463,8 +491,13 @@ class InstanceDisks:
         return sorted(self._records.items())
 
     def set(self, name: str, record: LibvirtDiskMetadata) -> None:
-        """Note a disk's record; :meth:`save` makes it last."""
+        """Note a disk's record; :meth:`save` makes it last.
+
+        What was replaced is ready as the disk.
+        """
         self._load()
+        if record.is_replaced:
+            record.state = fields.LibvirtDiskState.READY
         self._records[name] = record
         self._changed = True
 
@@ -657,8 +690,19 @@ class InstanceDisks:
             *(name for record in (*records.values(), *extras.values())
               for name in record.volumes()),
             *(name for _host, _pool, name in leftovers)])
+        for record in records.values():
+            if self._has_replaced(record):
+                leftovers.update((known.host, known.pool, known.volume)
+                                 for known in record.replaced())
+                record.previous = None
+                self._changed = True
         self._records, self._loaded = records, True
         self._extras, self._leftovers = extras, sorted(leftovers)
+
+    def _has_replaced(self, record):
+        """Whether an evacuation is over that has brought a disk."""
+        return (record.previous is not None and record.previous.is_replaced and
+                'host' in self.instance and self.instance.host == record.host)
 
     def _check_names(self, volumes):
         """Refuse to use or to delete what is another instance's.

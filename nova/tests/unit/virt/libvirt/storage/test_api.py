@@ -65,6 +65,8 @@ class LocalDisksTestCase(test.NoDBTestCase):
             self.host, self.image_backend, mock.sentinel.job_tracker,
             'qemu:///system', lambda: '192.0.2.1')
         self.recover = self.patch('move.bitmaps.recover')
+        self.has_stayed = self.patch(
+            'pool.ownership.has_stayed', return_value=False)
         self.instance = objects.Instance(
             id=1, uuid=uuids.instance, image_ref=uuids.image,
             system_metadata={}, task_state=None, trusted_certs=None,
@@ -828,7 +830,8 @@ class LocalDisksTestCase(test.NoDBTestCase):
             give_back.return_value, self.api.delete(self.instance))
         [disks] = kept.call_args.args
         give_back.assert_called_once_with(
-            self.conn, self.instance, disks, keep=kept.return_value)
+            self.conn, self.instance, disks, keep=kept.return_value,
+            is_copy=False)
         delete.assert_not_called()
 
         kept.reset_mock()
@@ -836,7 +839,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.api.delete(self.instance, {})
         kept.assert_not_called()
         delete.assert_called_once_with(
-            self.conn, self.instance, keep=(), disks=mock.ANY)
+            self.conn, self.instance, keep=(), disks=mock.ANY, is_copy=False)
 
     @ddt.data(True, False)
     def test_delete_of_another_backend(self, is_gone):
@@ -960,6 +963,39 @@ class LocalDisksTestCase(test.NoDBTestCase):
         own.delete.assert_called_once_with()
         self.assertEqual(is_private, other.delete.called)
 
+    @ddt.data((task_states.RESIZE_REVERTING, 'here', True),
+              # It comes without its migration context.
+              (task_states.RESIZE_FINISH, 'there', True),
+              (task_states.RESIZE_REVERTING, 'here', False),
+              (task_states.RESIZE_FINISH, 'here', False),
+              (None, 'there', False))
+    @ddt.unpack
+    def test_delete_images_that_another_cell_has_not(
+            self, task_state, host, is_deleted):
+        self.api._has_pools = True
+        own, other = self._volume('disk.1'), self._volume('disk')
+        for volume in (own, other):
+            volume.pool.kind.return_value.is_ceph = True
+        self.patch('pool.ownership.get_volumes',
+                   side_effect=lambda *args, **kwargs: iter([own, other]))
+        self.patch('pool.ownership._is_evacuated', return_value=True)
+        self.patch('pool.ownership._of_other_kinds', return_value=[])
+        self.patch('records.keeping.is_private', return_value=False)
+        disks = self._on_record(own.name)
+        disks.get('disk').backend = 'libvirt-storage-rbd'
+        self.patch('records.lifecycle.of_instance', return_value=disks)
+        self.patch('records.metadata.InstanceDisks.load', return_value=disks)
+        self.instance.task_state, self.instance.host = task_state, host
+        if task_state == task_states.RESIZE_REVERTING:
+            self.instance.migration_context = objects.MigrationContext(
+                migration_id=7)
+        with mock.patch.object(
+                objects.Migration, 'get_by_id', return_value=objects.Migration(
+                    cross_cell_move=is_deleted)):
+            self.assertTrue(self.api.delete(self.instance, {}))
+        self.assertEqual(is_deleted, own.delete.called)
+        other.delete.assert_not_called()
+
     @ddt.data((None, 'there', False, True),
               (None, 'there', True, False),
               (task_states.REBUILD_SPAWNING, 'there', False, True),
@@ -986,21 +1022,18 @@ class LocalDisksTestCase(test.NoDBTestCase):
         came.delete.assert_called_once_with()
         self.assertEqual(not stays, other.delete.called)
 
-    @ddt.data((task_states.REBUILD_SPAWNING, True), (None, True),
-              (task_states.REBUILDING, False), (task_states.DELETING, False))
-    @ddt.unpack
-    def test_delete_what_is_being_evacuated(self, task_state, stays):
-        """This host is back before that has failed, or is over."""
+    @ddt.data(True, False)
+    def test_delete_what_was_to_be_evacuated(self, has_stayed):
         self.api._has_pools = True
-        replaced = self.patch('records.evacuation.replaced',
-                              return_value={('p', 'v')})
-        self.patch('records.metadata.InstanceDisks.load')
-        delete = self.patch('pool.ownership.delete_volumes')
-        self.instance.task_state = task_state
-        self.api.delete(self.instance, {})
-        self.assertEqual({('p', 'v')} if stays else (),
-                         delete.call_args.kwargs['keep'])
-        self.assertEqual(stays, replaced.called)
+        self.has_stayed.return_value = has_stayed
+        unconfigured = self.patch('unconfigured.delete', return_value=True)
+        forget = self.patch('records.lifecycle.forget')
+        delete = self.patch('pool.ownership.delete_volumes',
+                            return_value=True)
+        self.assertTrue(self.api.delete(self.instance, {}))
+        self.api.forget(mock.sentinel.context, self.instance, {})
+        for called in (unconfigured, delete, forget):
+            self.assertEqual(not has_stayed, called.called)
 
     @ddt.data(True, False)
     def test_delete_while_a_pool_can_not_be_read(self, is_making):

@@ -127,7 +127,10 @@ class Pool:
         return self.volumes_by_name[name]
 
     def file_names(self):
-        return {*self.volumes_by_name, *os.listdir(self.path)}
+        return {*self.volumes_by_name, *self.names_in_directory()}
+
+    def names_in_directory(self):
+        return set(os.listdir(self.path) if os.path.exists(self.path) else ())
 
     def volumes(self):
         if not self.there:
@@ -394,6 +397,16 @@ class LibvirtStorageTestCase(ImageTestCase):
         self.assertEqual(
             wanted + '.2', self._image().metadata(self.SIZE).volume)
 
+    def test_metadata_name_that_libvirt_does_not_know(self):
+        """Another host, or one of another cell, has made it there."""
+        wanted = '%s_disk' % uuids.instance
+        self.disks.add(wanted, 'qcow2')
+        os.makedirs(self.disks.path)
+        open(os.path.join(self.disks.path, wanted + '.1'), 'w').close()
+        self.assertEqual(
+            wanted + '.2', self._image().metadata(self.SIZE).volume)
+        self.assertEqual(0, self.disks.refreshed)
+
     def test_record_wins(self):
         self.flags(use_cow_images=True)
         self.flags(group='libvirt', storage_pool_mapping={'root': 'fast'})
@@ -536,12 +549,17 @@ class LibvirtStorageTestCase(ImageTestCase):
         self.assertRaises(exception.FlavorDiskSmallerThanImage, self._made)
         self.assertEqual([], self.disks.created)
 
-    def test_create_over_leftover(self):
-        # The record says that a crash has left it
+    def test_create_over_what_this_host_has_not_begun(self):
+        """It was not there when the name was chosen, or not to be seen."""
         image = self._new()
-        self.disks.add(image.volume_name, 'raw')
-        image.create_from_image(mock.sentinel.context, uuids.image, self.SIZE)
-        self.assertEqual(1, len(self.disks.created))
+        there = self.disks.add(image.volume_name, 'raw')
+        self.assertRaises(
+            exception.StorageVolumeExists, image.create_from_image,
+            mock.sentinel.context, uuids.image, self.SIZE)
+        self.assertRaises(
+            exception.StorageVolumeExists, image.create_from_func,
+            self._fetch, self.SIZE)
+        self.assertIs(there, self.disks.volume(image.volume_name))
 
     def test_create_from_image_exists(self):
         image = self._made()

@@ -159,11 +159,13 @@ class WhichTestCase(RbdDiskTestCase):
     def test_sent_without_a_record(self):
         """By a compute from before, over the same Ceph pool."""
         self.images['%s_disk' % uuids.instance] = ceph.StoredImage(1)
-        for task, records, expected in (
-                ('resize_finish', False, ('', 'ready')),
-                ('resize_finish', True, ('.1', 'building')),
-                ('spawning', False, ('.1', 'building'))):
-            self.instance.task_state = task
+        for task, host, records, expected in (
+                ('resize_finish', 'here', False, ('', 'ready')),
+                ('resize_finish', 'here', True, ('.1', 'building')),
+                # It is another cell's, and sent by way of Glance.
+                ('resize_finish', 'there', False, ('.1', 'building')),
+                ('spawning', 'here', False, ('.1', 'building'))):
+            self.instance.task_state, self.instance.host = task, host
             self.instance.system_metadata = {}
             self.instance.flavor = objects.Flavor(
                 root_gb=1, ephemeral_gb=0, swap=0)
@@ -264,6 +266,8 @@ class RebuildTestCase(RbdDiskTestCase):
         """The images are another host's, or will be."""
         self.stub_out('nova.objects.MigrationList.get_by_filters',
                       lambda *args: [mock.Mock(status='accepted')])
+        self.stub_out('nova.objects.InstanceActionList.get_by_instance_uuid',
+                      lambda *args: [mock.Mock(action='evacuate')])
         self.instance.host = host
         with mock.patch('nova.virt.libvirt.storage.pool.ownership.'
                         'delete_volumes', return_value=False):
@@ -459,6 +463,26 @@ class LaterTestCase(RbdDiskTestCase):
         made.create_snap('nova-resize')
         self.assertEqual({'nova-resize'}, set(self.disk.snapshots))
 
+    def patch_migration(self, **fields):
+        self.useFixture(fixtures.MockPatchObject(
+            objects.Migration, 'get_by_id',
+            return_value=objects.Migration(**fields)))
+
+    def test_no_snapshot_of_what_is_made_anew(self):
+        """A revert goes back to the other cell's image."""
+        self.new().create_snap('nova-resize')
+        self.assertEqual({}, self.images)
+
+    def test_revert_to_what_another_cell_has_not_touched(self):
+        made = self.create()
+        self.instance.task_state = 'resize_reverting'
+        self.instance.migration_context = objects.MigrationContext(
+            migration_id=7)
+        self.patch_migration(cross_cell_move=True)
+        made.rollback_to_snap('nova-resize')
+        made.remove_snap('nova-resize')
+        self.assertEqual(b'image', self.disk.content)
+
     def offered(self, identity):
         self.instance.migration_context = objects.MigrationContext(
             migration_id=7)
@@ -470,6 +494,7 @@ class LaterTestCase(RbdDiskTestCase):
         """Nobody has written to it since."""
         made = self.create()
         self.instance.task_state = 'resize_reverting'
+        self.patch_migration(cross_cell_move=False)
         self.offered('%s/nova' % self.ceph.fsid)
         self.assertRaises(exception.SnapshotNotFound,
                           made.rollback_to_snap, 'nova-resize')

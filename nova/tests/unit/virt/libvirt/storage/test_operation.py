@@ -151,16 +151,6 @@ class DiskOperationTestCase(OperationTestCase):
         self.assertEqual([mock.call(self.records)] * is_over,
                          mock_give_up.mock_calls)
 
-    @ddt.data(True, False)
-    @mock.patch('nova.virt.libvirt.storage.records.evacuation.'
-                'forget_replaced')
-    def test_made(self, is_evacuated, mock_forget):
-        mock_forget.return_value = is_evacuated
-        self.of().made()
-        mock_forget.assert_called_once_with(self.records)
-        self.assertEqual([mock.call(mock.sentinel.context)] * is_evacuated,
-                         self.records.save.mock_calls)
-
     @ddt.data(
         ('disk.swap', {}, True, 'qcow2'), ('disk.swap', {}, False, None),
         ('disk.config', {}, True, 'qcow2'),
@@ -453,6 +443,7 @@ class RebootTestCase(OperationTestCase):
         super().setUp()
         self.pool = self.patch('nova.virt.libvirt.storage.pool.pool.'
                                'StoragePool').return_value
+        self.pool.kind.return_value.is_ceph = False
         self.migration = None
         self.patch('nova.virt.libvirt.storage.move.source.unfinished',
                    side_effect=lambda *args: self.migration)
@@ -734,6 +725,8 @@ class RebootTestCase(OperationTestCase):
     def test_snapshot_of_a_resize(self, vm_state, backend, expected):
         """One that may be reverted yet is started with its host."""
         self.instance.vm_state = vm_state
+        self.pool.kind.return_value.is_ceph = (
+            backend == 'libvirt-storage-rbd')
         self.records.set('disk', record(
             backend=backend, previous=record(backend=backend, host='there')))
         image = self.local.image_backend.by_name.return_value
@@ -747,6 +740,7 @@ class RebootTestCase(OperationTestCase):
     def test_snapshot_of_a_revert_that_has_failed(self):
         """An operator may go back to it."""
         self.instance.vm_state = 'error'
+        self.pool.kind.return_value.is_ceph = True
         self.records.set('disk', record(backend='libvirt-storage-rbd'))
         self.bring_in_order()
         self.local.image_backend.by_name.assert_not_called()

@@ -65,7 +65,9 @@ class OrphansTestBase(test.NoDBTestCase):
         self.get_many = mock.Mock(
             side_effect=lambda cls, context, filters, expected_attrs: [
                 instance for instance in self.others
-                if instance.uuid in filters['uuid']])
+                if instance.uuid in filters['uuid'] and
+                ('deleted' in instance and instance.deleted) ==
+                filters['deleted']])
         self.stub_out('nova.objects.InstanceList.get_by_filters',
                       self.get_many)
         self.stub_out(
@@ -366,11 +368,29 @@ class OrphansTestCase(OrphansTestBase):
         self.assertEqual([], self.kinds())
         self.assertEqual([(POOL, 'it is not active')], self.unread())
 
-    def test_ceph_is_everybodys(self):
+    @ddt.data(('there', True, []), ('here', True, [orphans.Kind.LEFT_OVER]),
+              (None, True, [orphans.Kind.LEFT_OVER]), (None, False, []))
+    @ddt.unpack
+    def test_ceph_is_everybodys(self, host, is_deleted, expected):
+        """Nobody else looks after what was on no host."""
         self.pool.kind.return_value = kinds.of_type('rbd')
-        self.assertEqual([], self.kinds())
+        self.pool.file_names.return_value = {self.disk, 'another', 'base_disk'}
+        self.instance.host, self.instance.deleted = host, is_deleted
+        self.others = [self.instance] if is_deleted else []
+        self.assertEqual(expected, self.kinds())
         self.assertEqual([], self.unread())
-        self.pool.volumes.assert_not_called()
+        _cls, asked, filters = self.get_many.mock_calls[0].args[:3]
+        self.assertEqual(
+            ('only', {'uuid': [uuids.instance], 'deleted': True,
+                      'soft_deleted': False}),
+            (asked.read_deleted, filters))
+
+    def test_ceph_is_away(self):
+        self.pool.kind.return_value = kinds.of_type('rbd')
+        self.pool.ceph().check.side_effect = exception.StorageCephError(
+            pool=POOL, host='here', reason='timed out', code=110)
+        self.assertEqual([], self.kinds())
+        self.assertIn('timed out', self.unread()[0].reason)
 
     def test_pool_is_sick(self):
         self.pool.volumes.side_effect = exception.StoragePoolError(

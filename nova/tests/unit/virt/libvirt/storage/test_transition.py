@@ -364,6 +364,15 @@ class TestTransition(TransitionTestCase):
         self.assertEqual(taken + '.1', self.database['disk'].volume)
         self.assertEqual(5, self.pool.volume(taken).info().capacity)
 
+    def test_taken_name_that_libvirt_does_not_know(self):
+        taken = '%s_disk' % uuids.instance
+        path = os.path.join(self.directory, taken)
+        open(path, 'w').close()
+        self.legacy('disk')
+        self.transition().run()
+        self.assertEqual(taken + '.1', self.database['disk'].volume)
+        self.assertEqual(0, os.path.getsize(path))
+
     def test_guest_written_header_is_never_read(self):
         # A qcow2 header that names a file of the host as backing file.
         header = (b'QFI\xfb' + (3).to_bytes(4, 'big') +

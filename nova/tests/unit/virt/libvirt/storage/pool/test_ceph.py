@@ -335,11 +335,21 @@ class OwnershipTestCase(CephPoolTestCase):
                     ownership.delete_volumes(self.conn, self.instance))
                 self.assertEqual(3, len(self.images))
 
+    def test_copies_of_one_of_two_cells(self):
+        self.instance.host, self.instance.task_state = 'there', None
+        self.assertTrue(ownership.delete_volumes(
+            self.conn, self.instance, keep={('ceph', '%s_disk' % UUID)},
+            is_copy=True))
+        self.assertEqual(['%s_disk' % UUID, 'other_disk'], list(self.images))
+
     def test_rebuild_and_evacuation(self):
         """Its source is back before the other host has its guest."""
         migrations = self.useFixture(fixtures.MockPatch(
             'nova.objects.MigrationList.get_by_filters',
             return_value=[mock.Mock(status='pre-migrating')])).mock
+        actions = self.useFixture(fixtures.MockPatch(
+            'nova.objects.InstanceActionList.get_by_instance_uuid',
+            return_value=[mock.Mock(action='evacuate')])).mock
         # An operator may have set the state of one that hung.
         for task in (*task_states.rebuild_states, None):
             self.instance.task_state = task
@@ -350,8 +360,12 @@ class OwnershipTestCase(CephPoolTestCase):
             (UUID, 'here', 'evacuation'),
             tuple(migrations.call_args.args[1][name] for name in (
                 'instance_uuid', 'source_compute', 'migration_type')))
-        migrations.return_value = []
-        ownership.delete_volumes(self.conn, self.instance)
+        # It was cut off, and the instance is rebuilt where it is.
+        actions.return_value = [mock.Mock(action='rebuild')]
+        self.instance.task_state = task_states.REBUILDING
+        with mock.patch('nova.objects.Instance.get_by_uuid',
+                        return_value=self.instance):
+            ownership.delete_volumes(self.conn, self.instance)
         self.assertEqual(['other_disk'], list(self.images))
 
     def test_rebuild_of_what_was_evacuated_once(self):

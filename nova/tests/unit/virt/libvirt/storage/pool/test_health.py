@@ -31,6 +31,7 @@ def record(pool, host='here', previous=None):
         previous=previous)
 
 
+@ddt.ddt
 class ReadyForTestCase(base.PoolsTestCase):
 
     def setUp(self):
@@ -75,19 +76,33 @@ class ReadyForTestCase(base.PoolsTestCase):
         images = mock.Mock(spec_set=ceph.CephPool)
         with mock.patch.object(ceph, 'CephPool', autospec=True,
                                return_value=images):
-            swap = record('ceph')
+            swap, disk = record('ceph'), record('ceph')
             swap.volume = 'swap'
-            self.ready_for(swap, record('ceph'), record('ceph', host='there'))
+            swap.backend = disk.backend = 'libvirt-storage-rbd'
+            self.ready_for(swap, disk, record('ceph', host='there'))
             images.check.assert_called_once_with(
                 sorted(['swap', '%s_disk' % uuids.instance]))
             self.assertTrue(raw.isActive())
             raw.destroy()
             images.check.side_effect = exception.StorageCephError(
                 pool='ceph', host='here', reason='', code=110)
-            self.assertRaises(exception.StorageCephError, self.ready_for,
-                              record('ceph'))
+            self.assertRaises(
+                exception.StorageCephError, self.ready_for, disk)
             # libvirt would wait for it, too.
             self.assertFalse(raw.isActive())
+
+    @ddt.data(('rbd', False), ('dir', True))
+    @ddt.unpack
+    def test_is_another_one(self, kind, is_on_ceph):
+        """The guest is let alone."""
+        raw = self.add_pool('p', kind=kind, active=False)
+        disk = record('p')
+        if is_on_ceph:
+            disk.backend = 'libvirt-storage-rbd'
+        error = self.assertRaises(
+            exception.StoragePoolIsAnother, self.ready_for, disk)
+        self.assertIn('is of type %s now' % kind, str(error))
+        self.assertFalse(raw.isActive())
 
     def test_is_gone(self):
         self.assertRaises(exception.StoragePoolNotFound, self.ready_for,

@@ -69,6 +69,7 @@ class OwnershipTestCase(base.PoolsTestCase):
         return disks
 
 
+@ddt.ddt
 class DeleteTestCase(OwnershipTestCase):
 
     def test_all(self):
@@ -153,6 +154,17 @@ class DeleteTestCase(OwnershipTestCase):
         self.assertTrue(self.delete(disks=disks))
         self.assertEqual(['other_disk'], self.left())
 
+    @ddt.data(('libvirt-storage-rbd', False), ('libvirt-storage', True))
+    @ddt.unpack
+    def test_pool_is_another_one_now(self, backend, expected):
+        """What was in it is somewhere."""
+        disks = self.records(disk=DISKS)
+        disks.get('disk').backend = backend
+        self.assertEqual(expected, self.delete(disks=disks))
+        self.assertEqual(['other_disk'], self.left())
+        self.assertEqual(not expected, 'is another one than' in
+                         self.stdlog.logger.output)
+
     def test_foreign_pools_are_left_alone(self):
         iscsi = self.add_pool('iscsi', kind='iscsi')
         base_images = self.add_pool('nova-base-images-pool')
@@ -202,8 +214,55 @@ class MakingTestCase(OwnershipTestCase):
         self.useFixture(fixtures.MockPatch(
             'nova.objects.MigrationList.get_by_filters',
             return_value=[mock.Mock(status=evacuation)] if evacuation else []))
+        self.useFixture(fixtures.MockPatch(
+            'nova.objects.InstanceActionList.get_by_instance_uuid',
+            return_value=[mock.Mock(action='evacuate')]))
         self.instance.task_state, self.instance.host = task_state, host
         self.assertEqual(expected, ownership.is_making(self.instance))
+
+
+@ddt.ddt
+class StayedTestCase(OwnershipTestCase):
+
+    def has_stayed(self, task_state, host='here', evacuation='accepted',
+                   actions=()):
+        self.flags(host='here')
+        self.useFixture(fixtures.MockPatch(
+            'nova.objects.MigrationList.get_by_filters',
+            return_value=[mock.Mock(status=evacuation)] if evacuation else []))
+        self.useFixture(fixtures.MockPatch(
+            'nova.objects.InstanceActionList.get_by_instance_uuid',
+            return_value=[mock.Mock(action=action) for action in actions]))
+        self.instance.task_state, self.instance.host = task_state, host
+        return ownership.has_stayed(self.instance)
+
+    @ddt.data(
+        ({}, True), ({'evacuation': 'done'}, True),
+        ({'host': 'there'}, False), ({'evacuation': None}, False),
+        ({'task_state': task_states.REBOOTING_HARD}, True),
+        ({'task_state': task_states.DELETING}, False),
+        ({'task_state': task_states.SHELVING}, False),
+        ({'task_state': task_states.SPAWNING}, False),
+        ({'task_state': task_states.RESIZE_REVERTING}, False))
+    @ddt.unpack
+    def test_has_stayed(self, values, expected):
+        self.assertEqual(
+            expected, self.has_stayed(**{'task_state': None, **values}))
+
+    @ddt.data(
+        (task_states.REBUILDING, ['reboot', 'evacuate', 'rebuild'], True),
+        (task_states.REBUILD_SPAWNING, ['evacuate'], True),
+        (task_states.REBUILDING, ['rebuild', 'evacuate'], False),
+        (task_states.REBUILD_BLOCK_DEVICE_MAPPING, [], False))
+    @ddt.unpack
+    def test_rebuild(self, task_state, actions, expected):
+        """It has the task states of an evacuation."""
+        self.assertEqual(
+            expected, self.has_stayed(task_state, actions=actions))
+
+    def test_without_a_host(self):
+        self.assertFalse(ownership.has_stayed(
+            objects.Instance(uuid=uuids.instance)))
 
 
 class FindTestCase(OwnershipTestCase):

@@ -507,6 +507,14 @@ class TestPool(PoolTestCase):
         self.assertRaises(exception.StorageVolumeError, self.pool.free_name,
                           'v')
 
+    @ddt.data((['a', 'b'], {'a', 'b'}), (OSError(errno.EACCES, 'no'), set()))
+    @ddt.unpack
+    def test_names_in_directory(self, listed, expected):
+        with mock.patch('nova.privsep.storage.names_in',
+                        side_effect=[listed]):
+            self.assertEqual(expected, self.pool.names_in_directory())
+        self.raw.refresh.assert_not_called()
+
     def test_volume_is_novas_to_write(self):
         wanted = config.LibvirtConfigStorageVolume()
         wanted.name, wanted.capacity = 'v', 1

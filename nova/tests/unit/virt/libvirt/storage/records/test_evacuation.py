@@ -219,7 +219,13 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
     def begun(self, host='here', state='ready'):
         return self.disks(self.volume(
             host, self.NEW, state=state, previous=self.volume(
-                'down', self.OLD)))
+                'down', self.OLD, state='replaced')))
+
+    def over(self, disks):
+        """Return what is on record when the instance is with its disk."""
+        disks.save(self.context)
+        self.instance.host = disks.get('disk').host
+        return metadata.InstanceDisks.from_bdms(self.instance, self.bdms)
 
     def told(self, disks):
         record = disks.get('disk')
@@ -233,10 +239,13 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
         self.assertEqual([self.OLD], self.taken)
         self.assertEqual(
             ('here', self.NEW, 'building', 'down', []), self.told(disks))
-        self.assertTrue(evacuation.forget_replaced(disks))
+        self.assertEqual('replaced', disks.get('disk').previous.state)
+        disks = self.over(disks)
         self.assertEqual(('here', self.NEW, 'building', None,
                           [('down', 'p', self.OLD)]), self.told(disks))
-        self.assertFalse(evacuation.forget_replaced(disks))
+        # The next one who saves anything saves that.
+        disks.save(self.context)
+        self.assertNotIn('replaced', self.saves[-1][uuids.root])
 
     @ddt.data(('down', task_states.RESIZE_FINISH, 'ready'),
               ('down', task_states.REBUILD_SPAWNING, 'building'),
@@ -273,20 +282,32 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
             (record.migration_id, record.host, record.previous.host,
              record.previous.migration_id, record.previous.previous.host,
              disks.leftovers))
-        self.assertTrue(evacuation.forget_replaced(disks))
+        self.assertEqual(sorted(left), [
+            host for host, _p, _v in self.over(disks).leftovers])
+        self.assertEqual(not left, 'what host first has kept' in
+                         self.stdlog.logger.output)
+
+    @ddt.data(('first', OLD, []), ('down', OLD, ['down']),
+              ('first', NEW, ['first']))
+    @ddt.unpack
+    def test_what_a_move_has_left_may_be_the_disk(self, host, name, left):
+        disks = self.disks(self.volume('down', self.OLD))
+        leftovers.note(disks, host, [('p', name)])
+        self.begin(disks, is_there=True)
         self.assertEqual(left, [host for host, _p, _v in disks.leftovers])
         self.assertEqual(not left, 'what host first has kept' in
                          self.stdlog.logger.output)
 
-    @ddt.data(('dead', 'first', True), ('dead', 'down', True),
-              # A resize on one host, of before there was the id of a move.
-              ('dead', 'dead', False), ('down', 'first', False))
+    @ddt.data(('dead', 'replaced', True), ('dead', 'ready', False),
+              ('dead', 'building', False), ('down', 'replaced', False))
     @ddt.unpack
-    def test_is_replacing(self, host, previous, expected):
-        record = self.volume(
-            host, self.NEW, previous=self.volume(previous, self.OLD))
+    def test_is_replacing(self, host, state, expected):
+        record = self.volume(host, self.NEW, previous=self.volume(
+            'first', self.OLD, state=state))
         self.assertIs(
             expected, evacuation.is_replacing(self.instance, record))
+        del self.instance.host
+        self.assertFalse(evacuation.is_replacing(self.instance, record))
 
     def test_disk_of_a_move_that_has_come_to_another_host(self):
         """What is made in its place has the same to go back to."""
@@ -311,20 +332,6 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
         """A host that sees one of them would not delete it later."""
         self.begin(self.moved(self.NEW))
         self.assertEqual({self.OLD, self.NEW}, set(self.taken))
-
-    @ddt.data({'backend': 'qcow2', 'pool': None, 'volume': None},
-              {'state': 'building'})
-    def test_what_a_migration_has_left_is_not_replaced(self, values):
-        """Legacy disks are moved without the id of a migration."""
-        previous = self.volume('first', self.OLD)
-        for name, value in values.items():
-            setattr(previous, name, value)
-        record = self.volume('dead', self.NEW, previous=previous)
-        self.assertFalse(evacuation.is_replacing(self.instance, record))
-        record.previous = self.volume('first', self.OLD)
-        self.assertTrue(evacuation.is_replacing(self.instance, record))
-        record.next = self.volume('other', self.OLD)
-        self.assertFalse(evacuation.is_replacing(self.instance, record))
 
     @ddt.data('down', 'third')
     def test_move_that_was_never_confirmed_goes_on(self, host):
@@ -414,13 +421,12 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
         self.assertEqual(begun, self.told(disks))
         self.begin(disks, is_there=True)
         self.assertEqual(begun, self.told(disks))
-        self.assertTrue(evacuation.forget_replaced(disks))
-        self.assertEqual(
-            ('here', self.OLD, 'ready', None, []), self.told(disks))
+        self.assertEqual(('here', self.OLD, 'ready', None, []),
+                         self.told(self.over(disks)))
 
     @ddt.data('here', 'dead')
     def test_host_that_shares_the_pool_has_failed(self, host):
-        known = self.volume('down', self.OLD)
+        known = self.volume('down', self.OLD, state='replaced')
         disks = self.disks(self.volume(host, self.OLD, previous=known))
         if host == 'here':
             lifecycle.destroyed(disks)
@@ -450,16 +456,6 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
         self.assertEqual([('dead', 'p', self.NEW)],
                          [tuple(left) for left in disks.leftovers])
 
-    @ddt.data(('down', {('p', OLD)}), ('here', set()))
-    @ddt.unpack
-    def test_replaced(self, host, expected):
-        self.assertEqual(
-            expected, evacuation.replaced(self.begun(), host))
-        record = self.begun().get('disk')
-        record.migration_id = 7
-        self.assertEqual(
-            set(), evacuation.replaced(self.disks(record), host))
-
     def test_host_is_back_before_that_is_over(self):
         """It takes its disks back if the evacuation has failed."""
         self.flags(host='down')
@@ -480,7 +476,7 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
             self, old, new, is_private, is_left, is_refused):
         disks = self.disks(self.volume(
             'here', self.NEW, new, previous=self.volume(
-                'down', self.OLD, old)))
+                'down', self.OLD, old, state='replaced')))
         leftovers.note(disks, 'here', [(new, self.OLD)] * is_left)
         self.stub_out('nova.virt.libvirt.storage.records.keeping.is_private',
                       lambda connection, name: is_private)

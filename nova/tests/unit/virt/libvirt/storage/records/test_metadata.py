@@ -28,7 +28,7 @@ from nova.virt.libvirt.storage.records import metadata
 # Of all fields and their types.
 HASHES = {
     'LibvirtDiskExpected': '1.0-c8285c5326d9018c774d63e69e3200f5',
-    'LibvirtDiskMetadata': '1.2-f1b555a27ef52da9397b3c1797c4b976',
+    'LibvirtDiskMetadata': '1.2-d298f0125892eeb3fc286951165d6251',
     'LibvirtLeftoverVolume': '1.0-6e0cebde64c2cbf57dfeed55e7f2414a'}
 
 

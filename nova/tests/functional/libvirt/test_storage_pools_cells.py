@@ -94,6 +94,21 @@ class CephCellsTestBase(TwoCells, test_storage_pools_ceph.CephTestBase):
             self.assertIsNone(root.parent)
 
 
+class TestWithoutPoolsInTheOtherCell(CephCellsTestBase):
+    """It can give the disk no other name."""
+
+    images_types = {'compute2': 'rbd'}
+
+    def test_refused(self):
+        server = self.boot_and_write()
+        self.api.post_server_action(server['id'], {'migrate': None})
+        server = self._wait_for_state_change(server, 'ERROR')
+        self.assertEqual(NAMES, self.names())
+        self.assertIn('Give the hosts of each cell', self.stdlog.logger.output)
+        self._reboot_server(server, hard=True)
+        self.assert_runs_with(server, 'compute1', NAMES)
+
+
 class TestOneCephPool(CephCellsTestBase):
     """All hosts see the images of both cells."""
 

@@ -107,6 +107,9 @@ class LocalDisks:
         self._readiness = readiness.Readiness(host, get_address)
         self._offering: health.Offering | None = None
         self._has_pools = False
+        self._is_starting = False
+        # UUIDs of instances whose disks were not deleted just now
+        self._stayed: set[str] = set()
 
     def _connection(self):
         return self._local.get_connection()
@@ -122,6 +125,7 @@ class LocalDisks:
 
         :returns: capabilities of the driver that hang on the pools
         """
+        self._is_starting = True
         if makes_pool_disks():
             setup.ensure_pools(self._connection(), CONF.host)
             if not CONF.libvirt.live_migration_with_native_tls:
@@ -166,6 +170,8 @@ class LocalDisks:
 
     def warn_of_legacy_disks(self, context, instances) -> None:
         """Log which instances have disks outside the pools of this host."""
+        # What was evacuated has been destroyed by now.
+        self._is_starting = False
         if makes_pool_disks():
             report.warn_of_legacy_disks(context, instances)
 
@@ -778,9 +784,11 @@ class LocalDisks:
             while a resize is reverted
         :returns: False if something is left and should be tried again
         """
-        if ownership.has_stayed(instance):
-            LOG.info('The disks of the instance stay: the evacuation from '
-                     'here is not over, or has failed', instance=instance)
+        if ownership.has_stayed(instance, self._is_starting):
+            LOG.info('The disks that the instance has in storage pools stay: '
+                     'its evacuation from here is not over, or has failed',
+                     instance=instance)
+            self._stayed.add(instance.uuid)
             return True
         records = lifecycle.of_instance(instance, block_device_info)
         is_gone = unconfigured.delete(
@@ -885,9 +893,11 @@ class LocalDisks:
 
     def forget(self, context, instance, block_device_info) -> None:
         """Take destroyed disks off the record."""
-        if not ownership.has_stayed(instance):
-            lifecycle.forget(context, lifecycle.of_new_disks(
-                context, instance, block_device_info))
+        if instance.uuid in self._stayed:
+            self._stayed.remove(instance.uuid)
+            return
+        lifecycle.forget(context, lifecycle.of_new_disks(
+            context, instance, block_device_info))
 
     # Shared storage
 

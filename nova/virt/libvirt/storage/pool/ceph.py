@@ -198,6 +198,8 @@ class CephPool:
         """
         try:
             yield
+        except exception.NovaException:
+            raise
         except RuntimeError as e:
             # RBDDriver's, of the Python modules
             raise self._error(e) from e
@@ -248,8 +250,8 @@ class CephPool:
         :param names: of images that somebody is going to need
         :raises: exception.StorageCephError, after some seconds
         """
-        open_image = utils.tpool_wrap(rbd_utils.rbd.Image)
         with self.errors(), self.connected(_ANSWER_TIMEOUT) as client:
+            open_image = utils.tpool_wrap(rbd_utils.rbd.Image)
             for name in names:
                 with contextlib.suppress(rbd_utils.rbd.ImageNotFound):
                     open_image(client.ioctx, name, read_only=True).close()

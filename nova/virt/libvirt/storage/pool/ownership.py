@@ -304,7 +304,7 @@ def is_making(instance) -> bool:
                 instance.host != CONF.host or not _is_evacuated(instance)))
 
 
-def has_stayed(instance) -> bool:
+def has_stayed(instance, is_starting=False) -> bool:
     """Whether an instance is this host's that was to be evacuated from here.
 
     A compute service that starts destroys the guests of evacuations which are
@@ -312,10 +312,12 @@ def has_stayed(instance) -> bool:
     its disks here alone.
 
     :param instance: the Instance, as the caller has it
+    :param is_starting: whether this compute service starts: what its task
+        state says was cut off, too
     """
     return ('host' in instance and instance.host == CONF.host and
             not is_going(instance) and bool(_evacuations(instance)) and
-            _may_be_evacuated(instance))
+            (is_starting or _may_be_evacuated(instance)))
 
 
 def _may_be_evacuated(instance):

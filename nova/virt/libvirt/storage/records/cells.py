@@ -31,13 +31,14 @@ LOG = logging.getLogger(__name__)
 def is_arriving(instance) -> bool:
     """Whether this host makes the disks of an instance of another cell.
 
-    Within a cell the source has noted the new host by then.
+    It is hidden until both cells have it.
 
     :param instance: the Instance
     """
     return ('task_state' in instance and
             instance.task_state == task_states.RESIZE_FINISH and
-            'host' in instance and instance.host != CONF.host)
+            'host' in instance and instance.host != CONF.host and
+            'hidden' in instance and bool(instance.hidden))
 
 
 def has_two(instance) -> bool:

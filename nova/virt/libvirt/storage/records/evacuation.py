@@ -15,6 +15,7 @@ from oslo_log import log as logging
 
 from nova.compute import task_states
 import nova.conf
+import nova.context
 from nova import exception
 from nova import objects
 from nova.objects import fields
@@ -133,11 +134,19 @@ def _is_left(instance, record):
 def give_up(disks):
     """Have disks be what they were before an evacuation from this host.
 
+    Not if that has succeeded since the caller got the instance: what was cast
+    to this host while it was cut off comes late.
+
     :param disks: the instance's InstanceDisks; the caller saves them
     """
-    for name, record in disks.items():
-        if (is_replacing(disks.instance, record) and
-                disks.instance.host == CONF.host):
+    instance = disks.instance
+    replacing = [(name, record) for name, record in disks.items()
+                 if is_replacing(instance, record) and
+                 instance.host == CONF.host]
+    if replacing and objects.Instance.get_by_uuid(
+            nova.context.get_admin_context(), instance.uuid,
+            expected_attrs=[]).host == CONF.host:
+        for name, record in replacing:
             _restore(disks, name, record)
 
 

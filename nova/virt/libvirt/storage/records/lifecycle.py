@@ -190,6 +190,8 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
     :param stale: (pool, volume) of old copies on this host. One that has the
         name of another host's disk is not that disk.
     :returns: the names of those that are there
+    :raises: exception.StorageImageOfAnotherCell if one that is to be made on
+        Ceph is there as the disk of an instance of another cell
     """
     there = []
     take_up(disks, disk_mapping, guest_config, configured, block_device_info)
@@ -230,6 +232,11 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
         if (record is None and not suffix and
                 fresh.backend == fields.LibvirtDiskBackend.RBD and
                 image.exists()):
+            if cells.is_arriving(disks.instance):
+                # It has that disk yet, and no other name can be had.
+                raise exception.StorageImageOfAnotherCell(
+                    volume='%s_%s' % (disks.instance.uuid, name),
+                    host=CONF.host)
             # Made before records were, and here no guest tells of it: the
             # instance is evacuated, or an older compute has sent it.
             fresh.state = READY

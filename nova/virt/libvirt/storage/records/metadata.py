@@ -26,12 +26,14 @@ from oslo_serialization import jsonutils
 from oslo_versionedobjects import base as ovo_base
 from oslo_versionedobjects import exception as ovo_exc
 
+import nova.conf
 from nova import exception
 from nova import objects
 from nova.objects import base
 from nova.objects import fields
 from nova.virt.libvirt.storage.records import old_keys
 
+CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
 ROOT = 'disk'
@@ -695,7 +697,8 @@ class InstanceDisks:
                 leftovers.update((known.host, known.pool, known.volume)
                                  for known in record.replaced())
                 record.previous = None
-                self._changed = True
+                # Others may save what they have read long ago.
+                self._changed |= record.host == CONF.host
         self._records, self._loaded = records, True
         self._extras, self._leftovers = extras, sorted(leftovers)
 

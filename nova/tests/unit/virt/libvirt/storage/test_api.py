@@ -986,6 +986,7 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.patch('records.lifecycle.of_instance', return_value=disks)
         self.patch('records.metadata.InstanceDisks.load', return_value=disks)
         self.instance.task_state, self.instance.host = task_state, host
+        self.instance.hidden = is_deleted
         if task_state == task_states.RESIZE_REVERTING:
             self.instance.migration_context = objects.MigrationContext(
                 migration_id=7)
@@ -1025,7 +1026,9 @@ class LocalDisksTestCase(test.NoDBTestCase):
     @ddt.data(True, False)
     def test_delete_what_was_to_be_evacuated(self, has_stayed):
         self.api._has_pools = True
-        self.has_stayed.return_value = has_stayed
+        # It fails for good amid this.
+        self.has_stayed.side_effect = [has_stayed, False]
+        self.api._is_starting = True
         unconfigured = self.patch('unconfigured.delete', return_value=True)
         forget = self.patch('records.lifecycle.forget')
         delete = self.patch('pool.ownership.delete_volumes',
@@ -1034,6 +1037,18 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.api.forget(mock.sentinel.context, self.instance, {})
         for called in (unconfigured, delete, forget):
             self.assertEqual(not has_stayed, called.called)
+        self.has_stayed.assert_called_once_with(self.instance, True)
+        self.api.forget(mock.sentinel.context, self.instance, {})
+        self.assertTrue(forget.called)
+
+    def test_is_starting_until_the_evacuated_are_destroyed(self):
+        self.flags(images_type='qcow2', group='libvirt')
+        self.patch('intake.intake.Intake.start')
+        self.patch('pool.ownership.has_pools', return_value=False)
+        self.api.init_host()
+        self.assertTrue(self.api._is_starting)
+        self.api.warn_of_legacy_disks(mock.sentinel.context, [])
+        self.assertFalse(self.api._is_starting)
 
     @ddt.data(True, False)
     def test_delete_while_a_pool_can_not_be_read(self, is_making):

@@ -166,6 +166,7 @@ class WhichTestCase(RbdDiskTestCase):
                 ('resize_finish', 'there', False, ('.1', 'building')),
                 ('spawning', 'here', False, ('.1', 'building'))):
             self.instance.task_state, self.instance.host = task, host
+            self.instance.hidden = host == 'there'
             self.instance.system_metadata = {}
             self.instance.flavor = objects.Flavor(
                 root_gb=1, ephemeral_gb=0, swap=0)
@@ -214,7 +215,8 @@ class RebuildTestCase(RbdDiskTestCase):
         disks.set('disk', self.create().record)
         disks.save(mock.sentinel.context)
         self.api = api.LocalDisks.__new__(api.LocalDisks)
-        self.api._has_pools = True
+        self.api._has_pools, self.api._is_starting = True, False
+        self.api._stayed = set()
         self.api._local = mock.Mock(get_connection=lambda: self.conn)
 
     def disks(self):

@@ -52,6 +52,7 @@ ADVICE = re.compile(
     r"Hard reboot the server|See libvirt's log on host h+|"
     r"Define it with virsh pool-define|Start it with virsh pool-start|"
     r"Define storage pool p+ on host h+ as it was|"
+    r"Give the hosts of each cell a Ceph pool of their own|"
     r"Use a pool of one of the types|Is the file system .* mounted|"
     r"Allow it by setfacl|Name p+ in nova.conf|Undefine storage pool p+|"
     r"Put an empty file|Use virsh pool-refresh|find out whose it is|"

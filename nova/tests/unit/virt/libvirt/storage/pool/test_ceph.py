@@ -130,9 +130,10 @@ class XMLTestCase(CephPoolTestCase):
     def test_modules_are_missing(self):
         with mock.patch.object(rbd_utils, 'rbd', None), mock.patch.dict(
                 'sys.modules', rados=None, rbd=None):
-            e = self.assertRaises(exception.StorageCephError,
-                                  lambda: self.pool.ceph().driver)
-        self.assertIn('rbd python libraries not found', str(e))
+            for ask in (lambda: self.pool.ceph().driver,
+                        lambda: self.pool.ceph().check()):
+                e = self.assertRaises(exception.StorageCephError, ask)
+                self.assertIn('rbd python libraries not found', str(e))
 
     def test_others_are_over_no_ceph(self):
         self.add_pool('files')

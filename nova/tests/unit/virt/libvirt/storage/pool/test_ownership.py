@@ -260,6 +260,16 @@ class StayedTestCase(OwnershipTestCase):
         self.assertEqual(
             expected, self.has_stayed(task_state, actions=actions))
 
+    @ddt.data((task_states.SHELVING, True),
+              (task_states.RESIZE_REVERTING, True),
+              (task_states.REBUILDING, True), (task_states.DELETING, False))
+    @ddt.unpack
+    def test_service_starts(self, task_state, expected):
+        """What was under way was cut off."""
+        self.has_stayed(task_state)
+        self.assertEqual(
+            expected, ownership.has_stayed(self.instance, is_starting=True))
+
     def test_without_a_host(self):
         self.assertFalse(ownership.has_stayed(
             objects.Instance(uuid=uuids.instance)))

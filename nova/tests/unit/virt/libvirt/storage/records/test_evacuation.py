@@ -198,6 +198,10 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
         self.instance.task_state = task_states.REBUILD_SPAWNING
         self.instance.host = 'down'
 
+        self.now = objects.Instance(host='down')
+        self.stub_out('nova.objects.Instance.get_by_uuid',
+                      lambda *args, **kwargs: self.now)
+
     def volume(self, host, name, pool='p', **kwargs):
         return self.record(backend='libvirt-storage', pool=pool, volume=name,
                            host=host, **kwargs)
@@ -243,8 +247,15 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
         disks = self.over(disks)
         self.assertEqual(('here', self.NEW, 'building', None,
                           [('down', 'p', self.OLD)]), self.told(disks))
-        # The next one who saves anything saves that.
-        disks.save(self.context)
+        # The next one who saves anything saves that; another host has
+        # read the rest long ago.
+        number = len(self.saves)
+        for host in ('down', 'here'):
+            self.flags(host=host)
+            disks = metadata.InstanceDisks.from_bdms(self.instance, self.bdms)
+            disks.items()
+            disks.save(self.context)
+            self.assertEqual(host == 'here', len(self.saves) > number)
         self.assertNotIn('replaced', self.saves[-1][uuids.root])
 
     @ddt.data(('down', task_states.RESIZE_FINISH, 'ready'),
@@ -435,10 +446,13 @@ class MadeAnewTestCase(test_lifecycle.RecordsTestCase):
         self.assertEqual(
             ('down', self.OLD, 'ready', None, []), self.told(disks))
 
-    @ddt.data(('down', [('dead', 'p', NEW)]), ('here', []))
+    @ddt.data(('down', 'down', [('dead', 'p', NEW)]), ('here', 'down', []),
+              # It was evacuated, and this was cast to its host before.
+              ('down', 'dead', []))
     @ddt.unpack
-    def test_give_up(self, host, left):
+    def test_give_up(self, host, now, left):
         self.flags(host=host)
+        self.now.host = now
         disks = self.begun('dead')
         evacuation.give_up(disks)
         self.assertEqual(

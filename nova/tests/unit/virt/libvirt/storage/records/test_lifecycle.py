@@ -321,6 +321,21 @@ class TestBegin(RecordsTestCase):
         rbd_driver.return_value.remove_image.assert_not_called()
 
     @mock.patch('nova.storage.rbd_utils.RBDDriver')
+    def test_image_on_ceph_of_another_cell(self, rbd_driver):
+        self.flags(images_type='rbd', images_rbd_pool='pool', group='libvirt')
+        rbd_driver.return_value.exists.return_value = True
+        self.instance.task_state = task_states.RESIZE_FINISH
+        self.instance.host, self.instance.hidden = 'there', True
+        disks = self.disks()
+        self.assertRaises(
+            exception.StorageImageOfAnotherCell, self.begin, disks)
+        self.assertIsNone(disks.get('disk'))
+        # Within a cell nothing is hidden.
+        self.instance.hidden = False
+        self.begin(disks)
+        self.assertEqual('ready', disks.get('disk').state)
+
+    @mock.patch('nova.storage.rbd_utils.RBDDriver')
     def test_unrecorded_image_on_ceph_is_not_there(self, rbd_driver):
         self.flags(images_type='rbd', images_rbd_pool='pool', group='libvirt')
         rbd_driver.return_value.exists.return_value = False

@@ -219,12 +219,16 @@ class TestAfterwards(LiveCase):
         said = server.look()
         self.assert_moves(server, said, [OTHER[home]])
 
-    def test_evacuate(self):
-        """Its host dies with its disks: it starts over from its image."""
-        server, _said = self.moved()
+    def lose_b(self, server):
+        """Let host-b die with a server's guest."""
         self.b.kill('nova-compute')
         with server.domain('host-b') as domain:
             domain.destroy()
+
+    def test_evacuate(self):
+        """Its host dies with its disks: it starts over from its image."""
+        server, _said = self.moved()
+        self.lose_b(server)
         with self.cloud.forced_down('host-b'):
             server.api.evacuate_server(server.id, host='host-a')
             # It has settled a moment before the API says where.
@@ -248,9 +252,7 @@ class TestAfterwards(LiveCase):
     def test_evacuation_is_cut_off(self):
         """Its host is back with its disks, and nobody else has them."""
         server, said = self.moved()
-        self.b.kill('nova-compute')
-        with server.domain('host-b') as domain:
-            domain.destroy()
+        self.lose_b(server)
         with self.cloud.forced_down('host-b'):
             server.api.evacuate_server(server.id, host='host-a')
             self.wait_for(

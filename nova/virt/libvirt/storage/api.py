@@ -790,6 +790,8 @@ class LocalDisks:
                      instance=instance)
             self._stayed.add(instance.uuid)
             return True
+        # What came between may have failed before forget().
+        self._stayed.discard(instance.uuid)
         records = lifecycle.of_instance(instance, block_device_info)
         is_gone = unconfigured.delete(
             self._connection, self._local.image_backend, instance, records,

@@ -1041,6 +1041,17 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.api.forget(mock.sentinel.context, self.instance, {})
         self.assertTrue(forget.called)
 
+    def test_delete_what_has_stayed_once(self):
+        """The clean-up failed then before it came to the records."""
+        self.api._has_pools = True
+        self.has_stayed.side_effect = [True, False]
+        forget = self.patch('records.lifecycle.forget')
+        self.patch('pool.ownership.delete_volumes', return_value=True)
+        for _time in range(2):
+            self.assertTrue(self.api.delete(self.instance, {}))
+        self.api.forget(mock.sentinel.context, self.instance, {})
+        self.assertTrue(forget.called)
+
     def test_is_starting_until_the_evacuated_are_destroyed(self):
         self.flags(images_type='qcow2', group='libvirt')
         self.patch('intake.intake.Intake.start')

@@ -196,8 +196,26 @@ class DeleteTestCase(OwnershipTestCase):
         self.assertFalse(ownership.delete_named(self.pool('gone'), name))
 
 
+class HostTestCase(OwnershipTestCase):
+
+    def set_up(self, task_state, host, evacuation, actions):
+        """Let an instance be as its tables in the database say.
+
+        :param evacuation: state of one from this host, None without one
+        :param actions: the newest first
+        """
+        self.flags(host='here')
+        self.useFixture(fixtures.MockPatch(
+            'nova.objects.MigrationList.get_by_filters',
+            return_value=[mock.Mock(status=evacuation)] if evacuation else []))
+        self.useFixture(fixtures.MockPatch(
+            'nova.objects.InstanceActionList.get_by_instance_uuid',
+            return_value=[mock.Mock(action=action) for action in actions]))
+        self.instance.task_state, self.instance.host = task_state, host
+
+
 @ddt.ddt
-class MakingTestCase(OwnershipTestCase):
+class MakingTestCase(HostTestCase):
 
     @ddt.data(
         (task_states.SPAWNING, 'there', None, True),
@@ -210,30 +228,16 @@ class MakingTestCase(OwnershipTestCase):
         (task_states.REBUILD_SPAWNING, 'here', 'pre-migrating', False))
     @ddt.unpack
     def test_is_making(self, task_state, host, evacuation, expected):
-        self.flags(host='here')
-        self.useFixture(fixtures.MockPatch(
-            'nova.objects.MigrationList.get_by_filters',
-            return_value=[mock.Mock(status=evacuation)] if evacuation else []))
-        self.useFixture(fixtures.MockPatch(
-            'nova.objects.InstanceActionList.get_by_instance_uuid',
-            return_value=[mock.Mock(action='evacuate')]))
-        self.instance.task_state, self.instance.host = task_state, host
+        self.set_up(task_state, host, evacuation, ['evacuate'])
         self.assertEqual(expected, ownership.is_making(self.instance))
 
 
 @ddt.ddt
-class StayedTestCase(OwnershipTestCase):
+class StayedTestCase(HostTestCase):
 
     def has_stayed(self, task_state, host='here', evacuation='accepted',
                    actions=()):
-        self.flags(host='here')
-        self.useFixture(fixtures.MockPatch(
-            'nova.objects.MigrationList.get_by_filters',
-            return_value=[mock.Mock(status=evacuation)] if evacuation else []))
-        self.useFixture(fixtures.MockPatch(
-            'nova.objects.InstanceActionList.get_by_instance_uuid',
-            return_value=[mock.Mock(action=action) for action in actions]))
-        self.instance.task_state, self.instance.host = task_state, host
+        self.set_up(task_state, host, evacuation, actions)
         return ownership.has_stayed(self.instance)
 
     @ddt.data(

@@ -94,9 +94,9 @@ class StoragePoolsTestBase(base.ServersTestBase):
 
     def _update_image(self, context, image_id, metadata, data=None,
                       purge_props=False):
-        """Keep what a snapshot uploads."""
+        """Keep what a snapshot uploads; nothing is written behind that."""
         if data is not None:
-            self.glance._imagedata[image_id] = data.read()
+            self.glance._imagedata[image_id] = data.read(2 * GUEST)
             metadata = dict(
                 metadata, size=len(self.glance._imagedata[image_id]))
         return nova_fixtures.GlanceFixture.update(
@@ -165,6 +165,11 @@ class StoragePoolsTestBase(base.ServersTestBase):
     def set_option(self, hostname, name, value, group='libvirt'):
         """Set an option for one host."""
         self.hosts.options[hostname][group, name] = value
+
+    def force_down(self, host, down):
+        """Say whether a host's compute service is to be taken for down."""
+        (service,) = self.api.get_services(host=host, binary='nova-compute')
+        self.api.put_service(service['id'], {'forced_down': down})
 
     def stub_remote_files(self):
         """Let nobody log in to another host to make its directories."""

@@ -69,6 +69,18 @@ class CephTestBase(storage_pools.StoragePoolsTestBase):
         for host in self.ceph_pools:
             self.start_compute(host)
 
+    def _update_image(self, context, image_id, metadata, *args, **kwargs):
+        """Serve what a snapshot has left on Ceph."""
+        location = metadata.get('location')
+        found = super()._update_image(
+            context, image_id, metadata, *args, **kwargs)
+        found['locations'] = [{'url': location}] if location else []
+        if location:
+            pool, name, _snapshot = location.split('/')[-3:]
+            self.glance._imagedata[image_id] = (
+                self.ceph.pools[pool][name].content)
+        return found
+
     def _get_connection(self, *args, **kwargs):
         connection = super()._get_connection(*args, **kwargs)
         connection.secretDefineXML(
@@ -128,9 +140,23 @@ class CephTestBase(storage_pools.StoragePoolsTestBase):
             if name is not None:
                 self.assertEqual(0, self.raw_pool(host).refreshes)
 
-    def force_down(self, host, down):
-        (service,) = self.api.get_services(host=host, binary='nova-compute')
-        self.api.put_service(service['id'], {'forced_down': down})
+    def fail_to_evacuate(self, server, source, dest):
+        """What was on record before is known afterwards."""
+        before = self.places(server)
+        self.computes[source].stop()
+        self.force_down(source, True)
+        with mock.patch('nova.virt.libvirt.guest.Guest.launch',
+                        side_effect=exception.InternalError('no memory')):
+            self._evacuate_server(
+                server, {'host': dest}, expected_state='ERROR',
+                expected_migration_status='failed')
+        self.assertEqual(before, self.places(server))
+
+    def places(self, server):
+        """Return where the disks are if an evacuation is given up."""
+        known = [record.previous or record
+                 for record in self.records(server).values()]
+        return {(record.host, record.volume) for record in known}
 
     def evacuate_beside_its_source(self, server):
         """Evacuate a server; its host is back before that ends.
@@ -461,6 +487,14 @@ class TestCephCutOff(CephTestBase):
             name: self.images['%s_%s' % (server['id'], name)].content
             for name in NAMES})
 
+    def test_evacuation_fails(self):
+        server = self.boot_with_all()
+        self.fail_to_evacuate(server, 'compute1', 'compute2')
+        self.restart_compute_service('compute1')
+        self.force_down('compute1', False)
+        self._reboot_server(server, hard=True)
+        self.assert_on('compute1', server)
+
     def test_snapshot_of_long_ago(self):
         server = self.boot_with_all()
         server = self.fail_to_arrive(
@@ -535,6 +569,46 @@ class TestEvacuateToOtherPool(CephTestBase):
         self.assertEqual({}, self.ceph.pools['other'])
 
 
+class QemuImg(fixtures.Fixture):
+    """Plays what qemu-img does between files and the images of a cluster.
+
+    :ivar fails: whether it does
+    """
+
+    def __init__(self, cluster):
+        self._cluster, self.fails = cluster, False
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.move.convert.run', self.run))
+
+    def run(self, command, watch, names, good=(0,), least=0):
+        source, target = command[-2:]
+        if command[1] == 'compare':
+            return int(self._read(source) != self._read(target))
+        if self.fails:
+            raise exception.StorageTransferError(
+                side='destination', reason='full', transferred=0, **names)
+        if target.startswith('rbd:'):
+            self._image_at(target).content = self._read(source)
+        else:
+            with open(target, 'r+b') as f:
+                f.write(self._read(source))
+        return 0
+
+    def _image_at(self, path):
+        pool, name = path.split(':')[1].split('/')
+        return self._cluster.pools[pool][name]
+
+    def _read(self, path):
+        """What a test has written is not behind that."""
+        if path.startswith('rbd:'):
+            return self._image_at(path).content
+        with open(path, 'rb') as f:
+            return f.read(2 << 20).rstrip(b'\0')
+
+
 class BetweenKindsTestBase(CephTestBase):
     """From a directory into Ceph, and back."""
 
@@ -543,9 +617,7 @@ class BetweenKindsTestBase(CephTestBase):
     def setUp(self):
         super().setUp()
         self.flags(use_cow_images=False)
-        self.fails = False
-        self.stub_out('nova.virt.libvirt.storage.move.convert.run',
-                      self.qemu_img)
+        self.qemu_img = self.useFixture(QemuImg(self.ceph))
 
     def _get_connection(self, *args, **kwargs):
         connection = super()._get_connection(*args, **kwargs)
@@ -553,30 +625,6 @@ class BetweenKindsTestBase(CephTestBase):
             connection.storagePoolDefineXML((POOL % 'nova').replace(
                 'nova-disks-pool', 'over-ceph')).create(0)
         return connection
-
-    def qemu_img(self, command, watch, names, good=(0,), least=0):
-        source, target = command[-2:]
-        if command[1] == 'compare':
-            return int(self.read(source) != self.read(target))
-        if self.fails:
-            raise exception.StorageTransferError(
-                side='destination', reason='full', transferred=0, **names)
-        if target.startswith('rbd:'):
-            self.image_at(target).content = self.read(source)
-        else:
-            with open(target, 'r+b') as f:
-                f.write(self.read(source))
-        return 0
-
-    def image_at(self, path):
-        return self.images[path.split(':')[1].removeprefix('nova/')]
-
-    def read(self, path):
-        """What the test has written is not behind that."""
-        if path.startswith('rbd:'):
-            return self.image_at(path).content
-        with open(path, 'rb') as f:
-            return f.read(2 << 20).rstrip(b'\0')
 
     def boot_with_all(self):
         server = self.boot(ephemeral=1, swap=64)
@@ -644,14 +692,21 @@ class TestBetweenKindsFails(BetweenKindsTestBase):
 
     def test_failure(self):
         server = self.boot_with_all()
-        self.fails = True
+        self.qemu_img.fails = True
         self.api.post_server_action(
             server['id'], {'migrate': {'host': 'compute2'}})
         self.wait_for_refusal(server)
         self.assert_in_directory(server)
-        self.fails = False
+        self.qemu_img.fails = False
         self._migrate_server(server)
         self.assert_in_ceph(server)
+
+    def test_evacuation_fails(self):
+        server = self.boot(host='compute2')
+        images = sorted(self.images)
+        self.fail_to_evacuate(server, 'compute2', 'compute1')
+        self.assertEqual([], self.files('compute1'))
+        self.assertEqual(images, sorted(self.images))
 
 
 class TestTakeOver(CephTestBase):

@@ -26,6 +26,7 @@ from nova.tests.functional.libvirt import storage_pools
 from nova.tests.functional.libvirt import test_storage_pools_moves as moves
 from nova.tests.functional.libvirt import test_storage_pools_transition
 from nova.virt.libvirt import config
+from nova.virt.libvirt.storage.live import by_hand
 
 ALL, VOLUMES = moves.ALL, moves.VOLUMES
 
@@ -68,6 +69,60 @@ class LiveTestBase(moves.MovesTestBase):
             server['id'], {'os-resetState': {'state': 'active'}})
         self._wait_for_server_parameter(server, {
             'OS-EXT-STS:task_state': None, 'status': 'ACTIVE'})
+
+    def die_before_it_tells(self, server):
+        """Kill the source when it has cleaned up, and start it again."""
+        manager = self.computes['compute1'].manager
+        with mock.patch(
+                'nova.compute.rpcapi.ComputeAPI.'
+                'post_live_migration_at_destination',
+                side_effect=oslo_messaging.MessagingTimeout()
+        ), mock.patch.object(
+                # What Nova does when it fails
+                manager, '_post_live_migration_update_host',
+                manager._post_live_migration):
+            self.api.post_server_action(server['id'], {'os-migrateLive': {
+                'host': 'compute2', 'block_migration': 'auto'}})
+            self._wait_for_migration_status(server, ['error'])
+        self.restart_compute_service('compute1')
+        self._wait_for_server_parameter(server, {
+            'OS-EXT-STS:task_state': None,
+            'OS-EXT-SRV-ATTR:host': 'compute1'})
+
+    def assert_untold(self, server):
+        """Nothing starts it where it was, or destroys its disks."""
+        before = self.records(server)
+        for action in (
+                {'reboot': {'type': 'HARD'}},
+                {'rebuild': {'imageRef': storage_pools.IMAGE}},
+                {'migrate': {'host': 'compute2'}}, {'rescue': {}},
+                {'shelve': None}):
+            self.api.post_server_action(
+                server['id'], {'os-resetState': {'state': 'active'}})
+            self.stdlog.delete_stored_logs()
+            with contextlib.suppress(client.OpenStackApiException):
+                self.api.post_server_action(server['id'], action)
+            self._wait_for_server_parameter(
+                server, {'OS-EXT-STS:task_state': None})
+            self.assertIn('settle_live_migration', self.stdlog.logger.output,
+                          action)
+            self.assertEqual(
+                [record.obj_to_primitive() for record in before.values()],
+                [record.obj_to_primitive()
+                 for record in self.records(server).values()], action)
+            self.assert_no_guest('compute1', server)
+            self.assertTrue(self.connections['compute2'].lookupByUUIDString(
+                server['id']).isActive())
+
+    def settle(self, server):
+        """Do what an operator does then."""
+        self.api.post_server_action(
+            server['id'], {'os-resetState': {'state': 'active'}})
+        self.assertRaises(
+            exception.NoMigrationToSettle, by_hand.end, self.context,
+            server['id'], False)
+        self.assertEqual(
+            'compute2', by_hand.end(self.context, server['id'], True))
 
     def assert_stayed(self, server):
         """Check that it runs on where it was, and nothing is left over."""
@@ -378,6 +433,15 @@ class TestLiveMigration(LiveTestBase):
         self._live_migrate(server, host='compute2')
         self.assert_deleted(server)
 
+    def test_source_is_killed_before_it_has_told(self):
+        server = self.boot_with_all()
+        self.die_before_it_tells(server)
+        self.assert_untold(server)
+        self.settle(server)
+        self.assert_moved(server, 'compute2', 'compute1')
+        self._reboot_server(server, hard=True)
+        self.assert_moved(server, 'compute2', 'compute1')
+
 
 class TestSharedPools(LiveTestBase):
     """What both hosts see stays where it is."""
@@ -463,6 +527,14 @@ class TestSharedPools(LiveTestBase):
             self.assertRaises(
                 exception.DisksMayBeElsewhere,
                 self.computes['compute1'].manager.driver.unpause, instance)
+
+    def test_source_is_killed_before_it_has_told(self):
+        server = self.boot_shared('root', 'ephemeral', 'swap', 'config')
+        self.die_before_it_tells(server)
+        self.assert_untold(server)
+        self.settle(server)
+        self._reboot_server(server, hard=True)
+        self.assert_shared(server, 'compute2', *VOLUMES)
 
     def test_root_alone(self):
         server = self.boot_shared('root')

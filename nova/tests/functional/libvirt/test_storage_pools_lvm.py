@@ -18,6 +18,7 @@ import shutil
 import fixtures
 from oslo_utils import units
 
+from nova.tests.fixtures import libvirt_storage
 from nova.tests.functional.libvirt import storage_pools
 
 VOLUME_GROUP = (
@@ -25,6 +26,25 @@ VOLUME_GROUP = (
     "</source><target><path>/dev/vg</path></target></pool>")
 ALL = dict.fromkeys(('disk', 'disk_eph0', 'disk_swap', 'disk_config'), 'raw')
 NAMES = ['disk', 'disk.config', 'disk.eph0', 'disk.swap']
+
+
+class Devices(libvirt_storage.RealFileSystem):
+    """A host's files, and the devices of its volume group.
+
+    :param group: function which returns the VolumeGroup
+    """
+
+    def __init__(self, group):
+        super().__init__()
+        self._group = group
+
+    def open(self, path):
+        if not path.startswith('/dev/vg/'):
+            return super().open(path)
+        try:
+            return self._group().devices[os.path.basename(path)]
+        except KeyError:
+            raise FileNotFoundError(path)
 
 
 class GroupsTestBase(storage_pools.StoragePoolsTestBase):
@@ -46,6 +66,7 @@ class GroupsTestBase(storage_pools.StoragePoolsTestBase):
                         os.path.basename(path), size, extents))),
                 ('storage.sync', lambda path: None)):
             self.useFixture(fixtures.MonkeyPatch('nova.privsep.' + name, play))
+        self.programs.file_system = Devices(self._group)
         for host in ('compute1', 'compute2'):
             self.start_compute(host)
 

@@ -88,11 +88,6 @@ class MovesTestBase(storage_pools.StoragePoolsTestBase):
         for host in self.connections:
             self.assertEqual([], self.files(host))
 
-    def force_down(self, host, down):
-        (service,) = self.api.get_services(
-            host=host, binary='nova-compute')
-        self.api.put_service(service['id'], {'forced_down': down})
-
 
 class TestMoves(MovesTestBase):
 

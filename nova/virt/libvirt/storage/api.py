@@ -242,10 +242,10 @@ class LocalDisks:
         if CONF.libvirt.virt_type not in setup.VIRT_TYPES:
             # libvirt's LXC can't be asked for what a guest's job is.
             return
+        context = nova_context.get_admin_context()
         settle.check_stays(
-            self._local.host, instance,
-            lambda: metadata.InstanceDisks.load(
-                nova_context.get_admin_context(), instance))
+            context, self._local.host, instance,
+            lambda: metadata.InstanceDisks.load(context, instance))
 
     def check_reboot(self, context, instance,
                      block_device_info) -> reboot.Reboot:

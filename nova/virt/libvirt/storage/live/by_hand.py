@@ -60,20 +60,22 @@ def end(context: 'nova_context.RequestContext', instance_uuid: str,
                              'host': instance.host})
         disks = metadata.InstanceDisks.load(cell, instance)
         moving = settle.going(disks)
-        if not moving:
+        untold = None if moving else settle.untold(cell, disks)
+        if not moving and untold is None:
             raise exception.NoMigrationToSettle(
                 instance_uuid=instance_uuid,
                 reason=_('it has no disk on its way to another host'))
         # Cut off here, it can be called again: the records say still that
         # there is something to settle, and from where it went.
-        source, host = moving[0][1].host, moving[0][1].next.host
+        source, host = ((instance.host, untold) if untold else
+                        (moving[0][1].host, moving[0][1].next.host))
         if not moved:
-            if instance.host == host:
+            if host in (instance.host, untold):
                 raise exception.NoMigrationToSettle(
                     instance_uuid=instance_uuid,
-                    reason=_('it is on host %(host)s already, as its guest '
-                             'has come there. Use --moved; if the guest is '
-                             'gone since, start it there') % {'host': host})
+                    reason=_('its guest has come to host %(host)s. Use '
+                             '--moved; if the guest is gone since, start it '
+                             'there') % {'host': host})
             evacuation.forget_next(disks)
             disks.save(cell)
             return instance.host

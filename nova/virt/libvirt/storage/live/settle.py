@@ -46,6 +46,8 @@ killed: who goes on
         guest is on B
     A, before it has cleaned up: B has the guest and takes the records over;
         A's volumes are noted as left
+    A, when it has cleaned up and before it has told B: no one. The instance is
+        A's and its disks are B's until an operator settles it
     B, before it has taken over: A did, or B when it next reads the records
 """
 
@@ -122,6 +124,7 @@ def settle(context, host, disks) -> None:
     """
     moving = going(disks)
     if not moving:
+        _refuse_untold(context, disks)
         return
     instance = disks.instance
     try:
@@ -152,6 +155,44 @@ def settle(context, host, disks) -> None:
                     coming.host, instance=instance)
         evacuation.forget_next(disks)
     disks.save(context)
+
+
+def untold(context, disks) -> str | None:
+    """Where a live migration has ended of which only the disks know.
+
+    Its source has cleaned up, and was killed before it told the destination,
+    which would have put itself on record as the instance's host.
+
+    :param disks: the instance's InstanceDisks, none of which is going()
+    :returns: name of the host that has the guest; None if there is none
+    """
+    instance = disks.instance
+    # A cold migration, or an evacuation, has more on record.
+    hosts = {record.host for _name, record in disks.items()
+             if not record.is_building and record.previous is None and
+             record.migration_id is None} - {instance.host}
+    if not hosts or instance.host is None:
+        return None
+    moves = objects.MigrationList.get_by_filters(
+        context.elevated(), {'instance_uuid': instance.uuid})
+    # Since the last of them the instance has not left.
+    came = max((move.id for move in moves
+                if move.dest_compute == instance.host and
+                move.source_compute != instance.host), default=0)
+    return next((
+        move.dest_compute for move in moves
+        if move.migration_type == fields.MigrationType.LIVE_MIGRATION and
+        move.source_compute == instance.host and move.id > came and
+        move.dest_compute in hosts and move.status != 'completed'), None)
+
+
+def _refuse_untold(context, disks):
+    """Refuse to start an instance, or destroy its disks, where it was."""
+    there = untold(context, disks)
+    if there is not None and there != CONF.host:
+        raise _elsewhere(disks.instance, [
+            (name, record) for name, record in disks.items()
+            if record.host == there])
 
 
 def is_open(host, disks) -> bool:
@@ -214,11 +255,11 @@ def _may_have_gone(host, guest):
 
 
 def _elsewhere(instance, moving):
+    places = [record.next or record for _name, record in moving]
     return exception.DisksMayBeElsewhere(
-        instance_uuid=instance.uuid, host=CONF.host,
-        dest=moving[0][1].next.host, volumes=', '.join(
-            '%s/%s' % (record.next.pool, record.next.volume)
-            for _name, record in moving))
+        instance_uuid=instance.uuid, host=CONF.host, dest=places[0].host,
+        volumes=', '.join('%s/%s' % (place.pool, place.volume)
+                          for place in places))
 
 
 def refuse_to_guess(disks):
@@ -325,7 +366,7 @@ def _moving_guest(host, instance):
     return guest if is_moving and not _may_have_gone(host, guest) else None
 
 
-def check_stays(host, instance, load) -> None:
+def check_stays(context, host, instance, load) -> None:
     """Refuse to end or resume a guest that may run on the other host.
 
     Once it is off, it is as one whose migration has failed: started again.
@@ -352,13 +393,16 @@ def check_stays(host, instance, load) -> None:
         is_left = is_to_go or was_moving
     if is_left:
         try:
-            moving = going(load())
+            disks = load()
+            moving = going(disks)
         except exception.InvalidDiskMetadata as e:
             if not is_to_go:
                 raise
             LOG.error('%s', e, instance=instance)
             return
-        if moving and moving[0][1].host == CONF.host:
+        if not moving:
+            _refuse_untold(context, disks)
+        elif moving[0][1].host == CONF.host:
             raise _elsewhere(instance, moving)
 
 

@@ -127,8 +127,7 @@ def _is_left(instance, record):
     return ('task_state' in instance and 'host' in instance and
             instance.task_state == task_states.REBUILD_SPAWNING and
             instance.host != CONF.host and not record.is_building and
-            record.backend == fields.LibvirtDiskBackend.LIBVIRT_STORAGE and
-            record.next is None)
+            record.is_in_pool and record.next is None)
 
 
 def give_up(disks):

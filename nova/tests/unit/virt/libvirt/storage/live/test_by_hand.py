@@ -159,6 +159,26 @@ class ByHandTestCase(test_settle.LiveTestCase):
         self.assertEqual('dest', self.end(True))
         self.assert_disks('dest')
 
+    def test_source_has_not_told(self):
+        """The disks are there, and the instance is not."""
+        self.end(True)
+        self.instance.host = 'source'
+        self.instance.save.reset_mock()
+        self.move('source', 'dest')
+        self._have_port()
+        error = self.assertRaises(
+            exception.NoMigrationToSettle, self.end, False)
+        for word in ('host dest', '--moved'):
+            self.assertIn(word, str(error))
+        self.assertEqual('dest', self.end(True))
+        self.assert_disks('dest')
+        self.assertEqual('dest', self.instance.host)
+        self.instance.save.assert_called_once_with()
+        self.neutron.migrate_instance_start.assert_called_once()
+        self.neutron.setup_networks_on_host.assert_called_once_with(
+            self.context, self.instance, host='source', teardown=True)
+        self.assertRaises(exception.NoMigrationToSettle, self.end, True)
+
     def test_nothing_to_settle(self):
         self.end(False)
         e = self.assertRaises(exception.NoMigrationToSettle, self.end, True)

@@ -20,6 +20,7 @@ from nova.compute import power_state
 from nova.compute import task_states
 from nova import exception
 from nova import objects
+from nova.objects import fields
 from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.tests.unit.virt.libvirt.storage.move import two_hosts
 from nova.virt.libvirt import config as guest_config
@@ -28,6 +29,7 @@ from nova.virt.libvirt.storage.live import settle
 from nova.virt.libvirt.storage.records import evacuation
 
 POOL = two_hosts.POOL
+TYPE = fields.MigrationType
 NAMES = ['disk', 'disk.config', 'disk.eph0', 'disk.swap']
 
 
@@ -37,6 +39,11 @@ class LiveTestCase(two_hosts.TwoHostsTestCase):
     def setUp(self):
         super().setUp()
         self.instance.task_state = task_states.MIGRATING
+        self.instance.host = 'source'
+        # of the instance, as Nova has them
+        self.moves = []
+        self.stub_out('nova.objects.MigrationList.get_by_filters',
+                      lambda cls, context, filters: self.moves)
         # by host, the job of the guest that is there
         self.guests = {'source': fakelibvirt.VIR_DOMAIN_JOB_NONE}
         # why they are off or paused, if they are
@@ -104,6 +111,12 @@ class LiveTestCase(two_hosts.TwoHostsTestCase):
 
     def move_guest(self):
         self.guests = {'dest': fakelibvirt.VIR_DOMAIN_JOB_NONE}
+
+    def move(self, source, dest, migration_type=TYPE.LIVE_MIGRATION,
+             status='error'):
+        self.moves.append(objects.Migration(
+            id=len(self.moves) + 1, source_compute=source, dest_compute=dest,
+            migration_type=migration_type, status=status))
 
     def settle(self, host):
         self.flags(host=host)
@@ -228,7 +241,8 @@ class SettleTestCase(LiveTestCase):
 
     def check_stays(self, host='source'):
         self.flags(host=host)
-        settle.check_stays(self.host, self.instance, self.load)
+        settle.check_stays(
+            self.context, self.host, self.instance, self.load)
 
     def test_what_libvirt_left_is_not_ended(self):
         # Off, it would be as a guest whose migration has failed.
@@ -393,6 +407,78 @@ class SettleTestCase(LiveTestCase):
         self._end_moving()
         self.check_stays()
         self.abort.assert_not_called()
+
+    def clean_up(self):
+        """The source is killed before it tells the destination."""
+        self.begin()
+        self.copy()
+        self.move_guest()
+        self.move('source', 'dest')
+        disks = self.load()
+        settle.promote(disks)
+        disks.save(self.context)
+
+    @ddt.data('source', 'third')
+    def test_source_has_not_told(self, host):
+        self.clean_up()
+        # What an operator may have tried since
+        self.move('source', 'third')
+        self.move('source', 'third', TYPE.MIGRATION)
+        self.move('source', 'third', TYPE.EVACUATION)
+        error = self.assertRaises(
+            exception.DisksMayBeElsewhere, self.settle, host)
+        for word in ('host dest', '%s/%s' % (POOL, self.volume_name('disk'))):
+            self.assertIn(word, str(error))
+        self.assert_disks('dest')
+
+    @ddt.data(task_states.REBUILDING, task_states.SHELVING)
+    def test_source_has_not_told_and_destroys(self, task_state):
+        self.clean_up()
+        self.instance.task_state = task_state
+        self.assertRaises(exception.DisksMayBeElsewhere, self.check_stays)
+        # Where the guest is it may be ended.
+        self.check_stays('dest')
+
+    def test_source_has_not_told_and_stops(self):
+        self.clean_up()
+        self.instance.task_state = task_states.POWERING_OFF
+        self.check_stays()
+
+    def test_source_has_not_told_is_settled(self):
+        self.clean_up()
+        self.settle('dest')
+        self.instance.host = 'dest'
+        self.assertIsNone(settle.untold(self.context, self.load()))
+
+    @ddt.data(
+        # It came back, or was somewhere else.
+        (('dest', 'source', TYPE.LIVE_MIGRATION, 'completed'),),
+        (('dest', 'source', TYPE.EVACUATION, 'done'),),
+        (('source', 'third', TYPE.MIGRATION, 'confirmed'),
+         ('third', 'source', TYPE.MIGRATION, 'confirmed')))
+    def test_source_has_told_of_an_earlier_one(self, later):
+        """Whoever has given these disks away, it was no live migration."""
+        self.clean_up()
+        for move in later:
+            self.move(*move)
+        self.assertIsNone(settle.untold(self.context, self.load()))
+
+    @ddt.data({'state': 'building'}, {'migration_id': 7}, {'previous': True})
+    def test_other_moves(self, values):
+        """A live migration has failed before them."""
+        self.clean_up()
+        disks = self.load()
+        for name, record in disks.items():
+            for key, value in values.items():
+                setattr(record, key, record.obj_clone() if value is True
+                        else value)
+            disks.set(name, record)
+        self.assertIsNone(settle.untold(self.context, disks))
+
+    def test_on_no_host(self):
+        self.clean_up()
+        self.instance.host = None
+        self.assertIsNone(settle.untold(self.context, self.load()))
 
     def test_refuse_to_guess(self):
         self.begin()

@@ -26,7 +26,6 @@ import os
 import random
 import re
 
-import fixtures
 from lxml import etree
 
 from nova import exception

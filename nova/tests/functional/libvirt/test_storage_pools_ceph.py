@@ -708,6 +708,24 @@ class TestBetweenKindsFails(BetweenKindsTestBase):
         self.assertEqual([], self.files('compute1'))
         self.assertEqual(images, sorted(self.images))
 
+    def test_evacuation_into_ceph_fails(self):
+        server = self.boot()
+        self.fail_to_evacuate(server, 'compute1', 'compute2')
+        self.assertEqual(
+            {('compute2', name) for name in self.images},
+            {(host, name) for host, _pool, name in self.leftovers(server)})
+        self._evacuate_server(
+            server, {'host': 'compute2'}, expected_state='ACTIVE')
+        # No image is taken for the disk that another try has begun.
+        self.assertEqual(2 * 2, len(self.images))
+        self._delete_server(server)
+        self.assertEqual({}, self.images)
+
+    def leftovers(self, server):
+        return metadata.InstanceDisks.load(
+            self.context, objects.Instance.get_by_uuid(
+                self.context, server['id'])).leftovers
+
 
 class TestTakeOver(CephTestBase):
     """Servers of ``images_type = rbd`` and of pools are the same disks."""

@@ -84,10 +84,13 @@ def end(context: 'nova_context.RequestContext', instance_uuid: str,
         has_ports = bool(instance.get_network_info())
         if has_ports:
             # Nothing else of Nova's would bind them to where the guest is.
-            neutron.API().migrate_instance_start(
+            api = neutron.API()
+            api.migrate_instance_start(
                 cell, instance, objects.Migration(
                     source_compute=source, dest_compute=host,
                     migration_type=fields.MigrationType.LIVE_MIGRATION))
+            # An evacuation that was refused has left none to be activated.
+            api.setup_instance_network_on_host(cell, instance, host)
         instance.host, instance.node = host, node.hypervisor_hostname
         instance.compute_id = node.id
         # A refused start may have noted that there is no guest on the source;

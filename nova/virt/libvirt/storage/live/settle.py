@@ -87,6 +87,11 @@ UNDER_WAY = ('accepted', 'queued', 'preparing', 'running',
              'running (post-copy)', 'post-migrating')
 
 
+# Those that one may have whose source was killed at the end; a service that
+# starts makes it an error.
+_MAY_HAVE_ENDED = ('running', 'running (post-copy)', 'error')
+
+
 def going(disks):
     """Name and record of the disks that have a next place.
 
@@ -124,7 +129,7 @@ def settle(context, host, disks) -> None:
     """
     moving = going(disks)
     if not moving:
-        _refuse_untold(context, disks)
+        _refuse_untold(context, host, disks)
         return
     instance = disks.instance
     try:
@@ -169,9 +174,10 @@ def untold(context, disks) -> str | None:
     instance = disks.instance
     # A cold migration, or an evacuation, has more on record.
     hosts = {record.host for _name, record in disks.items()
-             if not record.is_building and record.previous is None and
+             if record.is_in_pool and not record.is_building and
+             record.previous is None and
              record.migration_id is None} - {instance.host}
-    if not hosts or instance.host is None:
+    if not hosts:
         return None
     moves = objects.MigrationList.get_by_filters(
         context.elevated(), {'instance_uuid': instance.uuid})
@@ -183,16 +189,21 @@ def untold(context, disks) -> str | None:
         move.dest_compute for move in moves
         if move.migration_type == fields.MigrationType.LIVE_MIGRATION and
         move.source_compute == instance.host and move.id > came and
-        move.dest_compute in hosts and move.status != 'completed'), None)
+        move.dest_compute in hosts and move.status in _MAY_HAVE_ENDED), None)
 
 
-def _refuse_untold(context, disks):
+def _refuse_untold(context, host, disks):
     """Refuse to start an instance, or destroy its disks, where it was."""
     there = untold(context, disks)
-    if there is not None and there != CONF.host:
+    if there is None or there == CONF.host:
+        return
+    try:
+        # A source that has cleaned up has none any more.
+        host.get_guest(disks.instance)
+    except exception.InstanceNotFound:
         raise _elsewhere(disks.instance, [
             (name, record) for name, record in disks.items()
-            if record.host == there])
+            if record.host == there and record.is_in_pool])
 
 
 def is_open(host, disks) -> bool:
@@ -401,7 +412,7 @@ def check_stays(context, host, instance, load) -> None:
             LOG.error('%s', e, instance=instance)
             return
         if not moving:
-            _refuse_untold(context, disks)
+            _refuse_untold(context, host, disks)
         elif moving[0][1].host == CONF.host:
             raise _elsewhere(instance, moving)
 

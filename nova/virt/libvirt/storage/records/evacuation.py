@@ -146,12 +146,22 @@ def give_up(disks):
             nova.context.get_admin_context(), instance.uuid,
             expected_attrs=[]).host == CONF.host:
         for name, record in replacing:
-            _restore(disks, name, record)
+            restore(disks, name, record)
 
 
-def _restore(disks, name, record):
+def restore(disks, name, record, is_deleted=False):
+    """Have a disk be what an evacuation was to replace.
+
+    :param disks: the instance's InstanceDisks; the caller saves them
+    :param record: of the disk that the evacuation has brought
+    :param is_deleted: whether that is, unless it is on Ceph: there only an
+        instance of this host has its disks deleted
+    """
     if not record.is_where_it_was:
-        leftovers.note_disk(disks, record)
+        if record.is_on_ceph:
+            leftovers.note(disks, record.host, [(record.pool, record.volume)])
+        elif not is_deleted:
+            leftovers.note_disk(disks, record)
     disks.set(name, record.previous)
 
 
@@ -351,7 +361,7 @@ def after_evacuation(instance, disks):
     for name, record in disks.items():
         if is_replacing(instance, record) and record.host != CONF.host:
             # That host was to make it, and has failed.
-            _restore(disks, name, record)
+            restore(disks, name, record)
     places = old_copies(instance, disks)
     forget_next(disks)
     for name, record in disks.items():

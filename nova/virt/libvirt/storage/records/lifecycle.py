@@ -434,7 +434,7 @@ def destroyed(disks) -> None:
                if record.previous is not None} - {CONF.host}
     for name, record in own:
         if evacuation.is_replacing(disks.instance, record):
-            disks.set(name, record.previous)
+            evacuation.restore(disks, name, record, is_deleted=True)
         elif reverting and record.previous is not None:
             disks.set(name, record.previous)
         elif reverting and len(origins) == 1:

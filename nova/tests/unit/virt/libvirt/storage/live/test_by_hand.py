@@ -175,6 +175,9 @@ class ByHandTestCase(test_settle.LiveTestCase):
         self.assertEqual('dest', self.instance.host)
         self.instance.save.assert_called_once_with()
         self.neutron.migrate_instance_start.assert_called_once()
+        # An evacuation that was refused has bound them to a third host.
+        self.neutron.setup_instance_network_on_host.assert_called_once_with(
+            self.context, self.instance, 'dest')
         self.neutron.setup_networks_on_host.assert_called_once_with(
             self.context, self.instance, host='source', teardown=True)
         self.assertRaises(exception.NoMigrationToSettle, self.end, True)

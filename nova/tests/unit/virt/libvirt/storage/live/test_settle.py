@@ -439,10 +439,32 @@ class SettleTestCase(LiveTestCase):
         # Where the guest is it may be ended.
         self.check_stays('dest')
 
-    def test_source_has_not_told_and_stops(self):
+    def test_guest_is_where_it_was(self):
+        """An older compute has the disks on record where they are not."""
         self.clean_up()
-        self.instance.task_state = task_states.POWERING_OFF
+        self.guests = {'source': fakelibvirt.VIR_DOMAIN_JOB_NONE}
+        self.off = fakelibvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN
+        self.settle('source')
+        self.instance.task_state = task_states.REBUILDING
         self.check_stays()
+
+    @ddt.data(('running', True), ('running (post-copy)', True),
+              ('failed', False), ('cancelled', False), ('accepted', False),
+              ('completed', False))
+    @ddt.unpack
+    def test_status(self, status, may_have_ended):
+        self.clean_up()
+        self.moves[0].status = status
+        self.assertEqual('dest' if may_have_ended else None,
+                         settle.untold(self.context, self.load()))
+
+    def test_disks_in_no_pool(self):
+        self.clean_up()
+        disks = self.load()
+        for name, record in disks.items():
+            record.backend = fields.LibvirtDiskBackend.RBD
+            disks.set(name, record)
+        self.assertIsNone(settle.untold(self.context, disks))
 
     def test_source_has_not_told_is_settled(self):
         self.clean_up()

@@ -491,12 +491,15 @@ class WalkTestBase(storage_pools.StoragePoolsTestBase):
         return host
 
     def _end_stray(self, host):
-        """End what an evacuation that has failed may have started."""
+        """End what an evacuation has started, if that compute has died."""
         guest = self.guest(host)
-        if guest is not None and host not in self.down:
-            guest._state = fakelibvirt.VIR_DOMAIN_SHUTOFF
-            guest.undefine()
-            self.tell('  guest on %s is ended' % host)
+        if guest is None or not guest.isActive() or host in self.down:
+            return
+        if host not in self.faults.dead:
+            self.violated('a guest is left on %s' % host)
+        guest._state = fakelibvirt.VIR_DOMAIN_SHUTOFF
+        guest.undefine()
+        self.tell('  guest on %s is ended' % host)
 
     def do_settle(self):
         """What an operator does when told to."""

@@ -298,18 +298,26 @@ class TestEvacuationFails(MovesTestBase):
         self.computes['compute1'].stop()
         self.force_down('compute1', True)
         with mock.patch(failing, side_effect=exception.InternalError('no')):
-            self._evacuate_server(server, expected_state='ERROR',
-                                  expected_migration_status='failed')
+            self._evacuate_server(
+                server, expected_state='ERROR', expected_migration_status=(
+                    'pre-migrating' if failing == self.AT_THE_END else
+                    'failed'))
         self.restart_compute_service('compute1')
         self.force_down('compute1', False)
 
     XML = 'nova.virt.libvirt.driver.LibvirtDriver._get_guest_xml'
     LAUNCH = 'nova.virt.libvirt.guest.Guest.launch'
+    # With the guest started
+    AFTERWARDS = ('nova.compute.manager.ComputeManager.'
+                  '_update_scheduler_instance_info')
+    AT_THE_END = ('nova.compute.resource_tracker.ResourceTracker.'
+                  'finish_evacuation')
 
-    @ddt.data(XML, LAUNCH)
+    @ddt.data(XML, LAUNCH, AFTERWARDS, AT_THE_END)
     def test_reboot_and_move(self, failing):
         server = self.boot_with_all()
         self.evacuate(server, failing)
+        self.assert_no_guest('compute2', server)
         self._reboot_server(server, hard=True)
         self.assert_ready('compute1', server, **ALL)
         self.assert_written('compute1', server)

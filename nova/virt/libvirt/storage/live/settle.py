@@ -175,9 +175,8 @@ def untold(context, disks) -> str | None:
     # A cold migration, or an evacuation, has more on record.
     hosts = {record.host for _name, record in disks.items()
              if record.is_in_pool and not record.is_building and
-             record.previous is None and
-             record.migration_id is None} - {instance.host}
-    if not hosts:
+             record.previous is None and record.migration_id is None}
+    if not hosts or 'host' not in instance or hosts == {instance.host}:
         return None
     moves = objects.MigrationList.get_by_filters(
         context.elevated(), {'instance_uuid': instance.uuid})
@@ -189,7 +188,8 @@ def untold(context, disks) -> str | None:
         move.dest_compute for move in moves
         if move.migration_type == fields.MigrationType.LIVE_MIGRATION and
         move.source_compute == instance.host and move.id > came and
-        move.dest_compute in hosts and move.status in _MAY_HAVE_ENDED), None)
+        move.dest_compute in hosts - {instance.host} and
+        move.status in _MAY_HAVE_ENDED), None)
 
 
 def _refuse_untold(context, host, disks):

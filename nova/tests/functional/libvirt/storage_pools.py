@@ -171,6 +171,12 @@ class StoragePoolsTestBase(base.ServersTestBase):
         (service,) = self.api.get_services(host=host, binary='nova-compute')
         self.api.put_service(service['id'], {'forced_down': down})
 
+    def sweep(self, host):
+        """Let a host delete what is left over on it."""
+        with self.hosts.on(host):
+            driver = self.computes[host].manager.driver
+            driver._local_disks.sweep(self.context, driver)
+
     def stub_remote_files(self):
         """Let nobody log in to another host to make its directories."""
         for what in ('create_dir', 'create_file', 'remove_dir',

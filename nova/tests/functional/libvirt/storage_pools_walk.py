@@ -407,11 +407,6 @@ class WalkTestBase(storage_pools.StoragePoolsTestBase):
             if host not in self.down:
                 self.sweep(host)
 
-    def sweep(self, host):
-        with self.hosts.on(host):
-            driver = self.computes[host].manager.driver
-            driver._local_disks.sweep(self.context, driver)
-
     def do_undefine(self):
         """What an operator does with guests that are in the way."""
         for host in self.other_hosts():

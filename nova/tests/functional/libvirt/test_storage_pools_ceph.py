@@ -318,9 +318,7 @@ class TestCeph(CephTestBase):
         self.assertEqual([disk], list(self.images.values()))
         for watchers in (1, 0):
             disk.watchers = watchers
-            with self.hosts.on('compute2'):
-                driver = self.computes['compute2'].manager.driver
-                driver._local_disks.sweep(self.context, driver)
+            self.sweep('compute2')
             self.assertEqual(watchers, len(self.images))
 
     def test_pool_is_a_directory_now(self):

@@ -454,9 +454,7 @@ class TestStaleDisks(MovesTestBase):
         server = self.boot_with_all()
         server = self.evacuate(server, 'compute1', 'compute2')
         self.restart_without_pool('compute1')
-        with self.hosts.on('compute1'):
-            driver = self.computes['compute1'].manager.driver
-            driver._local_disks.sweep(self.context, driver)
+        self.sweep('compute1')
         self.assertEqual([], self.volumes('compute1', server))
         self.assert_ready('compute2', server, **EVACUATED)
 
@@ -604,9 +602,7 @@ class TestEvacuationOfSharedRoots(MovesTestBase):
         self.force_down('compute1', False)
         self.stub_out('nova.virt.libvirt.storage.pool.mounts.is_local',
                       lambda path: True)
-        with self.hosts.on('compute1'):
-            driver = self.computes['compute1'].manager.driver
-            driver._local_disks.sweep(self.context, driver)
+        self.sweep('compute1')
         self.assertEqual(['disk'], self.volumes('compute1', server, 'shared'))
         self.assertEqual([], self.volumes('compute1', server))
         self.assertEqual(

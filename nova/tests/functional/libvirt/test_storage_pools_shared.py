@@ -61,11 +61,6 @@ class SharedTestBase(test_storage_pools_moves.MovesTestBase):
         self.restart_compute_service(host)
         self.force_down(host, False)
 
-    def sweep(self, host):
-        with self.hosts.on(host):
-            driver = self.computes[host].manager.driver
-            driver._local_disks.sweep(self.context, driver)
-
     def fail_to_evacuate(self, server, host, what='guest.Guest.launch'):
         with mock.patch('nova.virt.libvirt.' + what,
                         side_effect=exception.InternalError('no memory')):

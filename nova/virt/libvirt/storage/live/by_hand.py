@@ -60,17 +60,18 @@ def end(context: 'nova_context.RequestContext', instance_uuid: str,
                              'host': instance.host})
         disks = metadata.InstanceDisks.load(cell, instance)
         moving = settle.going(disks)
-        untold = None if moving else settle.untold(cell, disks)
-        if not moving and untold is None:
+        # Cut off here, it can be called again: the records say still that
+        # there is something to settle, and from where it went.
+        if moving:
+            source, host = moving[0][1].host, moving[0][1].next.host
+        else:
+            source, host = instance.host, settle.untold(cell, disks)
+        if host is None:
             raise exception.NoMigrationToSettle(
                 instance_uuid=instance_uuid,
                 reason=_('it has no disk on its way to another host'))
-        # Cut off here, it can be called again: the records say still that
-        # there is something to settle, and from where it went.
-        source, host = ((instance.host, untold) if untold else
-                        (moving[0][1].host, moving[0][1].next.host))
         if not moved:
-            if host in (instance.host, untold):
+            if not moving or instance.host == host:
                 raise exception.NoMigrationToSettle(
                     instance_uuid=instance_uuid,
                     reason=_('its guest has come to host %(host)s. Use '

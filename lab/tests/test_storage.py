@@ -340,7 +340,7 @@ class StorageTest(unittest.TestCase):
         self.assertEqual([64 * MIB, 0], found['taken'])
         for key in ('delete', 'grow', 'snapshot'):
             self.assertEqual('StorageVolumeHasSnapshots', found[key][0], key)
-            self.assertIn('Remove logical volumes u_disk-backup',
+            self.assertIn('at logical volumes u_disk-backup, and remove',
                           found[key][1])
         self.assertEqual([16 * MIB] * 2, found['size'])
         self.assertEqual(['of the guest', 16 * MIB, 8 * MIB],

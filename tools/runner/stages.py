@@ -32,6 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 TREE = ROOT / 'tree'
 TESTS = tomllib.loads((ROOT / 'tools/series.toml').read_text())['tests']
 UNIT = 'nova.tests.unit.'
+FUNCTIONAL = 'nova.tests.functional.'
 PUMP = 'virt/libvirt/storage/pump'
 # Where an interpreter finds what it does first in Nova's tests.
 START = 'runner/start'
@@ -43,7 +44,7 @@ WORKERS = ['--concurrency', str(os.cpu_count())]
 
 
 def test(tally):
-    for stage in (tools, style, unit, lab):
+    for stage in (tools, style, unit, functional_added, lab):
         stage(tally)
 
 
@@ -120,9 +121,20 @@ def newer_python(tally):
 
 
 def functional(tally):
-    names = ['nova.tests.functional.' + name for name in TESTS['functional']]
-    counting.stestr(tally, 'functional', TREE, [
-        '--test-path', './nova/tests/functional'], [
+    _functional(tally, 'functional', TREE,
+                [FUNCTIONAL + name for name in TESTS['functional']])
+
+
+def functional_added(tally):
+    """The functional tests of the series, but those that take long."""
+    _functional(tally, 'functional', TREE, [
+        name for name in functional_tests_of(TREE, touched(TREE, 'base'))
+        if name.removeprefix(FUNCTIONAL) not in TESTS['functional_long']])
+
+
+def _functional(tally, title, tree, names):
+    counting.stestr(tally, title, tree, [
+        '--test-path', './nova/tests/functional', '--top-dir', '.'], [
         *WORKERS, counting.modules(names)],
         env={**ENVIRONMENT, 'OS_TEST_TIMEOUT': '600'})
 
@@ -288,6 +300,9 @@ def _one_commit(tally, work, title, everything):
         counting.stestr(tally, title + 'unit', work, [
             '--test-path', _common_folder(names), '--top-dir', '.'], [
             *WORKERS, counting.modules(names)], env=ENVIRONMENT)
+    names = functional_tests_of(work, files, importing=True)
+    if names:
+        _functional(tally, title + 'functional', work, names)
 
 
 def touched(tree: pathlib.Path, since: str) -> list[str]:
@@ -312,12 +327,31 @@ def tests_of(tree: pathlib.Path, files: list[str],
                 'test_') and (tree / path).exists():
             found.add(path)
         elif of_package:
-            found |= _tests_that_import(tree, path)
+            found |= _tests_that_import(tree, path, UNIT)
+    return sorted(_module(str(path)) for path in found)
+
+
+def functional_tests_of(tree: pathlib.Path, files: list[str],
+                        importing: bool = False) -> list[str]:
+    """The functional tests among files.
+
+    :param importing: also those that import one of them; not those that
+        import a fixture, which nearly all of them do
+    """
+    found = set()
+    folder = _folder(FUNCTIONAL)
+    for path in map(pathlib.PurePath, files):
+        if path.suffix != '.py' or not path.is_relative_to(folder):
+            continue
+        if importing:
+            found |= _tests_that_import(tree, path, FUNCTIONAL)
+        if path.name.startswith('test_') and (tree / path).exists():
+            found.add(path)
     return sorted(_module(str(path)) for path in found)
 
 
 def _tests_of_module(tree, path, of_package):
-    folder = pathlib.PurePath(UNIT.replace('.', '/'), *path.parts[1:-1])
+    folder = _folder(UNIT).joinpath(*path.parts[1:-1])
     own = folder / ('test_' + path.name)
     if (tree / own).exists():
         return {own}
@@ -325,11 +359,11 @@ def _tests_of_module(tree, path, of_package):
             if of_package}
 
 
-def _tests_that_import(tree, path):
+def _tests_that_import(tree, path, below):
     importing = re.compile(r'^from %s import %s\b' % (
         re.escape(_module(str(path.parent))), re.escape(path.stem)), re.M)
     return {pathlib.PurePath(test.relative_to(tree))
-            for test in (tree / UNIT.replace('.', '/')).rglob('test_*.py')
+            for test in (tree / _folder(below)).rglob('test_*.py')
             if importing.search(test.read_text())}
 
 
@@ -337,6 +371,10 @@ def _common_folder(names):
     """Where to look for these tests: discovery imports all that is there."""
     paths = [name.replace('.', '/') for name in names]
     return './' + os.path.commonpath(map(os.path.dirname, paths))
+
+
+def _folder(package):
+    return pathlib.PurePath(package.replace('.', '/'))
 
 
 def _module(path):

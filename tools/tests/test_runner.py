@@ -215,6 +215,45 @@ class TestStages(RunnerTest):
                 stages.tests_of(self.top, [path], of_package=True))
             self.assertEqual([], stages.tests_of(self.top, [path]))
 
+    def test_functional_tests(self):
+        folder = self.top / 'nova/tests/functional/libvirt'
+        folder.mkdir(parents=True)
+        for name, text in (
+                ('base', ''), ('test_a', 'from {} import base\n'),
+                ('test_b', 'from {} import test_a as a\n'),
+                ('test_c', 'from {} import base_too\n')):
+            (folder / (name + '.py')).write_text(
+                text.format('nova.tests.functional.libvirt'))
+        for files, tests in (
+                (['base.py', 'gone.py', 'test_gone.py'], ['a']),
+                (['test_a.py'], ['a', 'b']), (['../../unit/test_d.py'], [])):
+            self.assertEqual(
+                ['nova.tests.functional.libvirt.test_' + name
+                 for name in tests],
+                stages.functional_tests_of(self.top, [
+                    os.path.normpath('nova/tests/functional/libvirt/' + name)
+                    for name in files], importing=True))
+        self.assertEqual(
+            ['nova.tests.functional.libvirt.test_a'],
+            stages.functional_tests_of(self.top, [
+                'nova/tests/functional/libvirt/test_a.py']))
+
+    def test_functional_tests_that_take_long(self):
+        names = ['nova/tests/functional/libvirt/test_%s.py' % name
+                 for name in ('new', 'long')]
+        with mock.patch.object(stages, 'touched', return_value=names), (
+                mock.patch.dict(stages.TESTS, functional_long=[
+                    'libvirt.test_long'])), (
+                mock.patch.object(stages, 'TREE', self.top)), (
+                mock.patch.object(stages, '_functional')) as run:
+            for name in names:
+                (self.top / name).parent.mkdir(parents=True, exist_ok=True)
+                (self.top / name).touch()
+            stages.functional_added(self.tally)
+        run.assert_called_once_with(
+            self.tally, 'functional', self.top,
+            ['nova.tests.functional.libvirt.test_new'])
+
     def test_start_of_an_interpreter(self):
         """A test that changes what it has read changes nobody else's."""
         done = subprocess.run(

@@ -96,9 +96,14 @@ class StoragePoolsTestBase(base.ServersTestBase):
                       purge_props=False):
         """Keep what a snapshot uploads; nothing is written behind that."""
         if data is not None:
-            self.glance._imagedata[image_id] = data.read(2 * GUEST)
-            metadata = dict(
-                metadata, size=len(self.glance._imagedata[image_id]))
+            content = b''
+            while len(content) < 2 * GUEST:
+                part = data.read(2 * GUEST - len(content))
+                if not part:
+                    break
+                content += part
+            self.glance._imagedata[image_id] = content
+            metadata = dict(metadata, size=len(content))
         return nova_fixtures.GlanceFixture.update(
             self.glance, context, image_id, metadata, data, purge_props)
 

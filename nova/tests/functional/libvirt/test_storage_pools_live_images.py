@@ -31,7 +31,7 @@ RULE = 'os_compute_api:servers:create_image:live'
 MEMORY_ID = store.MEMORY_ID
 
 
-class TestLiveImages(storage_pools.StoragePoolsTestBase):
+class LiveImagesTestBase(storage_pools.StoragePoolsTestBase):
 
     def setUp(self):
         super().setUp()
@@ -97,15 +97,6 @@ class TestLiveImages(storage_pools.StoragePoolsTestBase):
             image_uuid=image_id, flavor_id=flavor or self.flavor(),
             networks='none', host=host, **more)
 
-    def told(self, server):
-        """What the event of its last action tells."""
-        action = self.api.get_instance_actions(server['id'])[0]
-        (event,) = [event for event in
-                    self.api.get_instance_action_details(
-                        server['id'], action['request_id'])['events']
-                    if event['event'] == 'compute_live_snapshot_instance']
-        return str(event.get('details'))
-
     def assert_as_before(self, server, before):
         domain = self.domain('compute1', server)
         self.assertEqual(before, domain.XMLDesc(0))
@@ -114,6 +105,18 @@ class TestLiveImages(storage_pools.StoragePoolsTestBase):
         folder = capture.CONF.libvirt.snapshots_directory
         self.assertEqual([], [name for name in os.listdir(folder)
                               if name.startswith('live-image')])
+
+
+class TestLiveImages(LiveImagesTestBase):
+
+    def told(self, server):
+        """What the event of its last action tells."""
+        action = self.api.get_instance_actions(server['id'])[0]
+        (event,) = [event for event in
+                    self.api.get_instance_action_details(
+                        server['id'], action['request_id'])['events']
+                    if event['event'] == 'compute_live_snapshot_instance']
+        return str(event.get('details'))
 
     def test_save_and_go_on(self):
         source = self.source()

@@ -14,6 +14,7 @@
 import ddt
 import fixtures
 
+from nova.tests.functional.libvirt import storage_pools_disks as disks
 from nova.tests.functional.libvirt import storage_pools_walk as walks
 from nova.tests.functional.libvirt import test_storage_pools_shared as shared
 
@@ -29,9 +30,9 @@ class TestWalk(walks.WalkTestBase, shared.SharedTestBase):
 
     def prepare_pools(self):
         sharing = self.random.choice(SHARINGS)
-        common = walks.Directory(self.shared)
+        common = disks.Directory(self.shared)
         stores = {
-            host: common if host in sharing else walks.Directory(
+            host: common if host in sharing else disks.Directory(
                 self.useFixture(fixtures.TempDir()).path) for host in HOSTS}
         for host, store in stores.items():
             self.define_pool(host, 'pool', store.path)

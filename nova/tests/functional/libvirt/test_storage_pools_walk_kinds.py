@@ -18,6 +18,7 @@ from nova import exception
 import nova.privsep.fs
 from nova.storage import rbd_utils
 from nova.tests.fixtures import libvirt_faults
+from nova.tests.functional.libvirt import storage_pools_disks as disks
 from nova.tests.functional.libvirt import storage_pools_walk as walks
 from nova.tests.functional.libvirt import test_storage_pools_ceph as ceph
 from nova.tests.functional.libvirt import test_storage_pools_lvm as lvm
@@ -46,10 +47,10 @@ class KindsTestBase(walks.WalkTestBase):
         path = self.useFixture(fixtures.TempDir()).path
         self.define(host, "<pool type='dir'><name>pool</name><target><path>%s"
                     "</path></target></pool>" % path)
-        return walks.Directory(path)
+        return disks.Directory(path)
 
 
-class Group(walks.Store):
+class Group(disks.Store):
     """What is in a host's volume group."""
 
     def __init__(self, host, group):
@@ -104,7 +105,7 @@ class Image:
             offset + len(data):]
 
 
-class Images(walks.Store):
+class Images(disks.Store):
     """What is in a Ceph pool."""
 
     def __init__(self, name, images):

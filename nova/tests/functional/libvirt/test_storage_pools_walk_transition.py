@@ -15,12 +15,13 @@ import os
 
 import ddt
 
+from nova.tests.functional.libvirt import storage_pools_disks as disks
 from nova.tests.functional.libvirt import storage_pools_walk as walks
 
 HOSTS = walks.HOSTS
 
 
-class Instances(walks.Directory):
+class Instances(disks.Directory):
     """What a host has in its pool, and in its directory of instances."""
 
     def names(self):

@@ -39,6 +39,7 @@ from nova.virt.libvirt.storage.records import metadata
 
 HOSTS = ops.HOSTS
 VOLUME = nova_fixtures.CinderFixture.IMAGE_BACKED_VOL
+OTHERS = b'not of the one that is moved'
 
 # Weights, by what may be done in an instance's state; and in any state
 ALWAYS = {'go_down': 3, 'come_back': 3, 'sweep': 2, 'undefine': 1,
@@ -124,6 +125,17 @@ class WalkTestBase(ops.OperationsTestBase):
             self._attach_volume(self.server, VOLUME)
         self.number = 0
         self.write_anew()
+        self.boot_bystander()
+
+    def boot_bystander(self):
+        """Boot a server that nothing may happen to."""
+        bystander = self.boot('compute2', flavor=self.flavors[0])
+        self.others = self.records(bystander)['disk'].volume
+        self.store_of_bystander().open(self.others).write(
+            storage_pools.GUEST, OTHERS)
+
+    def store_of_bystander(self):
+        return self.disks[0].stores['compute2']
 
     def more_effects(self):
         """Return what else may fail, as libvirt_faults.EFFECTS has it."""
@@ -163,6 +175,10 @@ class WalkTestBase(ops.OperationsTestBase):
             self._short(record.next))
 
     def verify(self):
+        store = self.store_of_bystander()
+        if self.others not in store.names() or OTHERS != store.open(
+                self.others).read(storage_pools.GUEST, len(OTHERS)):
+            self.violated('the disk of another server is lost')
         instance = self.instance()
         if instance.vm_state.startswith('shelved'):
             return

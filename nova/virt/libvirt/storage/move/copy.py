@@ -304,14 +304,14 @@ class Transfer:
 
     def _copy_all(self):
         """Copy several disks at a time; the first error ends the others."""
-        waiting = [item for item in self.items if item.source]
-        # A small one takes its time, too: the others don't wait for it.
-        beside = [item for item in waiting
+        disks = [item for item in self.items if item.source]
+        # What is small takes its time, too: the disks don't wait for it.
+        beside = [item for item in disks
                   if isinstance(item, storage_item.GuestFiles)]
-        waiting.sort(key=lambda item: item not in beside)
+        disks = [item for item in disks if item not in beside]
         errors = self._errors
 
-        def work():
+        def work(waiting):
             while True:
                 with self._lock:
                     if not waiting or errors:
@@ -326,13 +326,16 @@ class Transfer:
         # of all disks together
         self._bandwidth = pump.Bandwidth(
             CONF.libvirt.storage_migration_bandwidth * units.Mi)
-        self.parallel = min(CONF.libvirt.storage_migration_parallel_disks +
-                            len(beside), len(waiting))
+        self.parallel = max(1, min(
+            CONF.libvirt.storage_migration_parallel_disks, len(disks)))
+        threads = [beside] * len(beside) + [disks] * (self.parallel - 1)
         with self.reporting():
             futures = [thread_pool_factory.spawn_on(
-                thread_pool_factory.ExecutorType.STORAGE_MIGRATION, work)
-                for _n in range(self.parallel - 1)]
-            work()
+                thread_pool_factory.ExecutorType.STORAGE_MIGRATION, work,
+                waiting) for waiting in threads]
+            work(disks)
+            # If that never got a thread
+            work(beside)
             for future in futures:
                 # One that never got a thread has nothing left to do.
                 if not future.cancel():

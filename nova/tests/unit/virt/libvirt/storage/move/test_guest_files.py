@@ -217,18 +217,39 @@ class MoveTestCase(FilesTestCase):
         self.assertFalse(arrival.is_due(self.instance, self.load()))
         self.assertTrue(files.has_tpm(self.instance))
 
-    def test_first_and_beside_the_disks(self):
-        # What is small takes its time, too.
+    def copied(self):
+        return [copy[0].name for copy in self.copies]
+
+    def move_with(self, spawn):
+        """Copy one disk at a time, with what this makes of a thread."""
         self.flags(storage_migration_parallel_disks=1, group='libvirt')
         outgoing = self.outgoing()
         outgoing.check()
-        with mock.patch('nova.thread_pool_factory.spawn_on') as spawn:
-            outgoing.run(self.directory)
-        spawn.assert_called_once()
+        self.stub_out('nova.thread_pool_factory.spawn_on', spawn)
+        outgoing.run(self.directory)
+        # Each disk has all of the bandwidth.
+        self.assertEqual(1, outgoing._transfer.parallel)
+
+    def test_beside_the_disks(self):
+        """On a thread that doesn't go on with a disk."""
+        files = [self.volume_name('files')]
+        future = mock.Mock()
+        future.cancel.return_value = False
+
+        def spawn(executor, work, *args):
+            work(*args)
+            self.assertEqual(files, self.copied())
+            return future
+
+        self.move_with(spawn)
+        future.result.assert_called_once_with()
         self.assertEqual(
-            [self.volume_name(name) for name in (
-                'files', 'disk', 'disk.config', 'disk.eph0')],
-            [copy[0].name for copy in self.copies])
+            files + [self.volume_name(name) for name in (
+                'disk', 'disk.config', 'disk.eph0')], self.copied())
+
+    def test_no_thread_for_what_goes_beside_the_disks(self):
+        self.move_with(lambda executor, work, *args: mock.Mock())
+        self.assertIn(self.volume_name('files'), self.copied())
 
     def test_copy_fails(self):
         self.copy_error = exception.InternalError('pump')

@@ -842,7 +842,7 @@ class RunTestCase(OutgoingTestCase):
     def test_no_thread_is_free(self):
         queued = []
 
-        def spawn_on(executor_type, work):
+        def spawn_on(executor_type, work, *args):
             queued.append(futurist.Future())
             return queued[-1]
 

@@ -366,7 +366,7 @@ class TestExports(AttackCase):
         # Nobody on host-a puts an end to it, nor goes on.
         with self.a.paused('nova-compute'):
             self.wait_for(
-                lambda: 'port %d, was ended: nobody has written for %d '
+                lambda: 'port %d, was ended: it has done nothing for %d '
                 'seconds' % (opened['port'], self.stall) in self.logged(),
                 self.stall + 120, 'the end of a silent export')
         found = self.settled(server)

@@ -44,7 +44,7 @@ WORKERS = ['--concurrency', str(os.cpu_count())]
 
 
 def test(tally):
-    for stage in (tools, style, unit, functional_added, lab):
+    for stage in (tools, style, unit, functional_fast, lab):
         stage(tally)
 
 
@@ -125,11 +125,10 @@ def functional(tally):
                 [FUNCTIONAL + name for name in TESTS['functional']])
 
 
-def functional_added(tally):
-    """The functional tests of the series, but those that take long."""
-    _functional(tally, 'functional', TREE, [
-        name for name in functional_tests_of(TREE, touched(TREE, 'base'))
-        if name.removeprefix(FUNCTIONAL) not in TESTS['functional_long']])
+def functional_fast(tally):
+    """Some of the functional tests, that have a bit of everything."""
+    _functional(tally, 'functional', TREE,
+                [FUNCTIONAL + name for name in TESTS['functional_fast']])
 
 
 def _functional(tally, title, tree, names):
@@ -300,7 +299,7 @@ def _one_commit(tally, work, title, everything):
         counting.stestr(tally, title + 'unit', work, [
             '--test-path', _common_folder(names), '--top-dir', '.'], [
             *WORKERS, counting.modules(names)], env=ENVIRONMENT)
-    names = functional_tests_of(work, files, importing=True)
+    names = functional_tests_of(work, files)
     if names:
         _functional(tally, title + 'functional', work, names)
 
@@ -331,20 +330,17 @@ def tests_of(tree: pathlib.Path, files: list[str],
     return sorted(_module(str(path)) for path in found)
 
 
-def functional_tests_of(tree: pathlib.Path, files: list[str],
-                        importing: bool = False) -> list[str]:
-    """The functional tests among files.
+def functional_tests_of(tree: pathlib.Path, files: list[str]) -> list[str]:
+    """The functional tests among files, and those that import one of them.
 
-    :param importing: also those that import one of them; not those that
-        import a fixture, which nearly all of them do
+    Not those that import a fixture, which nearly all of them do.
     """
     found = set()
     folder = _folder(FUNCTIONAL)
     for path in map(pathlib.PurePath, files):
         if path.suffix != '.py' or not path.is_relative_to(folder):
             continue
-        if importing:
-            found |= _tests_that_import(tree, path, FUNCTIONAL)
+        found |= _tests_that_import(tree, path, FUNCTIONAL)
         if path.name.startswith('test_') and (tree / path).exists():
             found.add(path)
     return sorted(_module(str(path)) for path in found)

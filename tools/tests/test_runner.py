@@ -232,27 +232,7 @@ class TestStages(RunnerTest):
                  for name in tests],
                 stages.functional_tests_of(self.top, [
                     os.path.normpath('nova/tests/functional/libvirt/' + name)
-                    for name in files], importing=True))
-        self.assertEqual(
-            ['nova.tests.functional.libvirt.test_a'],
-            stages.functional_tests_of(self.top, [
-                'nova/tests/functional/libvirt/test_a.py']))
-
-    def test_functional_tests_that_take_long(self):
-        names = ['nova/tests/functional/libvirt/test_%s.py' % name
-                 for name in ('new', 'long')]
-        with mock.patch.object(stages, 'touched', return_value=names), (
-                mock.patch.dict(stages.TESTS, functional_long=[
-                    'libvirt.test_long'])), (
-                mock.patch.object(stages, 'TREE', self.top)), (
-                mock.patch.object(stages, '_functional')) as run:
-            for name in names:
-                (self.top / name).parent.mkdir(parents=True, exist_ok=True)
-                (self.top / name).touch()
-            stages.functional_added(self.tally)
-        run.assert_called_once_with(
-            self.tally, 'functional', self.top,
-            ['nova.tests.functional.libvirt.test_new'])
+                    for name in files]))
 
     def test_start_of_an_interpreter(self):
         """A test that changes what it has read changes nobody else's."""

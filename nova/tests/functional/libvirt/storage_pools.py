@@ -209,6 +209,15 @@ class StoragePoolsTestBase(base.ServersTestBase):
         # just before, which ends what has been begun since.
         self.notifier.wait_for_versioned_notifications('compute.exception')
 
+    def wait_for_failure(self, server):
+        """Wait until a server is in error, and what has failed is over.
+
+        :returns: the server
+        """
+        server = self._wait_for_state_change(server, 'ERROR')
+        self.notifier.wait_for_versioned_notifications('compute.exception')
+        return server
+
     def assert_told(self, server, *words):
         """Whoever looks at the server's migration reads these words."""
         actions = self.api.get_instance_actions(server['id'])

@@ -33,6 +33,7 @@ class OperationsTestBase(storage_pools.StoragePoolsTestBase):
 
     :ivar server: the API's server
     :ivar disks: list of storage_pools_disks.Disk
+    :ivar number: of what has been written to disks
     :ivar flavors: list of flavor ids to resize to
     :ivar random: a random.Random
     :ivar faults: libvirt_faults.Faults
@@ -122,6 +123,7 @@ class OperationsTestBase(storage_pools.StoragePoolsTestBase):
                         storage_pools.GUEST, 6), []).append(
                             '%s/%s' % (store, name))
         return found
+
     # Hosts
 
     def power_off(self, host):

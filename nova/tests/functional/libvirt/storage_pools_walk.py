@@ -207,6 +207,7 @@ class WalkTestBase(ops.OperationsTestBase):
         for path, hosts in users.items():
             if len(hosts) > 1:
                 self.violated('%s use %s' % (hosts, path))
+
     # An operation
 
     def do(self, name, is_faulty=False):
@@ -260,6 +261,7 @@ class WalkTestBase(ops.OperationsTestBase):
             self.do_clean_caches()
         except Exception:
             self.work_failed.append(traceback.format_exc())
+
     # A walk
 
     def choices(self):

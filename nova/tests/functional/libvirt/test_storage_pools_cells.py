@@ -58,6 +58,13 @@ class TwoCells:
                 in_cell, objects.Instance.get_by_uuid(
                     in_cell, server['id'])).items())
 
+    def wait_for_failure(self, server):
+        # Last of all the conductor puts things back.
+        server = self._wait_for_state_change(server, 'ERROR')
+        self._wait_for_action_fail_completion(
+            server, 'migrate', 'conductor_migrate_server')
+        return server
+
     def confirm(self, server):
         self.api.post_server_action(server['id'], {'confirmResize': None})
         return self._wait_for_state_change(server, 'ACTIVE')
@@ -102,7 +109,7 @@ class TestWithoutPoolsInTheOtherCell(CephCellsTestBase):
     def test_refused(self):
         server = self.boot_and_write()
         self.api.post_server_action(server['id'], {'migrate': None})
-        server = self._wait_for_state_change(server, 'ERROR')
+        server = self.wait_for_failure(server)
         self.assertEqual(NAMES, self.names())
         self.assertIn('Give the hosts of each cell', self.stdlog.logger.output)
         self._reboot_server(server, hard=True)
@@ -133,7 +140,7 @@ class TestOneCephPool(CephCellsTestBase):
         with mock.patch('nova.virt.libvirt.guest.Guest.launch',
                         side_effect=exception.InternalError('no memory')):
             self.api.post_server_action(server['id'], {'migrate': None})
-            self._wait_for_state_change(server, 'ERROR')
+            self.wait_for_failure(server)
         self._reboot_server(server, hard=True)
         self.assert_runs_with(server, 'compute1', NAMES)
 

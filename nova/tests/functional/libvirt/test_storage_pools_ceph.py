@@ -412,7 +412,7 @@ class TestCephCutOff(CephTestBase):
         with mock.patch(**patch):
             self.api.post_server_action(
                 server['id'], {'migrate': {'host': 'compute2'}})
-            self._wait_for_state_change(server, 'ERROR')
+            self.wait_for_failure(server)
         server = self._reboot_server(server, hard=True)
         self.assert_on('compute2', server)
         self.assertEqual({None}, {
@@ -514,7 +514,7 @@ class TestCephCutOff(CephTestBase):
         server = self._migrate_server(server)
         self.ceph.answers = False
         self.api.post_server_action(server['id'], {'confirmResize': None})
-        self._wait_for_state_change(server, 'ERROR')
+        self.wait_for_failure(server)
         self.ceph.answers = True
         self._reboot_server(server, hard=True)
         self.assert_on('compute2', server)

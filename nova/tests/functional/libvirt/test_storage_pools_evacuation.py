@@ -115,7 +115,7 @@ class TestOnOneHost(UnfinishedTestBase):
         with mock.patch('nova.network.neutron.API.setup_networks_on_host',
                         side_effect=exception.InternalError('timeout')):
             self.api.post_server_action(server['id'], {'confirmResize': None})
-            server = self._wait_for_state_change(server, 'ERROR')
+            server = self.wait_for_failure(server)
         self.reset_state(server)
         self.go_down('compute1')
         server = self.fail_to_evacuate(server, 'compute2', XML)
@@ -213,7 +213,7 @@ class TestOnTwoHosts(UnfinishedTestBase):
                         side_effect=exception.InternalError('no Glance')):
             self.api.post_server_action(
                 server['id'], {'migrate': {'host': 'compute2'}})
-            server = self._wait_for_state_change(server, 'ERROR')
+            server = self.wait_for_failure(server)
         self.go_down('compute2')
         with mock.patch('nova.virt.libvirt.' + XML,
                         side_effect=exception.InternalError('no memory')):
@@ -238,7 +238,7 @@ class TestOnTwoHosts(UnfinishedTestBase):
                 'nova.virt.libvirt.storage.pool.ownership.delete_volumes',
                 side_effect=exception.InternalError('killed')):
             self.api.post_server_action(server['id'], {'revertResize': None})
-            server = self._wait_for_state_change(server, 'ERROR')
+            server = self.wait_for_failure(server)
         self.go_down('compute2')
         with mock.patch('nova.virt.libvirt.' + XML,
                         side_effect=exception.InternalError('no memory')):

@@ -496,7 +496,7 @@ class TestStaleDisks(MovesTestBase):
                 'no')), mock.patch(self.DELETE, return_value=False):
             self.api.post_server_action(server['id'], {'rebuild': {
                 'imageRef': storage_pools.IMAGE}})
-            self._wait_for_state_change(server, 'ERROR')
+            self.wait_for_failure(server)
         self.spoil('compute1', server)
         self.api.post_server_action(
             server['id'], {'reboot': {'type': 'HARD'}})
@@ -653,7 +653,7 @@ class TestCutOff(MovesTestBase):
                 side_effect=exception.InternalError('no XML')):
             self.api.post_server_action(server['id'], {'migrate': {
                 'host': 'compute2'}})
-            server = self._wait_for_state_change(server, 'ERROR')
+            server = self.wait_for_failure(server)
         self.api.post_server_action(
             server['id'], {'reboot': {'type': 'HARD'}})
         server = self._wait_for_state_change(server, 'ACTIVE')
@@ -679,7 +679,7 @@ class TestCutOff(MovesTestBase):
                         side_effect=accept):
             self.api.post_server_action(server['id'], {'resize': {
                 'flavorRef': self.flavor(ephemeral=1, swap=64)}})
-            server = self._wait_for_state_change(server, 'ERROR')
+            server = self.wait_for_failure(server)
         compute._set_instance_info = set_flavor
         for _again in range(2):
             self._reboot_server(server, hard=True)
@@ -696,7 +696,7 @@ class TestCutOff(MovesTestBase):
                 'nova.virt.libvirt.storage.pool.ownership.delete_volumes',
                 side_effect=exception.InternalError('killed')):
             self.api.post_server_action(server['id'], {'revertResize': None})
-            self._wait_for_state_change(server, 'ERROR')
+            self.wait_for_failure(server)
         # Nothing boots from what may be half deleted.
         self.api.post_server_action(
             server['id'], {'reboot': {'type': 'HARD'}})

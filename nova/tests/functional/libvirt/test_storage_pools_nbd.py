@@ -99,7 +99,7 @@ class TestFailedResizeOverNbd(NbdTestBase):
                         side_effect=exception.InternalError('no')):
             self.api.post_server_action(server['id'], {'resize': {
                 'flavorRef': self.flavor(disk=3)}})
-            server = self._wait_for_state_change(server, 'ERROR')
+            server = self.wait_for_failure(server)
         self._reboot_server(server, hard=True)
         self.assertEqual(3 << 30, self.records(server)['disk'].size)
         host = server['OS-EXT-SRV-ATTR:host']

@@ -290,7 +290,7 @@ class TestPoolsOnOneHost(CloudTestCase):
             server.migrate('host-b')
         self.assertEqual('host-a', server.host)
         self.assertEqual(before.boot_id, server.look().boot_id)
-        self.assertIn('There is no storage pool nova-disks-pool on host '
+        self.assertIn('define and start storage pool nova-disks-pool on host '
                       'host-b', self.service_log('host-b'))
         self.assert_nothing_left(server, 'host-b')
 

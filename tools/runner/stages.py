@@ -151,10 +151,11 @@ def lab(tally):
     full = os.environ.get('LAB_SCENARIOS') == 'all'
     for level, pattern in (('hosts', r'^lab\.tests\.(?!test_cloud)'),
                            ('cloud', r'^lab\.tests\.test_cloud')):
+        if os.environ.get('LAB_LEVEL', level) != level:
+            continue
         title = 'lab ' + level
-        if os.environ.get('LAB_LEVEL', level) == level and counting.command(
-                tally, title + ' ready', [
-                    ROOT / 'lab/lab', 'prepare', '--level', level], ROOT,
+        if counting.command(tally, title + ' ready', [
+                ROOT / 'lab/lab', 'prepare', '--level', level], ROOT,
                 env=name):
             counting.stestr(tally, title, ROOT, [
                 '--test-path', 'lab/tests', '--top-dir', '.'], [

@@ -290,6 +290,21 @@ class TestStages(RunnerTest):
             stages.lab(self.tally)
         self.assertEqual((0, 0, 1), self.sums())
 
+    def test_lab_at_one_level(self):
+        (self.top / 'lab/tests').mkdir(parents=True)
+        for level, releases in (('hosts', ['trixie']), ('cloud', [])):
+            with mock.patch.multiple(
+                    stages, ROOT=self.top, _no_lab=lambda: None), (
+                    mock.patch.object(stages, '_on_release')) as on, (
+                    mock.patch.object(stages.counting, 'command',
+                                      return_value=False)) as command, (
+                    mock.patch.dict(os.environ, LAB_LEVEL=level,
+                                    LAB_SCENARIOS='fast')):
+                stages.lab(self.tally)
+            command.assert_called_once()
+            self.assertEqual('lab %s ready' % level, command.call_args[0][1])
+            self.assertEqual(releases, [c[0][1] for c in on.call_args_list])
+
     def test_lab_on_a_release_without_a_root(self):
         """The reason isn't the log that follows it."""
         command = self.top / 'lab' / 'lab'

@@ -115,7 +115,7 @@ class TestDefault(CloudTestCase):
         self.addCleanup(self.cloud.set_images_type, self.images_type)
         self.assertEqual(before + 1, self.warnings())
         server = self.boot('file', flavor='lab.small.disks')
-        self.assertIn('instances/ID/disk', self.lies(server, 'host-a'))
+        self.assertIn('disk', server.files_on('host-a'))
         self.assertNotIn('volume nova-disks-pool/ID_disk',
                          self.lies(server, 'host-a'))
 

@@ -383,9 +383,8 @@ class WalkTestBase(ops.OperationsTestBase):
         for _time in range(2):
             for host in HOSTS:
                 self.sweep(host)
-        for disk in self.disks:
-            found = [name for store in disk.stores.values()
-                     for name in store.names()
-                     if name.startswith(self.server['id'])]
-            if found:
-                self.fail('\n'.join(['left: %s' % found, *self.told]))
+        found = [name for disk in self.disks
+                 for store in disk.stores.values() for name in store.names()
+                 if name.startswith(self.server['id'])]
+        if found:
+            self.fail('\n'.join(['left: %s' % found, *self.told]))

@@ -16,6 +16,7 @@ import os
 import fixtures
 from lxml import etree
 from oslo_utils.fixture import uuidsentinel as uuids
+import tenacity
 
 from nova import context as nova_context
 import nova.privsep.qemu
@@ -42,11 +43,11 @@ class LiveImagesTestBase(storage_pools.StoragePoolsTestBase):
             lambda *command: self.guests.convert(*command) or run(*command)))
         # Nobody else owns what libvirt makes here.
         self.useFixture(fixtures.MockPatch('nova.privsep.path.chown'))
-        self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.storage.live_image.capture.PATIENCE', 1))
         for retried in (capture._let_go_on, capture._put_back,
                         capture._end_jobs):
             self.useFixture(fixtures.MockPatchObject(retried.retry, 'sleep'))
+            self.useFixture(fixtures.MockPatchObject(
+                retried.retry, 'stop', tenacity.stop_after_attempt(3)))
         # Nova's own user, whose images say whose they are.
         self.useFixture(fixtures.MockPatchObject(
             store, 'service_context', lambda: nova_context.RequestContext(

@@ -17,8 +17,6 @@ Or the compute that is at it dies before or after that effect.
 import os
 
 import ddt
-import fixtures
-import tenacity
 
 from nova import exception
 from nova.tests import fixtures as nova_fixtures
@@ -42,10 +40,6 @@ class TestFaults(test_storage_pools_live_images.LiveImagesTestBase):
 
     def setUp(self):
         super().setUp()
-        for retried in (capture._let_go_on, capture._put_back,
-                        capture._end_jobs):
-            self.useFixture(fixtures.MockPatchObject(
-                retried.retry, 'stop', tenacity.stop_after_attempt(3)))
         os.makedirs(capture.CONF.libvirt.snapshots_directory)
         self.threads = self.useFixture(libvirt_faults.Threads())
         self.faults = self.useFixture(libvirt_faults.Faults(self.hosts, (

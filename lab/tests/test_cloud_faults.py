@@ -264,6 +264,10 @@ class TestPools(FaultsCase):
         finally:
             self.a.run(['pkill', '-f', 'vol-clon[e]'], check=False)
             copying.wait()
+            # libvirt goes on with it.
+            self.wait_for(lambda: not self.a.run(
+                [*virsh, 'pool-refresh', BASES], check=False).returncode,
+                300, 'the end of the copy')
         self.assertEqual(server.get().image.id, image.id)
 
 

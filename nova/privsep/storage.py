@@ -215,6 +215,46 @@ def dig_holes(path: str) -> None:
 
 
 @nova.privsep.sys_admin_pctxt.entrypoint
+def wipe(path: str, offset: int, length: int, mode: int) -> None:
+    """As :func:`unprivileged_wipe`, of a file that may not be nova's."""
+    unprivileged_wipe(path, offset, length, mode)
+
+
+# This function is deliberately not wrapped in a privsep entrypoint
+def unprivileged_wipe(path: str, offset: int, length: int, mode: int) -> None:
+    """Let a part of a file read as zeroes, and then others read the file.
+
+    Its blocks are given back where the file system can do that. The file may
+    be in use, but for that part.
+
+    :param offset: of the part's first byte
+    :param length: of the part, in bytes
+    :param mode: the permissions that the file gets when all that is on the
+        disk, a number, e.g. 0o644
+    :raises: OSError
+    """
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        try:
+            processutils.execute('fallocate', '--punch-hole', '-o', offset,
+                                 '-l', length, path)
+        except processutils.ProcessExecutionError:
+            for begin in range(offset, offset + length, _CHUNK):
+                _write_all(fd, bytes(min(_CHUNK, offset + length - begin)),
+                           begin)
+        os.fsync(fd)
+        os.fchmod(fd, mode)
+    finally:
+        os.close(fd)
+
+
+def _write_all(fd, data, position):
+    while data:
+        count = os.pwrite(fd, data, position)
+        data, position = data[count:], position + count
+
+
+@nova.privsep.sys_admin_pctxt.entrypoint
 def names_in(directory: str) -> list[str]:
     """List a directory.
 
@@ -256,8 +296,10 @@ def _backing_file(path):
         offset, length = struct.unpack_from('>QI', header, 8)
         if not offset or length > 1023:
             return None
-        return os.pread(f.fileno(), length, offset).decode(
-            errors='replace') if offset < 1 << 62 else None
+        name = os.pread(f.fileno(), length, offset).decode(
+            errors='replace') if offset < 1 << 62 else ''
+        # A guest may have written it: no path has a null.
+        return name if '\0' not in name else None
 
 
 @nova.privsep.sys_admin_pctxt.entrypoint

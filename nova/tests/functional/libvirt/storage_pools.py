@@ -254,6 +254,17 @@ class StoragePoolsTestBase(base.ServersTestBase):
         return sorted(os.listdir(
             os.path.join(self.directories[host], 'disks')))
 
+    def lose_image(self, roles=('admin',)):
+        """Have Glance lose the image.
+
+        :param roles: of Nova's own user
+        """
+        del self.glance.images[IMAGE]
+        own = nova_context.RequestContext(
+            'nova', 'service', auth_token='token', roles=roles)
+        self.stub_out('nova.virt.libvirt.storage.service_user.admin_context',
+                      lambda: own)
+
     def instance_path(self, host, server):
         return os.path.join(self.directories[host], server['id'])
 

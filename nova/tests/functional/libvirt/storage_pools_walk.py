@@ -324,7 +324,10 @@ class WalkTestBase(ops.OperationsTestBase):
             self.violated('its volume is not attached')
         self.do('write')
         self.do('migrate')
-        if self.instance().vm_state == 'error' and 'undefine' in self.fault():
+        for _host in HOSTS:
+            if (self.instance().vm_state != 'error' or
+                    'undefine' not in self.fault()):
+                break
             self.do('undefine')
             self.act(**{'os-resetState': {'state': 'active'}})
             self.do('migrate')

@@ -204,12 +204,20 @@ class TestLiveMigration(LiveTestBase):
 
     def test_base_image_that_glance_has_lost(self):
         server = self.boot_with_all()
-        del self.glance.images[storage_pools.IMAGE]
+        self.lose_image()
         self._live_migrate(server, host='compute2')
         self.assert_moved(server, 'compute2', 'compute1')
         with open(os.path.join(self.directories['compute2'], '_base',
                                moves.BASE), 'rb') as f:
             self.assertEqual(storage_pools.CONTENT, f.read())
+
+    def test_base_image_that_glance_may_have_for_others(self):
+        server = self.boot_with_all()
+        self.lose_image(roles=['service'])
+        self._live_migrate(server, host='compute2')
+        self.assert_moved(server, 'compute2', 'compute1')
+        self.assertFalse(os.path.exists(os.path.join(
+            self.directories['compute2'], '_base', moves.BASE)))
 
     def test_failure_in_the_midst(self):
         server = self.boot_with_all()

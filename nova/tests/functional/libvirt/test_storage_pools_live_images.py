@@ -138,6 +138,10 @@ class TestLiveImages(LiveImagesTestBase):
             self.assertEqual(b'warm', domain.memory)
             self.assertEqual(fakelibvirt.VIR_DOMAIN_RUNNING, domain._state)
             self.assertEqual({}, domain._snapshots)
+            # Nor is it in the disk, where it would stay and move along.
+            disk = self.guests._file(domain, domain.xml.find(
+                "devices/disk[@device='disk']"))
+            self.assertNotIn(b'warm', disk.read(0, disk.length))
             self.assertEqual([server['id'] + '_disk.config'], domain.media)
             self.assertEqual(
                 server['id'],

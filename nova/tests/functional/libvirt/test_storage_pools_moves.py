@@ -230,12 +230,24 @@ class TestMoves(MovesTestBase):
 
     def test_base_image_that_glance_has_lost(self):
         server = self.boot_with_all()
-        del self.glance.images[storage_pools.IMAGE]
+        self.lose_image()
         self._migrate_server(server)
         self.assert_waits(server)
         with open(os.path.join(
                 self.directories['compute2'], '_base', BASE), 'rb') as f:
             self.assertEqual(storage_pools.CONTENT, f.read())
+        self._confirm_resize(server)
+        self.assert_settled(server, 'compute2', 'compute1')
+        self.assert_deleted(server)
+
+    def test_base_image_that_glance_may_have_for_others(self):
+        """Nobody takes the source's for it, so the disk comes without."""
+        server = self.boot_with_all()
+        self.lose_image(roles=['service'])
+        self._migrate_server(server)
+        self.assert_waits(server)
+        self.assertFalse(os.path.exists(os.path.join(
+            self.directories['compute2'], '_base', BASE)))
         self._confirm_resize(server)
         self.assert_settled(server, 'compute2', 'compute1')
         self.assert_deleted(server)

@@ -126,6 +126,27 @@ class TestTransition(TransitionTestBase):
         self._delete_server(server)
         self.assert_nothing_left(server)
 
+    def test_back_by_shelving(self):
+        """No other way leads from a pool to a host without pools."""
+        self.flags(shelved_offload_time=0)
+        server = self.boot('compute2', ephemeral=1, swap=64)
+        self._shelve_server(server)
+        self.assert_nothing_left(server, 'compute2')
+        service = self.computes['compute2'].service_ref
+        self.api.put_service(service.uuid, {'status': 'disabled'})
+        server = self._unshelve_server(server)
+        self.assertEqual('compute1', server['OS-EXT-SRV-ATTR:host'])
+        paths = {path for _format, path in self.guest_disks(
+            'compute1', server).values()}
+        self.assertEqual(
+            {self.legacy_path(server, name) for name in DISKS}, paths)
+        self.assertEqual(
+            {'qcow2', 'flat'}, {record.backend for record in
+                                self.records(server).values()})
+        self._delete_server(server)
+        self.assertFalse(os.path.exists(
+            self.instance_path('compute1', server)))
+
     def test_rescue_of_a_legacy_server_after_the_upgrade(self):
         server = self.boot_legacy()
         self.upgrade()

@@ -15,6 +15,7 @@ import os
 import stat
 
 import fixtures
+from oslo_concurrency import processutils
 
 import nova.privsep.storage
 from nova import test
@@ -126,3 +127,55 @@ class TestTakeTree(test.NoDBTestCase):
         os.symlink('/etc', self.tree)
         self.take()
         self.assertEqual([], self.owned)
+
+
+class TestWipe(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(nova_fixtures.PrivsepFixture())
+        self.path = os.path.join(
+            self.useFixture(fixtures.TempDir()).path, 'disk')
+        with open(self.path, 'wb') as f:
+            f.write(b'a' * 4096 + b'secret' * 4096 + b'z')
+        os.chmod(self.path, 0o600)
+
+    def wipe(self):
+        nova.privsep.storage.wipe(self.path, 4096, 6 * 4096, 0o644)
+        with open(self.path, 'rb') as f:
+            self.assertEqual(b'a' * 4096 + bytes(6 * 4096) + b'z', f.read())
+        self.assertEqual(0o644, stat.S_IMODE(os.stat(self.path).st_mode))
+
+    def test_wipe(self):
+        before = os.stat(self.path).st_blocks
+        self.wipe()
+        if os.stat(self.path).st_blocks == before:
+            self.skipTest('this file system makes no holes')
+
+    def test_wipe_where_no_holes_are_made(self):
+        """NFS 4.1 for one."""
+        self.useFixture(fixtures.MockPatchObject(
+            processutils, 'execute',
+            side_effect=processutils.ProcessExecutionError(stderr='no')))
+        self.useFixture(fixtures.MockPatchObject(
+            nova.privsep.storage, '_CHUNK', 5000))
+        self.wipe()
+
+    def test_wipe_fails(self):
+        """Nobody else reads what is still there."""
+        for call in ('fsync', 'pwrite'):
+            with fixtures.MockPatchObject(
+                    processutils, 'execute',
+                    side_effect=processutils.ProcessExecutionError()), (
+                fixtures.MockPatchObject(
+                    os, call, side_effect=OSError(errno.EIO, 'broken'))):
+                self.assertRaises(OSError, self.wipe)
+            self.assertEqual(0o600, stat.S_IMODE(os.stat(self.path).st_mode))
+
+    def test_wipe_follows_no_link(self):
+        link = self.path + '.link'
+        os.symlink(self.path, link)
+        self.assertRaises(OSError, nova.privsep.storage.wipe, link, 0, 9,
+                          0o644)
+        with open(self.path, 'rb') as f:
+            self.assertEqual(b'a' * 9, f.read(9))

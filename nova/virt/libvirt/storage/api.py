@@ -872,7 +872,9 @@ class LocalDisks:
         if not self._has_pools:
             return
         try:
-            orphans.sweep(context, self._connection(), own)
+            # Where disks are files, Nova leaves directories as it always has.
+            orphans.sweep(context, self._connection(), own,
+                          with_directories=makes_pool_disks())
         except exception.StoragePoolError as e:
             LOG.warning('Volumes that are left over are not looked for: %s', e)
 

@@ -122,6 +122,8 @@ class Mover:
         self._nodes: dict[str, tuple[float, list]] = {}
         # Hosts on which a hard reboot has moved nothing.
         self._in_vain: set[str] = set()
+        # Hosts on which legacy disks have come as such.
+        self._kept_legacy: set[str] = set()
 
     def run(self, host: str | None = None, limit: int | None = None,
             dry_run: bool = False) -> Result:
@@ -193,9 +195,14 @@ class Mover:
             elif instance.task_state:
                 raise Later(_('is busy: %s; run the command again later') %
                             instance.task_state)
+            source = instance.host
             ways = self._ways(cell, instance)
             refusals = []
             for way, act in ways.items():
+                if instance.host != source and (
+                        act.func == self._live_migrate):
+                    # Once is enough; what is left is a hard reboot there.
+                    continue
                 self._tell(prefix + way)
                 try:
                     act(prefix)
@@ -234,12 +241,12 @@ class Mover:
 
     # What can be done
 
-    def _ways(self, cell, instance) -> dict[str, ty.Callable]:
+    def _ways(self, cell, instance) -> dict[str, functools.partial]:
         """What to try, by its name, in this order.
 
         :raises: Later with what is in the way
         """
-        found: dict[str, ty.Callable] = {}
+        found: dict[str, functools.partial] = {}
         reasons = []
         if not self._means.live:
             reasons.append(_('--live is not given'))
@@ -255,6 +262,9 @@ class Mover:
             if not found:
                 reasons.append(_('no other host of its cell is ready to take '
                                  'disks into storage pools'))
+                if self._kept_legacy:
+                    reasons.append(_('legacy disks have come as such to %s') %
+                                   ', '.join(sorted(self._kept_legacy)))
         why_not = self._no_reboot(cell, instance)
         if why_not:
             reasons.append(why_not)
@@ -304,7 +314,8 @@ class Mover:
         others = [node for node in self._nodes_of(cell)
                   if node.host != instance.host]
         ready = [node for node in others if (node.stats or {}).get(
-            readiness.STAT) == readiness.READY]
+            readiness.STAT) == readiness.READY and
+            node.host not in self._kept_legacy]
         if ready and len(ready) == len(others):
             return [None]
         ready.sort(key=lambda node: -(node.free_disk_gb or 0))
@@ -313,10 +324,18 @@ class Mover:
     # Doing it
 
     def _live_migrate(self, cell, instance, host, prefix):
-        with self._asked(cell, instance, prefix):
-            self._api.live_migrate(
-                cell, instance, block_migration=None, disk_over_commit=None,
-                host_name=host, force=False if host else None, async_=True)
+        source = instance.host
+        try:
+            with self._asked(cell, instance, prefix):
+                self._api.live_migrate(
+                    cell, instance, block_migration=None,
+                    disk_over_commit=None, host_name=host,
+                    force=False if host else None, async_=True)
+        except NotMoved:
+            if instance.host != source:
+                # So would others, whose disks would be copied for nothing.
+                self._kept_legacy.add(instance.host)
+            raise
 
     def _hard_reboot(self, cell, instance, prefix):
         try:

@@ -262,8 +262,8 @@ class LibvirtStorage(imagebackend.Image):
         self.verify_base_size(base, size, base_size=base_info.virtual_size)
         capacity = size or base_info.virtual_size
         if self.driver_format == QCOW2 and self._is_new_overlay():
-            with self._created(self._create_overlay, base, base_info,
-                               capacity):
+            with self._created(self._create_overlay, base,
+                               base_info.file_format, capacity):
                 self._preallocate(capacity)
         else:
             with self._created(self._create_copy, base, base_info,
@@ -418,15 +418,34 @@ class LibvirtStorage(imagebackend.Image):
         return self._get_pool(self.pool_name).create(
             self._get_config(capacity))
 
-    def _create_overlay(self, base, base_info, capacity):
+    def make_private(self, base: str, base_format: str,
+                     capacity: int) -> None:
+        """Make an overlay anew, as a file that nova alone may read.
+
+        Whoever has opened the one before, as anybody may, reads nothing that
+        is written to it afterwards. QEMU may read it: libvirt gives it what a
+        guest is started with.
+
+        :param base: path of its base image
+        :param base_format: that image's format
+        :param capacity: of the disk, in bytes
+        :raises: exception.StorageVolumeError, exception.StoragePoolError;
+            there may be no disk then
+        """
+        self._get_volume().delete()
+        self._create_overlay(base, base_format, capacity, mode=0o600)
+
+    def _create_overlay(self, base, base_format, capacity, mode=None):
         config = self._get_config(capacity)
+        if mode is not None:
+            config.permissions = storage_pool.permissions(mode)
         # The blocks that the overlay will need are reserved afterwards:
         # qemu-img has no preallocation beside a backing file.
         config.allocation = 0
         config.backing_store = (
             storage_config.LibvirtConfigStorageBackingStore())
         config.backing_store.path = base
-        config.backing_store.format = base_info.file_format
+        config.backing_store.format = base_format
         return self._get_pool(self.pool_name).create(config)
 
     def _create_copy(self, base, base_info, capacity):

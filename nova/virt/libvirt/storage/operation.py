@@ -76,9 +76,7 @@ class LocalHost:
     def __post_init__(self):
         # What peers write to of the disks of this compute.
         self.intake = intake.Intake(
-            self.get_connection, self.get_address,
-            lambda instance: self.get_guest_config(instance) is not None,
-            self.uri)
+            self.get_connection, self.get_address, self.has_guest, self.uri)
 
     def get_connection(self):
         """The connection to libvirt, in which its storage answers."""
@@ -94,6 +92,14 @@ class LocalHost:
             self.host.drop_connection(connection)
             connection = self.host.get_connection()
         return connection
+
+    def has_guest(self, instance, running: bool = False) -> bool:
+        """Whether an instance has a guest here, or one that runs."""
+        try:
+            guest = self.host.get_guest(instance)
+        except exception.InstanceNotFound:
+            return False
+        return not running or guest.is_active()
 
     def get_guest_config(self, instance):
         """:returns: LibvirtConfigGuest of a guest, None if there is none"""

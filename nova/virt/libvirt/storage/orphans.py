@@ -93,15 +93,17 @@ def find(context, connection, own,
     :param unread: gets the pools that are off or can't be read, if given
     :returns: sorted by pool and volume
     """
-    return sorted(_find(context, connection, own,
-                        [] if unread is None else unread),
+    unread = [] if unread is None else unread
+    return sorted(_find(context, connection, own, _directories(unread),
+                        unread),
                   key=lambda orphan: (orphan.pool or '', orphan.volume))
 
 
-def _find(context, connection, own, unread) -> ty.Iterator[Orphan]:
+def _find(context, connection, own, of_instances,
+          unread) -> ty.Iterator[Orphan]:
     """Find them, one instance after the other."""
     by_uuid: dict[str, list[tuple[str | None, str]]] = {}
-    for path, uuid in _directories(unread):
+    for path, uuid in of_instances:
         if uuid not in own:
             by_uuid.setdefault(uuid, []).append((None, path))
     for pool in storage_pool.list_pools(connection, CONF.host):
@@ -171,18 +173,21 @@ def _unknown(place):
 
 def sweep(context, connection, own,
           tried: list[tuple[Orphan, bool]] | None = None,
-          unread: list[Unread] | None = None) -> list[Orphan]:
+          unread: list[Unread] | None = None,
+          with_directories: bool = True) -> list[Orphan]:
     """Delete what is certainly left over, each with a log line.
 
     :param context: as for find(), as are the others
     :param tried: gets what was tried to delete, and whether it is gone, one
         by one, if given
+    :param with_directories: whether to look in instances_path, too
     :returns: what is gone
     """
     tried = [] if tried is None else tried
+    unread = [] if unread is None else unread
+    of_instances = _directories(unread) if with_directories else []
     # What is known of an instance is as new as can be: a move may begin.
-    for orphan in _find(context, connection, own,
-                        [] if unread is None else unread):
+    for orphan in _find(context, connection, own, of_instances, unread):
         if orphan.kind is Kind.LEFT_OVER:
             tried.append((orphan, bool(delete(connection, [orphan]))))
     return [orphan for orphan, is_gone in tried if is_gone]

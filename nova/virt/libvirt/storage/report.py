@@ -132,12 +132,11 @@ def legacy_instances(lines: list[DiskLine]) -> list[str]:
         line.instance_uuid for line in lines if not line.in_pool})
 
 
-def half_way(lines: list[DiskLine]) -> list[str]:
-    """UUIDs of legacy instances on hosts that have volumes already.
+def half_way(lines: list[DiskLine], hosts: set[str]) -> list[str]:
+    """UUIDs of the instances whose disks are to come into pools.
 
-    A cloud in which no host has a storage pool has nothing to finish.
+    :param hosts: those that keep new disks in storage pools
     """
-    hosts = {line.host for line in lines if line.in_pool}
     return legacy_instances([line for line in lines if line.host in hosts])
 
 
@@ -220,7 +219,7 @@ def _disks_of_instance(instance, bdms) -> ty.Iterator[DiskLine]:
             record.size, record.pool, record.volume, record.state,
             record.next and '%s %s/%s' % (
                 record.next.host, record.next.pool, record.next.volume))
-    if not found and any(
+    if not found and (instance.config_drive or any(
             bdm.source_type in ('image', 'blank') and
-            bdm.destination_type == 'local' for bdm in bdms):
+            bdm.destination_type == 'local' for bdm in bdms)):
         yield DiskLine(instance.host, instance.uuid, '', NO_RECORD)

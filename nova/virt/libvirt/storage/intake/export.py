@@ -17,6 +17,7 @@ status says is nothing: whether the content is right is told by its checksum.
 
 import contextlib
 import dataclasses
+import errno
 import os
 import shutil
 import stat
@@ -32,6 +33,8 @@ from oslo_serialization import jsonutils
 import nova.conf
 from nova import exception
 from nova.i18n import _
+from nova.virt.libvirt.storage.intake import guard
+from nova.virt.libvirt.storage.intake import held
 from nova.virt.libvirt.storage.intake import keys
 from nova.virt.libvirt.storage.intake import listener
 
@@ -84,8 +87,13 @@ class Order:
 
 
 def program() -> str:
-    """The NBD server of this host."""
-    return CONF.libvirt.storage_migration_nbd_server
+    """The NBD server of this host.
+
+    nbdkit opens what is at a path by then, also where it is given a
+    descriptor: nothing but landlock keeps it from another file.
+    """
+    found = CONF.libvirt.storage_migration_nbd_server
+    return found if guard.can_confine() else QEMU
 
 
 def obstacle() -> str | None:
@@ -160,16 +168,20 @@ class Export:
         self.order = order
         self._address = address
         self._program = program()
-        self.length = _check_file(order.path)
         self.port = 0
         self._answers: list[dict] = []
         self._unread = b''
         self._lock = threading.RLock()
-        self._keys = keys.KeyDirectory()
-        self.key = self._keys.key
         self._is_new = True
         # a subprocess.Popen; None before its start and after its end
         self.guard: ty.Any = None
+        self._file, self.length = _hold(order.path)
+        try:
+            self._keys = keys.KeyDirectory()
+        except Exception:
+            self._file.close()
+            raise
+        self.key = self._keys.key
 
     def start(self) -> None:
         """Start the server; who ends it meanwhile waits for that.
@@ -197,12 +209,13 @@ class Export:
         self.guard = subprocess.Popen(
             [sys.executable, '-s', '-E', _GUARD], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd='/',
-            pass_fds=(listening.fileno(),), start_new_session=True, env={})
+            pass_fds=(listening.fileno(), self._file.fd),
+            start_new_session=True, env={})
         os.set_blocking(self.guard.stdout.fileno(), False)
         longest = -(-self.length // _SECTOR) * _SECTOR
         os.writev(self.guard.stdin.fileno(), [jsonutils.dump_as_bytes({
-            'command': command(self.order.path, self._keys.path, self.order),
-            'socket': listening.fileno(), 'writable': self.order.path,
+            'command': command(guard.FILE, self._keys.path, self.order),
+            'socket': listening.fileno(), 'file': self._file.fd,
             'readable': [*_READABLE, self._keys.path],
             'environment': environment(self._keys.path, self.order),
             'longest': max(longest, _SECTOR),
@@ -288,6 +301,7 @@ class Export:
             self._keys.remove()
             if self.guard is not None:
                 self._end()
+            self._file.close()
 
     def _end(self):
         if not self.guard.stdin.closed:
@@ -304,10 +318,14 @@ class Export:
             _wait_for_end(self._pid(), self.order.what)
         self.guard.stdout.close()
         self.guard = None
-        with contextlib.suppress(FileNotFoundError):
+        try:
             # QEMU may have enlarged it to whole sectors.
-            if os.path.getsize(self.order.path) > self.length:
-                os.truncate(self.order.path, self.length)
+            if self._file.stat().st_size > self.length:
+                self._file.truncate(self.length)
+        except OSError as e:
+            # NFS: another host has deleted it.
+            if e.errno != errno.ESTALE:
+                raise
 
     def _pid(self):
         return next((answer['pid'] for answer in self._answers
@@ -321,14 +339,15 @@ def cut(path: str, length: int) -> None:
     :param length: bytes
     :raises: exception.StorageIntakeError if it has fewer
     """
-    found = _check_file(path)
-    if not 0 <= length <= found:
-        raise exception.StorageIntakeError(host=CONF.host, reason=_(
-            "try again: %(path)s has %(found)d bytes, and the source speaks "
-            "of %(length)d") % {
-                'path': path, 'found': found, 'length': length})
-    if length < found:
-        os.truncate(path, length)
+    file, found = _hold(path)
+    with contextlib.closing(file):
+        if not 0 <= length <= found:
+            raise exception.StorageIntakeError(host=CONF.host, reason=_(
+                "try again: %(path)s has %(found)d bytes, and the source "
+                "speaks of %(length)d") % {
+                    'path': path, 'found': found, 'length': length})
+        if length < found:
+            file.truncate(length)
 
 
 def _wait_for_end(pid, what):
@@ -350,12 +369,17 @@ def _is_alive(pid):
         return False
 
 
-def _check_file(path):
-    """Return the length of a file that may be written to."""
-    found = os.stat(path, follow_symlinks=False)
-    if (not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or
-            found.st_uid != os.geteuid()):
-        raise exception.StorageIntakeError(host=CONF.host, reason=_(
-            "choose another storage pool: %s is no file of nova's own") %
-            path)
-    return found.st_size
+def _hold(path):
+    """Return a file that may be written to, held, and its length."""
+    file = held.HeldFile(path)
+    try:
+        found = file.stat()
+        if (not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or
+                found.st_uid != os.geteuid()):
+            raise exception.StorageIntakeError(host=CONF.host, reason=_(
+                "choose another storage pool: %s is no file of nova's own") %
+                path)
+    except Exception:
+        file.close()
+        raise
+    return file, found.st_size

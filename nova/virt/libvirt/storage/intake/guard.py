@@ -21,8 +21,11 @@ process has one.)
 
 Its request is a line of JSON on stdin:
 
-    {"command": [...], "socket": fd, "writable": path, "readable": [path ...],
+    {"command": [...], "socket": fd, "file": fd, "readable": [path ...],
      "environment": {...}, "longest": bytes, "stall": seconds}
+
+The file may be one that is held with O_PATH alone. qemu-nbd finds it as
+/proc/self/fd/4, whatever is at its path by then.
 
 It answers with lines of JSON on stdout:
 
@@ -32,6 +35,7 @@ It answers with lines of JSON on stdout:
 """
 
 import ctypes
+import fcntl
 import json
 import os
 import resource
@@ -44,6 +48,9 @@ import time
 
 # Where a socket is handed over, see sd_listen_fds(3).
 _LISTEN_FD = 3
+# What it may write to, and how it opens that.
+_FILE_FD = 4
+FILE = '/proc/self/fd/%d' % _FILE_FD
 # Seconds from SIGTERM to SIGKILL.
 _GRACE = 5
 # Seconds between two looks at qemu-nbd.
@@ -143,18 +150,22 @@ class Landlock:
         try:
             if not stat.S_ISDIR(os.fstat(fd).st_mode):
                 rights &= ~_READ_DIR
-            rule = struct.pack('=Qi', rights, fd)
-            _call(_ADD_RULE, ctypes.c_int(self._rules),
-                  ctypes.c_int(_PATH_BENEATH), rule, ctypes.c_uint32(0))
+            self._allow(fd, rights)
         finally:
             os.close(fd)
+
+    def _allow(self, fd, rights):
+        rule = struct.pack('=Qi', rights, fd)
+        _call(_ADD_RULE, ctypes.c_int(self._rules),
+              ctypes.c_int(_PATH_BENEATH), rule, ctypes.c_uint32(0))
 
     def allow_reading(self, path):
         self.allow(path, _READ_FILE | _READ_DIR | _EXECUTE)
 
-    def allow_writing(self, path):
-        self.allow(path, _READ_FILE | _WRITE_FILE |
-                   (_TRUNCATE if self.version >= 3 else 0))
+    def allow_writing(self, fd):
+        """Allow to write to the file that a descriptor is of."""
+        self._allow(fd, _READ_FILE | _WRITE_FILE |
+                    (_TRUNCATE if self.version >= 3 else 0))
 
     def enforce(self):
         _call(_RESTRICT_SELF, ctypes.c_int(self._rules), ctypes.c_uint32(0))
@@ -162,15 +173,19 @@ class Landlock:
 
 
 def confine(writable, readable):
-    """Leave this process nothing else to open, where the kernel can."""
+    """Leave this process nothing else to open, where the kernel can.
+
+    :param writable: descriptors of files
+    :param readable: paths, also of directories
+    """
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     if not can_confine():
         return
     rules = Landlock()
     for path in readable:
         rules.allow_reading(path)
-    for path in (writable, '/dev/null'):
-        rules.allow_writing(path)
+    for fd in writable:
+        rules.allow_writing(fd)
     rules.enforce()
 
 
@@ -194,9 +209,15 @@ def become(request, parent, errors):
         os.dup2(null, 0)
         os.dup2(null, 1)
         os.dup2(errors, 2)
-        os.dup2(request['socket'], _LISTEN_FD)
-        os.closerange(_LISTEN_FD + 1, 1 << 16)
-        confine(request['writable'], request['readable'])
+        # Either may be where the other one has to be.
+        listening, file = [
+            fcntl.fcntl(request[name], fcntl.F_DUPFD, _FILE_FD + 1)
+            for name in ('socket', 'file')]
+        os.dup2(listening, _LISTEN_FD)
+        os.dup2(file, _FILE_FD)
+        os.closerange(_FILE_FD + 1, 1 << 16)
+        # 0 is /dev/null.
+        confine([_FILE_FD, 0], request['readable'])
         environment = {
             'PATH': '/usr/sbin:/usr/bin:/sbin:/bin', 'LC_ALL': 'C',
             'LISTEN_FDS': '1', 'LISTEN_PID': str(os.getpid()), **_MALLOC,
@@ -306,8 +327,9 @@ def main():
     if not pid:
         become(request, parent, of_child)
     os.close(of_child)
-    # qemu-nbd alone listens.
+    # qemu-nbd alone listens, and has the file.
     os.close(request['socket'])
+    os.close(request['file'])
     try:
         say(pid=pid, confined=can_confine())
         Keeper(pid, errors, request['stall']).run()

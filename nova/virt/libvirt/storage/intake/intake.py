@@ -72,7 +72,8 @@ class Intake:
 
     :param get_connection: gives the virConnect of this host's libvirt
     :param get_address: gives the address under which peers reach this host
-    :param has_guest: tells whether an Instance has a guest on this host
+    :param has_guest: tells whether an Instance has a guest on this host; with
+        running=True, whether it has one that runs
     :param uri: of this host's libvirt
     """
 
@@ -409,6 +410,9 @@ class Intake:
                 self._unchanged.notify_all()
 
     def _delete(self, request):
+        if self._has_guest(request.instance, running=True):
+            # The source writes the records: what it calls left may be a disk.
+            raise request.refused(_("its guest runs on this host"))
         for pool, name in request.removable():
             self._end((request.instance.uuid, pool, name))
             self._tables.forget((request.instance.uuid, pool, name))

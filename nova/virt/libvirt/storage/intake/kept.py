@@ -17,6 +17,7 @@ the source has chosen just now, tells what stands in it.
 
 import base64
 import collections
+import contextlib
 import os
 import stat
 import threading
@@ -27,6 +28,7 @@ import nova.conf
 from nova import exception
 from nova.i18n import _
 import nova.privsep.path
+from nova.virt.libvirt.storage.intake import held
 from nova.virt.libvirt.storage.pump import transfer as pump
 
 CONF = nova.conf.CONF
@@ -45,19 +47,21 @@ def prepare(path: str, length: int, room: int, mode: int) -> None:
     :param mode: its permissions
     :raises: exception.StorageIntakeError if it is no plain file
     """
-    found = os.stat(path, follow_symlinks=False)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
-        raise exception.StorageIntakeError(host=CONF.host, reason=_(
-            "delete %s: it is no plain file, and can't be gone on from") %
-            path)
-    owner = (os.geteuid(), os.getegid())
-    if (found.st_uid, found.st_gid) != owner:
-        # A guest has used it since it was made.
-        nova.privsep.path.chown(path, *owner)
-    os.chmod(path, mode)
-    if found.st_size > length:
-        os.truncate(path, length)
-    os.truncate(path, room)
+    with contextlib.closing(held.HeldFile(path)) as file:
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+            raise exception.StorageIntakeError(host=CONF.host, reason=_(
+                "delete %s: it is no plain file, and can't be gone on from") %
+                path)
+        owner = (os.geteuid(), os.getegid())
+        if (found.st_uid, found.st_gid) != owner:
+            # A guest has used it since it was made. The daemon that may do
+            # that can't be given the file, so no link is to lead it away.
+            nova.privsep.path.chown(path, *owner, follow_symlinks=False)
+        file.chmod(mode)
+        if found.st_size > length:
+            file.truncate(length)
+        file.truncate(room)
 
 
 def read(volume: 'pump.Volume', room: int, key: int) -> bytes:

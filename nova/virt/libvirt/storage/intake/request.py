@@ -254,6 +254,11 @@ class Request:
         allowed = {(record.pool, record.volume) for record in self._coming()
                    if record.migration_id in mine}
         allowed.update(leftovers.on_host(disks, CONF.host))
+        allowed -= {(record.pool, record.volume)
+                    for _name, disk in disks.items()
+                    for record in (disk, disk.previous)
+                    if record is not None and record.host == CONF.host and
+                    not record.is_building}
         found, places = [], self.get('places', list)
         if len(places) > _MOST_PLACES:
             raise self.refused(_("%d places") % len(places))

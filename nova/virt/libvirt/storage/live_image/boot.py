@@ -14,8 +14,9 @@
     1  the root disk is made as an overlay as ever, then written anew with
        the memory as the state of a snapshot in it
     2  the guest is defined as the other one was, with what is its own
-    3  libvirt goes back to the snapshot, paused, gives the guest a new
-       generation ID, and deletes the snapshot
+    3  libvirt goes back to the snapshot, paused, and gives the guest a new
+       generation ID; the memory is wiped out of the disk, and libvirt deletes
+       the snapshot
     4  config drive and interfaces, which the guest finds when it goes on
 
 There is no other start for it: whoever asks for a guest that is warm is not
@@ -25,13 +26,16 @@ given one that boots.
 
 import contextlib
 import os
+import stat
 import typing as ty
 
 from lxml import etree
+from oslo_concurrency import lockutils
 
 import nova.conf
 from nova import exception
 from nova.i18n import _
+import nova.privsep.storage
 from nova.virt import configdrive
 from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.live_image import definition
@@ -139,7 +143,8 @@ class LiveBoot:
 
         :param image: the LibvirtStorage; its volume is an overlay of which
             nothing is allocated yet
-        :raises: exception.LiveImageUnusable, OSError
+        :raises: exception.LiveImageUnusable, OSError,
+            exception.StoragePoolError, exception.StorageVolumeError
         """
         with unusable(self._instance):
             # Only what was made as an overlay is read as one.
@@ -150,11 +155,15 @@ class LiveBoot:
                     'the root disk would be no overlay; set use_cow_images'))
             image_cache.checked_base(made.backing.path)
             self._check_size(made.capacity)
-            memory_file.check_room(
-                os.path.dirname(image.path), self._stream.length)
-            vm_state.write(
-                image.path, self._stream, self.description.capacity,
-                made.backing, definition.SNAPSHOT)
+            self._mode = stat.S_IMODE(os.stat(image.path).st_mode)
+            # Each is to see what the one before has left of the room.
+            with lockutils.lock('live-image-room'):
+                memory_file.check_room(
+                    os.path.dirname(image.path), self._stream.length)
+                image.make_private(*made.backing, made.capacity)
+                self._place = vm_state.write(
+                    image.path, self._stream, self.description.capacity,
+                    made.backing, definition.SNAPSHOT)
 
     def define(self, own: str) -> str:
         """The definition of the guest.
@@ -171,10 +180,26 @@ class LiveBoot:
 
         :param guest: the Guest
         :param xml: what :meth:`define` has returned
-        :raises: exception.LiveImageUnusable with QEMU's words
+        :raises: exception.LiveImageUnusable with QEMU's words; OSError
         """
         with unusable(self._instance):
-            guest.go_on_from_snapshot(definition.snapshot(xml))
+            guest.go_on_from_snapshot(definition.snapshot(xml),
+                                      self._wipe_memory)
+
+    def _wipe_memory(self):
+        """Take the memory out of the root disk, which others may read then.
+
+        QEMU wouldn't: since it has gone back to the snapshot the disk's own
+        table has the memory, behind the end of the disk. So it would move
+        along, and be seen by the guest of a disk that grows.
+
+        :raises: OSError
+        """
+        # Nova's own, where libvirt gives QEMU none. Root is nobody on NFS.
+        wipe = (nova.privsep.storage.unprivileged_wipe
+                if os.access(self._place.path, os.W_OK)
+                else nova.privsep.storage.wipe)
+        wipe(*self._place, self._mode)
 
     def give_devices(self, guest, own: str) -> None:
         """Give the paused guest its media and interfaces.

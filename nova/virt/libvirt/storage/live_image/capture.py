@@ -169,8 +169,7 @@ class Capture:
         directory = CONF.libvirt.snapshots_directory
         fileutils.ensure_tree(directory)
         try:
-            memory_file.check_room(
-                directory, _memory(domain) + watch_guest.RESERVE)
+            memory_file.check_room(directory, _memory(domain))
         except memory_file.Unusable as e:
             raise exception.LiveImageRefused(
                 instance_uuid=self._instance.uuid, reason=e) from e
@@ -228,6 +227,9 @@ class Capture:
 
     def _read_disk(self, domain):
         socket = under_way.take_export(self._instance.uuid)
+        # qemu-img would make it for all to read, who know its path.
+        os.close(os.open(self._path('disk'),
+                         os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         with compute_utils.disk_ops_semaphore:
             # A guest that hangs answers no reader.
             nova.privsep.qemu.run_while_it_copies(

@@ -57,6 +57,20 @@ _DEVICES = {
     'redirdev': _PLACE, 'panic': _PLACE,
 }
 
+# By element, its attributes where others cost the host something: a file for
+# the guest's memory, or that memory in a core dump.
+_ATTRIBUTES = {
+    'os': frozenset(),
+    'memory': frozenset(('unit',)),
+    'currentMemory': frozenset(('unit',)),
+    'maxMemory': frozenset(('unit', 'slots')),
+    'vcpu': frozenset(('placement', 'cpuset', 'current')),
+    # Nova adds memAccess to huge pages alone, with which no guest is saved.
+    'cpu/numa/cell': frozenset(('id', 'cpus', 'memory', 'unit')),
+    'devices/video/model': frozenset((
+        'type', 'ram', 'vram', 'vram64', 'vgamem', 'heads', 'primary')),
+}
+
 # Attributes that say where something of the host is. Those of a disk and of
 # what has a source are replaced.
 _REPLACED = ('disk', 'serial', 'console', 'channel')
@@ -105,6 +119,17 @@ _RULES = (
                  "iothreadids/iothread[*] | "
                  "iothreadids/iothread/@*[name() != 'id']",
                  _('it has more threads for disks than Nova gives')),
+    # Others take a file, a device or a port, or what QEMU itself writes.
+    refusal.Rule('(%s)[not(%s)]' % (
+        ' | '.join('devices/' + tag for tag in (
+            'serial', 'console', 'channel')),
+        ' or '.join("@type='%s'" % kind for kind in (
+            'pty', 'unix', 'spicevmc'))),
+        _('it has a console that Nova gives to no guest')),
+    # Of one that doesn't say its size libvirt and QEMU do. Nova makes one at
+    # most, and libvirt one where there is a display.
+    refusal.Rule('devices/video[2] | devices/video/model[2]',
+                 _('it has more than one screen')),
     refusal.Rule("devices/video/driver[@name='vhostuser']",
                  _('its screen is a process of its host')),
     refusal.Rule("os/smbios[not(@mode='sysinfo' or @mode='emulate')]",
@@ -125,6 +150,8 @@ def check(domain) -> None:
     found = [rule.reason for rule in (*refusal.RULES, *_RULES)
              if domain.xpath(rule.xpath)]
     found += [_('it has an element %s') % tag for tag in _unknown(domain)]
+    found += [_('it has an attribute %s') % name
+              for name in _unknown_attributes(domain)]
     found += [_('it has more than one element %s') % tag
               for tag in _repeated(domain)]
     if domain.getroottree().docinfo.doctype:
@@ -149,7 +176,9 @@ def _unknown(domain):
     parts = [('', domain.iterchildren('*'), _TOP),
              ('os/', domain.iterfind('os/*'), _OS),
              ('memoryBacking/', domain.iterfind('memoryBacking/*'), _MEMORY),
-             ('devices/', domain.iterfind('devices/*'), _DEVICES)]
+             ('devices/', domain.iterfind('devices/*'), _DEVICES),
+             ('devices/video/model/',
+              domain.iterfind('devices/video/model/*'), ())]
     for device in domain.iterfind('devices/*'):
         known = _DEVICES.get(device.tag)
         if known is not None:
@@ -157,3 +186,11 @@ def _unknown(domain):
                           known))
     return sorted({where + str(element.tag) for where, elements, known in parts
                    for element in elements if element.tag not in known})
+
+
+def _unknown_attributes(domain):
+    """The attributes that nothing is known of, as path/@name."""
+    return sorted({'%s/@%s' % (path, name)
+                   for path, known in _ATTRIBUTES.items()
+                   for element in domain.iterfind(path)
+                   for name in element.keys() if name not in known})

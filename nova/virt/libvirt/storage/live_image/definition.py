@@ -35,7 +35,7 @@ SNAPSHOT = 'live'
 
 # Elements that are the instance's own or are limits of the host's making.
 _REPLACED = ('name', 'uuid', 'title', 'description', 'metadata', 'sysinfo',
-             'memtune', 'blkiotune', 'cputune', 'resource', 'seclabel',
+             'memtune', 'blkiotune', 'cputune', 'resource', 'perf', 'seclabel',
              'memoryBacking', 'features/tcg', 'os/kernel', 'os/initrd')
 # Of disks likewise.
 _DISK_REPLACED = ('driver', 'source', 'backingStore', 'iotune')

@@ -23,6 +23,7 @@ import os
 import struct
 
 from oslo_serialization import jsonutils
+from oslo_utils import units
 
 import nova.conf
 from nova.i18n import _
@@ -30,6 +31,9 @@ from nova.virt.libvirt.storage.live_image import vm_state
 from nova.virt.libvirt import utils as libvirt_utils
 
 CONF = nova.conf.CONF
+
+#: What is left to the others in a file system, in bytes.
+RESERVE = 256 * units.Mi
 
 MAGIC = b'NOVALIVE'
 VERSION = 1
@@ -80,9 +84,10 @@ def check_room(directory: str, needed: int) -> None:
     """Refuse what would fill a file system that guests write to.
 
     :param directory: where a memory is about to be written
-    :param needed: its bytes, and what is to be left to others
+    :param needed: its bytes; RESERVE is left to others
     :raises: Unusable
     """
+    needed += RESERVE
     available = libvirt_utils.get_fs_info(directory)['free']
     if needed > available:
         raise Unusable(_(

@@ -148,7 +148,7 @@ def read(path: str) -> Overlay:
 
 
 def write(target: str, stream: Stream, capacity: int, backing: Backing,
-          name: str) -> int:
+          name: str) -> Stream:
     """Write an overlay with a snapshot over a file that is there.
 
     :param target: path of the file, which keeps owner and mode
@@ -156,7 +156,9 @@ def write(target: str, stream: Stream, capacity: int, backing: Backing,
     :param capacity: of the disk, in bytes; a multiple of 512
     :param backing: what the disk holds
     :param name: of the snapshot
-    :returns: the length of the file, in bytes
+    :returns: where the stream is in the file, in whole clusters. They are
+        QEMU's to use for something else when the snapshot has been deleted,
+        not before.
     :raises: OSError; ValueError if the name of the backing file is too long
         or the stream ends too early
     """
@@ -178,7 +180,8 @@ def write(target: str, stream: Stream, capacity: int, backing: Backing,
         out.truncate(layout.total * CLUSTER)
         out.flush()
         _copy(stream, out.fileno(), layout.data * CLUSTER)
-    return layout.total * CLUSTER
+    return Stream(target, layout.data * CLUSTER,
+                  layout.data_clusters * CLUSTER)
 
 
 def _put(out, cluster, data):

@@ -16,17 +16,14 @@ import threading
 import time
 
 from oslo_log import log as logging
-from oslo_utils import units
 
 from nova.compute import power_state
+from nova.virt.libvirt.storage.live_image import memory_file
 from nova.virt.libvirt import utils as libvirt_utils
 
 LOG = logging.getLogger(__name__)
 
 POLL = 0.02  # seconds
-
-#: What is left to the others in the file system, in bytes.
-RESERVE = 256 * units.Mi
 
 
 class Watch:
@@ -39,7 +36,7 @@ class Watch:
         memory comes to an end; after as many more the job is aborted
     :param path: where the memory is written
     :param size: of the memory, in bytes. Beyond twice of it the guest is
-        paused; with less room than RESERVE the job is aborted.
+        paused; with less room than memory_file.RESERVE the job is aborted.
     """
 
     def __init__(self, guest, host, limit, instance, path, size):
@@ -103,7 +100,7 @@ class Watch:
         if os.path.exists(self._path):
             free = libvirt_utils.get_fs_info(
                 os.path.dirname(self._path))['free']
-            if free < RESERVE:
+            if free < memory_file.RESERVE:
                 return self._guest.abort_job, (
                     'all but %d bytes of %s' % (free, self._path))
             if os.path.getsize(self._path) > 2 * self._size:

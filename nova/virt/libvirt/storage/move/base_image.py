@@ -20,6 +20,7 @@ along with the disks.
 import os
 
 from oslo_log import log as logging
+from oslo_utils import uuidutils
 
 import nova.conf
 from nova import exception
@@ -100,6 +101,8 @@ def can_be_had(context, instance, here):
     """
     if _is_available(context, instance.image_ref):
         return True
+    if not is_settled(context, instance):
+        return False
     name = imagecache.get_cache_fname(instance.image_ref)
     try:
         return ownership.find(here, name) is not None
@@ -126,7 +129,7 @@ def growth_of(info) -> int:
 def is_lost(context, instance):
     """Whether this host can get the base image from another host only."""
     return not is_cached(instance) and (
-        context_to_fetch(context, instance) is None)
+        _ask_glance(context, instance) == (None, True))
 
 
 def room_to_fetch(instance, here, there):
@@ -160,8 +163,8 @@ def _is_available(context, image_id):
     return image.get('status') == 'active'
 
 
-def context_to_fetch(context, instance):
-    """On the destination: find who may fetch the base image from Glance.
+def _ask_glance(context, instance):
+    """Find who may fetch the base image, and whether that is all there is.
 
     What is in the image cache is every server's of that image. A source that
     was broken into could have its own content there, if its word were enough
@@ -169,22 +172,46 @@ def context_to_fetch(context, instance):
     as well, so Nova's own user is asked.
 
     :param context: the request's
-    :returns: a context; None if Glance has lost the image
+    :returns: (a context or None, whether Glance is known to have the image or
+        to have lost it: it shows users without the role admin what is theirs)
     """
     if _is_available(context, instance.image_ref):
-        return context
+        return context, True
     own = service_user.admin_context()
-    if own.auth_token and _is_available(own, instance.image_ref):
-        return own
-    return None
+    # The ID is the source's word, too. The image API takes what has a slash
+    # for the URL of another service, and would go there with Nova's token.
+    if not own.auth_token or not uuidutils.is_uuid_like(instance.image_ref):
+        return None, False
+    if _is_available(own, instance.image_ref):
+        return own, True
+    return None, 'admin' in own.roles
+
+
+def context_to_fetch(context, instance):
+    """On the destination: find who may fetch the base image from Glance.
+
+    :param context: the request's
+    :returns: a context, or None
+    """
+    return _ask_glance(context, instance)[0]
+
+
+def is_settled(context, instance) -> bool:
+    """Whether a destination fetches the base image, or takes the source's.
+
+    Where Glance may have it for others, it can do neither.
+    """
+    return _ask_glance(context, instance) != (None, False)
 
 
 def is_refused(context, instance) -> bool:
     """On the destination: whether a base image that came isn't taken."""
-    if context_to_fetch(context, instance) is None:
+    if _ask_glance(context, instance) == (None, True):
         return False
-    LOG.warning('Glance has image %s: what has come of it along with the '
-                'disks is not taken', instance.image_ref, instance=instance)
+    LOG.warning('What has come of image %s along with the disks is not taken: '
+                'Glance has it, or the user of [service_user] lacks the role '
+                'admin, by which Nova could tell that Glance has lost it',
+                instance.image_ref, instance=instance)
     return True
 
 

@@ -16,7 +16,6 @@ migration's record every few seconds and gets the status back with it, so that
 this takes neither an RPC nor a shell on the source.
 """
 
-from nova.compute import task_states
 from nova import context as nova_context
 from nova import exception
 from nova import objects
@@ -45,10 +44,8 @@ def request(context: 'nova_context.RequestContext',
         raise exception.InstanceNotFound(instance_id=instance_uuid)
     with nova_context.target_cell(context, mapping.cell_mapping) as cell:
         instance = objects.Instance.get_by_uuid(cell, instance_uuid)
-        if instance.task_state != task_states.RESIZE_MIGRATING:
-            raise exception.NoCopyToCancel(
-                instance_uuid=instance_uuid, task_state=instance.task_state)
         try:
+            # Whatever the task state, which an operator may have reset.
             migration = objects.Migration.get_by_instance_and_status(
                 cell, instance_uuid, 'migrating')
         except exception.MigrationNotFoundByStatus:

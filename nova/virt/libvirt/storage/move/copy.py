@@ -28,7 +28,6 @@ from nova.objects import fields
 import nova.privsep.qemu
 from nova import thread_pool_factory
 from nova.virt.libvirt.storage import image_cache
-from nova.virt.libvirt.storage.move import base_image as storage_base
 from nova.virt.libvirt.storage.move import bitmaps
 from nova.virt.libvirt.storage.move import cancel
 from nova.virt.libvirt.storage.move import guest_files as files
@@ -202,11 +201,10 @@ class Transfer:
             item.measure()
 
     def _flatten(self, item):
-        """Free an overlay of any base image but the instance's own."""
+        """Free an overlay of a base image that the destination can't have."""
         path, info = item.source.path, self._infos[item]
         bitmaps.forget(item.source, info, self.instance)
-        if not info.backing_file or storage_base.is_kept(
-                self.instance, item.name, info.backing_file):
+        if not info.backing_file or item.keeps_base:
             return
         LOG.info('Making volume %(volume)s independent of base image '
                  "%(base)s, which host %(host)s can't have",

@@ -35,6 +35,7 @@ from nova import exception
 from nova.i18n import _
 import nova.privsep.path
 import nova.privsep.storage
+from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage.pool import access
 from nova.virt.libvirt.storage.pool import stream as upload
 from nova.virt.libvirt import utils as libvirt_utils
@@ -231,6 +232,7 @@ def restore_nvram(instance, directory):
     that were saved.
 
     :param directory: the instance's directory
+    :raises: UnsafeDiskContent
     """
     saved = os.path.join(directory, _NVRAM)
     if not os.path.isdir(saved):
@@ -242,10 +244,19 @@ def restore_nvram(instance, directory):
                         "name of firmware variables", {'name': name},
                         instance=instance)
             continue
+        path = os.path.join(saved, name)
+        if name.endswith('.qcow2'):
+            _look_at_qcow2(path)
         nova.privsep.storage.copy_as_its_directory(
-            os.path.join(saved, name), os.path.join(NVRAM_DIR, name),
-            _MAX_FILE)
+            path, os.path.join(NVRAM_DIR, name), _MAX_FILE)
     shutil.rmtree(saved)
+
+
+def _look_at_qcow2(path):
+    # libvirt has QEMU open whatever the header names.
+    if content.look_at_qcow2(path).backing_file:
+        raise exception.UnsafeDiskContent(path=path, reason=_(
+            'variables of firmware depend on no other file'))
 
 
 def unpack(instance, volume, directory):

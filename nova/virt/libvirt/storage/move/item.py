@@ -33,6 +33,7 @@ class Item:
     :ivar sparse: whether the destination may leave holes
     :ivar length: bytes of the source (physical, not virtual)
     :ivar allocation: bytes which that takes up
+    :ivar keeps_base: whether it goes as an overlay over the base image
     :ivar growth: bytes that come in addition when it is flattened
     :ivar done: bytes copied
     :ivar ahead: the Ahead if it was copied while the guest was running
@@ -52,7 +53,7 @@ class Item:
         self.pool = pool
         self.source = source
         self.target = None
-        self.sparse = True
+        self.sparse, self.keeps_base = True, False
         self.length = self.allocation = self.growth = self.done = 0
         self.ahead = None
         self.ahead_length = self.ahead_done = 0

@@ -302,7 +302,7 @@ class Departure:
                 _check_streams(record, volume)
                 item = storage_item.Disk(name, there, record, volume)
                 if item.flattenable():
-                    item.growth = self._look_at_overlay(name, volume, record)
+                    item.growth = self._look_at_overlay(item, record)
                 # By this the destination judges what it is sent.
                 record.size = record.size or item.length
             else:
@@ -323,20 +323,25 @@ class Departure:
                       'name': name, 'format': record.format,
                       'pool': there.name, 'host': there.host})
 
-    def _look_at_overlay(self, name, volume, record):
+    def _look_at_overlay(self, item, record):
         """Check what the destination will check, and the base image.
 
         libvirt tells what it was when it looked last.
 
+        :param item: of the disk; is told whether it keeps its base image
         :param record: of the disk; gets its size where that isn't known, as
             that of a root disk whose flavor has none
         :returns: bytes by which the volume grows when it is flattened
         """
-        info = image_cache.look_at_overlay(volume.path, record.size)
+        info = image_cache.look_at_overlay(item.source.path, record.size)
         record.size = record.size or info.virtual_size
         if not info.backing_file:
             return 0
-        if storage_base.is_kept(self.instance, name, info.backing_file):
+        item.keeps_base = storage_base.is_kept(
+            self.instance, item.name, info.backing_file) and (
+                self.same_host or
+                storage_base.is_settled(self.context, self.instance))
+        if item.keeps_base:
             self._needs_image = True
             return 0
         return storage_base.growth_of(info)

@@ -172,6 +172,16 @@ class Readiness:
             self._connected = time.monotonic()
 
 
+def hosts_with_pools(context: 'nova_context.RequestContext') -> set[str]:
+    """List the hosts that keep new disks in storage pools.
+
+    :raises: exception.CellTimeout if a cell's database doesn't answer
+    """
+    return {node.host for node in report.of_all_cells(
+        context, objects.ComputeNodeList.get_all)
+        if STAT in (node.stats or {})}
+
+
 def hosts_not_ready(
         context: 'nova_context.RequestContext') -> list[tuple[str, str]]:
     """List the hosts with pools that can't take volumes, with the reason.

@@ -1202,7 +1202,14 @@ class LocalDisksTestCase(test.NoDBTestCase):
         self.api.sweep(mock.sentinel.context, mock.sentinel.driver)
         mock_uuids.assert_called_once_with(mock.sentinel.context, 'here')
         sweep.assert_called_once_with(
-            mock.sentinel.context, self.conn, {uuids.instance})
+            mock.sentinel.context, self.conn, {uuids.instance},
+            with_directories=True)
+
+        self.flags(images_type='qcow2', group='libvirt')
+        self.api.sweep(mock.sentinel.context, mock.sentinel.driver)
+        sweep.assert_called_with(
+            mock.sentinel.context, self.conn, {uuids.instance},
+            with_directories=False)
 
     def test_sweep_of_captures(self):
         """With the memory of a server that is deleted by now."""

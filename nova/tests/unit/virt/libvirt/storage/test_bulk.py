@@ -38,11 +38,13 @@ class Cloud:
 
     :ivar asked: what was asked of the API: (what, name of the instance, host)
     :ivar takes: names of hosts on which legacy disks come into pools
+    :ivar keeps: names of hosts that legacy disks come to as such
     """
 
     def __init__(self):
         self.instances, self.lines, self.faults = {}, {}, []
         self.nodes, self.asked, self.takes = [], [], set()
+        self.keeps = set()
         self.names = {}
         self.sleeps = iter(())
         self.api = mock.create_autospec(compute_api.API, instance=True)
@@ -84,7 +86,8 @@ class Cloud:
             self.fail(instance, 'no room on %s' % host_name)
             return
         instance.host = host_name or 'b'
-        self.arrive(instance)
+        if instance.host not in self.keeps:
+            self.arrive(instance)
 
     def reboot(self, _context, instance, reboot_type):
         self.asked.append((
@@ -174,6 +177,39 @@ class TestWays(BulkTestCase):
                          self.cloud.asked)
         self.assertIs(False, self.cloud.api.live_migrate.call_args.kwargs[
             'force'])
+
+    def test_one_migration_in_vain_is_enough(self):
+        """Where legacy disks stay such, nothing else is sent to."""
+        self.cloud.add_host('a')
+        self.cloud.add_host('b', free=9)
+        self.cloud.add_host('c', free=8)
+        self.cloud.add_host('d', {})
+        self.cloud.keeps.add('b')
+        for name in ('one', 'two'):
+            self.cloud.add(name)
+        self.assertEqual(bulk.Result(moved=1, failed=1), self.run_it(LIVE))
+        self.assertEqual([('live', 'one', 'b'), ('live', 'two', 'c')],
+                         self.cloud.asked)
+
+    def test_scheduler_does_not_choose_one_in_vain_again(self):
+        self.cloud.add_host('a')
+        self.cloud.add_host('b')
+        self.cloud.keeps.add('b')
+        for name in ('one', 'two'):
+            self.cloud.add(name)
+        self.assertEqual(bulk.Result(later=1, failed=1), self.run_it(LIVE))
+        self.assertEqual([('live', 'one', None)], self.cloud.asked)
+        self.assertIn('legacy disks have come as such to b', self.text)
+
+    def test_reboot_where_one_has_come_in_vain(self):
+        self.cloud.add_host('a', {})
+        self.cloud.add_host('b', free=9)
+        self.cloud.add_host('c')
+        self.cloud.keeps.add('b')
+        self.cloud.add('one', host='c')
+        self.assertEqual(bulk.Result(moved=1), self.run_it(BOTH))
+        self.assertEqual([('live', 'one', 'b'), ('HARD', 'one', 'b')],
+                         self.cloud.asked)
 
     def test_reboot_only_where_it_is_allowed(self):
         self.cloud.add_host('a')

@@ -466,6 +466,23 @@ class LibvirtStorageTestCase(ImageTestCase):
         # The base pool learns of the image
         self.assertEqual(1, self.base_pool.refreshed)
 
+    def test_made_private(self):
+        """As another file: who has the one before open reads no more."""
+        image = self._made()
+        before = self.disks.volume(image.volume_name)
+        image.make_private('/base', 'raw', self.SIZE)
+        self.assertIsNot(before, self.disks.volume(image.volume_name))
+        (_old, _none), (config, source) = self.disks.created
+        self.assertIsNone(source)
+        self.assertEqual((image.volume_name, 'qcow2', '1.1', self.SIZE, 0), (
+            config.name, config.target_format, config.compat,
+            config.capacity, config.allocation))
+        self.assertEqual(('/base', 'raw'), (
+            config.backing_store.path, config.backing_store.format))
+        self.assertEqual((0o600, os.geteuid(), os.getegid()), (
+            config.permissions.mode, config.permissions.owner,
+            config.permissions.group))
+
     def test_create_overlay_preallocate(self):
         self.flags(use_cow_images=True, preallocate_images='space')
         with mock.patch.object(self.image_class, '_preallocate') as mock_pre:

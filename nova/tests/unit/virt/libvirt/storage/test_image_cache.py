@@ -136,7 +136,8 @@ class InUseTestCase(BaseImagesTestCase):
                 header.replace(offset, b'\xff' * 8, 1),
                 header.replace(offset, b'\x7f' * 8, 1),
                 header[:16] + b'\xff' * 4 + header[20:],
-                header[:-1] + b'\0', header[:-1] + b'\xff')):
+                header[:-1] + b'\0', header[:-1] + b'\xff',
+                libvirt_storage.qcow2_header(1, '/a\0b/c'))):
             with open(os.path.join(pool.path, 'bad%d' % number), 'wb') as f:
                 f.write(damaged)
         os.mkdir(os.path.join(pool.path, 'directory'))

@@ -78,6 +78,16 @@ class OperationTestCase(test.NoDBTestCase):
 
 class LocalHostTestCase(OperationTestCase):
 
+    def test_guest_that_peers_may_not_touch(self):
+        self.assertTrue(self.local.has_guest(self.instance))
+        self.assertFalse(self.local.has_guest(self.instance, running=True))
+        self.guest.is_active.return_value = True
+        self.assertTrue(self.local.has_guest(self.instance, running=True))
+        self.local.host.get_guest.side_effect = exception.InstanceNotFound(
+            instance_id=uuids.instance)
+        self.assertFalse(self.local.has_guest(self.instance))
+        self.assertFalse(self.local.has_guest(self.instance, running=True))
+
     def test_connection(self):
         self.assertIs(self.local.host.get_connection.return_value,
                       self.local.get_connection())

@@ -467,6 +467,12 @@ class DirectoriesTestCase(OrphansTestBase):
         self.assertIn('Deleting directory %s' % self.path,
                       self.stdlog.logger.output)
 
+    def test_directory_that_is_not_looked_for(self):
+        self.instance.deleted = True
+        self.assertEqual([], orphans.sweep(
+            self.context, self.connection, (), with_directories=False))
+        self.assertTrue(os.path.exists(self.path))
+
     def test_all_of_one_instance_with_its_volumes(self):
         self.instance.deleted = True
         self.add(self.disk)

@@ -61,7 +61,7 @@ class ReportTestCase(test.NoDBTestCase):
                     volume.volume = '%s_%s' % (uuid, volume.volume)
             bdm.driver_info = metadata.dumps(record, bdm.uuid)
         self.instances.append(objects.Instance(
-            uuid=uuid, host=host, deleted=False))
+            uuid=uuid, host=host, deleted=False, config_drive=''))
         self.bdms[uuid] = [bdm]
         return uuid
 
@@ -94,8 +94,16 @@ class TestReport(ReportTestCase):
             [(x.host, x.instance_uuid, x.disk, x.backend) for x in lines])
         self.assertEqual(sorted([one, three, four]),
                          report.legacy_instances(lines))
-        self.assertEqual([three], report.half_way(lines))
+        self.assertEqual([three], report.half_way(lines, {'a', 'd'}))
         self.assertEqual({'qcow2': 1, 'flat': 1}, report.by_host(lines)['b'])
+
+    def test_config_drive_of_one_on_a_volume(self):
+        one = self.add('one', 'a', None)
+        self.bdms[one][0].destination_type = 'volume'
+        self.assertEqual([], report.disks(self.context))
+        self.instances[0].config_drive = 'True'
+        self.assertEqual(['-'], [
+            line.backend for line in report.disks(self.context)])
 
     def test_on_its_way_in_a_live_migration(self):
         volume = self.volume()

@@ -13,6 +13,7 @@
 
 import contextlib
 import decimal
+import errno
 import os
 import random
 import resource
@@ -223,7 +224,9 @@ class ExportTestCase(ExportTestBase):
         os.symlink(self.path, link)
         second = self.make_file('second')
         os.link(second, second + '.too')
-        for path in (link, second, self.directory, '/dev/null'):
+        fifo = os.path.join(self.directory, 'fifo')
+        os.mkfifo(fifo)
+        for path in (link, second, self.directory, '/dev/null', fifo):
             e = self.assertRaises(exception.StorageIntakeError,
                                   self.export, path)
             self.assertIn('no file of nova\'s own', str(e))
@@ -240,6 +243,21 @@ class ExportTestCase(ExportTestBase):
                                   export.cut, self.path, length)
             self.assertIn('has 700 bytes', str(e))
         self.assertEqual(700, os.path.getsize(self.path))
+
+    def test_cut_while_another_host_swaps_the_file(self):
+        outside = self.make_file('outside')
+        truncate = os.truncate
+
+        def late(*args):
+            os.rename(self.path, self.path + '.away')
+            os.symlink(outside, self.path)
+            truncate(*args)
+
+        with mock.patch('os.truncate', side_effect=late) as mocked:
+            export.cut(self.path, 700)
+        mocked.assert_called_once()
+        self.assertEqual([SIZE, 700], [os.path.getsize(path) for path in (
+            outside, self.path + '.away')])
 
 
 class GroupTestCase(ExportTestBase):
@@ -528,6 +546,135 @@ class AttackTestCase(ExportTestBase):
         self.assertEqual(2, self.stdlog.logger.output.count('refused'))
 
 
+class SharedPoolTestCase(ExportTestBase):
+    """What another host tries that has mounted the same pool.
+
+    It puts links to nova's own files in the place of a volume.
+    """
+
+    def setUp(self):
+        super().setUp()
+        self.outside = os.path.join(
+            self.useFixture(fixtures.TempDir()).path, 'secret')
+        with open(self.outside, 'wb') as f:
+            f.write(b's' * 2 * SIZE)
+
+    def new(self):
+        found = export.Export(export.Order(self.path, 1, True, WHAT),
+                              '127.0.0.1')
+        self.exports.append(found)
+        return found
+
+    def swap(self):
+        """Have a link at the volume's path, which is elsewhere now."""
+        volume = self.path + '.away'
+        os.rename(self.path, volume)
+        os.symlink(self.outside, self.path)
+        self.path = volume
+
+    def assert_outside_untouched(self):
+        with open(self.outside, 'rb') as f:
+            self.assertEqual(b's' * 2 * SIZE, f.read())
+
+    def assert_volume_is_served(self, found):
+        said = self.client(found).do('read -P 0 0 4k', 'write -P 5 0 4k',
+                                     'flush')
+        self.assertIn('wrote 4096', said)
+        self.assertNotIn('verification failed', said)
+        found.end()
+        self.assertEqual(b'\5' * 4, self.content())
+        self.assert_outside_untouched()
+
+    def test_swapped_after_it_was_checked(self):
+        found = self.new()
+        self.swap()
+        found.start()
+        self.assert_volume_is_served(found)
+
+    def test_swapped_while_it_starts(self):
+        # nbdkit may know its path by then, which it may not open any more.
+        found = self.export()
+        self.swap()
+        self.client(found).do('write -P 66 0 4k', 'flush')
+        found.end()
+        self.assert_outside_untouched()
+
+    def test_deleted_after_it_was_checked(self):
+        found = self.new()
+        os.unlink(self.path)
+        os.symlink(self.outside, self.path)
+        with contextlib.suppress(exception.StorageIntakeError):
+            found.start()
+            self.client(found).do('write -P 66 0 4k', 'flush')
+        found.end()
+        self.assert_outside_untouched()
+
+    def test_swapped_before_its_end(self):
+        found = self.export()
+        os.truncate(self.path, SIZE + 512)
+        self.swap()
+        found.end()
+        self.assertEqual(SIZE, os.path.getsize(self.path))
+        self.assert_outside_untouched()
+
+    def holders(self, pid='self'):
+        """How many descriptors of the volume a process has."""
+        found = 0
+        for fd in os.listdir('/proc/%s/fd' % pid):
+            with contextlib.suppress(FileNotFoundError):
+                found += os.path.samefile(
+                    '/proc/%s/fd/%s' % (pid, fd), self.path)
+        return found
+
+    def test_nobody_holds_the_file_any_more(self):
+        found = self.export()
+        self.assertEqual([1, 0], [
+            self.holders(), self.holders(found.guard.pid)])
+        found.end()
+        self.assertEqual(0, self.holders())
+        found = self.new()
+        with mock.patch.object(found, '_start', side_effect=OSError):
+            self.assertRaises(OSError, found.start)
+        self.assertEqual(0, self.holders())
+        found = self.new()
+        found.end()
+        self.assertEqual(0, self.holders())
+        with mock.patch.object(keys, 'KeyDirectory', side_effect=OSError):
+            self.assertRaises(OSError, self.new)
+        self.assertEqual(0, self.holders())
+        os.link(self.path, self.path + '.too')
+        self.assertRaises(exception.StorageIntakeError, self.new)
+        self.assertEqual(0, self.holders())
+
+    def test_file_that_is_held_is_gone(self):
+        # As NFS says it where another host has deleted it.
+        found = self.export()
+        os.truncate(self.path, SIZE + 512)
+        with mock.patch('os.truncate', side_effect=OSError(
+                errno.ESTALE, 'stale')):
+            found.end()
+        self.assertEqual(0, self.holders())
+
+
+class WithoutLandlockTestCase(SharedPoolTestCase):
+
+    def setUp(self):
+        super().setUp()
+        with open(export._GUARD) as f:
+            text = f.read()
+        self.assertEqual(1, text.count('return landlock_version() > 0'))
+        path = self.make_file('guard.py')
+        with open(path, 'w') as f:
+            f.write(text.replace(
+                'return landlock_version() > 0', 'return False'))
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.intake.export._GUARD', path))
+
+    def test_nothing_else_than_the_descriptor_holds_it(self):
+        self.export()
+        self.assert_logged('has no landlock')
+
+
 class NbdkitTestBase(ExportTestBase):
     server = export.NBDKIT
     tls_error = 'gnutls_handshake'
@@ -563,3 +710,20 @@ class NbdkitEndTestCase(NbdkitTestBase, EndTestCase):
 
 class NbdkitAttackTestCase(NbdkitTestBase, AttackTestCase):
     pass
+
+
+class NbdkitSharedPoolTestCase(NbdkitTestBase, SharedPoolTestCase):
+    pass
+
+
+class ProgramTestCase(test.NoDBTestCase):
+
+    def test_nbdkit_is_not_left_without_landlock(self):
+        for server, can_confine, expected in (
+                (export.NBDKIT, True, export.NBDKIT),
+                (export.NBDKIT, False, export.QEMU),
+                (export.QEMU, False, export.QEMU)):
+            self.flags(storage_migration_nbd_server=server, group='libvirt')
+            with mock.patch.object(guard, 'can_confine', autospec=True,
+                                   return_value=can_confine):
+                self.assertEqual(expected, export.program())

@@ -75,10 +75,10 @@ class IntakeTestBase(two_hosts.TwoHostsTestCase):
             export, 'Export', side_effect=self._export))
         self.useFixture(fixtures.MockPatchObject(
             export, 'obstacle', return_value=None))
-        self.guests = set()
+        self.guests, self.running = set(), set()
         self.intake = intake.Intake(
             lambda: self.dest, lambda: '127.0.0.1',
-            lambda instance: instance.uuid in self.guests, 'uri')
+            self._has_guest, 'uri')
         self.name = self.volume_name('disk')
         self.on_its_way('disk')
 
@@ -89,6 +89,9 @@ class IntakeTestBase(two_hosts.TwoHostsTestCase):
             setattr(record, key, value)
         self.disks.set(name, record)
         self.disks.save(self.context)
+
+    def _has_guest(self, instance, running=False):
+        return instance.uuid in (self.running if running else self.guests)
 
     def _migration(self, context, migration_id, instance_uuid):
         if (migration_id, instance_uuid) != (7, uuids.instance):
@@ -278,6 +281,25 @@ class IntakeTestCase(IntakeTestBase):
         self.migration.status = 'error'
         self.assertEqual([], self.ask('delete', places=[[POOL, left]]))
         self.assertEqual({}, self.dest.pools[POOL])
+
+    def test_disk_that_the_source_of_once_calls_left(self):
+        self.create()
+        self.on_its_way('disk', state='ready', previous=None,
+                        migration_id=None)
+        self.instance.host = 'dest'
+        self.migration.status = 'confirmed'
+        self.note_left('dest', self.name)
+        self.assertIn('may be a disk', self.refused(
+            'delete', places=[[POOL, self.name]]))
+        self.assertEqual([self.name], list(self.dest.pools[POOL]))
+
+    def test_disk_of_a_guest_that_runs(self):
+        """The source writes the records."""
+        self.create()
+        self.running.add(self.instance.uuid)
+        self.assertIn('guest runs', self.refused(
+            'delete', places=[[POOL, self.name]]))
+        self.assertEqual([self.name], list(self.dest.pools[POOL]))
 
     def test_disk_of_another_server_that_is_on_record(self):
         """The source writes the records."""
@@ -924,7 +946,26 @@ class PrepareTestCase(test.NoDBTestCase):
                 mock.patch('os.geteuid', return_value=found.st_uid + 1)):
             kept.prepare(self.path, 1000, 1000, 0o644)
         chown.assert_called_once_with(
-            self.path, found.st_uid + 1, os.getegid())
+            self.path, found.st_uid + 1, os.getegid(), follow_symlinks=False)
+
+    def test_file_that_another_host_swaps(self):
+        outside = self.path + '.outside'
+        with open(outside, 'wb') as f:
+            f.write(b's' * 1000)
+        os.chmod(outside, 0o600)
+
+        def swap(*args, **kwargs):
+            os.rename(self.path, self.path + '.away')
+            os.symlink(outside, self.path)
+
+        with mock.patch('nova.privsep.path.chown', side_effect=swap), (
+                mock.patch('os.geteuid', return_value=os.geteuid() + 1)):
+            kept.prepare(self.path, 700, 1200, 0o644)
+        self.assertEqual(b's' * 1000, self.content())
+        self.assertEqual(0o600, os.stat(outside).st_mode & 0o777)
+        self.path += '.away'
+        self.assertEqual(b'A' * 700 + bytes(500), self.content())
+        self.assertEqual(0o644, os.stat(self.path).st_mode & 0o777)
 
     def test_no_plain_file(self):
         os.link(self.path, self.path + '.too')

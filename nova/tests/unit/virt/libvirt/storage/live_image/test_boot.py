@@ -224,7 +224,12 @@ class LiveBootTestCase(test.NoDBTestCase):
         self.useFixture(fixtures.MockPatchObject(
             vm_state, 'read', return_value=vm_state.Overlay(
                 size, base and vm_state.Backing(base, 'raw'))))
-        return mock.Mock(path=disk, driver_format='qcow2')
+        with open(disk, 'wb'):
+            pass
+        os.chmod(disk, 0o644)
+        image = mock.Mock(path=disk, driver_format='qcow2')
+        image.make_private.side_effect = lambda *args: os.chmod(disk, 0o600)
+        return image
 
     def test_write_root(self):
         image = self._image()
@@ -236,17 +241,44 @@ class LiveBootTestCase(test.NoDBTestCase):
         self.assertEqual((self.path, 4), (stream.path, stream.length))
         self.checked_base.assert_called_once_with('/base')
 
+    def test_nobody_else_reads_the_memory(self):
+        """Not even who had the disk open before it was there."""
+        image, modes = self._image(), []
+
+        def write(path, *args):
+            modes.append(os.stat(path).st_mode & 0o777)
+            return vm_state.Stream(path, 4, 4)
+        with mock.patch.object(vm_state, 'write', side_effect=write):
+            self._boot().write_root(image)
+        image.make_private.assert_called_once_with('/base', 'raw', 1 << 30)
+        self.assertEqual([0o600], modes)
+
+    def test_one_after_the_other(self):
+        """Each sees what the one before has left of the room."""
+        image = self._image()
+        with mock.patch.object(vm_state, 'write') as write, mock.patch(
+                'oslo_concurrency.lockutils.lock') as lock, mock.patch.object(
+                    memory_file, 'check_room') as check:
+            for call in (check, write):
+                call.side_effect = lambda *args: self.assertEqual(
+                    (1, 0), (lock.return_value.__enter__.call_count,
+                             lock.return_value.__exit__.call_count))
+            self._boot().write_root(image)
+            write.assert_called_once()
+            lock.return_value.__exit__.assert_called_once()
+
     def test_write_root_without_room(self):
         """The disks of other guests may be in that file system, too."""
         image = self._image()
         get_info = self.useFixture(fixtures.MockPatch(
             'nova.virt.libvirt.utils.get_fs_info',
-            return_value={'free': 3})).mock
+            return_value={'free': memory_file.RESERVE + 3})).mock
         with mock.patch.object(vm_state, 'write') as write:
             self._assert_unusable('make room in %s' % self.folder,
                                   self._boot().write_root, image)
             write.assert_not_called()
-            get_info.return_value['free'] = 4
+            image.make_private.assert_not_called()
+            get_info.return_value['free'] += 1
             self._boot().write_root(image)
             write.assert_called_once()
         get_info.assert_called_with(self.folder)
@@ -283,9 +315,21 @@ class LiveBootTestCase(test.NoDBTestCase):
             '524288 here', self._boot().define,
             test_definition.WANTED.replace('262144', '524288'))
 
+    def _written(self):
+        """One whose root disk has the memory, and that path."""
+        image, live = self._image(), self._boot()
+
+        def write(path, *args):
+            with open(path, 'wb') as f:
+                f.write(b'disk' + b'QEVM' + b'more')
+            return vm_state.Stream(path, 4, 4)
+        with mock.patch.object(vm_state, 'write', side_effect=write):
+            live.write_root(image)
+        return live, image.path
+
     def test_start(self):
         guest = mock.Mock()
-        live = self._boot()
+        live, _path = self._written()
         xml = live.define(test_definition.WANTED)
         live.start(guest, xml)
         snapshot = refusal.parse(
@@ -293,12 +337,42 @@ class LiveBootTestCase(test.NoDBTestCase):
         self.assertEqual(test_definition.OWN,
                          snapshot.findtext('domain/uuid'))
 
+    def test_memory_is_taken_out(self):
+        """QEMU leaves it in the disk, and shows it to a guest whose disk
+        grows.
+        """
+        guest = mock.Mock()
+        live, path = self._written()
+
+        def go_on(_xml, loaded):
+            # It is QEMU's to read.
+            with open(path, 'rb') as f:
+                self.assertIn(b'QEVM', f.read())
+            self.assertEqual(0o600, os.stat(path).st_mode & 0o777)
+            loaded()
+            with open(path, 'rb') as f:
+                self.assertEqual(b'disk' + bytes(4) + b'more', f.read())
+            # Nova reads it as QEMU's.
+            self.assertEqual(0o644, os.stat(path).st_mode & 0o777)
+        guest.go_on_from_snapshot.side_effect = go_on
+        live.start(guest, live.define(test_definition.WANTED))
+        guest.go_on_from_snapshot.assert_called_once()
+
+    def test_memory_is_taken_out_of_what_is_qemus(self):
+        guest = mock.Mock()
+        guest.go_on_from_snapshot.side_effect = lambda xml, loaded: loaded()
+        live, path = self._written()
+        with mock.patch('os.access', return_value=False), mock.patch(
+                'nova.privsep.storage.wipe') as wipe:
+            live.start(guest, live.define(test_definition.WANTED))
+        wipe.assert_called_once_with(path, 4, 4, 0o644)
+
     def test_start_fails(self):
         """There is no other start in its place."""
         guest = mock.Mock()
         guest.go_on_from_snapshot.side_effect = fakelibvirt.libvirtError(
             'Size mismatch: pc.ram')
-        live = self._boot()
+        live, _path = self._written()
         self._assert_unusable(
             'Size mismatch: pc.ram', live.start, guest,
             live.define(test_definition.WANTED))

@@ -108,10 +108,23 @@ class CaptureTestCase(test.NoDBTestCase):
                  (self.guest.socket, me), (saved.memory.path, me)],
                 [(call.args[0], call.kwargs['uid'])
                  for call in self.chown.mock_calls])
+            self.assertEqual(0o600, os.stat(saved.disk).st_mode & 0o777)
             # libvirt passes, and nobody else lists it.
             self.assertEqual(0o701, os.stat(os.path.dirname(
                 saved.disk)).st_mode & 0o777)
         self._assert_right()
+
+    def test_copy_is_nobody_elses_from_its_begin(self):
+        """Its path can be guessed, and whoever has it open reads it all."""
+        modes = []
+
+        def read(*command):
+            modes.append(os.stat(command[-1]).st_mode & 0o777)
+            self.guest.read(*command)
+        self.useFixture(fixtures.MockPatch(
+            'nova.privsep.qemu.run_while_it_copies', read))
+        with self._capture():
+            self.assertEqual([0o600], modes)
 
     def test_only_the_disk_is_left_to_others(self):
         with mock.patch.object(self.guest, 'save_memory_live',

@@ -85,6 +85,68 @@ class ClosedTestCase(test.NoDBTestCase):
         e = self.assertRaises(memory_file.Unfit, self._make, saved)
         self.assertIn(reason, str(e))
 
+    @ddt.data(
+        # In a file, which is neither the guest's nor of the pool.
+        ('</cpu>', "<numa><cell id='0' cpus='0' memory='262144' unit='KiB' "
+         "memAccess='shared'/></numa></cpu>", 'cpu/numa/cell/@memAccess'),
+        ('</cpu>', "<numa><cell id='0' memory='262144' discard='yes'/></numa>"
+         '</cpu>', 'cpu/numa/cell/@discard'),
+        ('<memory ', "<memory dumpCore='on' ", 'memory/@dumpCore'),
+        ('<os>', "<os firmware='bios'>", 'os/@firmware'),
+        ("model type='cirrus'", "model type='virtio' blob='on'",
+         'devices/video/model/@blob'),
+        ("<model type='cirrus'/>", "<model type='virtio'><acceleration "
+         "accel3d='yes'/></model>", 'devices/video/model/acceleration'))
+    @ddt.unpack
+    def test_what_takes_more_of_the_host(self, old, new, named):
+        saved = test_definition.SAVED.replace(old, new, 1)
+        self.assertNotEqual(test_definition.SAVED, saved)
+        e = self.assertRaises(memory_file.Unfit, self._make, saved)
+        self.assertIn(named, str(e))
+
+    @ddt.data('cirrus', 'qxl', 'virtio')
+    def test_screens(self, model):
+        """Each has memory of the host's, of which it doesn't say anything.
+
+        libvirt adds one to a guest with a display. Nova makes no more.
+        """
+        screen = "<video><model type='%s'/></video>" % model
+        wanted = test_definition.WANTED.replace(
+            '</devices>', screen + '</devices>')
+        one = test_definition.SAVED.replace(
+            "<video><model type='cirrus'/></video>", screen)
+        for own in (test_definition.WANTED, wanted):
+            self._make(one, own)
+            e = self.assertRaises(
+                memory_file.Unfit, self._make,
+                one.replace(screen, screen * 2), own)
+            self.assertIn('more than one screen', str(e))
+
+    def test_screen_of_two_models(self):
+        self.assertRaises(memory_file.Unfit, self._make,
+                          test_definition.SAVED.replace(
+                              "<model type='cirrus'/>",
+                              "<model type='cirrus'/><model type='qxl'/>"))
+
+    @ddt.data('stdio', 'file', 'dev', 'pipe', 'vc', 'udp', 'nmdm',
+              'qemu-vdagent', 'dbus')
+    def test_console_of_another_kind(self, kind):
+        """QEMU's own output, of which nobody limits the log, for one."""
+        for tag in ('serial', 'console', 'channel'):
+            e = self.assertRaises(
+                memory_file.Unfit, self._make,
+                self._with("<%s type='%s'/>" % (tag, kind)))
+            self.assertIn('console', str(e))
+
+    def test_what_is_counted_on_the_host(self):
+        """The events that a host has libvirt count are its own to say."""
+        event = "<perf><event name='%s' enabled='yes'/></perf>"
+        theirs = self._with(top=event % 'cpu_cycles')
+        self.assertEqual([], self._make(theirs).xpath('perf'))
+        made = self._make(theirs, test_definition.WANTED.replace(
+            '<cputune>', event % 'cmt' + '<cputune>'))
+        self.assertEqual(['cmt'], made.xpath('perf/event/@name'))
+
     def test_what_every_guest_has(self):
         self._make(self._with(
             top="<seclabel type='none' model='selinux'/>"

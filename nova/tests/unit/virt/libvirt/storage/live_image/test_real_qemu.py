@@ -21,6 +21,7 @@ import unittest
 import fixtures
 from oslo_serialization import jsonutils
 
+import nova.privsep.storage
 from nova import test
 from nova.virt.libvirt.storage.live_image import vm_state
 
@@ -104,12 +105,14 @@ class RealQEMUTestCase(test.NoDBTestCase):
 
         target = self._path('disk')
         open(target, 'wb').close()
-        vm_state.write(
+        place = vm_state.write(
             target, vm_state.Stream(stream, 0, os.path.getsize(stream)),
             CAPACITY, vm_state.Backing(self.base, 'raw'), 'live')
         clone = self._start('clone', target, 'qcow2', '-loadvm', 'live')
         self.assertFalse(clone('query-status')['running'])
         self.assertEqual(memory, self._memory(clone, 'memory-2'))
+        nova.privsep.storage.unprivileged_wipe(
+            target, place.offset, place.length, 0o644)
         # It goes on, and its disk is whole without the snapshot.
         said = clone('human-monitor-command', **{
             'command-line': 'delvm live'})
@@ -123,6 +126,20 @@ class RealQEMUTestCase(test.NoDBTestCase):
              target], capture_output=True, text=True, check=True).stdout)
         self.assertEqual(0, found['check-errors'])
         self.assertNotIn('leaks', found)
+        self._assert_nothing_is_left(target, stream)
+
+    def _assert_nothing_is_left(self, target, stream):
+        """QEMU keeps the state as what is behind the end of the disk."""
+        with open(stream, 'rb') as f:
+            begin = f.read(4096)
+        # That QEMU may have it locked still.
+        grown = shutil.copy(target, self._path('grown'))
+        with open(grown, 'rb') as f:
+            self.assertNotIn(begin, f.read())
+        # The guest of a disk that grows sees what is there.
+        self._qemu_img('resize', '-f', 'qcow2', grown, '2G')
+        self._qemu_img('resize', '-f', 'raw', self.base, '2G')
+        self._qemu_img('compare', '-f', 'qcow2', '-F', 'raw', grown, self.base)
 
     def _migrated(self, ask):
         ask('migrate', uri='exec:cat >/dev/null')

@@ -230,7 +230,8 @@ class StoreTestCase(test.NoDBTestCase):
         self.assertEqual([uuids.memory], os.listdir(self.cache))
         self.assertEqual(0o700, os.stat(self.cache).st_mode & 0o777)
 
-    @ddt.data((35, False), (36, True))
+    @ddt.data((memory_file.RESERVE + 35, False),
+              (memory_file.RESERVE + 36, True))
     @ddt.unpack
     def test_room(self, free, is_fetched):
         """The disks of guests may be in that file system, too."""

@@ -69,8 +69,13 @@ class VMStateTestCase(test.NoDBTestCase):
     def test_sizes(self, length, capacity):
         # Gigabytes of zeroes would tell no more.
         with mock.patch.object(vm_state, '_copy'):
-            size = self._write(length, capacity, offset=92)
-        self.assertEqual(size, os.path.getsize(self.target))
+            found = self._write(length, capacity, offset=92)
+        self.assertEqual(self.target, found.path)
+        # Whole clusters.
+        self.assertEqual((0, 0), (found.offset % 65536, found.length % 65536))
+        self.assertTrue(0 <= found.length - length < 65536)
+        self.assertLess(found.offset + found.length,
+                        os.path.getsize(self.target))
         self.assertEqual(0, self._check()['check-errors'])
         info = jsonutils.loads(self._img(
             'info', '--output=json', '-f', 'qcow2', self.target))
@@ -86,7 +91,8 @@ class VMStateTestCase(test.NoDBTestCase):
         """At the place where QEMU looks for it: behind the disk."""
         content = os.urandom(3 * MIB + 7)
         capacity = (512 << 20) + 512
-        self._write(len(content), capacity, offset=1000, content=content)
+        place = self._write(
+            len(content), capacity, offset=1000, content=content)
         # By the guest's addresses of the snapshot's tables.
         self._img('snapshot', '-a', 'live', self.target)
         found = jsonutils.loads(self._img(
@@ -104,7 +110,9 @@ class VMStateTestCase(test.NoDBTestCase):
                 self._img('snapshot', '-d', 'live', self.target)
                 self._check()
         with open(self.target, 'rb') as f:
-            self.assertIn(content, f.read())
+            f.seek(place.offset)
+            self.assertEqual(content.ljust(place.length, b'\0'),
+                             f.read(place.length))
 
     def test_what_was_there_is_gone(self):
         with open(self.target, 'wb') as f:

@@ -20,6 +20,7 @@ from oslo_utils import units
 
 from nova.compute import power_state
 from nova import test
+from nova.virt.libvirt.storage.live_image import memory_file
 from nova.virt.libvirt.storage.live_image import watch
 
 
@@ -102,7 +103,7 @@ class WatchTestCase(test.NoDBTestCase):
     def test_no_room(self):
         """For other guests, whose disks may be there."""
         self._write(1)
-        self.free = watch.RESERVE
+        self.free = memory_file.RESERVE
         with self._watch():
             self._wait_for_polls()
             self.guest.abort_job.assert_not_called()

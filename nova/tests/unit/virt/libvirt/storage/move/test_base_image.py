@@ -12,7 +12,7 @@
 
 from unittest import mock
 
-import fixtures
+import ddt
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import context
@@ -26,6 +26,7 @@ from nova.virt.libvirt.storage.move import base_image
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 
 
+@ddt.ddt
 class FindTestCase(test.NoDBTestCase):
     """Glance has lost the image, and another one is copied meanwhile."""
 
@@ -80,17 +81,44 @@ class FindTestCase(test.NoDBTestCase):
         self.assertIs(self.busy, self.assertRaises(
             exception.StoragePoolError, self._find))
 
+    def _own(self, **kwargs):
+        own = context.RequestContext(
+            'nova', 'service', **{'auth_token': 'token', 'roles': ['admin'],
+                                  **kwargs})
+        self.stub_out('nova.virt.libvirt.storage.service_user.admin_context',
+                      lambda: own)
+        return own
+
+    def _is_lost(self):
+        return base_image.is_lost(self.context, self.instance)
+
     def test_lost_by_the_word_of_nova_itself(self):
         """What is asked with a request is answered to who has sent that."""
-        own = self.useFixture(fixtures.MockPatch(
-            'nova.virt.libvirt.storage.service_user.admin_context')).mock
-        own.return_value.auth_token = 'token'
-        self.assertTrue(base_image.is_lost(self.context, self.instance))
+        own = self._own()
+        self.assertTrue(self._is_lost())
 
         def get_info(asked, image_id):
-            if asked is own.return_value:
+            if asked is own:
                 return {'status': 'active'}
             raise exception.ImageNotFound(image_id=image_id)
 
         images.get_info.side_effect = get_info
-        self.assertFalse(base_image.is_lost(self.context, self.instance))
+        self.assertFalse(self._is_lost())
+
+    @ddt.data({'roles': ['service']}, {'auth_token': None})
+    def test_image_of_others(self, kwargs):
+        """Glance says of it that it doesn't exist."""
+        self._own(**kwargs)
+        self.assertFalse(self._is_lost())
+        self.assertFalse(base_image.is_settled(self.context, self.instance))
+        self.assertTrue(base_image.is_refused(self.context, self.instance))
+        self.assertFalse(base_image.can_be_had(
+            self.context, self.instance, self.here))
+
+    def test_image_on_another_server(self):
+        """The source's word, where Nova's token would go."""
+        self._own()
+        self.instance.image_ref = 'http://192.0.2.9/v2/images/' + uuids.image
+        self.assertFalse(self._is_lost())
+        self.assertEqual([self.context], [
+            call.args[0] for call in images.get_info.mock_calls])

@@ -63,18 +63,21 @@ class CancelTestCase(test.NoDBTestCase):
                    ].assert_called_once_with(
             mock.sentinel.cell, uuidsentinel.instance, 'migrating')
 
+    def test_state_was_reset(self):
+        """Only then does the API let a hard reboot meet a copy that runs."""
+        self.instance.task_state = None
+        self.request()
+        self.assertTrue(cancel.is_requested(self.migration))
+
     def test_nothing_is_copied(self):
         self.instance.task_state = task_states.RESIZE_FINISH
+        self.found['Migration.get_by_instance_and_status'].side_effect = (
+            exception.MigrationNotFoundByStatus(
+                instance_id=uuidsentinel.instance, status='migrating'))
         e = self.assertRaises(exception.NoCopyToCancel, self.request)
         self.assertIn('resize_finish', str(e))
         self.save.assert_not_called()
         self.assertFalse(cancel.is_requested(self.migration))
-
-    def test_migration_is_of_another_kind(self):
-        self.found['Migration.get_by_instance_and_status'].side_effect = (
-            exception.MigrationNotFoundByStatus(
-                instance_id=uuidsentinel.instance, status='migrating'))
-        self.assertRaises(exception.NoCopyToCancel, self.request)
 
     def test_instance_has_no_cell(self):
         self.mapping.cell_mapping = None

@@ -19,6 +19,7 @@ import tarfile
 from unittest import mock
 
 import ddt
+import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import exception
@@ -382,6 +383,24 @@ class UnpackTestCase(FilesTestCase):
         self.unpack(self.member('nvram/instance-00000002_VARS.fd'),
                     self.member('nvram/%s' % self.nvram))
         self.assertEqual([self.nvram], os.listdir(self.nvram_there))
+
+    @ddt.data(None, '/var/lib/nova/instances/disks/of-another-server')
+    def test_variables_in_qcow2(self, backing_file):
+        """libvirt has QEMU open what their header names."""
+        name = 'instance-00000001_VARS.qcow2'
+        look = self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.content.look_at_qcow2')).mock
+        look.return_value.backing_file = backing_file
+        come = self.member('nvram/' + name)
+        if backing_file:
+            self.assertRaises(
+                exception.UnsafeDiskContent, self.unpack, come)
+            self.assertFalse(os.path.exists(self.nvram_there))
+        else:
+            self.unpack(come)
+            self.assertEqual([name], os.listdir(self.nvram_there))
+        look.assert_called_once_with(
+            os.path.join(self.there, 'nvram', name))
 
     def test_no_room_for_it(self):
         """The error says where."""

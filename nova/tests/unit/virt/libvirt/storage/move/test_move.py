@@ -25,7 +25,6 @@ import tenacity
 
 from nova.compute import task_states
 import nova.conf
-from nova import context
 from nova import exception
 from nova import objects
 from nova.objects import fields
@@ -1695,28 +1694,41 @@ class BaseImageTestCase(OutgoingTestCase):
         self.assertTrue(self.accept())
         self.only_swap_is_kept()
 
-    @ddt.data('user', 'nova', 'nobody')
-    def test_source_that_makes_up_that_glance_has_lost_it(self, who):
+    @ddt.data(('user', 'token', 'admin'), ('nova', 'token', 'service'),
+              ('nobody', 'token', 'admin'), ('nobody', 'token', 'service'),
+              ('nobody', None, 'admin'))
+    @ddt.unpack
+    def test_source_that_makes_up_that_glance_has_lost_it(
+            self, who, token, role):
         """Any server of that image would get the source's content."""
         self.move()
-        own = context.RequestContext(
-            'nova', 'service', auth_token=who == 'nova' and 'token' or None)
-        self.stub_out('nova.virt.libvirt.storage.service_user.admin_context',
-                      lambda: own)
+        self.own.auth_token, self.own.roles = token, [role]
 
         def get_info(ctxt, image_id):
-            if who == 'user' or ctxt is own:
+            if who == 'user' or who == 'nova' and ctxt is self.own:
                 return {'id': image_id, 'status': 'active'}
             raise exception.ImageNotAuthorized(image_id=image_id)
 
         self.stub_out('nova.virt.images.get_info', get_info)
         with mock.patch('os.rename') as mock_rename:
             self.accept()
-        self.assertEqual(who == 'nobody', mock_rename.called)
-        if who != 'nobody':
+        is_lost = (who, token, role) == ('nobody', 'token', 'admin')
+        self.assertEqual(is_lost, mock_rename.called)
+        if not is_lost:
             # Nothing of it stays.
             arrival.leftovers.delete(self.dest, self.load())
             self.assertEqual([], self.bases())
+
+    @ddt.data((None, 'admin'), ('token', 'service'))
+    @ddt.unpack
+    def test_glance_may_have_it_for_others(self, token, role):
+        """No destination would take what is sent as that image."""
+        self.own.auth_token, self.own.roles = token, [role]
+        self.move()
+        self.assertEqual([], self.bases())
+        self.assertEqual(['disk'], [
+            os.path.basename(path).rpartition('_')[2]
+            for path in self.flattened])
 
     @ddt.data(True, False)
     def test_accept_again(self, is_known):

@@ -243,3 +243,6 @@ class ReadinessTestCase(test.NoDBTestCase):
         self.assertEqual(
             [('b', 'worse'), ('c', 'bad')],
             readiness.hosts_not_ready(context.get_admin_context()))
+        self.assertEqual(
+            {'b', 'c', 'd'},
+            readiness.hosts_with_pools(context.get_admin_context()))

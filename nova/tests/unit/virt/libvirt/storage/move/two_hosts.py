@@ -305,10 +305,14 @@ class TwoHostsTestCase(test.NoDBTestCase):
         self.image_error = None
         self.image_status = 'active'
         self.stub_out('nova.virt.images.get_info', self.get_image)
+        self.own = context.RequestContext(
+            'nova', 'service', auth_token='token', roles=['admin'])
+        self.stub_out('nova.virt.libvirt.storage.service_user.admin_context',
+                      lambda: self.own)
         self.stub_out('nova.virt.images.privileged_qemu_img_info',
                       self.qemu_img_info)
         self.stub_out('nova.virt.libvirt.storage.content.look_at_qcow2',
-                      lambda path, size: self.qemu_img_info(path, 'qcow2'))
+                      lambda path, size=0: self.qemu_img_info(path, 'qcow2'))
         self.stub_out('nova.virt.libvirt.storage.content.look_at_base',
                       lambda path: None)
         self.flattened = []

@@ -913,7 +913,8 @@ class LocalDisks:
             nova_context.get_admin_context(), instance)
         return ownership.has_volumes(
             self._connection(), instance.uuid,
-            undo.old_copies(instance, records))
+            undo.old_copies(instance, records),
+            {record.pool for _name, record in records.items()})
 
     def make_probes(self, instance) -> dict:
         """Make a volume in each pool, for another host to look for.

@@ -13,6 +13,7 @@
 """The base images that disks are laid over: where, and which are needed."""
 
 import os
+import re
 
 from oslo_log import log as logging
 
@@ -25,6 +26,9 @@ from nova.virt.libvirt.storage.pool import setup
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
+
+# The name of a volume of an instance.
+_DISK = re.compile(r'[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}_')
 
 
 def checked_base(path: str, cache_dir: str | None = None) -> str:
@@ -126,11 +130,19 @@ def _backing_files(conn, host):
         try:
             yield from pool.backing_files().values()
         except exception.StoragePoolError as e:
-            if is_active:
+            if is_active and (pool.name in ours or _may_hold_disks(pool)):
                 raise
             # It may be any operator's, and be gone for good.
             LOG.debug('Storage pool %(pool)s is passed over: %(error)s',
                       {'pool': pool.name, 'error': e})
+
+
+def _may_hold_disks(pool):
+    """Whether a pool has volumes of instances, as libvirt saw it last."""
+    try:
+        return any(_DISK.match(volume.name) for volume in pool.volumes())
+    except exception.StoragePoolError:
+        return True
 
 
 def cache_changed(conn, host: str) -> None:

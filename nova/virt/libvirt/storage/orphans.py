@@ -255,9 +255,11 @@ def _kinds_of(context, connection,
         return _unknown
     if instance.deleted:
         # An operator may have the guests of deleted instances kept.
-        kind = (Kind.UNKNOWN if _has_guest(connection, instance) else
-                Kind.LEFT_OVER)
-        return lambda place: kind
+        if _has_guest(connection, instance):
+            return _unknown
+        return lambda place: (
+            Kind.LEFT_OVER if _is_for_this_host(connection, instance, place)
+            else Kind.UNKNOWN)
     if CONF.host in (instance.host, instance.node):
         return _unknown
     try:
@@ -266,6 +268,18 @@ def _kinds_of(context, connection,
     except exception.InvalidDiskMetadata as e:
         LOG.warning('%s', e, instance=instance)
         return _unknown
+
+
+def _is_for_this_host(connection, instance, place):
+    """Whether no guest of another host may have what is at a place.
+
+    That host may have been down while the instance was deleted.
+    """
+    pool, _volume = place
+    return (pool is None or instance.host in (None, CONF.host) or
+            not storage_pool.StoragePool(
+                connection, pool, CONF.host).kind().is_directory or
+            keeping.is_private(connection, pool))
 
 
 def _has_guest(connection, instance):

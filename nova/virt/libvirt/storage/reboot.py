@@ -202,6 +202,7 @@ class Reboot(Return):
         if self._migration is not None:
             self.bring_directory_back()
             self._abandon(self._migration)
+            guest_files.restore_tpm(self._instance)
             self._went_back()
         if destination.is_due(self._instance, self.records):
             # They have come, and finish_migration has failed.

@@ -194,6 +194,8 @@ class Plan:
             self._check_file_system(name, device, path)
         elif is_read_only(device):
             disk.way, disk.size = WAY.SEND, length
+            if record.format == QCOW2:
+                self._look_at_sent_overlay(disk, record, path)
         else:
             disk.way = WAY.MIRROR
             disk.size = self._capacity(device)
@@ -319,16 +321,31 @@ class Plan:
             "that both hosts share, on a file system (%(type)s) that libvirt "
             "doesn't take for shared"), name=name, type=kind)
 
+    def _look_at_sent_overlay(self, disk, record, path):
+        """See to it that the destination gets the image of a CD-ROM."""
+        info = image_cache.look_at_overlay(path, record.size)
+        if not info.backing_file:
+            return
+        if not self._can_have_base(disk, info):
+            raise refused(_(
+                "migrate the server cold: disk %(name)s, which its guest only "
+                "reads, is laid over an image that the destination can't "
+                "have: %(file)s"), name=disk.name, file=info.backing_file)
+        disk.base = imagecache.get_cache_fname(self._instance.image_ref)
+
+    def _can_have_base(self, disk, info):
+        return base_image.is_kept(
+            self._instance, disk.name, info.backing_file) and (
+                base_image.can_be_had(
+                    self._context, self._instance,
+                    base_image.pool(self._local.get_connection())))
+
     def _look_at_overlay(self, disk, path):
         """Find out what an overlay is over on the destination."""
         info = image_cache.look_at_overlay(path, disk.size)
         if not info.backing_file:
             return
-        if base_image.is_kept(
-                self._instance, disk.name, info.backing_file) and (
-                    base_image.can_be_had(
-                        self._context, self._instance,
-                        base_image.pool(self._local.get_connection()))):
+        if self._can_have_base(disk, info):
             disk.base = imagecache.get_cache_fname(self._instance.image_ref)
             return
         # The image may be out of reach for this request alone: a command

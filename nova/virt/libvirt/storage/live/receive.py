@@ -201,7 +201,7 @@ class Receiver:
             base = self._have_base(cache_base)
         for disk in self._data.disks:
             if disk.way == WAY.SHARE:
-                self._find(disk)
+                self._check_base(disk, self._find(disk), cache_base)
             elif disk.way == WAY.LINK:
                 self._link(disk)
             elif disk.way == WAY.SEND:
@@ -291,10 +291,39 @@ class Receiver:
         """Let libvirt know of a volume that the other host has made."""
         pool = self._pool(disk)
         try:
-            pool.volume(disk.volume)
+            return pool.volume(disk.volume)
         except exception.StorageVolumeNotFound:
             pool.refresh(timeout=storage_pool.COPY_TIMEOUT)
-            pool.volume(disk.volume)
+            return pool.volume(disk.volume)
+
+    def _check_base(self, disk, volume, cache_base):
+        """Have what an overlay that both hosts see is over here, too.
+
+        Its header can't be rewritten while its guest runs.
+        """
+        if disk.format != QCOW2:
+            return
+        try:
+            info = image_cache.look_at_overlay(volume.path)
+        except OSError as e:
+            # Root may not read there.
+            LOG.debug('What volume %(volume)s is laid over is not known: '
+                      '%(error)s', {'volume': volume.name, 'error': e})
+            return
+        if not info.backing_file:
+            return
+        if base_image.is_kept(self._instance, disk.name, info.backing_file):
+            self._have_base(cache_base)
+        found = (imagebackend._get_base_format(info.backing_file)
+                 if os.path.exists(info.backing_file) else None)
+        if found != (info.backing_file_format or RAW):
+            raise exception.MigrationPreCheckError(reason=_(
+                "migrate the server cold: disk %(name)s is laid over %(file)s "
+                "of format %(wanted)s, and host %(host)s has %(found)s there"
+            ) % {'name': disk.name, 'file': info.backing_file,
+                 'wanted': info.backing_file_format or RAW,
+                 'host': CONF.host,
+                 'found': found or 'nothing'})
 
     def _create_to_be_sent(self, disk):
         state.create_volume(

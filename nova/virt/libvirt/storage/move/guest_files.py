@@ -103,6 +103,13 @@ def has_tpm(instance):
         libvirt_utils.get_instance_path(instance), _TPM, instance.uuid))
 
 
+def restore_tpm(instance):
+    """Put the state of a TPM back that was saved for a move, now given up."""
+    if has_tpm(instance):
+        libvirt_utils.restore_vtpm_dir(os.path.join(
+            libvirt_utils.get_instance_path(instance), _TPM, instance.uuid))
+
+
 def pack(host, instance, directory, same_host):
     """Put the files into one; the guest is off.
 
@@ -256,7 +263,7 @@ def _look_at_qcow2(path):
     # libvirt has QEMU open whatever the header names.
     if content.look_at_qcow2(path).backing_file:
         raise exception.UnsafeDiskContent(path=path, reason=_(
-            'variables of firmware depend on no other file'))
+            'it depends on another file, which no variables of firmware do'))
 
 
 def unpack(instance, volume, directory):

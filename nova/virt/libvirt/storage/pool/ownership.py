@@ -39,8 +39,8 @@ LOG = logging.getLogger(__name__)
 # E.g. disk.rescue, or disk.rescue.1 where that was taken
 _RESCUE_NAME = re.compile(r'\.rescue(\.\d+)?$')
 
-# Its disks go with it, wherever it is.
-_DELETING = (task_states.DELETING, task_states.SOFT_DELETING)
+# Its disks go with it, wherever it is. What is deleted softly keeps them.
+_DELETING = (task_states.DELETING,)
 
 # So do those of what is made, or taken in, here and given up.
 _DESTROYING = (task_states.SHELVING, task_states.SHELVING_OFFLOADING,
@@ -150,19 +150,33 @@ def has_pools(connection) -> bool:
     return any(place.pool.exists() for place in places(connection))
 
 
-def has_volumes(connection, instance_uuid, ignored=(), disks=None) -> bool:
+def has_volumes(connection, instance_uuid, ignored=(), named=()) -> bool:
     """Whether an instance has volumes here, whoever has made them.
 
     :param connection: to the host's libvirt
     :param instance_uuid: UUID of the instance
     :param ignored: (pool name, volume name) of those which don't count
-    :param disks: the instance's InstanceDisks, if they are known
+    :param named: names of the pools that its disks are in, on any host
+    :raises: exception.StoragePoolError if there may be some, and the pool
+        can't be read
     """
     prefix = '%s_' % instance_uuid
     return any(name.startswith(prefix) and
                (place.pool.name, name) not in ignored
-               for place in places(connection, disks) if place.is_there()
-               for name in place.pool.file_names())
+               for place in places(connection) if place.is_there()
+               for name in _names_in(place, named))
+
+
+def _names_in(place, named):
+    try:
+        return place.pool.file_names()
+    except exception.StoragePoolError as e:
+        if place.is_configured or place.pool.name in named:
+            raise
+        # It is any operator's.
+        LOG.debug('Storage pool %(pool)s is passed over: %(error)s',
+                  {'pool': place.pool.name, 'error': e})
+        return set()
 
 
 def get_volumes(connection, instance_uuid, rescue=False, disks=None):

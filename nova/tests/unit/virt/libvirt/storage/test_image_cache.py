@@ -14,10 +14,12 @@ import hashlib
 import os
 import shutil
 import time
+import types
 from unittest import mock
 
 import ddt
 import fixtures
+from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import exception
 from nova import test
@@ -43,6 +45,7 @@ class Pool:
     def __init__(self, name, path, kind='dir', active=True):
         self._name, self.kind, self.active = name, kind, active
         self.path = path
+        self.volumes = [uuids.instance + '_disk']
 
     def name(self):
         return self._name
@@ -56,6 +59,10 @@ class Pool:
 
     def refresh(self, flags):
         pass
+
+    def listAllVolumes(self, flags):
+        return [types.SimpleNamespace(name=lambda name=name: name)
+                for name in self.volumes]
 
 
 class BaseImagesTestCase(test.NoDBTestCase):
@@ -185,6 +192,12 @@ class InUseTestCase(BaseImagesTestCase):
             with open(mountinfo, 'w'):
                 pass
             self.assertRaises(exception.StoragePoolNotMounted, self.in_use)
+            # Libvirt knows what it has seen there.
+            pool.volumes = ['debian-12.iso']
+            if name == 'formerly-ours':
+                self.assertEqual(set(), self.in_use())
+            else:
+                self.assertRaises(exception.StoragePoolNotMounted, self.in_use)
             del self.pools[name]
 
     def test_no_storage_driver(self):

@@ -613,7 +613,7 @@ class RebootTestCase(OperationTestCase):
         """:returns: what is called, in its order"""
         calls = mock.Mock()
         for name in ('source.abandon', 'source.settle', 'destination.accept',
-                     'guest_files.restore_nvram'):
+                     'guest_files.restore_nvram', 'guest_files.restore_tpm'):
             self.patch('nova.virt.libvirt.storage.move.%s' % name,
                        new=getattr(calls, name.split('.')[1]))
         self.patch('nova.virt.libvirt.storage.records.lifecycle.take_up',
@@ -794,8 +794,9 @@ class RebootTestCase(OperationTestCase):
         with open(os.path.join(directory + '_resize', 'disk.info'), 'w'):
             pass
         self.assertEqual(
-            ['abandon', 'restore_nvram', 'went_back', 'take_up'],
-            self.bring_in_order()[:4])
+            ['abandon', 'restore_nvram', 'restore_tpm', 'went_back',
+             'take_up'],
+            self.bring_in_order()[:5])
         self.assertEqual(['disk.info'], os.listdir(directory))
         self.assertFalse(os.path.exists(directory + '_resize'))
 

@@ -166,6 +166,7 @@ class OrphansTestCase(OrphansTestBase):
         self.assertEqual([], self.kinds())
 
     def test_instance_is_deleted(self):
+        self.instance.host = 'here'
         self.instance.deleted = True
         self.assertEqual([orphans.Kind.LEFT_OVER], self.kinds())
         self.assertEqual('yes', self.get.call_args.args[1].read_deleted)
@@ -174,12 +175,33 @@ class OrphansTestCase(OrphansTestBase):
 
     def test_instance_is_deleted_and_its_guest_is_kept(self):
         # As [DEFAULT]/running_deleted_instance_action may say.
+        self.instance.host = 'here'
         self.instance.deleted = True
         self.guests.append(uuids.instance)
         self.assertEqual([orphans.Kind.UNKNOWN], self.kinds())
         self.assertEqual([], self.swept())
         self.guests.remove(uuids.instance)
         self.assertEqual([self.disk], self.swept())
+
+    @ddt.data(('there', 'dir', True, True), ('there', 'dir', False, False),
+              (None, 'dir', False, True), ('here', 'dir', False, True),
+              ('there', 'logical', False, True))
+    @ddt.unpack
+    def test_instance_is_deleted_on_another_host(
+            self, host, kind, is_private, is_left):
+        """Which may have been down then, and run the guest in a shared pool.
+
+        :param host: that the instance was on
+        :param is_private: whether no other host sees the pool
+        """
+        self.instance.host, self.instance.deleted = host, True
+        self.pool.kind.return_value = kinds.of_type(kind)
+        self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.records.keeping.is_private',
+            return_value=is_private))
+        self.assertEqual(
+            [orphans.Kind.LEFT_OVER if is_left else orphans.Kind.UNKNOWN],
+            self.kinds())
 
     def test_instance_is_deleted_and_the_guests_are_not_known(self):
         self.instance.deleted = True
@@ -399,6 +421,7 @@ class OrphansTestCase(OrphansTestBase):
         self.assertIn('I/O error', self.unread()[0].reason)
 
     def test_volume_cant_be_deleted(self):
+        self.instance.host = 'here'
         self.instance.deleted = True
         self.volumes[0].delete.side_effect = exception.StorageVolumeError(
             pool=POOL, host='here', volume=self.disk, reason='busy', code=1)
@@ -412,6 +435,7 @@ class OrphansTestCase(OrphansTestBase):
 
     def test_sweep_fails_halfway(self):
         """What is gone by then is told of."""
+        self.instance.host = 'here'
         self.instance.deleted = True
         self.add('%s_disk' % uuids.second)
         self.get.side_effect = [self.instance, ValueError('no answer')]
@@ -474,6 +498,7 @@ class DirectoriesTestCase(OrphansTestBase):
         self.assertTrue(os.path.exists(self.path))
 
     def test_all_of_one_instance_with_its_volumes(self):
+        self.instance.host = 'here'
         self.instance.deleted = True
         self.add(self.disk)
         self.make(uuids.instance + '_resize')

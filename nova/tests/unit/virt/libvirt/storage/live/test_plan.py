@@ -86,6 +86,10 @@ class PlanTestCase(test_settle.LiveTestCase):
             self.assertIn(word, str(error))
         self.assertFalse(self.data.has_planned_disks)
 
+    def as_cdrom(self, base):
+        self.as_overlay('disk', base)
+        self.devices['disk'].readonly = True
+
     def as_files(self):
         """Have all disks in the instance directory, which both see."""
         directory = libvirt_utils.get_instance_path(self.instance)
@@ -109,6 +113,17 @@ class PlanTestCase(test_settle.LiveTestCase):
 
 @ddt.ddt
 class TestPlan(PlanTestCase):
+
+    def test_image_of_a_cdrom(self):
+        """It is sent as it is, an overlay; the destination needs its base."""
+        name = imagecache.get_cache_fname(uuids.image)
+        self.as_cdrom(name)
+        disk = self.plan()['disk']
+        self.assertEqual((plan.WAY.SEND, name), (disk.way, disk.base))
+
+    def test_image_of_a_cdrom_that_is_not_to_be_had(self):
+        self.as_cdrom('another')
+        self.refused('migrate the server cold', 'only reads')
 
     def test_distinct_pools(self):
         found = self.plan()

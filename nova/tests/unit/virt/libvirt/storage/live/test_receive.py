@@ -237,6 +237,50 @@ class TestReceive(ReceiveTestCase):
         self.assertEqual([], self.configs)
         self.assert_disks('source', ('dest', 'ready'))
 
+    @ddt.data(('raw', 'raw', True), (None, 'raw', True),
+              ('raw', 'qcow2', False), ('raw', None, False))
+    @ddt.unpack
+    def test_overlay_in_a_shared_pool(self, wanted, found, is_taken):
+        """Its header says for good what it is over.
+
+        :param wanted: format of the base image, as the header has it
+        :param found: that of what this host has there
+        """
+        self.as_overlay('disk', BASE)
+        self.source.pools[POOL]['probe'] = {'length': 1}
+        self.plan()
+        self.dest.pools[POOL] = self.source.pools[POOL]
+        path = os.path.join(two_hosts.CONF.instances_path, '_base', BASE)
+        self.useFixture(test_plan.fixtures.MockPatch(
+            'nova.virt.libvirt.storage.image_cache.look_at_overlay',
+            side_effect=lambda at: mock.Mock(
+                backing_file=path if at.endswith('_disk') else None,
+                backing_file_format=wanted)))
+        self.stub_out('nova.virt.libvirt.imagebackend._get_base_format',
+                      lambda of: found if of == path else None)
+        if found:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, 'w'):
+                pass
+        if is_taken:
+            self.receive()
+        else:
+            e = self.assertRaises(
+                exception.MigrationPreCheckError, self.receive)
+            self.assertIn('has %s there' % (found or 'nothing'), str(e))
+        self.cached.assert_called_once_with()
+
+    def test_overlay_in_a_shared_pool_that_root_may_not_read(self):
+        self.as_overlay('disk', BASE)
+        self.source.pools[POOL]['probe'] = {'length': 1}
+        self.plan()
+        self.dest.pools[POOL] = self.source.pools[POOL]
+        self.useFixture(test_plan.fixtures.MockPatch(
+            'nova.virt.libvirt.storage.image_cache.look_at_overlay',
+            side_effect=PermissionError('squashed')))
+        self.receive()
+        self.assert_disks('source', ('dest', 'ready'))
+
     def _files(self):
         """All disks are files that both hosts see."""
         self.as_files()

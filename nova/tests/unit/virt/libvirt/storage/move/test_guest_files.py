@@ -384,6 +384,15 @@ class UnpackTestCase(FilesTestCase):
                     self.member('nvram/%s' % self.nvram))
         self.assertEqual([self.nvram], os.listdir(self.nvram_there))
 
+    def test_tpm_of_a_move_that_is_given_up(self):
+        with mock.patch.object(libvirt_utils, 'restore_vtpm_dir') as restore:
+            files.restore_tpm(self.instance)
+            restore.assert_not_called()
+            saved = os.path.join(self.there, 'swtpm', uuids.instance)
+            os.makedirs(saved)
+            files.restore_tpm(self.instance)
+        restore.assert_called_once_with(saved)
+
     @ddt.data(None, '/var/lib/nova/instances/disks/of-another-server')
     def test_variables_in_qcow2(self, backing_file):
         """libvirt has QEMU open what their header names."""

@@ -177,7 +177,8 @@ class ServicePeerBase(two_hosts.TwoHostsTestCase):
         self.missing = self.useFixture(fixtures.MockPatchObject(
             pump, 'nbd_missing', return_value=None)).mock
         self.intake = intake.Intake(
-            lambda: self.dest, lambda: '127.0.0.1', lambda instance: False)
+            lambda: self.dest, lambda: '127.0.0.1',
+            lambda instance, running=False: False)
         self.rpc = self.useFixture(fixtures.MockPatch(
             'nova.compute.rpcapi.ComputeAPI.take_in_disks',
             side_effect=self.take_in_disks)).mock

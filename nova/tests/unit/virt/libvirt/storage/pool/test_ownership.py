@@ -266,7 +266,8 @@ class StayedTestCase(HostTestCase):
 
     @ddt.data((task_states.SHELVING, True),
               (task_states.RESIZE_REVERTING, True),
-              (task_states.REBUILDING, True), (task_states.DELETING, False))
+              (task_states.REBUILDING, True), (task_states.DELETING, False),
+              (task_states.SOFT_DELETING, True))
     @ddt.unpack
     def test_service_starts(self, task_state, expected):
         """What was under way was cut off."""
@@ -318,6 +319,19 @@ class HasVolumesTestCase(OwnershipTestCase):
         self.assertFalse(self.has_volumes(uuids.instance, here))
         here.remove((DISKS, '%s_disk.1' % uuids.instance))
         self.assertTrue(self.has_volumes(uuids.instance, here))
+
+    def test_pool_of_somebody_that_cant_be_read(self):
+        self.useFixture(fixtures.MockPatch(
+            'nova.virt.libvirt.storage.pool.pool.StoragePool.file_names',
+            side_effect=exception.StoragePoolError(
+                pool=DISKS, host='here', code=38, reason='stale')))
+        self.flags(group='libvirt', storage_pool_mapping={},
+                   storage_disks_pool='new')
+        self.assertFalse(self.has_volumes())
+        self.assertRaises(exception.StoragePoolError, self.has_volumes,
+                          uuids.instance, (), {DISKS})
+        self.flags(group='libvirt', storage_disks_pool=DISKS)
+        self.assertRaises(exception.StoragePoolError, self.has_volumes)
 
     def test_libvirt_need_not_know_of_it(self):
         """Nor is it let look: it interprets whatever it finds."""

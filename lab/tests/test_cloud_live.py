@@ -352,6 +352,8 @@ class TestSharedPool(LiveCase):
         self.recovered(server)
         said = self.assert_here(server, 'host-a', said)
         self.assertEqual(files, self.files(server))
+        # Its memory changes about as fast as that.
+        self.set_options({'live_migration_bandwidth': 0})
         self.assert_moves(server, said)
         self.assertEqual(files, self.files(server))
 

@@ -13,7 +13,6 @@
 """The base images that disks are laid over: where, and which are needed."""
 
 import os
-import re
 
 from oslo_log import log as logging
 
@@ -21,14 +20,12 @@ import nova.conf
 from nova import exception
 import nova.privsep.storage
 from nova.virt.libvirt.storage import content
+from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import setup
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
-
-# The name of a volume of an instance.
-_DISK = re.compile(r'[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}_')
 
 
 def checked_base(path: str, cache_dir: str | None = None) -> str:
@@ -140,7 +137,8 @@ def _backing_files(conn, host):
 def _may_hold_disks(pool):
     """Whether a pool has volumes of instances, as libvirt saw it last."""
     try:
-        return any(_DISK.match(volume.name) for volume in pool.volumes())
+        return any(ownership.OWNED.fullmatch(volume.name)
+                   for volume in pool.volumes())
     except exception.StoragePoolError:
         return True
 

@@ -18,7 +18,6 @@ certain is ever deleted.
 """
 
 import enum
-import re
 import typing as ty
 
 from oslo_log import log as logging
@@ -31,6 +30,7 @@ from nova import exception
 from nova.i18n import _
 from nova import objects
 from nova.virt.libvirt.storage import instance_directories as directories
+from nova.virt.libvirt.storage.pool import ownership
 from nova.virt.libvirt.storage.pool import pool as storage_pool
 from nova.virt.libvirt.storage.pool import sharing
 from nova.virt.libvirt.storage.records import keeping
@@ -39,9 +39,6 @@ from nova.virt.libvirt.storage.records import metadata
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
-
-_OWNED = re.compile(
-    r'(?P<uuid>[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})_.+')
 
 # Instances that are asked for in one message.
 _AT_ONCE = 200
@@ -122,7 +119,8 @@ def _find(context, connection, own, of_instances,
 
 def _owned(context, pool, own, unread) -> list[tuple[str, str]]:
     """UUID and name of what is in a pool, of instances not on this host."""
-    matches = [_OWNED.fullmatch(name) for name in _names(pool, unread)]
+    matches = [ownership.OWNED.fullmatch(name)
+               for name in _names(pool, unread)]
     found = [(match['uuid'], match.string) for match in matches
              if match and match['uuid'] not in own]
     if not found or not pool.kind().is_ceph:

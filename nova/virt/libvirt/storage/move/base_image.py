@@ -99,9 +99,10 @@ def can_be_had(context, instance, here):
 
     :param here: StoragePool over this host's image cache
     """
-    if _is_available(context, instance.image_ref):
+    found, is_known = _ask_glance(context, instance)
+    if found is context:
         return True
-    if not is_settled(context, instance):
+    if not is_known:
         return False
     name = imagecache.get_cache_fname(instance.image_ref)
     try:

@@ -99,15 +99,18 @@ def check_access(instance):
 
 def has_tpm(instance):
     """Whether the state of a TPM has come and was not taken over yet."""
-    return os.path.exists(os.path.join(
-        libvirt_utils.get_instance_path(instance), _TPM, instance.uuid))
+    return os.path.exists(_saved_tpm(instance))
+
+
+def _saved_tpm(instance):
+    return os.path.join(
+        libvirt_utils.get_instance_path(instance), _TPM, instance.uuid)
 
 
 def restore_tpm(instance):
     """Put the state of a TPM back that was saved for a move, now given up."""
     if has_tpm(instance):
-        libvirt_utils.restore_vtpm_dir(os.path.join(
-            libvirt_utils.get_instance_path(instance), _TPM, instance.uuid))
+        libvirt_utils.restore_vtpm_dir(_saved_tpm(instance))
 
 
 def pack(host, instance, directory, same_host):

@@ -36,6 +36,10 @@ from nova.virt.libvirt.storage.pool import setup
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
+# The name of what is an instance's.
+OWNED = re.compile(
+    r'(?P<uuid>[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})_.+')
+
 # E.g. disk.rescue, or disk.rescue.1 where that was taken
 _RESCUE_NAME = re.compile(r'\.rescue(\.\d+)?$')
 

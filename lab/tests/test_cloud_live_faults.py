@@ -389,9 +389,6 @@ class TestWire(FaultCase):
 class TestProgress(FaultCase):
     """The disks take several of Nova's looks."""
 
-    # Twice what the guest writes: at its rate they would never end.
-    live_rate = 2
-
     def test_progress(self):
         """An operator sees the disks shrink."""
         server, before = self.writing_server()

@@ -13,13 +13,16 @@
 
 """Hosts of which only some share a pool, or share it by another name."""
 
+import os
 from unittest import mock
 
 import fixtures
+from oslo_concurrency import processutils
 
 from nova import exception
 from nova.tests.functional.libvirt import storage_pools
 from nova.tests.functional.libvirt import test_storage_pools_moves
+from nova.virt import images
 
 
 class SharedTestBase(test_storage_pools_moves.MovesTestBase):
@@ -101,6 +104,22 @@ class TestPartlyShared(SharedTestBase):
         # What it had itself is gone.
         self.assertEqual(
             ['disk.1'], self.volumes('compute1', server, 'pool'))
+
+    def test_base_image_in_another_format(self):
+        """The host that gets the server has it as it came from Glance."""
+        server = self.boot()
+        base = os.path.join(
+            self.directories['compute3'], '_base', storage_pools.BASE)
+        os.makedirs(os.path.dirname(base), exist_ok=True)
+        processutils.execute('qemu-img', 'create', '-f', 'qcow2', base, '1G')
+        self.go_down('compute1')
+        self._evacuate_server(
+            server, {'host': 'compute3'}, expected_host='compute3')
+        self.assertEqual(['disk'], self.volumes('compute3', server, 'pool'))
+        info = images.qemu_img_info(
+            os.path.join(self.shared, server['id'] + '_disk'), 'qcow2')
+        self.assertEqual((base, 'qcow2'), (
+            info.backing_file, info.backing_file_format))
 
     def evacuate_again(self, server):
         server = self._evacuate_server(

@@ -247,8 +247,12 @@ class LibvirtStorage(imagebackend.Image):
             if backing_file and os.path.basename(backing_file) == (
                     imagecache.get_cache_fname(image_id)):
                 # It may not have come along with the disk.
-                self.ensure_image_cached(context, image_id, trusted_certs,
-                                         fallback_from_host, convert)
+                base = self.ensure_image_cached(
+                    context, image_id, trusted_certs, fallback_from_host,
+                    convert)
+                image_cache.lay_over(
+                    self._get_volume(), content.look_at_qcow2(self.path), base,
+                    imagebackend._get_base_format(base), self.instance)
             self._grow(size)
             # A copy that has come from another host has holes.
             if size:

@@ -18,6 +18,8 @@ from oslo_log import log as logging
 
 import nova.conf
 from nova import exception
+from nova.objects import fields
+import nova.privsep.qemu
 import nova.privsep.storage
 from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage.pool import ownership
@@ -67,6 +69,38 @@ def look_at_overlay(path: str, size: int = 0):
     if info.backing_file:
         checked_base(info.backing_file)
     return info
+
+
+def lay_over(volume, info, base: str, base_format: str, instance) -> None:
+    """Have an overlay's header name the base image as this host has it.
+
+    Two caches have one content under one name; the directory may differ, and
+    with force_raw_images the format. Under another format's name the guest
+    would get the bytes of the file for those of the image.
+
+    :param volume: the StorageVolume; nobody uses it
+    :param info: what qemu-img says of it, an imageutils.QemuImgInfo
+    :param base: path of the base image
+    :param base_format: its format
+    """
+    if (base, base_format) == (info.backing_file, info.backing_file_format):
+        return
+    LOG.info('Base image of volume %(volume)s: %(base)s (%(format)s) instead '
+             'of %(old)s (%(old_format)s)',
+             {'volume': volume.name, 'base': base, 'format': base_format,
+              'old': info.backing_file,
+              'old_format': info.backing_file_format}, instance=instance)
+    nova.privsep.qemu.rewrite_backing_file(
+        volume.path, fields.LibvirtDiskFormat.QCOW2, base, base_format)
+    try:
+        # libvirt would go on to look for the base image where the other host
+        # has it, and fail whenever it is asked about the volume.
+        volume.pool.refresh()
+    except exception.NovaException as e:
+        LOG.warning('Storage pool %(pool)s could not be refreshed after the '
+                    'base image of volume %(volume)s was renamed: %(error)s',
+                    {'pool': volume.pool.name, 'volume': volume.name,
+                     'error': e}, instance=instance)
 
 
 def _is_marked(directory):

@@ -92,12 +92,12 @@ class Return(operation.DiskOperation):
         A resize on this very host has made it, and the compute manager has
         deleted its mapping since, with its record.
         """
-        if not any(record.is_in_pool for _name, record in
-                   self.records.items()) or lifecycle.size_of(
-                       self._instance, metadata.SWAP,
-                       self._block_device_info):
-            return
-        leftovers.note_swap(self._local.get_connection(), self.records)
+        if ((CONF.libvirt.images_type == 'libvirt-storage' or
+                any(record.is_in_pool
+                    for _name, record in self.records.items())) and
+                not lifecycle.size_of(self._instance, metadata.SWAP,
+                                      self._block_device_info)):
+            leftovers.note_swap(self._local.get_connection(), self.records)
 
     def bring_directory_back(self) -> None:
         """Give the instance's directory its name again, if it has lost it."""
@@ -184,7 +184,7 @@ class Reboot(Return):
                  name not in lifecycle.REMADE and
                  not name.endswith('.rescue')]
         wanted = self._disk_info()['mapping'] if names else ()
-        brought = self._brought()
+        brought = lifecycle.brought_by_resize(self._instance)
         return ([name for name in names
                  if name in wanted and name not in brought],
                 [name for name in names if name not in wanted])
@@ -212,8 +212,8 @@ class Reboot(Return):
         lifecycle.adopt(self.records)
         self._end_rescue()
         self._begin_brought(disk_info, guest_config)
-        self.take_up(disk_info, guest_config,
-                     remade=lifecycle.REMADE | self._brought())
+        self.take_up(disk_info, guest_config, remade=(
+            lifecycle.REMADE | lifecycle.brought_by_resize(self._instance)))
         self.make_unfinished(driver)
         # From here on the source's copies are no longer kept.
         self.look_again()
@@ -226,21 +226,9 @@ class Reboot(Return):
             self._remove_snapshot(root)
         self.move_to_pools(disk_info)
 
-    def _brought(self):
-        """Names of disks that come with the flavor of a resize that failed.
-
-        The guest has never had them.
-        """
-        if 'old_flavor' not in self._instance or (
-                not self._instance.old_flavor):
-            return set()
-        old = self._instance.old_flavor
-        return {name for name, size in (('disk.local', old.ephemeral_gb),
-                                        ('disk.swap', old.swap)) if not size}
-
     def _begin_brought(self, disk_info, guest_config):
         """Record those of them that the resize has failed to begin."""
-        for name in self._brought():
+        for name in lifecycle.brought_by_resize(self._instance):
             # An older compute, on this host then, may have made it.
             if (name in disk_info['mapping'] and
                     self.records.get(name) is None and

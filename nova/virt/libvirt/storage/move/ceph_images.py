@@ -27,6 +27,7 @@ from nova.virt.libvirt.storage.move import offer
 from nova.virt.libvirt.storage.pool import ceph as ceph_pool
 from nova.virt.libvirt.storage.pool import ceph_bytes
 from nova.virt.libvirt.storage.pool import pool as storage_pool
+from nova.virt.libvirt.storage.records import lifecycle
 
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
@@ -64,27 +65,21 @@ def image(pool, name: str) -> ceph_pool.CephImage:
 
 
 def made_here(disks) -> list[tuple[str, str]]:
-    """The images of this host that go when a move into Ceph is reverted.
+    """The images of this host that go when a move is reverted.
+
+    Where the other host has the same Ceph pool these are what the new flavor
+    has brought.
 
     :param disks: the instance's InstanceDisks
-    :returns: list of (pool, volume); also what the new flavor has brought
+    :returns: list of (pool, volume)
     """
-    records = [record for _name, record in disks.items()
-               if record.host == CONF.host and record.is_on_ceph]
-    if not any(record.came_into_ceph for record in records):
-        return []
-    return [(record.pool, record.volume) for record in records
-            if record.previous is None or record.came_into_ceph]
-
-
-def forget(disks, images) -> None:
-    """Let no other host delete images: it has none of those pools.
-
-    :param disks: the instance's InstanceDisks; the caller saves them
-    :param images: list of (pool, volume)
-    """
-    disks.leftovers = [left for left in disks.leftovers
-                       if left[1:] not in images]
+    records = {name: record for name, record in disks.items()
+               if record.host == CONF.host and record.is_on_ceph}
+    brought = lifecycle.brought_by_resize(disks.instance)
+    came = any(record.came_into_ceph for record in records.values())
+    return [(record.pool, record.volume) for name, record in records.items()
+            if record.came_into_ceph or record.previous is None and (
+                came or name in brought)]
 
 
 def verify(instance, record, pool) -> None:

@@ -32,6 +32,7 @@ import nova.privsep.storage
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import content
+from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.move import ceph_images
 from nova.virt.libvirt.storage.move import item
 from nova.virt.libvirt.storage.move import offer as storage_offer
@@ -265,7 +266,6 @@ def give_back(connection, instance, disks, keep, is_copy=False):
     places += images
     if places:
         lifecycle.destroyed(disks)
-        ceph_images.forget(disks, images)
         leftovers.note(disks, CONF.host, places)
         disks.save(instance._context)
     is_gone = ownership.delete_volumes(
@@ -436,10 +436,6 @@ def _copy_again(instance, record, connection, local_uri, mismatch):
 def _adopt_base(volume, instance, cache_base, size=0):
     """Look at what has come, and have its header name this host's base image.
 
-    Two caches have one content under one name; the directory may differ, and
-    with force_raw_images the format. Under another format's name the guest
-    would get the bytes of the file for those of the image.
-
     :param size: bytes of virtual size on record
     :raises: UnsafeDiskContent if the header names something which isn't in
         an image cache, or there is anything else wrong with it;
@@ -461,22 +457,5 @@ def _adopt_base(volume, instance, cache_base, size=0):
         raise exception.StorageBaseImageMissing(
             volume=volume.name, image=instance.image_ref, host=CONF.host,
             reason=e) from e
-    base_format = imagebackend._get_base_format(base)
-    if (base, base_format) == (info.backing_file, info.backing_file_format):
-        return
-    LOG.info('Base image of volume %(volume)s: %(base)s (%(format)s) instead '
-             'of %(old)s (%(old_format)s)',
-             {'volume': volume.name, 'base': base, 'format': base_format,
-              'old': info.backing_file,
-              'old_format': info.backing_file_format}, instance=instance)
-    nova.privsep.qemu.rewrite_backing_file(
-        volume.path, fields.LibvirtDiskFormat.QCOW2, base, base_format)
-    try:
-        # libvirt would go on to look for the base image where the source has
-        # it, and fail whenever it is asked about the volume.
-        volume.pool.refresh()
-    except exception.NovaException as e:
-        LOG.warning('Storage pool %(pool)s could not be refreshed after the '
-                    'base image of volume %(volume)s was renamed: %(error)s',
-                    {'pool': volume.pool.name, 'volume': volume.name,
-                     'error': e}, instance=instance)
+    image_cache.lay_over(
+        volume, info, base, imagebackend._get_base_format(base), instance)

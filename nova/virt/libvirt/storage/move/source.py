@@ -365,12 +365,12 @@ def _forget_others(disks):
 
 
 def _delete_lost_swap(context, connection, disks):
-    """Delete the disk on Ceph of a flavor whose successor has no swap.
+    """Delete the swap disk of a flavor whose successor has none.
 
-    Elsewhere the source has noted it before it sent the other disks.
+    One that was sent was noted then.
     """
     if (disks.get(metadata.SWAP) is not None or
-            not any(record.is_on_ceph for _name, record in disks.items()) or
+            metadata.SWAP in disks.extras or
             lifecycle.size_of(disks.instance, metadata.SWAP, None)):
         return
     leftovers.note_swap(connection, disks)

@@ -91,6 +91,8 @@ def note_swap(connection, disks):
     try:
         names = ownership.names_of(
             pool, disks.instance.uuid, metadata.SWAP)
+    except exception.StoragePoolNotFound:
+        return
     except exception.StoragePoolError as e:
         LOG.warning('If there is a swap disk of the former flavor, it stays '
                     'until the instance is deleted: %s', e,

@@ -200,6 +200,7 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
     is_sent = (not disks.items() and
                _task_state(disks.instance) == task_states.RESIZE_FINISH and
                not cells.is_arriving(disks.instance))
+    brought = brought_by_resize(disks.instance)
     for name, mapping in local_disks(disk_mapping):
         if suffix and not name.endswith(suffix):
             continue
@@ -220,7 +221,7 @@ def begin(disks, disk_mapping, guest_config, image_of, configured,
         image = image_of(name, {
             **{key: value for key, value in mapping.items()
                if key != 'metadata'},
-            'is_sent': is_sent,
+            'is_sent': is_sent and name not in brought,
             # names that can't be had though no volume has them
             'taken': (leftovers.names(disks) | _originals(disks) |
                       _elsewhere(disks.instance, record))})
@@ -415,7 +416,7 @@ def destroyed(disks) -> None:
     Another host's stay on record: an instance that was moved away is cleaned
     up here while it runs there. On a revert what was kept for it is the disk
     again; an image on Ceph that was made for the new flavor hasn't been
-    destroyed, and is left to the host that gets the instance back.
+    destroyed yet: see ceph_images.made_here().
     """
     try:
         if is_destroying(disks.instance):
@@ -430,15 +431,11 @@ def destroyed(disks) -> None:
                         instance=disks.instance)
         return
     reverting = _task_state(disks.instance) == task_states.RESIZE_REVERTING
-    origins = {record.previous.host for _name, record in own
-               if record.previous is not None} - {CONF.host}
     for name, record in own:
         if evacuation.is_replacing(disks.instance, record):
             evacuation.restore(disks, name, record, is_deleted=True)
         elif reverting and record.previous is not None:
             disks.set(name, record.previous)
-        elif reverting and len(origins) == 1:
-            _leave(disks, name, record, *origins)
         else:
             if is_destroying(disks.instance):
                 if record.has_original:
@@ -547,14 +544,14 @@ def went_back(disks) -> None:
         if record.host == CONF.host:
             if (name == 'disk.local' and record.is_in_pool and
                     _is_brought(disks.instance, name)):
-                _leave(disks, name, record, CONF.host)
+                _leave(disks, name, record)
             continue
         if before is not None and before.host == CONF.host:
             disks.set(name, before)
         elif not record.is_everywhere or record.is_building or (
                 _is_brought(disks.instance, name)):
             # Made on the other host: not here.
-            _leave(disks, name, record, CONF.host)
+            _leave(disks, name, record)
     adopt(disks)
     for name, record in _of_flavor(disks):
         size = size_of(disks.instance, name, None)
@@ -564,16 +561,29 @@ def went_back(disks) -> None:
             disks.set(name, record)
 
 
+def brought_by_resize(instance) -> set[str]:
+    """The disks that only the new flavor of a resize has.
+
+    :param instance: the Instance, with the new flavor
+    :returns: names of disks that the guest has never had before
+    """
+    old = instance.old_flavor if 'old_flavor' in instance else None
+    if not old:
+        return set()
+    return {name for name, size in (('disk.local', old.ephemeral_gb),
+                                    ('disk.swap', old.swap)) if not size}
+
+
 def _is_brought(instance, name):
     """Whether a flavor that is given up has brought a disk."""
     return name in ('disk.local', 'disk.swap') and not size_of(
         instance, name, None)
 
 
-def _leave(disks, name, record, host):
-    """Forget a disk; if it is there, it is for a host to delete."""
-    if record.is_on_ceph or record.is_in_pool and record.host == host:
-        leftovers.note(disks, host, [(record.pool, record.volume)])
+def _leave(disks, name, record):
+    """Forget a disk; if it is there, it is for this host to delete."""
+    if record.is_on_ceph or record.is_in_pool and record.host == CONF.host:
+        leftovers.note(disks, CONF.host, [(record.pool, record.volume)])
     disks.clear(name)
 
 

@@ -34,6 +34,7 @@ from nova.virt.libvirt import config as vconfig
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt.storage import content
 from nova.virt.libvirt.storage import image as backend
+from nova.virt.libvirt.storage import image_cache
 from nova.virt.libvirt.storage.pool import config as storage_config
 from nova.virt.libvirt.storage.pool import kinds
 from nova.virt.libvirt.storage.pool import ownership as cleanup
@@ -113,7 +114,7 @@ class Pool:
         if not self.there:
             raise exception.StoragePoolNotFound(
                 pool=self.name, host=self.host)
-        for name in os.listdir(self.path):
+        for name in self.names_in_directory():
             if name not in self.volumes_by_name:
                 self.add(name, 'raw')
 
@@ -604,10 +605,34 @@ class LibvirtStorageTestCase(ImageTestCase):
         self.assertEqual([(2 * self.SIZE, False)],
                          self.disks.volume(image.volume_name).resized)
 
-    def _over(self, base):
+    @ddt.data(('_base', 'raw', False), ('_base', 'qcow2', True),
+              ('_base', None, True), ('elsewhere', 'raw', True))
+    @ddt.unpack
+    def test_create_from_image_exists_over_it(
+            self, directory, base_format, is_rewritten):
+        """In a pool that hosts share; another one has made the overlay.
+
+        :param base_format: of the base image there
+        """
+        image = self._made()
+        base = image._get_cached_path(
+            imagecache.get_cache_fname(uuids.image))
+        with self._over(base.replace('_base', directory), base_format), \
+                mock.patch.object(image_cache, 'checked_base',
+                                  side_effect=lambda path: path), \
+                mock.patch('nova.privsep.qemu.rewrite_backing_file') as (
+                    rewrite):
+            image.create_from_image(
+                mock.sentinel.context, uuids.image, 2 * self.SIZE)
+        self.assertEqual(
+            [mock.call(image.path, 'qcow2', base, 'raw')]
+            if is_rewritten else [], rewrite.mock_calls)
+        self.assertEqual(is_rewritten, self.disks.refreshed == 1)
+
+    def _over(self, base, base_format='raw'):
         return mock.patch.object(
-            content, 'look_at_qcow2',
-            return_value=mock.Mock(backing_file=base))
+            content, 'look_at_qcow2', return_value=mock.Mock(
+                backing_file=base, backing_file_format=base_format))
 
     @mock.patch('nova.privsep.qemu.flatten_image')
     def test_flatten(self, mock_flatten):

@@ -454,6 +454,8 @@ class RebootTestCase(OperationTestCase):
         self.pool = self.patch('nova.virt.libvirt.storage.pool.pool.'
                                'StoragePool').return_value
         self.pool.kind.return_value.is_ceph = False
+        self.pool.volumes.return_value = []
+        self.instance.flavor = objects.Flavor(root_gb=1, swap=0)
         self.migration = None
         self.patch('nova.virt.libvirt.storage.move.source.unfinished',
                    side_effect=lambda *args: self.migration)

@@ -22,6 +22,7 @@ from nova import exception
 from nova import objects
 from nova.tests.unit.virt.libvirt.storage.move import test_move
 from nova.tests.unit.virt.libvirt.storage.move import two_hosts
+from nova.virt.libvirt.storage.move import ceph_images
 from nova.virt.libvirt.storage.move import item
 from nova.virt.libvirt.storage.move import offer
 from nova.virt.libvirt.storage.move import source
@@ -233,6 +234,26 @@ class OnCephTestCase(test_move.OutgoingTestCase):
         self.assertEqual({}, self.source.pools[POOL])
         self.assertEqual(images, self.dest.pools[POOL])
         self.assertEqual([], self.load().leftovers)
+
+    @ddt.data((False, {'disk.swap'}), (True, {'disk.local', 'disk.swap'}))
+    @ddt.unpack
+    def test_made_here_for_a_flavor_that_is_given_up(
+            self, has_eph, expected):
+        """No disk that was sent by a compute without records, too."""
+        self.flags(host='dest')
+        record = self.disks.get('disk')
+        record.previous, record.host = record.obj_clone(), 'dest'
+        self.disks.set('disk', record)
+        for name in ('disk.config', 'disk.local', 'disk.swap'):
+            made = record.obj_clone()
+            made.previous, made.volume = None, self.volume_name(name)
+            self.disks.set(name, made)
+        self.assertEqual([], ceph_images.made_here(self.disks))
+        self.instance.old_flavor = objects.Flavor(
+            swap=0, ephemeral_gb=0 if has_eph else 1)
+        self.assertEqual(
+            {(POOL, self.volume_name(name)) for name in expected},
+            set(ceph_images.made_here(self.disks)))
 
     def test_originals_are_none_of_the_disks(self):
         self.came_into_ceph()

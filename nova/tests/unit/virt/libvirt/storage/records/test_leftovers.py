@@ -142,6 +142,17 @@ class UndeletedTestCase(base.PoolsTestCase):
             leftovers.note_swap(self.conn, self.disks)
         self.assertEqual([], self.disks.leftovers)
 
+    @ddt.data((exception.StoragePoolNotFound(pool='p', host='here'), False),
+              (exception.StoragePoolError('off'), True))
+    @ddt.unpack
+    def test_swap_and_no_pool(self, error, is_told):
+        with mock.patch.object(leftovers.setup, 'pool_of'), \
+                mock.patch.object(ownership, 'names_of', side_effect=error), \
+                mock.patch.object(leftovers.LOG, 'warning') as warning:
+            leftovers.note_swap(self.conn, self.disks)
+        self.assertEqual(is_told, warning.called)
+        self.assertEqual([], self.disks.leftovers)
+
     @ddt.data(('lvm', 'here', 'logical', False),
               ('rbd', 'there', 'rbd', False),
               ('lvm', 'there', 'logical', True),

@@ -679,19 +679,15 @@ class TestMoves(RecordsTestCase):
         return self.record(backend='libvirt-storage-rbd', pool='p',
                            volume='v', **more)
 
-    @ddt.data((task_states.RESIZE_REVERTING, 'other', True),
-              (task_states.RESIZE_REVERTING, 'here', False),
-              (task_states.DELETING, 'other', False))
+    @ddt.data(({}, {'disk.local', 'disk.swap'}),
+              ({'swap': 64}, {'disk.local'}),
+              ({'ephemeral_gb': 1}, {'disk.swap'}), (None, set()))
     @ddt.unpack
-    def test_made_on_ceph_for_a_flavor_that_is_given_up(
-            self, task_state, origin, is_left):
-        self.instance.task_state = task_state
-        disks = self.disks(self.record(previous=self.record(host=origin)))
-        disks.set('disk.swap', self.ceph_record())
-        records.destroyed(disks)
-        self.assertIsNone(disks.get('disk.swap'))
-        self.assertEqual([('other', 'p', 'v')] if is_left else [],
-                         [tuple(left) for left in disks.leftovers])
+    def test_brought_by_resize(self, old, expected):
+        self.assertEqual(set(), records.brought_by_resize(self.instance))
+        self.instance.old_flavor = old if old is None else objects.Flavor(
+            **{'swap': 0, 'ephemeral_gb': 0, **old})
+        self.assertEqual(expected, records.brought_by_resize(self.instance))
 
     def test_converted_by_an_older_compute(self):
         disks = self.disks(self.record(previous=self.record(host='there')))

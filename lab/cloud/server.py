@@ -323,7 +323,8 @@ class Server:
             if found != known:
                 return found[0]
         raise ServerError('no testimony of %s comes whole through its '
-                          'console' % self.id)
+                          'console, which ends with:\n%s' % (
+                              self.id, self.console()[-3000:]))
 
     def _ready(self, limit):
         until = time.monotonic() + limit

@@ -271,6 +271,8 @@ class LiveCase(test_cloud_moves.MovesCase):
         """The next two moves succeed and leave nothing over."""
         home = server.host
         for host in (OTHER[home], home) if hosts is None else hosts:
+            # A fault may have kept it from reporting.
+            self.wait_for(lambda host=host: self.takes(host), 90, host)
             self.live(server, host)
             before = self.assert_here(server, host, before)
         return before

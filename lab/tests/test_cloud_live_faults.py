@@ -392,6 +392,7 @@ class TestProgress(FaultCase):
     def test_progress(self):
         """An operator sees the disks shrink."""
         server, before = self.writing_server()
+        server.command('fill', 'more', 64, 'gamma')
         self.begin(server)
         number = self.newest_migration(server)
         seen = []

@@ -150,6 +150,15 @@ class MovesCase(CloudTestCase):
             time.sleep(.05)
         return value
 
+    def takes(self, host):
+        """Whether the scheduler sends servers there.
+
+        A compute whose libvirt restarts is disabled until it is back.
+        """
+        return any((service.host, service.state, service.status) == (
+            host, 'up', 'enabled') and service.binary == 'nova-compute'
+            for service in self.cloud.conn.compute.services())
+
     def wait_enabled(self):
         """A compute that has lost its libvirt takes nothing until it looks."""
         self.wait_for(lambda: all(
@@ -467,15 +476,6 @@ class TestTrust(MovesCase):
         self.wait_for(lambda: self.takes('host-b'), what='host-b')
         self.assert_goes(server, said)
 
-    def takes(self, host):
-        """Whether the scheduler sends servers there.
-
-        A compute whose libvirt restarts is disabled until it is back.
-        """
-        return any((service.host, service.state, service.status) == (
-            host, 'up', 'enabled') and service.binary == 'nova-compute'
-            for service in self.cloud.conn.compute.services())
-
     def test_none(self):
         self._refused('none')
 
@@ -645,7 +645,7 @@ class TestKinds(MovesCase):
             "host = 'host-b' AND `binary` = 'nova-compute'")
         self.b.start('nova-compute', record['argv'], env=env)
         try:
-            self.wait_for(lambda: self.up('host-b'), 60, 'the old compute')
+            self.wait_for(lambda: self.takes('host-b'), 60, 'the old compute')
             self.begin(server)
             said = self.assert_stayed(server, before, boots=False)
             self.assertEqual(before.boot_id, said.boot_id)
@@ -656,11 +656,6 @@ class TestKinds(MovesCase):
             self.cloud.set('host-b', 'libvirt', 'images_type',
                            self.images_type)
         self.assert_goes(server, said)
-
-    def up(self, host):
-        return any(service.host == host and service.state == 'up'
-                   and service.binary == 'nova-compute'
-                   for service in self.cloud.conn.compute.services())
 
     def test_same_host(self):
         """A resize which the scheduler leaves on the host that has it."""

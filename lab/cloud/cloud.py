@@ -162,7 +162,7 @@ class Cloud:
             with self.progress.step('computes'):
                 _all(pool, [functools.partial(self.start_compute, host)
                             for host in layout.hosts])
-                self._wait_computes()
+                self.wait_computes()
                 plan.discover_hosts()
             filled.result()
             if layout.network:
@@ -237,15 +237,23 @@ class Cloud:
                     raise
                 machine.stop(service.name, timeout=STOP)
 
-    def _wait_computes(self, limit=60):
+    def wait_computes(self, limit=60) -> None:
+        """Wait until all computes take servers.
+
+        One that loses its libvirt is disabled until it looks again.
+
+        :param limit: seconds
+        :raises LabError: they don't in that time
+        """
         until = time.monotonic() + limit
         while True:
             up = {found.host for found in self.conn.compute.services(
-                binary='nova-compute') if found.state == 'up'}
+                binary='nova-compute')
+                if (found.state, found.status) == ('up', 'enabled')}
             if up >= set(self.layout.hosts):
                 return
             if time.monotonic() > until:
-                raise LabError('computes up after %d s: %s, wanted: %s' % (
+                raise LabError('computes after %d s: %s, wanted: %s' % (
                     limit, sorted(up), sorted(self.layout.hosts)))
             time.sleep(.3)
 

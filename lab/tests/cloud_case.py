@@ -105,6 +105,8 @@ class CloudTestCase(unittest.TestCase):
             raise unittest.SkipTest('the tree knows no storage pools')
         cls.cloud = cloud_for(cls.lab, cls.images_type)
         cls.cloud.set_images_type(cls.images_type, **cls.options)
+        # Those before may have restarted libvirt.
+        cls.cloud.wait_computes()
 
     def setUp(self):
         super().setUp()

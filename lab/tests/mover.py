@@ -180,6 +180,7 @@ class Compute:
         return objects.Instance(
             self.context, id=1, uuid=UUID, image_ref=None, progress=0,
             task_state='resize_migrating',
+            flavor=objects.Flavor(root_gb=1, ephemeral_gb=0, swap=0),
             system_metadata={}, migration_context=objects.MigrationContext(
                 migration_id=7, driver_info=self.database.load()['offer']))
 

@@ -41,7 +41,7 @@ class TestAhead(AheadTests, MovesCase):
         self.b.wait_ready()
         said = self.assert_never_off(server, said)
         server.command('stop-writing')
-        self.wait_enabled()
+        self.cloud.wait_computes()
         self.assert_goes(server, said)
 
     def test_worker_is_killed(self):

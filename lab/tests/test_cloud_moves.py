@@ -159,13 +159,6 @@ class MovesCase(CloudTestCase):
             host, 'up', 'enabled') and service.binary == 'nova-compute'
             for service in self.cloud.conn.compute.services())
 
-    def wait_enabled(self):
-        """A compute that has lost its libvirt takes nothing until it looks."""
-        self.wait_for(lambda: all(
-            service.status == 'enabled' for service in
-            self.cloud.conn.compute.services(binary='nova-compute')),
-            what='enabled computes')
-
     def wait_middle(self, server, percent):
         """Wait until so much of the root disk has arrived."""
         source = self.a.path('%s/%s_disk' % (DISKS, server.id))

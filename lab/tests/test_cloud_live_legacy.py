@@ -242,9 +242,9 @@ class TestSharedInstances(LegacyCase):
         self.newest_migration(server)
         self.assertEqual({2}, set(self.names(server).values()))
         self.kill_destination(server)
-        after = server.look()
-        self.assertEqual(said.boot_id, after.boot_id)
-        self.assert_kept(after)
+        # The destination has cut the console that both hosts see, and bindfs
+        # appends nothing to it any more: the guest is heard after the move.
+        self.assertEqual(['host-a'], self.runs_on(server))
         self.assertEqual({'file'}, self.kinds(server))
         self.assertEqual({1}, set(self.names(server).values()))
         self.set_options({'live_migration_bandwidth': 0})

@@ -237,24 +237,26 @@ class Cloud:
                     raise
                 machine.stop(service.name, timeout=STOP)
 
-    def wait_computes(self, limit=60) -> None:
-        """Wait until all computes take servers.
+    def wait_computes(self, hosts=None, limit=90) -> None:
+        """Wait until computes take servers.
 
         One that loses its libvirt is disabled until it looks again.
 
+        :param hosts: their names; by default all
         :param limit: seconds
         :raises LabError: they don't in that time
         """
+        hosts = set(self.layout.hosts if hosts is None else hosts)
         until = time.monotonic() + limit
         while True:
             up = {found.host for found in self.conn.compute.services(
                 binary='nova-compute')
                 if (found.state, found.status) == ('up', 'enabled')}
-            if up >= set(self.layout.hosts):
+            if up >= hosts:
                 return
             if time.monotonic() > until:
                 raise LabError('computes after %d s: %s, wanted: %s' % (
-                    limit, sorted(up), sorted(self.layout.hosts)))
+                    limit, sorted(up), sorted(hosts)))
             time.sleep(.3)
 
     # -- one service

@@ -105,11 +105,11 @@ class CloudTestCase(unittest.TestCase):
             raise unittest.SkipTest('the tree knows no storage pools')
         cls.cloud = cloud_for(cls.lab, cls.images_type)
         cls.cloud.set_images_type(cls.images_type, **cls.options)
-        # Those before may have restarted libvirt.
-        cls.cloud.wait_computes()
 
     def setUp(self):
         super().setUp()
+        # Those before may have restarted libvirt.
+        self.cloud.wait_computes()
         for host in both():
             if not self.lab['ssh']:
                 host.forget_ssh_attempts()

@@ -272,7 +272,7 @@ class LiveCase(test_cloud_moves.MovesCase):
         home = server.host
         for host in (OTHER[home], home) if hosts is None else hosts:
             # A fault may have kept it from reporting.
-            self.wait_for(lambda host=host: self.takes(host), 90, host)
+            self.cloud.wait_computes([host])
             self.live(server, host)
             before = self.assert_here(server, host, before)
         return before

@@ -41,7 +41,6 @@ class TestAhead(AheadTests, MovesCase):
         self.b.wait_ready()
         said = self.assert_never_off(server, said)
         server.command('stop-writing')
-        self.cloud.wait_computes()
         self.assert_goes(server, said)
 
     def test_worker_is_killed(self):

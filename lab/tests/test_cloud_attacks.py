@@ -215,7 +215,8 @@ class TestRequests(AttackCase):
                  {'pool': POOL, 'volume': own, **opened}),
                 ('close', 'the migration is finished',
                  {'pool': POOL, 'volume': own, 'length': 0}),
-                ('delete', 'may be a disk', {'places': [[POOL, own]]})):
+                ('delete', 'its guest runs on this host',
+                 {'places': [[POOL, own]]})):
             self.refused(server, migration, what, text, **request)
         self.assert_kept(server.look())
         self.assertEqual(there.boot_id, server.look().boot_id)

@@ -72,6 +72,7 @@ class TestCloudCommands(cloud_case.CloudTestCase):
                          '✗ +ctl +placement +has ended')
         run(self, 'restart', 'ctl', 'placement')
         run(self, 'logs', 'ctl', 'placement', '-n', '1')
+        self.cloud.wait_computes()
         self.assertRegex(run(self, 'restart', 'ctl', 'none', status=1),
                          'error: ctl has no daemon none; it has .*nova-api')
         run(self, 'status')

@@ -53,7 +53,6 @@ class NbdCase(MovesCase):
 
     def setUp(self):
         super().setUp()
-        self.cloud.wait_computes()
         for host, other in ((self.a, self.b), (self.b, self.a)):
             self.assertNotEqual(0, host.run(
                 ['virsh', '-c', host.uri(other), 'list'],

@@ -34,7 +34,8 @@ def _changed(text, **values):
 
 #: What can be wrong with a record, made of a good one and another disk's.
 BROKEN = {
-    'unknown version': lambda text, _other: text.replace('"1.0"', '"1.1"'),
+    'unknown version': lambda text, _other: json.dumps(
+        {**json.loads(text), 'nova_object.version': '1.99'}),
     'unknown backend': lambda text, _other: _changed(text, backend='zfs'),
     'wrong type': lambda text, _other: _changed(text, size=['many']),
     'truncated': lambda text, _other: text[:len(text) // 2],

@@ -319,6 +319,10 @@ class TestKills(MovesCase):
 
     def test_network_is_away_after_the_copy(self):
         """Nova fails on the source with all copied, and nothing sent."""
+        # Or it may ask for nothing before the server has gone.
+        self.cloud.set('host-a', 'neutron', 'extension_sync_interval', 0)
+        self.addCleanup(self.cloud.set, 'host-a', 'neutron',
+                        'extension_sync_interval', 600)
         server, before = self.server()
         self.begin(server)
         self.wait_middle(server, 50)
@@ -642,6 +646,8 @@ class TestKinds(MovesCase):
         database.query(
             self.cloud, "UPDATE services SET version = 1 WHERE "
             "host = 'host-b' AND `binary` = 'nova-compute'")
+        # It keeps in mind how old the oldest is.
+        self.cloud.restart('ctl', 'nova-conductor')
         self.b.start('nova-compute', record['argv'], env=env)
         try:
             self.cloud.wait_computes(['host-b'])

@@ -42,6 +42,8 @@ WRITE = ('boot 1: fill data 12 alpha\n'
 POOL = 'nova-disks-pool'
 DISKS = '/var/lib/nova/instances/disks'
 WORKER = 'pump/worker.py'
+SERVICE_VERSION = ('from nova.objects import service\n'
+                   'print(service.SERVICE_VERSION)')
 
 
 class MovesCase(CloudTestCase):
@@ -642,10 +644,13 @@ class TestKinds(MovesCase):
         self.b.stop('nova-compute')
         env = {key: value for key, value in record['env'].items()
                if key != 'PYTHONPATH'}
+        python = self.cloud.layout.nova / 'bin/python'
+        version = int(self.b.run([python, '-c', SERVICE_VERSION],
+                                 env=env).stdout)
         # Nova starts no service that is older than all others have been.
         database.query(
-            self.cloud, "UPDATE services SET version = 1 WHERE "
-            "host = 'host-b' AND `binary` = 'nova-compute'")
+            self.cloud, "UPDATE services SET version = %d WHERE host = "
+            "'host-b' AND `binary` = 'nova-compute'" % version)
         # It keeps in mind how old the oldest is.
         self.cloud.restart('ctl', 'nova-conductor')
         self.b.start('nova-compute', record['argv'], env=env)

@@ -47,6 +47,7 @@ SETTLED = ('ACTIVE', 'SHUTOFF', 'ERROR', 'VERIFY_RESIZE', 'RESCUE',
 QUIET, STUCK = 20, 60
 #: Of a fault: all that is left of its root disk.
 IMAGE = re.compile('Rebuild the server from image ([0-9a-f-]{36})')
+OWN_IMAGE = 'from its own image, if it was shelved'
 OTHER = {'host-a': 'host-b', 'host-b': 'host-a'}
 
 
@@ -81,6 +82,7 @@ class Subject:
         self._consoles: dict[tuple[str, str], int] = {}
         self._seen, self._since, self._last = None, 0., 0.
         self._called_error = False  # by recover() itself
+        self._used: set[str] = set()  # images that it was rebuilt from
 
     def _own_image(self):
         """An image that nobody else misses: it is deleted under the server.
@@ -295,6 +297,24 @@ class Subject:
             return bool(self.server.get())
         return False
 
+    def _shelved_image(self, message) -> str | None:
+        """What to rebuild the server from whose unshelving was cut off.
+
+        The first error names it. After a stop and a start the server has
+        another one, and its user looks for the image that shelving has made.
+
+        :param message: of its fault
+        :returns: an image's ID
+        """
+        named = IMAGE.search(message)
+        if named:
+            return named[1]
+        if OWN_IMAGE not in message:
+            return None
+        return next((image.id for image in self.cloud.conn.image.images(
+            name='%s-shelved' % self.name, sort='created_at:desc')
+            if image.id not in self._used), None)
+
     def _step_back(self):
         """:returns: whether it runs"""
         server = self.server
@@ -310,9 +330,11 @@ class Subject:
                     (found.fault or {}).get('message') or
                     any(message for _action, message in server.actions())):
                 raise Lost('%s is in ERROR and nothing says why' % self.name)
-            image = IMAGE.search((found.fault or {}).get('message') or '')
+            image = self._shelved_image(
+                (found.fault or {}).get('message') or '')
             if image:
-                server.rebuild(image[1])
+                server.rebuild(image)
+                self._used.add(image)
             else:
                 self._reboot()
         elif found.status == 'VERIFY_RESIZE':

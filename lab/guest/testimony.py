@@ -38,8 +38,8 @@ def pattern_sha256(seed: str, length: int) -> str:
 def events(console: str):
     """All of the guest's words in a console log, oldest first.
 
-    A line that is not whole is left out: the first of a truncated log may be
-    none, and qemu drops what a slow reader of the console doesn't take.
+    A line that is not whole is left out, as the first of a truncated log may
+    be; and qemu drops what a slow reader of the console doesn't take.
     """
     for line in console.split('\n'):
         said = LINE.search(line)

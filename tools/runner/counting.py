@@ -32,6 +32,7 @@ class Tally:
         self.passed = self.failed = self.skipped = 0
         self.failures: list[tuple[str, str]] = []
         self.notes: list[str] = []
+        self._shown = 0
 
     def add(self, title: str, ok: bool, output: str = '') -> None:
         """Count a check that isn't made of tests as one test."""
@@ -53,13 +54,19 @@ class Tally:
         """Tests that passed, failed and were skipped so far."""
         return self.passed, self.failed, self.skipped
 
+    def show(self) -> None:
+        """Print in full the failures that haven't been printed yet."""
+        for title, output in self.failures[self._shown:]:
+            print('\n%s\nFAILED: %s\n%s' % ('=' * 70, title, output),
+                  flush=True)
+        self._shown = len(self.failures)
+
     def report(self) -> int:
-        """Print all failures in full, and the sums as the last line.
+        """Show the failures, and print the sums as the last line.
 
         :returns: an exit status: 0 if tests ran and none failed
         """
-        for title, output in self.failures:
-            print('\n%s\nFAILED: %s\n%s' % ('=' * 70, title, output))
+        self.show()
         for note in self.notes:
             print(note)
         print('%d passed, %d failed, %d skipped' % (

@@ -212,6 +212,7 @@ def _no_lab():
 def each(tally, everything, first=1, last=None):
     """Test every commit alone, in order, in a checkout of its own.
 
+    What fails is shown before the next one begins: all of them take hours.
     The result of each goes to the notes, which are shown at the end.
 
     :param everything: all unit tests, not just those of what it touches
@@ -230,6 +231,7 @@ def each(tally, everything, first=1, last=None):
             result = title + ': %d passed, %d failed, %d skipped' % tuple(
                 now - then for now, then in zip(tally.sums(), before))
             print(result, flush=True)
+            tally.show()
             tally.notes.append(result)
 
 

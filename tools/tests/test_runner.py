@@ -272,16 +272,23 @@ class TestStages(RunnerTest):
 
         def one(tally, work, title, everything):
             seen.append((work / 'name').read_text())
-            tally.add(title, seen[-1] != 'three')
+            tally.add(title, seen[-1] != 'two', 'why ' + seen[-1])
 
         with mock.patch.multiple(stages, ROOT=self.top, TREE=tree,
                                  _one_commit=one), (
-                mock.patch.dict(stages._git.__kwdefaults__, cwd=tree)):
+                mock.patch.dict(stages._git.__kwdefaults__, cwd=tree)), (
+                contextlib.redirect_stdout(io.StringIO())) as told:
             stages.each(self.tally, False, 2, 3)
+            during = told.getvalue()
+            self.assertEqual(1, self.tally.report())
         self.assertEqual(['two', 'three'], seen)
         for note, number, result in zip(self.tally.notes, (2, 3), (
-                'two: 1 passed, 0', 'three: 0 passed, 1'), strict=True):
+                'two: 0 passed, 1', 'three: 1 passed, 0'), strict=True):
             self.assertRegex(note, f'--   {number} .* {result} failed')
+        # What has failed is told before the next commit, and once.
+        before, _three = during.split('--   3', 1)
+        self.assertIn('why two', before)
+        self.assertEqual(1, told.getvalue().count('why two'))
         self.assertEqual([], list((self.top / 'build').iterdir()))
 
     def test_lab_without_root(self):
